@@ -1,0 +1,101 @@
+"""Checkpoints of PPO: written beside, renamed into place, safetensors and JSON only; the last two are kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rlhf.errors import UserError
+
+_KEEP = 2
+
+
+def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> Path:
+    """Writes `folder/checkpoint-STEP` with one safetensors file for each group of tensors, and `state.json`.
+
+    Tensors are cloned: the optimiser states of bitsandbytes share their quantisation maps, which safetensors refuses.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written; earlier checkpoints are untouched.
+    """
+    target, partial = folder / f"checkpoint-{step}", folder / f".partial-{step}"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        for name, group in tensors.items():
+            save_file({k: v.detach().cpu().clone() for k, v in group.items()}, partial / f"{name}.safetensors")
+        (partial / "state.json").write_text(json.dumps({**state, "step": step}), encoding="utf-8")
+        for file in partial.iterdir():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+    except Exception as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError) or "Error while serializing" in str(error) or "I/O" in str(error):
+            free = shutil.disk_usage(folder if folder.exists() else folder.parent).free / 1e9
+            raise UserError(
+                f"cannot write checkpoint {target} ({free:.1f} GB free): {error}; free some space, then --resume"
+            ) from error
+        raise
+    for old in _all(folder)[:-_KEEP]:
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest complete checkpoint, or None."""
+    found = _all(folder)
+    return found[-1] if found else None
+
+
+def load(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """What `save` was given."""
+    try:
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        return {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}, state
+    except Exception as error:
+        raise UserError(
+            f"checkpoint {path} cannot be read ({error}); delete it to resume from the one before"
+        ) from error
+
+
+def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimiser's state as tensors by path and a JSON-able rest. bitsandbytes nests its 8-bit states one level deeper."""
+    state = optimizer.state_dict()
+    tensors: dict[str, Tensor] = {}
+
+    def strip(node: Any, path: str) -> Any:
+        if isinstance(node, Tensor):
+            tensors[path] = node
+            return None
+        if isinstance(node, dict):
+            return {str(key): strip(value, f"{path}/{key}" if path else str(key)) for key, value in node.items()}
+        return node
+
+    return tensors, {"state": strip(state["state"], ""), "param_groups": state["param_groups"]}
+
+
+def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
+    """Puts back what `pack_optimizer` took."""
+    state = {int(index): entries for index, entries in rest["state"].items()}
+    for path, tensor in tensors.items():
+        index, *keys = path.split("/")
+        node = state[int(index)]
+        for key in keys[:-1]:
+            node = node[key]
+        node[keys[-1]] = tensor
+    groups = [{**g, "betas": tuple(g["betas"])} for g in rest["param_groups"]]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _all(folder: Path) -> list[Path]:
+    found = [p for p in folder.glob("checkpoint-*") if (p / "state.json").is_file()]
+    return sorted(found, key=lambda p: int(p.name.rsplit("-", 1)[1]))

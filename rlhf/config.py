@@ -1,0 +1,278 @@
+"""Options of all stages: one vocabulary, YAML files plus command-line overrides, unknown keys refused.
+
+Names follow transformers and TRL where the meaning is the same. Each option's `help` states its meaning and unit; sizes
+are in sequences unless it says tokens, steps are optimiser updates.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NoReturn, TypeVar
+
+import yaml
+
+from rlhf.errors import UserError, did_you_mean
+
+T = TypeVar("T")
+#: Options that say where a run executes and is kept, not what it computes: they do not make it another recipe.
+PLACE_OPTIONS = {
+    "registry",
+    "output_dir",
+    "resume",
+    "wandb_mode",
+    "wandb_project",
+    "wandb_group",
+    "save_steps",
+    "logging_steps",
+}
+#: Options that name an input by place; a recipe holds the input's hash instead.
+INPUT_OPTIONS = {"dataset", "policy", "reward"}
+
+
+def option(help: str, default: Any = dataclasses.MISSING) -> Any:
+    """A dataclass field whose help text is shown by `--help`; without a default the option must be given."""
+    return (
+        field(metadata={"help": help})
+        if default is dataclasses.MISSING
+        else field(default=default, metadata={"help": help})
+    )
+
+
+@dataclass(kw_only=True)
+class StageConfig:
+    """What the three stages have in common."""
+
+    name: str = option("name under which the result is registered: STAGE/NAME", "demo")
+    registry: str = option("folder of the model registry", "registry")
+    output_dir: str = option("folder of the run: logs, checkpoints, samples (a subfolder a stage)", "outputs/demo")
+    dataset: str = option("prepared data: folder made by rlhf.data_prep, a data file, or a hub name")
+    seed: int = option("seed of data order, initialisation and sampling", 0)
+    device: Literal["auto", "cpu", "cuda"] = option("where to compute; auto takes CUDA if there is one", "auto")
+    dtype: Literal["auto", "bfloat16", "float32", "float64"] = option(
+        "compute type; auto is bfloat16 on CUDA and on CPUs with bf16 instructions, else float32", "auto"
+    )
+    quantization: Literal["none", "4bit", "8bit"] = option("hold the frozen base in 4 or 8 bits (bitsandbytes)", "none")
+    attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2"] = option(
+        "attention code; auto is sdpa on CUDA and eager on CPU, where short sequences train faster with it", "auto"
+    )
+    lora_r: int = option("rank of the adapters", 16)
+    lora_alpha: int = option("scale of the adapters: the update is multiplied by lora_alpha / lora_r", 32)
+    lora_dropout: float = option("dropout on the adapters' input (always off in PPO)", 0.0)
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["all-linear"],
+        metadata={"help": "linear layers that get an adapter: 'all-linear' or names"},
+    )
+    optim: Literal["adamw_8bit", "adamw_torch"] = option(
+        "optimiser; adamw_8bit keeps its states in 8 bits", "adamw_8bit"
+    )
+    learning_rate: float = option("peak step size", 1e-4)
+    weight_decay: float = option("decoupled weight decay", 0.0)
+    adam_beta1: float = option("decay of Adam's first moment", 0.9)
+    adam_beta2: float = option("decay of Adam's second moment (InstructGPT: .95)", 0.95)
+    adam_epsilon: float = option("Adam's epsilon", 1e-8)
+    max_grad_norm: float = option("gradients are scaled down to this global norm", 1.0)
+    lr_scheduler_type: Literal["cosine_with_min_lr", "cosine", "linear", "constant_with_warmup"] = option(
+        "course of the step size over updates; cosine_with_min_lr falls to 10% of the peak (InstructGPT)",
+        "cosine_with_min_lr",
+    )
+    warmup_steps: int = option("updates over which the step size rises linearly from 0", 0)
+    save_steps: int = option("updates between checkpoints", 20)
+    logging_steps: int = option("updates between log lines", 1)
+    resume: bool = option("go on from the last checkpoint in output_dir", False)
+    wandb_mode: Literal["auto", "online", "offline", "disabled"] = option(
+        "Weights & Biases; auto is online with a key and offline without", "auto"
+    )
+    wandb_project: str = option("W&B project", "rlhf")
+    wandb_group: str | None = option("W&B group of the runs of one pipeline; default: the name", None)
+
+    def __post_init__(self) -> None:
+        for size in ("lora_r", "lora_alpha", "save_steps", "logging_steps"):
+            require(getattr(self, size) >= 1, f"{size} must be at least 1, got {getattr(self, size)}")
+        require(self.learning_rate >= 0, f"learning_rate must not be negative, got {self.learning_rate}")
+        require(self.max_grad_norm > 0, f"max_grad_norm must be above 0, got {self.max_grad_norm}")
+
+    def recipe(self) -> dict[str, Any]:
+        """The options that decide what comes out of given inputs."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if k not in PLACE_OPTIONS | INPUT_OPTIONS}
+
+
+@dataclass(kw_only=True)
+class TrainingLength:
+    """How long the two supervised stages train, and on how much at a time."""
+
+    per_device_train_batch_size: int = option("examples a forward pass (of a reward model: prompts)", 16)
+    gradient_accumulation_steps: int = option("forward passes an update", 4)
+    per_device_eval_batch_size: int = option("examples a forward pass in evaluation", 32)
+    num_train_epochs: float = option("passes over the data", 1.0)
+    max_steps: int = option("updates; above 0 it overrides num_train_epochs", -1)
+    max_length: int = option("longest prompt + response, tokens; longer examples are dropped and counted", 1024)
+    eval_steps: int = option("updates between evaluations on held-out data", 20)
+    max_eval_samples: int = option("held-out examples used while training", 512)
+
+
+@dataclass(kw_only=True)
+class SFTConfig(TrainingLength, StageConfig):
+    """Supervised fine-tuning on demonstrations, loss on the answers only."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        divides("eval_steps", self.eval_steps, "save_steps", self.save_steps)
+
+    model_name_or_path: str = option("base model: hub name, folder, or pypi:smollm2-135m-instruct")
+    model_revision: str | None = option("revision of a hub model", None)
+    chat_template: str | None = option(
+        "chat template: the model's own if not given, 'chatml', 'plain', or a file", None
+    )
+    trust_remote_code: bool = option("run code that comes with a hub model", False)
+
+
+@dataclass(kw_only=True)
+class RewardConfig(TrainingLength, StageConfig):
+    """A reward model on the SFT policy, trained on rankings of K responses to a prompt."""
+
+    policy: str = option("the SFT policy it starts from: sft/NAME or sft/NAME@VERSION")
+    min_rating_difference: float = option(
+        "pairs whose ratings differ by less are left out as ties, in units of the ratings", 0.0
+    )
+    eval_rating_difference: float = option("accuracy is measured on pairs whose ratings differ by at least this", 1.0)
+    normalize_std: bool = option("scale scores to standard deviation 1 on the demonstrations", True)
+    gold: str | None = option(
+        "an independent scorer to compare with: package.module:function(responses) -> scores", None
+    )
+
+
+@dataclass(kw_only=True)
+class PPOConfig(StageConfig):
+    """PPO against a reward model, with a KL penalty to the SFT reference."""
+
+    policy: str = option("the SFT policy: sft/NAME or sft/NAME@VERSION")
+    reward: str = option("the reward model, made from the same policy: reward/NAME or reward/NAME@VERSION")
+    total_episodes: int = option("responses sampled in the whole run", 1280)
+    rollout_batch_size: int = option("responses sampled for one update cycle", 64)
+    minibatch_size: int = option("responses an optimiser update; divides rollout_batch_size", 64)
+    microbatch_size: int = option("responses a forward/backward pass; divides minibatch_size", 32)
+    num_ppo_epochs: int = option("passes over each rollout", 1)
+    max_prompt_length: int = option("longest prompt, tokens; longer ones are refused", 512)
+    response_length: int = option("longest response, tokens, stop token included", 48)
+    temperature: float = option("sampling temperature; divides policy, old and reference logits alike", 1.0)
+    kl_coef: float = option("penalty per nat of log pi - log pi_ref on sampled tokens, in units of the score", 0.1)
+    gamma: float = option("discount of later rewards (InstructGPT: none, 1)", 1.0)
+    lam: float = option("lambda of generalised advantage estimation", 0.95)
+    clip_range: float = option("the probability ratio is clipped to 1 +- this", 0.2)
+    clip_range_value: float = option("values are clipped to the old value +- this, in units of the score", 0.2)
+    vf_coef: float = option("weight of the value loss", 0.5)
+    value_learning_rate: float | None = option("step size of the value adapter and head; default: learning_rate", None)
+    missing_eos_penalty: float = option("taken off the score of a response without a stop token", 1.0)
+    min_response_length: int = option("responses with fewer tokens lose short_response_penalty", 0)
+    short_response_penalty: float = option("taken off the score for each token below min_response_length", 0.0)
+    num_eval_samples: int = option("answers to held-out prompts sampled before and after training", 256)
+    num_logged_samples: int = option("answers of each logged rollout that go into the sample table", 8)
+    gold: str | None = option(
+        "a scorer the policy is not trained on: package.module:function(responses) -> scores", None
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        divides("rollout_batch_size", self.rollout_batch_size, "total_episodes", self.total_episodes)
+        divides("minibatch_size", self.minibatch_size, "rollout_batch_size", self.rollout_batch_size)
+        divides("microbatch_size", self.microbatch_size, "minibatch_size", self.minibatch_size)
+        require(self.temperature > 0, f"temperature must be above 0, got {self.temperature}")
+        require(0 <= self.gamma <= 1, f"gamma must be between 0 and 1, got {self.gamma}")
+        require(0 <= self.lam <= 1, f"lam must be between 0 and 1, got {self.lam}")
+        require(self.clip_range > 0, f"clip_range must be above 0, got {self.clip_range}")
+        require(self.response_length >= 1, f"response_length must be at least 1, got {self.response_length}")
+        require(self.kl_coef >= 0, f"kl_coef must not be negative, got {self.kl_coef}")
+
+    @property
+    def num_updates(self) -> int:
+        """Rollouts in the run."""
+        return self.total_episodes // self.rollout_batch_size
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises `UserError(message)` unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
+def divides(small_name: str, small: int, large_name: str, large: int) -> None:
+    """Raises `UserError`, with both numbers, unless `small` divides `large` without rest."""
+    require(small >= 1, f"{small_name} must be at least 1, got {small}")
+    require(
+        large >= small and large % small == 0,
+        f"{large_name} ({large}) must be a multiple of {small_name} ({small}); nearest: {max(small, round(large / small) * small)}",
+    )
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file; `UserError` when there is no such file or no mapping in it."""
+    file = Path(path)
+    if not file.is_file():
+        siblings = [str(p) for p in file.parent.glob("*.y*ml")] if file.parent.is_dir() else []
+        raise UserError(f"no config file {file}{did_you_mean(str(file), siblings)}")
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UserError(f"{file} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file} must hold a mapping of options, one 'option: value' a line")
+    return content
+
+
+def build(config_type: type[T], values: dict[str, Any], source: str) -> T:
+    """A config from a mapping: unknown and missing keys, and values of a wrong type, are `UserError`s that name `source`."""
+    return parse_config(config_type, _as_arguments(config_type, values, source))
+
+
+def parse_config(config_type: type[T], argv: list[str] | None = None) -> T:
+    """Options from `--config FILE` (YAML) and `--option value`, the command line winning.
+
+    Every value goes through the same argparse types, so `1e-4` in YAML is a float whatever YAML thinks of it.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    from_file: list[str] = []
+    while "--config" in arguments:
+        at = arguments.index("--config")
+        if at + 1 == len(arguments):
+            raise UserError("--config needs a file name")
+        from_file += _as_arguments(config_type, read_yaml(arguments[at + 1]), arguments[at + 1])
+        del arguments[at : at + 2]
+    known = [f.name for f in dataclasses.fields(config_type)]  # type: ignore[arg-type]
+    for argument in arguments:
+        name = argument.split("=")[0].removeprefix("--").replace("-", "_")
+        if argument.startswith("--") and name not in (*known, "help", *(f"no_{k}" for k in known)):
+            raise UserError(f"unknown option --{name}{did_you_mean(name, known)}")
+    (config,) = _parser(config_type).parse_args_into_dataclasses(from_file + arguments)
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{f.name} must be a finite number, got {value}")
+    return config
+
+
+def _as_arguments(config_type: type, values: dict[str, Any], source: str) -> list[str]:
+    """A mapping as command-line words."""
+    known = [f.name for f in dataclasses.fields(config_type)]
+    words: list[str] = []
+    for key, value in values.items():
+        if key not in known:
+            raise UserError(f"{source}: unknown key '{key}'{did_you_mean(str(key), known)}")
+        if value is None:
+            continue
+        words.append(f"--{key}")
+        words += [str(v) for v in value] if isinstance(value, list) else [str(value)]
+    return words
+
+
+def _parser(config_type: type) -> Any:
+    from transformers import HfArgumentParser  # slow to import: only when a command really parses
+
+    class Parser(HfArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise UserError(f"{message} (see --help)")
+
+    return Parser(config_type, allow_abbrev=False, description=config_type.__doc__)

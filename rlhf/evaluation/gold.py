@@ -1,0 +1,23 @@
+"""Independent judges of the demo: scorers that nothing here was trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+from rlhf.errors import UserError
+
+
+@cache
+def _analyzer() -> Any:
+    try:
+        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+    except ImportError as error:
+        raise UserError("the VADER judge needs its package: pip install 'rlhf[demo]'") from error
+    return SentimentIntensityAnalyzer()
+
+
+def vader(responses: Sequence[str]) -> list[float]:
+    """VADER's compound sentiment, -1 to 1, of each text: rules and a lexicon, no training (Hutto & Gilbert, ICWSM 2014)."""
+    return [float(_analyzer().polarity_scores(text)["compound"]) for text in responses]

@@ -1,0 +1,77 @@
+"""Answers of a policy to held-out prompts, and what they are worth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.evaluation.text import distinct_n
+from rlhf.models import SharedModels
+from rlhf.ppo import forward
+from rlhf.ppo import functional as F
+from rlhf.ppo.rollout import SamplingOptions, respond, sequences_scores
+from rlhf.ppo.types import length_sorted_batches
+from rlhf.reward.evaluate import GoldFunction
+from rlhf.tokenization import decode_response
+
+#: VADER calls a text positive above .05 and negative below -.05 (Hutto & Gilbert, ICWSM 2014).
+GOLD_THRESHOLD = 0.05
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Sampled answers and their figures."""
+
+    texts: list[str]
+    scores: Tensor
+    """(B,) normalised reward-model scores, without penalties."""
+    figures: dict[str, float | None]
+
+
+@torch.no_grad()
+def evaluate_policy(
+    models: SharedModels,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    options: SamplingOptions,
+    *,
+    reference: bool,
+    batch_size: int,
+    gold: GoldFunction | None,
+    seed: int,
+) -> Answers:
+    """One answer to each prompt from the policy (or the SFT reference), with the same random numbers for both."""
+    sequences, sampled = respond(models, prompts, options, reference=reference, seed=seed)
+    scores = sequences_scores(models, sequences, batch_size)
+    texts = [
+        decode_response(tokenizer, row[mask].tolist())
+        for row, mask in zip(sequences.responses, sequences.mask, strict=True)
+    ]
+    figures: dict[str, float | None] = {
+        "score": float(scores.mean()),
+        "reward_positive": float((scores > 0).float().mean()),
+        "distinct2": distinct_n(texts, 2),
+        "length": float(sequences.mask.sum(dim=1).float().mean()),
+        "stop_rate": float(sampled.stopped.float().mean()),
+        "gold_positive": None,
+        "gold_negative": None,
+    }
+    if gold is not None:
+        judged = torch.tensor(gold(texts))
+        figures["gold_positive"] = float((judged > GOLD_THRESHOLD).float().mean())
+        figures["gold_negative"] = float((judged < -GOLD_THRESHOLD).float().mean())
+    if reference:
+        figures["kl"] = 0.0
+    else:
+        total = 0.0
+        for rows in length_sorted_batches(sequences.lengths, batch_size):
+            batch = sequences.select(rows)
+            new, _ = forward.token_logprobs(models, "policy", batch, options.temperature)
+            old, _ = forward.token_logprobs(models, "reference", batch, options.temperature)
+            total += float(F.masked_sum(F.kl_k1(new, old), batch.mask))
+        figures["kl"] = total / len(sequences)
+    return Answers(texts=texts, scores=scores.cpu(), figures=figures)

@@ -1,0 +1,46 @@
+"""Ctrl-C and SIGTERM: finish the update, save, then stop."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from types import FrameType, TracebackType
+
+
+class StopRequest:
+    """Context in which the first Ctrl-C or SIGTERM only sets a flag, and a second one stops at once.
+
+    A training loop asks `requested` between updates, saves its checkpoint and calls `raise_if_requested`.
+    """
+
+    def __init__(self) -> None:
+        self._signal: int | None = None
+        self._previous: dict[int, object] = {}
+
+    @property
+    def requested(self) -> bool:
+        return self._signal is not None
+
+    def __enter__(self) -> StopRequest:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self._signal = number
+        print("stopping after this update, with a checkpoint (once more: at once)", file=sys.stderr, flush=True)
+
+    def raise_if_requested(self) -> None:
+        """Ends the run the way the signal asked for: `KeyboardInterrupt` (exit code 130) or exit code 143."""
+        if self._signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self._signal is not None:
+            sys.exit(128 + self._signal)

@@ -1,0 +1,370 @@
+"""The shared base and its adapters: policy, value, reward, and the reference (adapters off). The only peft import.
+
+The frozen base of reward modelling and RL is the SFT policy itself: base model + SFT adapter, merged in memory. On that one
+base sit small adapters, so the reference costs nothing and is exact: it is the base with its adapters switched off.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from peft.helpers import disable_input_dtype_casting
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig, PreTrainedModel
+
+from rlhf.config import StageConfig
+from rlhf.data_prep.assets import resolve_model
+from rlhf.errors import UserError
+from rlhf.registry import Artifact
+
+Role = Literal["policy", "value", "reward", "reference"]
+ADAPTER_FILE = "adapter_model.safetensors"
+_SCORE_KEY = "base_model.model.score.weight"
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where and in which type a run computes."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    @classmethod
+    def choose(cls, config: StageConfig) -> Compute:
+        """CUDA bf16 if there is a GPU; on a CPU bf16 where it has bf16 instructions (AMX or AVX512), else fp32."""
+        device = (
+            torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            if config.device == "auto"
+            else torch.device(config.device)
+        )
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise UserError("device: cuda was asked for, but torch sees no CUDA device; use --device auto")
+        if config.dtype != "auto":
+            return cls(device, getattr(torch, config.dtype))
+        if device.type == "cuda":
+            return cls(device, torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32)
+        fast = torch.cpu.get_capabilities()
+        return cls(device, torch.bfloat16 if fast.get("amx_bf16") or fast.get("avx512_bf16") else torch.float32)
+
+    @property
+    def bf16(self) -> bool:
+        return self.dtype == torch.bfloat16
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Mixed precision: the frozen base is held in bf16, adapters in fp32, products are computed in bf16."""
+        return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext()
+
+    def __str__(self) -> str:
+        name = (
+            torch.cuda.get_device_name(self.device)
+            if self.device.type == "cuda"
+            else f"{torch.get_num_threads()} threads"
+        )
+        return f"{self.device.type} ({name}), {str(self.dtype).removeprefix('torch.')}"
+
+
+def load_base(
+    name_or_path: str,
+    config: StageConfig,
+    compute: Compute,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """A causal language model by hub name, folder or `pypi:` name, in the run's type, quantised if asked for."""
+    attention = config.attn_implementation
+    if attention == "auto":
+        attention = "sdpa" if compute.device.type == "cuda" else "eager"
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            resolve_model(name_or_path),
+            revision=revision,
+            dtype=compute.dtype,
+            attn_implementation=attention,
+            quantization_config=_quantization(config, compute),
+            trust_remote_code=trust_remote_code,
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load the model '{name_or_path}': {str(error).splitlines()[0]}") from error
+    model.config.use_cache = True
+    return model.to(compute.device) if config.quantization == "none" else model
+
+
+def _quantization(config: StageConfig, compute: Compute) -> BitsAndBytesConfig | None:
+    if config.quantization == "4bit":
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute.dtype,
+        )
+    return BitsAndBytesConfig(load_in_8bit=True) if config.quantization == "8bit" else None
+
+
+def load_policy(artifact: Artifact, config: StageConfig, compute: Compute) -> PreTrainedModel:
+    """The policy of an `sft` artefact as a plain causal model: its base with the adapter merged in memory.
+
+    A quantised base is merged in full precision first and quantised afterwards: merging into 4-bit weights would round the
+    adapter away.
+    """
+    plain = _without_quantization(config)
+    base = load_base(artifact.manifest.base_model, plain, compute, revision=artifact.manifest.base_model_revision)
+    merged = PeftModel.from_pretrained(base, str(artifact.path)).merge_and_unload()
+    merged.requires_grad_(False)
+    if config.quantization == "none":
+        return merged
+    with tempfile.TemporaryDirectory() as folder:
+        merged.save_pretrained(folder)
+        return load_base(folder, config, compute).requires_grad_(False)
+
+
+def _without_quantization(config: StageConfig) -> StageConfig:
+    plain = copy.copy(config)
+    plain.quantization = "none"
+    return plain
+
+
+def lora_config(config: StageConfig, task_type: str, *, dropout: float | None = None) -> LoraConfig:
+    """The adapter's shape. A reward model trains and saves its score head with it."""
+    targets = config.lora_target_modules
+    return LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout if dropout is None else dropout,
+        target_modules=targets[0] if targets == ["all-linear"] else targets,
+        modules_to_save=["score"] if task_type == "SEQ_CLS" else None,
+        task_type=task_type,
+    )
+
+
+def with_adapter(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    """The model with one fresh trainable adapter, in fp32 whatever the base is held in."""
+    return get_peft_model(model, config)
+
+
+def direct_casting(model: nn.Module, compute: Compute) -> contextlib.AbstractContextManager[None]:
+    """Context for adapters under bf16 autocast: leaves out PEFT's cast of each layer's input to the adapter's fp32.
+
+    Autocast would cast it straight back to bf16, so the products are the same, and a fifth faster on CPU.
+    """
+    return disable_input_dtype_casting(model, active=compute.bf16)
+
+
+def sequence_classifier(causal: PreTrainedModel, pad_token_id: int, *, seed: int) -> PreTrainedModel:
+    """A reward model around the same backbone: a score head in place of the language-model head.
+
+    The fresh head is N(0, 1/sqrt(d+1)) (N+ implementation details, arXiv:2403.17031); weights are shared, not copied.
+    """
+    settings = {k: v for k, v in causal.config.to_dict().items() if k != "quantization_config"}
+    config = type(causal.config).from_dict({**settings, "num_labels": 1, "pad_token_id": pad_token_id})
+    with torch.device("meta"):
+        classifier = AutoModelForSequenceClassification.from_config(config)
+    setattr(classifier, classifier.base_model_prefix, backbone(causal))
+    width = classifier.score.in_features
+    head = ScalarHead(width, bias=False, dtype=torch.promote_types(causal.dtype, torch.float32))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        head.weight.copy_(torch.randn(1, width, generator=generator) / (width + 1) ** 0.5)
+    classifier.score = head.to(causal.device)
+    classifier.config.dtype = causal.dtype
+    return classifier
+
+
+def backbone(causal: PreTrainedModel) -> nn.Module:
+    """The transformer below the language-model head, ending in its last norm."""
+    return getattr(causal, causal.base_model_prefix)
+
+
+def save_adapter(model: PeftModel, folder: Path, *, adapter: str, base_model: str) -> None:
+    """A peft adapter folder (`adapter_config.json`, `adapter_model.safetensors`) that plain peft opens."""
+    state = get_peft_model_state_dict(model, adapter_name=adapter)
+    save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, folder / ADAPTER_FILE)
+    config = model.peft_config[adapter]
+    was = config.inference_mode, config.base_model_name_or_path
+    config.inference_mode, config.base_model_name_or_path = True, base_model
+    try:
+        config.save_pretrained(str(folder))
+    finally:
+        config.inference_mode, config.base_model_name_or_path = was
+
+
+class ScalarHead(nn.Linear):
+    """A linear head to one number that computes in its own type, outside autocast: a score must not be rounded to bf16."""
+
+    def __init__(self, width: int, *, bias: bool, dtype: torch.dtype) -> None:
+        super().__init__(width, 1, bias=bias, dtype=dtype)
+        nn.init.zeros_(self.weight)
+
+    def forward(self, input: Tensor) -> Tensor:
+        with torch.autocast(input.device.type, enabled=False):
+            return super().forward(input.to(self.weight.dtype))
+
+
+class SharedModels(nn.Module):
+    """One frozen base, three adapters: `policy` (fresh, so it starts as the SFT model), `reward` (frozen) and `value`.
+
+    `policy` and `value` train, with the value head; everything else is frozen. `role` chooses who answers; the reference is
+    the base with all adapters off.
+    """
+
+    def __init__(self, base: PreTrainedModel, policy: LoraConfig, compute: Compute) -> None:
+        super().__init__()
+        self.compute = compute
+        base.requires_grad_(False)
+        self.peft = get_peft_model(base, policy, adapter_name="policy")
+        head_dtype = torch.promote_types(compute.dtype, torch.float32)
+        self.reward_head = ScalarHead(base.config.hidden_size, bias=False, dtype=head_dtype).requires_grad_(False)
+        self.value_head = ScalarHead(base.config.hidden_size, bias=True, dtype=head_dtype)
+        self.reward_mean, self.reward_std = 0.0, 1.0
+        self.to(compute.device)
+        self.eval()  # no dropout in RL; all dropout is switched off for good below, so train() cannot bring it back
+        for module in self.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        self._layers = [m for m in self.peft.modules() if isinstance(m, LoraLayer)]
+        _check_plain_head(base)
+
+    @property
+    def causal(self) -> PreTrainedModel:
+        """The causal model with its adapters in place."""
+        return self.peft.get_base_model()
+
+    def load_reward(self, folder: Path, mean: float, std: float) -> None:
+        """Puts a trained reward adapter and its head on the base, and starts the value adapter and head from them.
+
+        Raises:
+            UserError: the folder holds no score head (a reward model saved without it scores at random).
+        """
+        state = load_file(folder / ADAPTER_FILE)
+        if _SCORE_KEY not in state:
+            raise UserError(f"{folder} holds no score head ({_SCORE_KEY}); train the reward model again")
+        head = state.pop(_SCORE_KEY)
+        saved = LoraConfig.from_pretrained(str(folder))
+        for name in ("reward", "value"):
+            config = LoraConfig(
+                r=saved.r,
+                lora_alpha=saved.lora_alpha,
+                target_modules=saved.target_modules,
+                use_rslora=saved.use_rslora,
+                use_dora=saved.use_dora,
+                task_type="CAUSAL_LM",
+            )
+            self.peft.add_adapter(name, config)
+            result = set_peft_model_state_dict(self.peft, dict(state), adapter_name=name)
+            if result.unexpected_keys:
+                raise UserError(f"{folder} was made for another model: it holds {result.unexpected_keys[0]}")
+        with torch.no_grad():
+            self.reward_head.weight.copy_(head)
+            # The value head starts as the *normalised* score, which is what the returns are made of.
+            self.value_head.weight.copy_(head / std)
+            self.value_head.bias.fill_(-mean / std)
+        self.reward_mean, self.reward_std = mean, std
+        for name, parameter in self.peft.named_parameters():
+            parameter.requires_grad_(".policy." in name or ".value." in name)
+        self.to(self.compute.device)
+        self._layers = [m for m in self.peft.modules() if isinstance(m, LoraLayer)]
+
+    def trainable(self, role: Literal["policy", "value"]) -> dict[str, nn.Parameter]:
+        """The parameters that the role's loss changes, by name."""
+        named = {n: p for n, p in self.peft.named_parameters() if f".{role}." in n}
+        if role == "value":
+            named |= {f"value_head.{n}": p for n, p in self.value_head.named_parameters()}
+        return named
+
+    @contextlib.contextmanager
+    def role(self, role: Role) -> Iterator[None]:
+        """Inside, the base answers as `role`. `requires_grad` is inside and afterwards as it was found."""
+        found = [(p, p.requires_grad) for p in self.peft.parameters()]
+        try:
+            if role == "reference":
+                for layer in self._layers:
+                    layer.enable_adapters(False)
+            else:
+                for layer in self._layers:
+                    layer.enable_adapters(True)
+                    layer.set_adapter(role)
+            for parameter, requires_grad in found:
+                parameter.requires_grad_(requires_grad)
+            yield
+        finally:
+            for layer in self._layers:
+                layer.enable_adapters(True)
+                layer.set_adapter("policy")
+            for parameter, requires_grad in found:
+                parameter.requires_grad_(requires_grad)
+
+    @contextlib.contextmanager
+    def merged_policy(self) -> Iterator[PreTrainedModel]:
+        """Inside, the policy as a plain model for fast sampling: the adapter is added into *copies* of the base weights.
+
+        Leaving puts the very same base tensors back, so the reference stays bit-identical (subtracting the adapter again
+        would not). A quantised base cannot be merged; it samples with the adapter on.
+        """
+        mergeable = all(
+            type(layer.get_base_layer()).__module__.startswith(("torch.", "transformers.")) for layer in self._layers
+        )
+        if not mergeable or any(config.use_dora for config in self.peft.peft_config.values()):
+            with self.role("policy"):
+                yield self.causal
+            return
+        kept: list[tuple[nn.Parameter, Tensor]] = []
+        try:
+            with self.role("reference"):
+                for layer in self._layers:
+                    weight = layer.get_base_layer().weight
+                    kept.append((weight, weight.data))
+                    weight.data = (weight.data + layer.get_delta_weight("policy")).to(weight.dtype)
+                yield self.causal
+        finally:
+            for weight, data in kept:
+                weight.data = data
+
+    def hidden(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+        """Last hidden states (B, T, d) of whoever has the role; positions count real tokens, whatever the padding."""
+        position_ids = (mask.long().cumsum(dim=1) - 1).clamp_min(0)
+        with self.compute.autocast(), direct_casting(self.peft, self.compute):
+            output = backbone(self.causal)(
+                input_ids=input_ids, attention_mask=mask.long(), position_ids=position_ids, use_cache=False
+            )
+        return output.last_hidden_state
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Next-token logits (N, V) of flat hidden states (N, d): flat, so the head is one product and copies nothing."""
+        with self.compute.autocast():
+            return self.causal.get_output_embeddings()(hidden)
+
+    def values(self, hidden: Tensor) -> Tensor:
+        """Values of flat hidden states (N, d), fp32 or better."""
+        return self.value_head(hidden).squeeze(-1)
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        """Normalised scores of the last real token's hidden states (B, d): 0 is the mean of the demonstrations."""
+        return (self.reward_head(hidden).squeeze(-1) - self.reward_mean) / self.reward_std
+
+
+@torch.no_grad()
+def _check_plain_head(model: PreTrainedModel) -> None:
+    """Refuses a model whose logits are more than its output embedding of the last hidden state (soft caps, scales)."""
+    ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+    expected = model(input_ids=ids, use_cache=False).logits
+    got = model.get_output_embeddings()(backbone(model)(input_ids=ids, use_cache=False).last_hidden_state)
+    if not torch.allclose(got, expected, atol=1e-3, rtol=1e-3):
+        raise UserError(
+            f"{type(model).__name__} changes its logits after the output embedding, which PPO does not support"
+        )

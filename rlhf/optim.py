@@ -1,0 +1,49 @@
+"""Optimisers and schedules of PPO. The two supervised stages use the same ones through transformers' Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import get_scheduler
+
+from rlhf.config import StageConfig
+
+#: bitsandbytes keeps tensors with fewer elements than this in 32 bits (its own default): heads, norms, biases.
+MIN_8BIT_SIZE = 4096
+#: The floor of `cosine_with_min_lr`, as a share of the peak (InstructGPT, appendix C).
+MIN_LR_RATE = 0.1
+
+
+def build_optimizer(groups: Sequence[dict[str, Any]], config: StageConfig) -> torch.optim.Optimizer:
+    """AdamW over parameter groups (`params`, and `lr` where it differs), with 8-bit or 32-bit states."""
+    settings: dict[str, Any] = {
+        "lr": config.learning_rate,
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "eps": config.adam_epsilon,
+        "weight_decay": config.weight_decay,
+    }
+    if config.optim == "adamw_8bit":
+        import bitsandbytes
+
+        return bitsandbytes.optim.AdamW8bit(list(groups), min_8bit_size=MIN_8BIT_SIZE, **settings)
+    return torch.optim.AdamW(list(groups), **settings)
+
+
+def build_scheduler(
+    optimizer: torch.optim.Optimizer, config: StageConfig, num_updates: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """The course of the step size over optimiser updates (not episodes)."""
+    return get_scheduler(
+        config.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=config.warmup_steps,
+        num_training_steps=num_updates,
+        scheduler_specific_kwargs=scheduler_kwargs(config),
+    )
+
+
+def scheduler_kwargs(config: StageConfig) -> dict[str, float]:
+    """What the chosen schedule needs besides its length."""
+    return {"min_lr_rate": MIN_LR_RATE} if config.lr_scheduler_type == "cosine_with_min_lr" else {}

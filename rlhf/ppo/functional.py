@@ -1,0 +1,295 @@
+"""The maths of PPO with a KL penalty: masks, log-probabilities, KL, token rewards, GAE, whitening, losses.
+
+Pure functions of tensors and numbers; nothing is mutated and torch is the only import.
+
+Shapes: `B` sequences, `R` padded response length in tokens, `V` vocabulary; `...` is any leading shape.
+
+Masks are boolean (B, R), True = counts, and every row is a non-empty prefix: True ... True False ... False.
+
+- Where a function takes a mask, its result is zero (or False) outside it, and what lies there, NaN and inf included,
+  reaches neither a result nor a gradient. Inputs are therefore zeroed *before* any arithmetic: zeroing afterwards would
+  still send 0 * NaN = NaN backwards.
+- The functions without a mask (`kl_*`, `sequence_logprobs`, `entropy`, `full_kl`) never mix two positions, so
+  `masked_sum` of their result leaves out whatever was computed at padding. That holds for values: in a loss, NaN in
+  their own input still gives that position a NaN gradient.
+- NaN at a token that counts is never hidden.
+
+Floats are computed and returned in at least fp32: lower precision is raised, float64 stays.
+
+Errors: `ValueError` for shapes that differ (with both), and for a mask that is not boolean, not a prefix or has a row
+without a token (with the row).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# ---- masks ----------------------------------------------------------------------------------------------------------
+
+
+def prefix_mask(lengths: Tensor, size: int) -> Tensor:
+    """The mask of rows with these many tokens: mask[b, t] = t < lengths[b].
+
+    Args: lengths (B,) integers, in tokens, each from 1 to `size`; size: padded length R.
+    Returns: (B, R) bool. Raises `ValueError` for a length out of that range.
+    """
+    if lengths.ndim != 1 or lengths.is_floating_point() or lengths.dtype == torch.bool:
+        raise ValueError(f"lengths must be integers of shape (B,), got {lengths.dtype} {tuple(lengths.shape)}")
+    outside = (lengths < 1) | (lengths > size)
+    if outside.any():
+        row = int(outside.int().argmax())
+        raise ValueError(f"lengths[{row}] is {int(lengths[row])}, must be from 1 to size = {size}")
+    return torch.arange(size, device=lengths.device) < lengths[:, None]  # (B, R)
+
+
+def masked_sum(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
+    """Sum of x over the mask: everything as a scalar, or along one dimension (dim=1: one sum per sequence, (B,)).
+
+    Args: x (B, R), floating or boolean; mask (B, R). The gradient is zero outside the mask.
+    """
+    _check(mask.shape, mask=mask, x=x)
+    return _masked(x, mask).sum() if dim is None else _masked(x, mask).sum(dim)
+
+
+def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
+    """`masked_sum` divided by the number of tokens summed; 0 where there are none (a column of padding, with dim=0).
+
+    For metrics, or a loss over the whole minibatch at once. A mean of microbatch means is not the minibatch's mean:
+    with accumulation, add up `masked_sum` and divide by the minibatch's token count.
+    """
+    total = masked_sum(x, mask, dim)
+    count = mask.sum() if dim is None else mask.sum(dim)
+    return total / count.clamp(min=1)
+
+
+def whiten(x: Tensor, mask: Tensor) -> Tensor:
+    """(x - mean) / std over all masked-in elements; population variance (divides by the count, ddof 0), zero mean.
+
+    Args: x (B, R), in PPO the advantages of the whole rollout, after returns are formed; mask (B, R).
+    Returns: (B, R). A single element, or elements equal up to rounding, give zeros.
+    """
+    _check(mask.shape, mask=mask, x=x)
+    centred, variance = _moments(x, mask)
+    # No epsilon under the root, unlike lm-human-preferences (1e-8): the degenerate case is decided by `_moments`, and
+    # small advantages are whitened as exactly as large ones.
+    return centred * variance.rsqrt().masked_fill(variance == 0, 0.0)
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+    """1 - Var(returns - values) / Var(returns), over masked-in elements; population variance.
+
+    1: the values predict the returns up to a constant. 0: no better than a constant. Below 0: worse than one.
+
+    Args: values, returns, mask (B, R). Returns: a scalar, detached; 0 where Var(returns) = 0.
+    Source: openai/baselines, common/math_util.py, which gives NaN there.
+    """
+    _check(mask.shape, mask=mask, values=values, returns=returns)
+    values, returns = _masked(values.detach(), mask), _masked(returns.detach(), mask)
+    _, unexplained = _moments(returns - values, mask)
+    _, total = _moments(returns, mask)
+    return torch.where(total == 0, 0.0, 1 - unexplained / total)
+
+
+# ---- log-probabilities and KL ---------------------------------------------------------------------------------------
+
+
+def sequence_logprobs(logits: Tensor, tokens: Tensor, *, temperature: float) -> Tensor:
+    """log pi(token) under softmax(logits / temperature): the scaled logit of the token minus the log-sum-exp of all.
+
+    Position t of `logits` must already be the prediction *of* position t of `tokens` (the caller slices P-1:-1).
+
+    Args: logits (..., V); tokens (...) int64 from 0 to V - 1; temperature > 0, the sampler's own.
+    Returns: (...), in nats. Gathering first spares the second (..., V) tensor that a log-softmax would write, at the
+    price of rounding on the scale of the logits: about 4e-6 nats in fp32 for logits around 50.
+    """
+    _check(logits.shape[:-1], tokens=tokens)
+    picked = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)  # (...)
+    return _tempered(picked, temperature) - _tempered(logits, temperature).logsumexp(-1)
+
+
+def entropy(logits: Tensor, *, temperature: float) -> Tensor:
+    """H(pi) = -sum_v pi_v log pi_v with pi = softmax(logits / temperature), per position, in nats.
+
+    Args: logits (..., V), where -inf means a token that cannot be drawn and adds 0. Returns: (...), from 0 to log V.
+    """
+    logprobs = _tempered(logits, temperature).log_softmax(-1)
+    probs = logprobs.exp()
+    return -(probs * logprobs.masked_fill(probs == 0, 0.0)).sum(-1)  # 0 log 0 = 0, and not 0 * -inf = NaN
+
+
+def full_kl(logits: Tensor, ref_logits: Tensor, *, temperature: float) -> Tensor:
+    """KL(pi || ref) = sum_v pi_v (log pi_v - log ref_v), exact over the vocabulary, per position, in nats.
+
+    Args: logits, ref_logits (..., V); the temperature divides both. Returns: (...), not negative up to rounding;
+    inf where pi can draw a token that ref cannot.
+    """
+    _check(logits.shape, ref_logits=ref_logits)
+    logprobs = _tempered(logits, temperature).log_softmax(-1)
+    ref_logprobs = _tempered(ref_logits, temperature).log_softmax(-1)
+    probs = logprobs.exp()
+    return (probs * (logprobs - ref_logprobs).masked_fill(probs == 0, 0.0)).sum(-1)
+
+
+def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """k1 = log pi - log ref on tokens drawn from pi: unbiased for KL(pi || ref), of either sign; nats per token.
+
+    This is the one in the reward. Args: (B, R) each, or any one shape; returns that shape.
+    Source of k1, k2 and k3: Schulman 2020, Approximating KL Divergence, joschu.net/blog/kl-approx.html.
+    """
+    _check(logprobs.shape, ref_logprobs=ref_logprobs)
+    return _upcast(logprobs) - _upcast(ref_logprobs)
+
+
+def kl_k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """k2 = k1^2 / 2: biased, low variance, never negative; nats per token. Arguments and source as `kl_k1`."""
+    return 0.5 * kl_k1(logprobs, ref_logprobs).square()
+
+
+def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """k3 = exp(-k1) - 1 + k1: unbiased, low variance, never negative; nats per token. Arguments and source as `kl_k1`.
+
+    In Schulman's letters (r - 1) - log r with r = ref / pi, tokens drawn from pi.
+    """
+    k1 = kl_k1(logprobs, ref_logprobs)
+    return torch.expm1(-k1) + k1  # expm1: for small k1, exp(-k1) - 1 would cancel to noise
+
+
+# ---- rewards and advantages -----------------------------------------------------------------------------------------
+
+
+def token_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, *, kl_coef: float) -> Tensor:
+    """r_t = -kl_coef * (log pi(t) - log ref(t)), plus the score at the last real token.
+
+    Args: scores (B,); logprobs, ref_logprobs (B, R) of the sampled tokens under policy and reference; mask (B, R);
+    kl_coef: reward per nat. Returns: (B, R), detached: a reward is data. The KL is k1, unclamped, of either sign.
+    Source: Ziegler et al. 2019, section 2. summarize_from_feedback_details and TRL put the score one position later,
+    after the stop token; here it is on it, where `gae` ends too.
+    """
+    _check(mask.shape, mask=mask, logprobs=logprobs, ref_logprobs=ref_logprobs)
+    _check(mask.shape[:1], scores=scores)
+    penalty = kl_coef * kl_k1(_masked(logprobs.detach(), mask), _masked(ref_logprobs.detach(), mask))
+    is_last = mask & ~_next(mask)  # (B, R), True once a row
+    return torch.where(is_last, _upcast(scores.detach()).unsqueeze(1), 0.0) - penalty
+
+
+def gae(values: Tensor, rewards: Tensor, mask: Tensor, *, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation, with the returns that the value function is trained towards.
+
+        delta_t  = r_t + gamma V_{t+1} - V_t
+        A_t      = sum_l (gamma lam)^l delta_{t+l} = delta_t + gamma lam A_{t+1}
+        return_t = A_t + V_t
+
+    V_t is read *before* token t, and V is 0 after the last real token: a response that ran out of length ends there
+    like one that stopped.
+
+    Args: values, rewards, mask (B, R); gamma, lam from 0 to 1.
+    Returns: advantages and returns, (B, R) each, detached: both are targets.
+    Source: Schulman et al. 2015, High-Dimensional Continuous Control Using GAE, eq. 16.
+    """
+    _check(mask.shape, mask=mask, values=values, rewards=rewards)
+    values, rewards = _masked(values.detach(), mask), _masked(rewards.detach(), mask)
+    deltas = rewards + gamma * _next(values) - values  # zero outside the mask, so advantages are as well
+    advantages = torch.zeros_like(deltas)
+    advantage = torch.zeros_like(deltas[:, 0])
+    for t in reversed(range(deltas.shape[1])):
+        advantage = deltas[:, t] + gamma * lam * advantage
+        advantages[:, t] = advantage
+    return advantages, advantages + values
+
+
+# ---- losses ---------------------------------------------------------------------------------------------------------
+
+
+def policy_loss(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, *, clip_range: float
+) -> tuple[Tensor, Tensor]:
+    """The clipped surrogate, negated: max(-A r, -A clip(r, 1 - clip_range, 1 + clip_range)), r = pi / pi_old.
+
+    Args: logprobs (B, R), the only input that gets a gradient; old_logprobs, advantages, mask (B, R).
+    Returns: the loss per token (B, R), for the caller to sum and divide; and `clipped` (B, R) bool, where the clipped
+    side is the strictly larger one, so that the token has no gradient.
+    Source: Schulman et al. 2017, Proximal Policy Optimization Algorithms, eq. 7.
+    """
+    _check(mask.shape, mask=mask, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
+    advantages = _masked(advantages.detach(), mask)
+    ratio = torch.exp(_masked(logprobs, mask) - _masked(old_logprobs.detach(), mask))  # 1 outside the mask
+    plain_loss = -advantages * ratio
+    clipped_loss = -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
+    return torch.maximum(plain_loss, clipped_loss), clipped_loss > plain_loss
+
+
+def value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, clip_range_value: float | None
+) -> tuple[Tensor, Tensor]:
+    """0.5 max((V - return)^2, (V_clip - return)^2), V_clip = V held within clip_range_value of the old value.
+
+    Args: values (B, R), the only input that gets a gradient; old_values, returns, mask (B, R); clip_range_value in
+    units of the value, None for the plain 0.5 (V - return)^2.
+    Returns: the loss per token (B, R), for the caller to sum and divide; and `clipped` (B, R) bool, where the clipped
+    error is the strictly larger one.
+    Source: openai/lm-human-preferences, train_policy.py, `loss`.
+    """
+    _check(mask.shape, mask=mask, values=values, old_values=old_values, returns=returns)
+    values, old_values, returns = (_masked(x, mask) for x in (values, old_values.detach(), returns.detach()))
+    plain_error = (values - returns).square()
+    if clip_range_value is None:
+        return 0.5 * plain_error, torch.zeros_like(mask)
+    # Clamped itself, not as old + clamp(V - old): that sum rounds, and would call values inside the range clipped.
+    clipped_values = values.clamp(old_values - clip_range_value, old_values + clip_range_value)
+    clipped_error = (clipped_values - returns).square()
+    return 0.5 * torch.maximum(plain_error, clipped_error), clipped_error > plain_error
+
+
+# ---- private --------------------------------------------------------------------------------------------------------
+
+
+def _check(shape: torch.Size, mask: Tensor | None = None, **tensors: Tensor) -> None:
+    """Raises `ValueError` unless all tensors have this shape and the mask, if any, is a boolean non-empty prefix."""
+    for name, tensor in tensors.items():
+        if tensor.shape != shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
+    if mask is None:
+        return
+    if mask.dtype != torch.bool or mask.ndim != 2 or mask.numel() == 0:
+        raise ValueError(f"mask must be a non-empty boolean (B, R), got {mask.dtype} {tuple(shape)}")
+    holes = (mask[:, 1:] & ~mask[:, :-1]).any(1)  # (B,): a True after a False
+    wrong = holes | ~mask[:, 0]
+    if wrong.any():  # the one wait for the device
+        row = int(wrong.int().argmax())
+        problem = "is not a prefix True ... True False ... False" if mask[row].any() else "has no token (all False)"
+        raise ValueError(f"mask {tuple(shape)}: row {row} {problem}")
+
+
+def _upcast(x: Tensor) -> Tensor:
+    """x in at least fp32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _masked(x: Tensor, mask: Tensor) -> Tensor:
+    """x in at least fp32, zero outside the mask, and so is its gradient."""
+    return torch.where(mask, _upcast(x), 0.0)
+
+
+def _next(x: Tensor) -> Tensor:
+    """x at t + 1, zero or False after the end: (B, R) -> (B, R)."""
+    return torch.cat([x[:, 1:], torch.zeros_like(x[:, :1])], dim=1)
+
+
+def _tempered(logits: Tensor, temperature: float) -> Tensor:
+    """logits / temperature in at least fp32, without a copy at temperature 1: (..., V) is the largest tensor of PPO."""
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0, got {temperature}")
+    return _upcast(logits) if temperature == 1 else _upcast(logits) / temperature
+
+
+def _moments(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """x - mean (B, R), zero outside the mask, and the population variance, a scalar: exactly 0 if it is rounding only.
+
+    Seven times 0.1 has an fp32 variance of 6e-17 and not 0, and dividing by its root would make +-1 out of nothing.
+    """
+    x, count = _masked(x, mask), mask.sum()
+    centred = _masked(x - x.sum() / count, mask)
+    variance = centred.square().sum() / count
+    rounding = 8 * torch.finfo(x.dtype).eps * x.abs().max()
+    return centred, variance.masked_fill(variance.sqrt() <= rounding, 0.0)

@@ -1,0 +1,122 @@
+"""prompts -> responses -> log-probabilities, values, scores -> Rollout. No gradients here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlhf.models import SharedModels
+from rlhf.ppo import forward
+from rlhf.ppo.types import Rollout, Sequences, length_sorted_batches
+from rlhf.sampling import Sampled, sample
+from rlhf.tokenization import pad
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """How responses are drawn. The same temperature divides the logits wherever log-probabilities are taken."""
+
+    max_new_tokens: int
+    temperature: float
+    stop_token_ids: list[int]
+    pad_token_id: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Penalties:
+    """What is taken off a raw score, in units of the score."""
+
+    missing_eos: float = 0.0
+    min_length: int = 0
+    short_response: float = 0.0
+
+    def apply(self, raw_scores: Tensor, stopped: Tensor, lengths: Tensor) -> Tensor:
+        """Scores (B,) less `missing_eos` where no stop token came, and `short_response` a token below `min_length`."""
+        missing_tokens = (self.min_length - lengths).clamp_min(0).to(raw_scores.dtype)
+        return raw_scores - self.missing_eos * (~stopped).to(raw_scores.dtype) - self.short_response * missing_tokens
+
+
+def respond(
+    models: SharedModels, prompts: Sequence[Sequence[int]], options: SamplingOptions, *, reference: bool, seed: int
+) -> tuple[Sequences, Sampled]:
+    """One response to each prompt, from the policy or the reference. The same seed gives the same responses."""
+    device = models.compute.device
+    ids, mask = pad(prompts, options.pad_token_id, side="left")
+    ids, mask = ids.to(device), mask.to(device)
+    generator = torch.Generator().manual_seed(seed)
+    source = models.role("reference") if reference else models.merged_policy()
+    with source:
+        sampled = sample(
+            models.causal,
+            ids,
+            mask,
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            stop_token_ids=options.stop_token_ids,
+            pad_token_id=options.pad_token_id,
+            generator=generator,
+        )
+    return Sequences(prompts=ids, prompt_mask=mask, responses=sampled.responses, mask=sampled.mask), sampled
+
+
+@torch.no_grad()
+def evaluate_sequences(
+    models: SharedModels,
+    sequences: Sequences,
+    sampled: Sampled,
+    *,
+    temperature: float,
+    batch_size: int,
+    penalties: Penalties,
+) -> Rollout:
+    """Log-probabilities of policy and reference, values and scores of sampled sequences."""
+
+    def logprobs(batch: Sequences) -> Tensor:
+        return torch.stack(forward.token_logprobs(models, "policy", batch, temperature))
+
+    policy, entropy = _in_batches(logprobs, sequences, batch_size, planes=2)
+    (reference,) = _in_batches(
+        lambda b: forward.token_logprobs(models, "reference", b, temperature)[0][None], sequences, batch_size, planes=1
+    )
+    (values,) = _in_batches(lambda b: forward.token_values(models, b)[None], sequences, batch_size, planes=1)
+    scores = sequences_scores(models, sequences, batch_size)
+    return Rollout(
+        prompts=sequences.prompts,
+        prompt_mask=sequences.prompt_mask,
+        responses=sequences.responses,
+        mask=sequences.mask,
+        stopped=sampled.stopped,
+        sampler_logprobs=sampled.logprobs,
+        logprobs=policy,
+        ref_logprobs=reference,
+        entropy=entropy,
+        values=values,
+        raw_scores=scores,
+        scores=penalties.apply(scores, sampled.stopped, sequences.mask.sum(dim=1)),
+    )
+
+
+@torch.no_grad()
+def sequences_scores(models: SharedModels, sequences: Sequences, batch_size: int) -> Tensor:
+    """Normalised scores (B,) of the reward model, in the order of the rows."""
+    scores: Tensor | None = None
+    for rows in length_sorted_batches(sequences.lengths, batch_size):
+        part = forward.sequence_scores(models, sequences.select(rows))
+        scores = part.new_zeros(len(sequences)) if scores is None else scores
+        scores[rows] = part
+    assert scores is not None
+    return scores
+
+
+def _in_batches(compute: Callable[[Sequences], Tensor], sequences: Sequences, size: int, *, planes: int) -> Tensor:
+    """Runs a per-token computation in length-sorted batches; results (planes, B, R) in the order of the rows."""
+    out: Tensor | None = None
+    for rows in length_sorted_batches(sequences.lengths, size):
+        part = compute(sequences.select(rows))
+        out = part.new_zeros(planes, *sequences.mask.shape) if out is None else out
+        out[:, rows, : part.shape[2]] = part
+    assert out is not None
+    return out

@@ -1,0 +1,489 @@
+"""One page about a whole run: what each stage gained, how PPO moved, what the policy says now, and how to read it.
+
+`python -m rlhf.report OUTPUT_DIR` makes `OUTPUT_DIR/report.html` again from the files that the stages left there. The
+page is a single file that opens from disk without a network. It shows only what those files say: nothing is measured
+here. Parts that are missing or half-written are named on the page, and the rest is still shown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import gzip
+import json
+import math
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rlhf.errors import UserError, run_command
+from rlhf.progress import format_seconds
+
+STAGES = ("sft", "reward", "ppo")
+SAMPLES_SHOWN = 20
+POINTS_PER_CURVE = 400
+"""Enough for a plot 500 pixels wide; a run of 100,000 steps would make a page of many megabytes otherwise."""
+
+MINUS, NO_FIGURE = "\N{MINUS SIGN}", "\N{EN DASH}"
+
+Results = Mapping[str, Any]
+
+# (figure in results["ppo"] without _before/_after, label, percent?, which way is better, what it is)
+COMPARED = (
+    ("score", "Reward model's score", False, 1, "What PPO is trained to raise."),
+    ("reward_positive", "Answers the reward model likes", True, 1, "Share with a score above 0."),
+    ("gold_positive", "Positive answers", True, 1, "Share that VADER, a judge PPO never saw, calls positive."),
+    ("gold_negative", "Negative answers", True, -1, "Share that VADER calls negative."),
+    ("distinct2", "Distinct word pairs", True, 0, "How varied the wording is. A collapse shows here first."),
+    ("length", "Length in tokens", False, 0, "A reward model may like length for its own sake."),
+    ("stop_rate", "Answers that end by themselves", True, 0, "The others were cut off at the limit."),
+)
+
+
+class Chart(NamedTuple):
+    """One plot of the page. Curves of which the files hold nothing are left out."""
+
+    title: str
+    curves: tuple[tuple[str, str, str], ...]
+    """Stage, metric, label."""
+    unit: str
+    note: str
+    """What to look for."""
+
+
+CHARTS = (
+    Chart(
+        "Reward score",
+        (("ppo", "objective/score", "score"), ("ppo", "objective/rlhf_reward", "score less KL cost")),
+        "",
+        "Should rise, then flatten.",
+    ),
+    Chart(
+        "KL from the SFT model",
+        (("ppo", "objective/kl", "KL"), ("ppo", "objective/kl_k3", "KL, k3 estimate")),
+        "nats per answer",
+        "Should grow slowly. A jump means the policy is leaving the language it knew.",
+    ),
+    Chart(
+        "Response length",
+        (("ppo", "response/length", "length"),),
+        "tokens",
+        "A steady climb or fall can be a trick played on the reward model.",
+    ),
+    Chart(
+        "PPO losses",
+        (("ppo", "ppo/policy_loss", "policy"), ("ppo", "ppo/value_loss", "value")),
+        "",
+        "The policy loss hovers near 0. The value loss should fall.",
+    ),
+    Chart(
+        "Entropy",
+        (("ppo", "objective/entropy", "entropy"),),
+        "nats",
+        "How undecided the policy is. Near 0 it says one thing only.",
+    ),
+    Chart(
+        "Explained variance",
+        (("ppo", "ppo/explained_variance", "explained variance"),),
+        "",
+        "How well the value head foresees the reward. 1 is perfect; 0 or less is no use.",
+    ),
+    Chart(
+        "SFT loss",
+        (("sft", "sft/loss", "training"), ("sft", "sft/eval_loss", "held out")),
+        "nats per token",
+        "Held out should fall with training. If it turns up, that is overfitting.",
+    ),
+    Chart(
+        "Reward model accuracy",
+        (("reward", "reward/accuracy", "training"), ("reward", "reward/eval_accuracy", "held out")),
+        "",
+        "Share of pairs in which the preferred answer gets the higher score. 0.5 is a coin.",
+    ),
+)
+
+
+def write_report(output_dir: str | Path) -> Path:
+    """Makes `output_dir/report.html` from `results.json` and whatever else is there, and returns its path.
+
+    Raises:
+        UserError: there is no `results.json`, or it is not JSON.
+    """
+    output_dir = Path(output_dir)
+    results = read_results(output_dir)
+    missing: list[str] = []
+    metrics = {stage: _read_rows(output_dir / stage / "metrics.jsonl", missing) for stage in STAGES}
+    samples = _read_rows(output_dir / "ppo" / "comparison.jsonl", missing)
+    card = _read_card(output_dir / "data" / "card.json", missing)
+    for stage in STAGES:
+        if not _section(results, stage):
+            missing.append(f"results.json has nothing about {stage}")
+    charts = [drawn for chart in CHARTS if (drawn := _draw(chart, metrics))]
+    timing = _timing_charts(results)
+    page = _template().render(
+        results=results,
+        headline=_headline(results),
+        stages=_stage_cards(results, card),
+        compared=_comparison_rows(_section(results, "ppo")),
+        samples=_pick_samples(samples),
+        samples_total=len(samples),
+        card=_flatten(card),
+        machine=_flatten(_section(results, "machine")),
+        artifacts=_section(results, "artifacts"),
+        charts=charts,
+        timing=timing,
+        plots=charts + timing,
+        missing=missing,
+        plotly=_plotly_gzip_base64() if charts or timing else "",
+    )
+    report = output_dir / "report.html"
+    partial = report.with_suffix(".partial")
+    partial.write_text(page, encoding="utf-8")
+    partial.replace(report)
+    return report
+
+
+def print_results(results: Results) -> None:
+    """The closing table on the terminal: each stage against what it is to be compared with."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="Results", title_justify="left", caption_justify="left", show_edge=False, pad_edge=False)
+    for column in ("stage", "measure", "before", "after"):
+        table.add_column(column, justify="right" if column in ("before", "after") else "left")
+    for row in _table_rows(results):
+        table.add_row(*row)
+    seconds, memory = _number(results.get("total_seconds")), _number(results.get("peak_rss_gb"))
+    total = f"{format_seconds(seconds)} in all" if seconds is not None else ""
+    table.caption = ", ".join(
+        part for part in (total, f"{memory:.1f} GB of memory" if memory is not None else "") if part
+    )
+    Console().print(table)
+
+
+def read_results(output_dir: Path) -> dict[str, Any]:
+    """`results.json` of a run, with NaN and infinity as None."""
+    file = output_dir / "results.json"
+    if not file.is_file():
+        raise UserError(f"{file} is not there; give the folder that a finished run wrote")
+    try:
+        # NaN is not JSON but Python writes it; to the page it is a figure that is not there.
+        results = json.loads(file.read_text(encoding="utf-8"), parse_constant=lambda _: None)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} is not readable as JSON ({error}); run the last stage again to rewrite it") from error
+    if not isinstance(results, dict):
+        raise UserError(f"{file} holds a {type(results).__name__}, not an object")
+    return results
+
+
+def read_jsonl(file: Path) -> tuple[list[dict[str, Any]], int]:
+    """The rows of a `.jsonl` file, and how many lines are not JSON objects (a killed run leaves half a line)."""
+    rows, bad = [], 0
+    with file.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line, parse_constant=lambda _: None)
+            except json.JSONDecodeError:
+                row = None
+            if isinstance(row, dict):
+                rows.append(row)
+            else:
+                bad += 1
+    return rows, bad
+
+
+def _read_rows(file: Path, missing: list[str]) -> list[dict[str, Any]]:
+    name = f"{file.parent.name}/{file.name}"
+    if not file.is_file():
+        missing.append(f"{name} is not there")
+        return []
+    rows, bad = read_jsonl(file)
+    if bad:
+        missing.append(f"{name}: {bad} unreadable line{'s' if bad > 1 else ''} left out")
+    elif not rows:
+        missing.append(f"{name} is empty")
+    return rows
+
+
+def _read_card(file: Path, missing: list[str]) -> dict[str, Any]:
+    try:
+        card = json.loads(file.read_text(encoding="utf-8"), parse_constant=lambda _: None)
+    except FileNotFoundError:
+        return {}  # not missing: a run on the user's own files has no data card
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        missing.append("data/card.json is not readable as JSON")
+        return {}
+    return card if isinstance(card, dict) else {}
+
+
+# --- What the page says ---------------------------------------------------------------------------------------------
+
+
+def _headline(results: Results) -> str:
+    """The outcome in a sentence or two. The judge that PPO never saw has the last word, when there is one."""
+    ppo = _section(results, "ppo")
+    before, after, kl = (_number(ppo.get(key)) for key in ("score_before", "score_after", "kl"))
+    if before is None or after is None:
+        return ""
+    change = "raised" if after > before else "lowered" if after < before else "kept"
+    text = f"PPO {change} the reward model's score on held-out prompts from {_text(before)} to {_text(after)}"
+    text += f", {kl:.1f} nats away from the SFT model." if kl is not None else "."
+    gold_before, gold_after = (_number(ppo.get(f"gold_positive_{when}")) for when in ("before", "after"))
+    if gold_before is None or gold_after is None:
+        return text
+    judge = f" VADER, a judge it never saw, finds {gold_after:.0%} of the answers positive ({gold_before:.0%} before)."
+    if after > before and gold_after <= gold_before:
+        judge += " The score rose without the thing it stands for, which is over-optimisation."
+    return text + judge
+
+
+def _stage_cards(results: Results, card: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The chain data -> SFT -> reward model -> PPO, each with its figure and the marks to read it against."""
+    return [_data_box(card, results), _sft_box(results), _reward_box(results), _ppo_box(results)]
+
+
+def _data_box(card: Mapping[str, Any], results: Results) -> dict[str, Any]:
+    counts = [(name, value) for name, value in _flatten(card) if value.replace(",", "").isdigit()][:4]
+    pairs = _number(_section(results, "reward").get("pairs"))
+    if not counts and pairs is not None:
+        counts = [("preference pairs", f"{pairs:,.0f}")]
+    return {"name": "Data", "id": "data", "counts": counts}
+
+
+def _sft_box(results: Results) -> dict[str, Any]:
+    sft = _section(results, "sft")
+    before, after = _number(sft.get("eval_loss_before")), _number(sft.get("eval_loss_after"))
+    top = max([value for value in (before, after) if value is not None] + [1e-9])
+    return {
+        "name": "SFT", "id": "sft", "figure": _text(after), "what": "held-out loss, nats per token; lower is better",
+        "low": "0", "high": _text(top),
+        "marks": _marks(0, top, ("before", before, "base"), ("after", after, "main")), "seconds": _seconds(sft),
+    }  # fmt: skip
+
+
+def _reward_box(results: Results) -> dict[str, Any]:
+    reward = _section(results, "reward")
+    accuracy, others, ceiling, vader = (
+        _number(reward.get(key)) for key in ("accuracy", "accuracy_held_out_raters", "human_ceiling", "vader_accuracy")
+    )
+    return {
+        "name": "Reward model", "id": "reward", "figure": _percent(accuracy),
+        "what": "held-out pairs ranked as people do",
+        "low": "50% (a coin)", "high": "100%",
+        "marks": _marks(
+            0.5, 1, ("reward model", accuracy, "main"), ("raters it never saw", others, "second"),
+            ("VADER", vader, "base"), ("human ceiling", ceiling, "ceiling"), text=_percent,
+        ),
+        "seconds": _seconds(reward),
+    }  # fmt: skip
+
+
+def _ppo_box(results: Results) -> dict[str, Any]:
+    """On the user's own data there is no judge that PPO never saw; then the reward model's score has to do."""
+    ppo = _section(results, "ppo")
+    before, after = _number(ppo.get("gold_positive_before")), _number(ppo.get("gold_positive_after"))
+    box = {"name": "PPO", "id": "ppo", "seconds": _seconds(ppo)}
+    if after is not None:
+        marks = _marks(0, 1, ("SFT", before, "base"), ("PPO", after, "main"), text=_percent)
+        what = "of answers are positive, says VADER"
+        return {**box, "figure": _percent(after), "what": what, "low": "0%", "high": "100%", "marks": marks}
+    before, after = _number(ppo.get("score_before")), _number(ppo.get("score_after"))
+    known = [value for value in (before, after, 0.0) if value is not None]
+    low, high = min(known), max([*known, min(known) + 1e-9])
+    marks = _marks(low, high, ("SFT", before, "base"), ("PPO", after, "main"))
+    what = "reward model's score on held-out prompts"
+    return {**box, "figure": _text(after), "what": what, "low": _text(low), "high": _text(high), "marks": marks}
+
+
+def _marks(low: float, high: float, *marks: tuple[str, float | None, str], text: Any = None) -> list[dict[str, Any]]:
+    """Where each known value sits on a scale from `low` to `high`, in percent of its width."""
+    return [
+        {"label": label, "text": (text or _text)(value), "kind": kind,
+         "at": round(100 * min(1.0, max(0.0, (value - low) / (high - low))), 1)}
+        for label, value, kind in marks if value is not None
+    ]  # fmt: skip
+
+
+def _comparison_rows(ppo: Results) -> list[dict[str, str]]:
+    """The table of before (SFT) and after (PPO). Changes are called good or bad only where that is known."""
+    rows = []
+    for key, label, percent, better, note in COMPARED:
+        before, after = _number(ppo.get(f"{key}_before")), _number(ppo.get(f"{key}_after"))
+        if before is None and after is None:
+            continue
+        text = _percent if percent else _text
+        change, verdict = "", ""
+        if before is not None and after is not None:
+            change = f"{100 * (after - before):+.1f} pts" if percent else f"{after - before:+.3g}"
+            verdict = "" if not better or after == before else "good" if (after > before) == (better > 0) else "bad"
+        rows.append({"label": label, "before": text(before), "after": text(after), "change": change.replace("-", MINUS),
+                     "verdict": verdict, "note": note})  # fmt: skip
+    kl = _number(ppo.get("kl"))
+    if kl is not None:
+        note = "How far PPO went from the SFT model, in nats per answer."
+        rows.append({"label": "KL", "before": "0", "after": _text(kl), "change": "", "verdict": "", "note": note})
+    return rows
+
+
+def _table_rows(results: Results) -> list[tuple[str, str, str, str]]:
+    sft, reward, ppo = (_section(results, stage) for stage in STAGES)
+    rows = [
+        (
+            "SFT",
+            "held-out loss",
+            _text(_number(sft.get("eval_loss_before"))),
+            _text(_number(sft.get("eval_loss_after"))),
+        )
+    ]
+    for key, label in (
+        ("accuracy", "held-out accuracy"), ("accuracy_held_out_raters", "  raters it never saw"),
+        ("vader_accuracy", "  VADER, for comparison"), ("human_ceiling", "  human ceiling"),
+    ):  # fmt: skip
+        rows.append(("reward", label, "", _percent(_number(reward.get(key)))))
+    rows += [("PPO", row["label"], row["before"], row["after"]) for row in _comparison_rows(ppo)]
+    return [row for row in rows if row[2] not in ("", NO_FIGURE) or row[3] not in ("", NO_FIGURE)]
+
+
+def _pick_samples(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Evenly spaced over the file: a choice by score would show the best and hide the rest."""
+    count = min(SAMPLES_SHOWN, len(rows))
+    picked = []
+    for index in range(count):
+        row = rows[index * len(rows) // count]
+        before, after = _number(row.get("sft_score")), _number(row.get("ppo_score"))
+        gain = after - before if before is not None and after is not None else None
+        picked.append({
+            "prompt": str(row.get("prompt") or ""), "sft": str(row.get("sft_response") or "").strip(),
+            "ppo": str(row.get("ppo_response") or "").strip(), "sft_score": before, "ppo_score": after, "gain": gain,
+        })  # fmt: skip
+    return picked
+
+
+# --- Plots ----------------------------------------------------------------------------------------------------------
+
+
+def _draw(chart: Chart, metrics: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any] | None:
+    traces = []
+    for stage, metric, label in chart.curves:
+        points = [(row.get("step"), value) for row in metrics[stage] if (value := _number(row.get(metric))) is not None]
+        if points:
+            points = _thin(points)
+            traces.append({"name": label, "x": [x for x, _ in points], "y": [float(f"{y:.5g}") for _, y in points]})
+    if not traces:
+        return None
+    return {"title": chart.title, "unit": chart.unit, "note": chart.note, "kind": "lines", "traces": traces}
+
+
+def _thin(points: list[Any]) -> list[Any]:
+    """At most `POINTS_PER_CURVE` of them, evenly spaced, the last one included."""
+    if len(points) <= POINTS_PER_CURVE:
+        return points
+    last = len(points) - 1
+    return [points[index * last // (POINTS_PER_CURVE - 1)] for index in range(POINTS_PER_CURVE)]
+
+
+def _timing_charts(results: Results) -> list[dict[str, Any]]:
+    rows = [row for row in results.get("phases") or [] if isinstance(row, Mapping)]
+    labels = [f"{row.get('stage', '')} · {row.get('phase', '')}" for row in rows]
+    charts = []
+    for title, key, unit in (
+        ("Time", "seconds", "seconds"),
+        ("Peak memory", "peak_rss_gb", "GB"),
+        ("Peak GPU memory", "peak_cuda_gb", "GB"),
+    ):
+        bars = [
+            (label, value)
+            for label, row in zip(labels, rows, strict=True)
+            if (value := _number(row.get(key))) is not None
+        ]
+        if bars:
+            trace = {"name": title, "x": [value for _, value in bars], "y": [label for label, _ in bars]}
+            charts.append({"title": title, "unit": unit, "note": "", "kind": "bars", "traces": [trace]})
+    return charts
+
+
+@cache
+def _plotly_gzip_base64() -> str:
+    """plotly.js, 4.8 MB, as 2 MB of text, which the page inflates itself (`DecompressionStream`)."""
+    from plotly.offline import get_plotlyjs
+
+    return base64.b64encode(gzip.compress(get_plotlyjs().encode("utf-8"), compresslevel=9, mtime=0)).decode("ascii")
+
+
+# --- Small things ---------------------------------------------------------------------------------------------------
+
+
+def _template() -> Any:
+    from jinja2 import Environment, PackageLoader
+
+    # autoescape is what keeps a <script> in a model's answer from running; no value is ever marked safe
+    environment = Environment(loader=PackageLoader("rlhf"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters.update(text=_text, score=_score, duration=_duration)
+    return environment.get_template("report.html.j2")
+
+
+def _section(results: Results, name: str) -> dict[str, Any]:
+    section = results.get(name)
+    return section if isinstance(section, dict) else {}
+
+
+def _number(value: Any) -> float | None:
+    """The value if it is a finite number, else None; figures may be null, absent, or NaN in a run that diverged."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def _text(value: float | None) -> str:
+    if value is None:
+        return NO_FIGURE
+    text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return text.replace("-", MINUS)
+
+
+def _score(value: float | None) -> str:
+    return NO_FIGURE if value is None else f"{value:.2f}".replace("-", MINUS)
+
+
+def _percent(value: float | None) -> str:
+    return NO_FIGURE if value is None else f"{value:.1%}"
+
+
+def _duration(value: Any) -> str:
+    seconds = _number(value)
+    return NO_FIGURE if seconds is None else format_seconds(seconds)
+
+
+def _seconds(section: Results) -> str:
+    return _duration(section.get("seconds"))
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested counts as lines for a table: `{"prompts": {"train": 900}}` -> `[("prompts · train", "900")]`."""
+    lines: list[tuple[str, str]] = []
+    for name, value in tree.items():
+        label = f"{prefix}{str(name).replace('_', ' ')}"
+        if isinstance(value, Mapping):
+            lines += _flatten(value, f"{label} · ")
+        elif isinstance(value, bool | str):
+            lines.append((label, str(value)))
+        elif isinstance(value, int | float):
+            lines.append((label, f"{value:,}" if isinstance(value, int) else _text(_number(value))))
+        elif isinstance(value, list) and all(isinstance(entry, str | int | float) for entry in value):
+            lines.append((label, ", ".join(str(entry) for entry in value)))
+    return lines
+
+
+def main() -> None:
+    """`python -m rlhf.report OUTPUT_DIR`"""
+    parser = argparse.ArgumentParser(prog="python -m rlhf.report", description="Make the report of a run again.")
+    parser.add_argument("output_dir", type=Path, help="the folder with results.json")
+    arguments = parser.parse_args()
+    print(write_report(arguments.output_dir))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,106 @@
+"""Sampling responses from a causal model: temperature only, nothing inherited from its generation config.
+
+A plain loop over the library's own cache. It samples from exactly the distribution that PPO scores: softmax(logits / T) over
+the whole vocabulary, no top-k, no top-p, no penalties. `model.generate` does the same work at a third of the speed on CPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+#: The batch is cut down to its unfinished rows once fewer than this share of it is still being written.
+_COMPACT_BELOW = 0.75
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampled:
+    """Responses of a batch of prompts."""
+
+    responses: Tensor
+    """(B, R) int64: sampled tokens, the stop token included, then padding."""
+    mask: Tensor
+    """(B, R) bool: True at sampled tokens; always a prefix of at least one token."""
+    logprobs: Tensor
+    """(B, R) fp32: log-probability of each token under the model that sampled it, nats; 0 where masked."""
+    stopped: Tensor
+    """(B,) bool: True where the response ended in a stop token within the length limit."""
+
+
+@torch.no_grad()
+def sample(
+    model: PreTrainedModel,
+    prompts: Tensor,
+    prompt_mask: Tensor,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    stop_token_ids: list[int],
+    pad_token_id: int,
+    generator: torch.Generator,
+) -> Sampled:
+    """Samples one response for each left-padded prompt (B, P).
+
+    Each step draws one uniform number for every row of the *whole* batch, finished or not, so a row's tokens do not depend on
+    when its neighbours finish.
+    """
+    size, device = prompts.shape[0], prompts.device
+    responses = torch.full((size, max_new_tokens), pad_token_id, dtype=torch.long, device=device)
+    logprobs = torch.zeros(size, max_new_tokens, dtype=torch.float32, device=device)
+    mask = torch.zeros(size, max_new_tokens, dtype=torch.bool, device=device)
+    stopped = torch.zeros(size, dtype=torch.bool, device=device)
+    stops = torch.tensor(stop_token_ids, device=device)
+
+    cache = DynamicCache(config=model.config)
+    attention = prompt_mask.long()
+    position = attention.sum(dim=1, keepdim=True)  # of the next token, per row
+    logits = model(
+        input_ids=prompts,
+        attention_mask=attention,
+        position_ids=(attention.cumsum(dim=1) - 1).clamp_min(0),
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    ).logits[:, -1]
+    rows = torch.arange(size, device=device)  # which rows of the batch are still in the model's batch
+    for t in range(max_new_tokens):
+        uniform = torch.rand(size, 1, generator=generator, device=generator.device).to(device)
+        tokens, token_logprobs = _draw(logits, uniform[rows], temperature)
+        live = ~stopped[rows]
+        responses[rows, t] = torch.where(live, tokens, pad_token_id)
+        logprobs[rows, t] = torch.where(live, token_logprobs, 0.0)
+        mask[rows, t] = live
+        stopped[rows] |= live & torch.isin(tokens, stops)
+        live = ~stopped[rows]
+        if t + 1 == max_new_tokens or not live.any():
+            break
+        if live.sum() < _COMPACT_BELOW * len(rows):
+            keep = live.nonzero().squeeze(1)
+            rows, tokens, attention, position = rows[keep], tokens[keep], attention[keep], position[keep]
+            cache.batch_select_indices(keep)
+        attention = torch.cat([attention, attention.new_ones(len(rows), 1)], dim=1)
+        logits = model(
+            input_ids=tokens[:, None],
+            attention_mask=attention,
+            position_ids=position,
+            past_key_values=cache,
+            use_cache=True,
+        ).logits[:, -1]
+        position = position + 1
+    width = int(mask.sum(dim=1).max())
+    return Sampled(responses=responses[:, :width], mask=mask[:, :width], logprobs=logprobs[:, :width], stopped=stopped)
+
+
+def _draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """One token per row of (B, V) logits by inverse CDF, and its log-probability in fp32.
+
+    `torch.multinomial` draws a random number for every entry of the vocabulary, on one thread; this draws one a row.
+    """
+    logprobs = torch.log_softmax(logits.float() / temperature, dim=-1)
+    cdf = logprobs.exp().cumsum(dim=-1)
+    # right=True: the first index whose cdf exceeds u, so a token of probability 0 is never drawn, not even at u = 0.
+    tokens = torch.searchsorted(cdf, uniform * cdf[:, -1:], right=True).clamp_max(logits.shape[-1] - 1)
+    return tokens.squeeze(1), logprobs.gather(1, tokens).squeeze(1)

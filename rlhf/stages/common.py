@@ -1,0 +1,226 @@
+"""What the three runners share: the run's surroundings, trainer arguments, and the manifest of what they register."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Sampler
+from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
+
+from rlhf import optim
+from rlhf.config import StageConfig, TrainingLength
+from rlhf.data_prep.loading import Loaded
+from rlhf.interrupt import StopRequest
+from rlhf.models import Compute
+from rlhf.registry import Artifact, Registry, recipe_hash
+from rlhf.tokenization import stop_token_ids, tokenizer_hashes
+from rlhf.tracking import MetricsCallback, PhaseTimer, ProgressCallback, Tracker
+
+
+@dataclass
+class Run:
+    """One execution of a stage."""
+
+    stage: str
+    config: StageConfig
+    folder: Path
+    registry: Registry
+    compute: Compute
+    tracker: Tracker
+    parents: list[Artifact]
+    data: dict[str, Any]
+    recipe: str
+    timer: PhaseTimer = field(default_factory=PhaseTimer)
+    started: float = field(default_factory=time.perf_counter)
+
+    def publish(
+        self,
+        write: Callable[[Path], None],
+        *,
+        base_model: str,
+        base_model_revision: str | None,
+        tokenizer: PreTrainedTokenizerBase,
+        metrics: dict[str, Any],
+        reward_mean: float | None = None,
+        reward_std: float | None = None,
+    ) -> Artifact:
+        """Registers what the stage made, with its figures, seconds and phases."""
+
+        def write_all(folder: Path) -> None:
+            write(folder)
+            tokenizer.save_pretrained(folder)
+
+        artifact = self.registry.publish(
+            self.stage,
+            self.config.name,
+            write_all,
+            kind="adapter",
+            parents=self.parents,
+            base_model=base_model,
+            base_model_revision=base_model_revision,
+            **tokenizer_hashes(tokenizer),
+            pad_token_id=int(tokenizer.pad_token_id),
+            stop_token_ids=stop_token_ids(tokenizer),
+            reward_mean=reward_mean,
+            reward_std=reward_std,
+            data=self.data,
+            config=dataclasses.asdict(self.config),
+            recipe=self.recipe,
+            metrics={
+                **metrics,
+                "seconds": round(time.perf_counter() - self.started, 1),
+                "phases": self.timer.summary(),
+            },
+            wandb_run_id=self.tracker.run_id,
+        )
+        self.tracker.log_artifact(artifact.reference, artifact.path, metrics)
+        print(f"registered {artifact.reference} in {self.registry.root}", flush=True)
+        return artifact
+
+
+def stage_recipe(config: StageConfig, parents: Sequence[Artifact], data: dict[str, Any]) -> str:
+    """Hash of everything that decides the stage's result: options, parents, data."""
+    return recipe_hash(config.recipe(), [p.hash for p in parents], data["fingerprint"])
+
+
+def finished_already(stage: str, config: StageConfig, recipe: str) -> Artifact | None:
+    """The registered artefact of the same recipe, if there is one."""
+    artifact = Registry(config.registry).find(stage, config.name, recipe)
+    if artifact is not None:
+        print(f"{stage}: {artifact.reference} has this recipe already, skipped", flush=True)
+    return artifact
+
+
+@contextmanager
+def open_run(
+    stage: str, config: StageConfig, parents: list[Artifact], data: dict[str, Any], recipe: str
+) -> Iterator[Run]:
+    """Seeds, chooses device and type, opens the tracker; the run's folder is `output_dir/STAGE`."""
+    set_seed(config.seed)
+    compute = Compute.choose(config)
+    folder = Path(config.output_dir) / stage
+    folder.mkdir(parents=True, exist_ok=True)
+    print(f"{stage}: {config.name} on {compute}; data {data['rows']}; logs in {folder}", flush=True)
+    tracker = Tracker(
+        folder,
+        stage=stage,
+        name=f"{config.name}-{stage}",
+        group=config.wandb_group or config.name,
+        config=dataclasses.asdict(config),
+        wandb_mode=config.wandb_mode,
+        wandb_project=config.wandb_project,
+        resume=config.resume,
+    )
+    with tracker:
+        for parent in parents:
+            tracker.use_artifact(parent.reference, parent.hash)
+        yield Run(stage, config, folder, Registry(config.registry), compute, tracker, parents, data, recipe)
+
+
+def describe_data(sets: dict[str, Loaded]) -> dict[str, Any]:
+    """Rows, drops and one fingerprint of the data sets of a stage, for its manifest."""
+    fingerprint = recipe_hash({name: loaded.fingerprint for name, loaded in sets.items()}, [], None)
+    return {
+        "fingerprint": fingerprint,
+        "rows": {name: len(loaded.rows) for name, loaded in sets.items()},
+        "dropped": {name: loaded.dropped for name, loaded in sets.items() if loaded.dropped},
+    }
+
+
+def trainer_arguments(run: Run, length: TrainingLength) -> dict[str, Any]:
+    """The arguments that transformers' Trainer gets in both supervised stages."""
+    c = run.config
+    return {
+        "output_dir": str(run.folder / "checkpoints"),
+        "per_device_train_batch_size": length.per_device_train_batch_size,
+        "per_device_eval_batch_size": length.per_device_eval_batch_size,
+        "gradient_accumulation_steps": length.gradient_accumulation_steps,
+        "num_train_epochs": length.num_train_epochs,
+        "max_steps": length.max_steps,
+        "eval_strategy": "steps",
+        "eval_steps": length.eval_steps,
+        "eval_on_start": True,
+        "save_strategy": "steps",
+        "save_steps": c.save_steps,
+        "save_total_limit": 2,
+        "logging_steps": c.logging_steps,
+        "learning_rate": c.learning_rate,
+        "weight_decay": c.weight_decay,
+        "adam_beta1": c.adam_beta1,
+        "adam_beta2": c.adam_beta2,
+        "adam_epsilon": c.adam_epsilon,
+        "max_grad_norm": c.max_grad_norm,
+        "lr_scheduler_type": c.lr_scheduler_type,
+        "lr_scheduler_kwargs": optim.scheduler_kwargs(c),
+        "warmup_steps": c.warmup_steps,
+        "optim": "adamw_bnb_8bit" if c.optim == "adamw_8bit" else "adamw_torch",
+        "bf16": run.compute.bf16,
+        "use_cpu": run.compute.device.type == "cpu",
+        "gradient_checkpointing": False,
+        "seed": c.seed,
+        "report_to": [],
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": run.compute.device.type == "cuda",
+    }
+
+
+class _StopCallback(TrainerCallback):
+    """Saves and ends the training loop after the update in which a stop was asked for."""
+
+    def __init__(self, stop: StopRequest) -> None:
+        self.stop = stop
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.stop.requested:
+            control.should_save = control.should_training_stop = True
+
+
+def train(trainer: Any, run: Run) -> None:
+    """Runs a transformers Trainer with this project's progress, metrics, resume and stop rules."""
+    from transformers import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+    with StopRequest() as stop:
+        trainer.add_callback(ProgressCallback(run.stage))
+        trainer.add_callback(MetricsCallback(run.tracker, run.stage))
+        trainer.add_callback(_StopCallback(stop))
+        checkpoint = None
+        if run.config.resume:
+            from transformers.trainer_utils import get_last_checkpoint
+
+            checkpoint = (
+                get_last_checkpoint(trainer.args.output_dir) if Path(trainer.args.output_dir).is_dir() else None
+            )
+            if checkpoint is not None:
+                run.tracker.truncate(int(checkpoint.rsplit("-", 1)[1]))
+        with run.timer.phase("train"):
+            trainer.train(resume_from_checkpoint=checkpoint)
+        stop.raise_if_requested()
+
+
+class SortedStepSampler(Sampler[int]):
+    """Shuffles, then sorts by length *inside* each optimiser step: the same gradient, with less padding in its microbatches."""
+
+    def __init__(self, lengths: Sequence[int], step_size: int, seed: int) -> None:
+        self.lengths, self.step_size, self.seed, self.epoch = list(lengths), step_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the data loader: each epoch has its own order."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        for first in range(0, len(order), self.step_size):
+            yield from sorted(order[first : first + self.step_size], key=lambda i: -self.lengths[i])

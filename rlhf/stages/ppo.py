@@ -1,0 +1,152 @@
+"""Stage 3: PPO against the reward model. `python -m rlhf.stages.ppo --config FILE --policy sft/NAME --reward reward/NAME`
+
+One frozen base (the SFT policy) with policy, reward and value adapters; the reference is the base with adapters off.
+Registers the policy adapter as ppo/NAME.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.config import PPOConfig, parse_config
+from rlhf.data_prep.loading import Loaded, load_rows
+from rlhf.errors import UserError, run_command
+from rlhf.evaluation.policy import Answers, evaluate_policy
+from rlhf.models import SharedModels, load_policy, lora_config, save_adapter
+from rlhf.ppo.trainer import PPOTrainer, sampling_options
+from rlhf.registry import Artifact, Registry
+from rlhf.reward.evaluate import load_function
+from rlhf.stages.common import Run, describe_data, finished_already, open_run, stage_recipe
+from rlhf.tokenization import encode_prompt, last_user_text, load_tokenizer
+
+#: Held-out prompts whose answers before and after are shown side by side.
+COMPARED_PROMPTS = 20
+
+
+def run(config: PPOConfig, *, reuse: bool = False) -> Artifact:
+    """Trains and registers; with `reuse`, an artefact of the same recipe is returned instead of trained again."""
+    registry = Registry(config.registry)
+    policy = registry.get(config.policy, expect_stage="sft")
+    reward = registry.get(config.reward, expect_stage="reward")
+    check_same_policy(policy, reward)
+    prompts = load_rows(config.dataset, "train", kind="prompts")
+    held_out = load_rows(config.dataset, "validation", kind="prompts")
+    data = describe_data({"train": prompts, "validation": held_out})
+    recipe = stage_recipe(config, [policy, reward], data)
+    if reuse and (artifact := finished_already("ppo", config, recipe)):
+        return artifact
+
+    with open_run("ppo", config, [policy, reward], data, recipe) as run:
+        tokenizer = load_tokenizer(str(policy.path))
+        train_ids = encode_prompts(prompts, tokenizer, config.max_prompt_length)
+        held_out_ids = encode_prompts(held_out, tokenizer, config.max_prompt_length)
+        models = SharedModels(
+            load_policy(policy, config, run.compute), lora_config(config, "CAUSAL_LM", dropout=0.0), run.compute
+        )
+        manifest = reward.manifest
+        models.load_reward(reward.path, float(manifest.reward_mean or 0.0), float(manifest.reward_std or 1.0))
+        trainer = PPOTrainer(models, train_ids, tokenizer, config, run.tracker, run.folder / "checkpoints", run.timer)
+        if config.resume:
+            trainer.resume()
+        before = _evaluate(run, models, tokenizer, held_out_ids, reference=True)
+        trainer.train()
+        after = _evaluate(run, models, tokenizer, held_out_ids, reference=False)
+        texts = [last_user_text(row["prompt"]) for row in held_out.rows]
+        _write_comparison(run.folder / "comparison.jsonl", texts, before, after)
+
+        def write(folder: Path) -> None:
+            save_adapter(models.peft, folder, adapter="policy", base_model=policy.manifest.base_model)
+
+        return run.publish(
+            write,
+            base_model=policy.manifest.base_model,
+            base_model_revision=policy.manifest.base_model_revision,
+            tokenizer=tokenizer,
+            metrics=_figures(run, trainer, before, after),
+        )
+
+
+def check_same_policy(policy: Artifact, reward: Artifact) -> None:
+    """Refuses a reward model whose base is not the policy that PPO starts from: its adapter would sit on other weights."""
+    parent = next(p for p in reward.manifest.parents if p.stage == "sft")
+    if parent.hash != policy.hash:
+        raise UserError(
+            f"{reward.reference} was trained on {parent.stage}/{parent.name}@{parent.version}, not on {policy.reference}; "
+            f"use --policy {parent.stage}/{parent.name}@{parent.version}, or train a reward model on {policy.reference}: "
+            f"python -m rlhf.stages.reward --policy {policy.reference}"
+        )
+
+
+def encode_prompts(data: Loaded, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[list[int]]:
+    """Token ids of prompts; one that is too long is refused, because cutting it would change what is asked."""
+    encoded = [encode_prompt(tokenizer, row["prompt"]) for row in data.rows]
+    for number, ids in enumerate(encoded):
+        if len(ids) > max_length:
+            raise UserError(
+                f"prompt {number + 1} has {len(ids)} tokens, more than max_prompt_length={max_length}; raise it or drop the prompt"
+            )
+    return encoded
+
+
+def _evaluate(
+    run: Run, models: SharedModels, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], *, reference: bool
+) -> Answers:
+    config = run.config
+    assert isinstance(config, PPOConfig)
+    repeated = [
+        prompts[i % len(prompts)] for i in range(max(config.num_eval_samples, min(len(prompts), COMPARED_PROMPTS)))
+    ]
+    with run.timer.phase("evaluate"):
+        return evaluate_policy(
+            models,
+            tokenizer,
+            repeated,
+            sampling_options(config, tokenizer),
+            reference=reference,
+            batch_size=config.microbatch_size,
+            gold=load_function(config.gold) if config.gold else None,
+            seed=config.seed + 7,
+        )
+
+
+def _write_comparison(file: Path, prompts: list[str], before: Answers, after: Answers) -> None:
+    """Answers of SFT and PPO to the same held-out prompts, side by side, for the report."""
+    rows = [
+        {
+            "prompt": prompts[i],
+            "sft_response": before.texts[i],
+            "ppo_response": after.texts[i],
+            "sft_score": float(before.scores[i]),
+            "ppo_score": float(after.scores[i]),
+        }
+        for i in range(min(len(prompts), COMPARED_PROMPTS))
+    ]
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def _figures(run: Run, trainer: PPOTrainer, before: Answers, after: Answers) -> dict[str, Any]:
+    seconds = {p["phase"]: p["seconds"] for p in run.timer.summary()}
+    training = sum(seconds.get(phase, 0.0) for phase in ("rollout", "score", "optimise"))
+    figures: dict[str, Any] = {
+        "episodes": trainer.updates_done * trainer.config.rollout_batch_size,
+        "updates": trainer.updates_done,
+        "seconds_per_update": round(training / max(trainer.updates_done, 1), 2),
+        "kl": after.figures["kl"],
+    }
+    for name in before.figures:
+        if name != "kl":
+            figures[f"{name}_before"], figures[f"{name}_after"] = before.figures[name], after.figures[name]
+    return figures
+
+
+def main() -> None:
+    """Command line."""
+    run(parse_config(PPOConfig))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,167 @@
+"""One tokenizer policy for all stages: pad is not stop, one chat template, left-padded prompts, responses that end in a stop.
+
+Prompt and response are rendered by the chat template and tokenised *apart*, exactly as sampling sees them: no token ever
+spans the border, so the tokens that PPO scores are the tokens that SFT and the reward model were trained on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from rlhf.errors import UserError, did_you_mean
+
+Message = Mapping[str, str]
+
+#: Templates for models that bring none, or whose own adds a system prompt that is not wanted.
+TEMPLATES = {
+    "chatml": (
+        "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    ),
+    # For base models: texts follow each other with nothing but the stop token after the answer (TL;DR style).
+    "plain": (
+        "{% for message in messages %}{{ message['content'] }}"
+        "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    ),
+}
+_PAD_CANDIDATES = (
+    "<|pad|>",
+    "<pad>",
+    "[PAD]",
+    "<|endoftext|>",
+    "<|finetune_right_pad_id|>",
+    "<|reserved_special_token_0|>",
+)
+
+
+def load_tokenizer(
+    folder: str, *, chat_template: str | None = None, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """A tokenizer under the project's policy.
+
+    Args:
+        folder: local folder or hub name.
+        chat_template: name in `TEMPLATES`, path of a Jinja file, or None for the tokenizer's own.
+
+    Raises:
+        UserError: no tokenizer there, no stop token, no chat template, or no token that could serve as padding.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(f"no tokenizer at '{folder}': {str(error).splitlines()[0]}") from error
+    if chat_template is not None:
+        tokenizer.chat_template = _template_text(chat_template)
+    if tokenizer.chat_template is None:
+        raise UserError(
+            f"the tokenizer of '{folder}' has no chat template; give one of {sorted(TEMPLATES)} with --chat_template"
+        )
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"the tokenizer of '{folder}' has no stop token (eos_token); set one in its tokenizer_config.json"
+        )
+    _set_pad_token(tokenizer, folder)
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def _template_text(name: str) -> str:
+    if name in TEMPLATES:
+        return TEMPLATES[name]
+    if Path(name).is_file():
+        return Path(name).read_text(encoding="utf-8")
+    raise UserError(
+        f"no chat template '{name}'{did_you_mean(name, TEMPLATES)}: give a file or one of {sorted(TEMPLATES)}"
+    )
+
+
+def _set_pad_token(tokenizer: PreTrainedTokenizerBase, folder: str) -> None:
+    """Makes pad a token of its own that is already in the vocabulary, so that embeddings need not grow.
+
+    Padding with the stop token is the classic silent bug: a mask made from `token != pad` then drops the stop token, and a
+    sequence classifier reads its score one token too early.
+    """
+    stops = set(stop_token_ids(tokenizer))
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id not in stops:
+        return
+    vocabulary = tokenizer.get_vocab()
+    for candidate in (*_PAD_CANDIDATES, tokenizer.unk_token):
+        if candidate in vocabulary and vocabulary[candidate] not in stops:
+            tokenizer.pad_token = candidate
+            return
+    raise UserError(
+        f"the tokenizer of '{folder}' pads with its stop token and has no spare special token; add a pad_token to it"
+    )
+
+
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids that end a response."""
+    return [int(tokenizer.eos_token_id)]
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message]) -> list[int]:
+    """Token ids of a prompt, up to and including the header of the answer."""
+    text = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def encode_response(
+    tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message], response: Sequence[Message]
+) -> list[int]:
+    """Token ids of an answer as the policy should produce it, ending in exactly one stop token.
+
+    Whatever the template writes after the stop token (often a line break) belongs to the next turn and is left out.
+    """
+    head = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
+    whole = tokenizer.apply_chat_template([*prompt, *response], tokenize=False)
+    if not whole.startswith(head):
+        raise UserError(
+            "the chat template writes the prompt differently when an answer follows; give another --chat_template"
+        )
+    tail = whole[len(head) :]
+    stop = tokenizer.eos_token
+    tail = tail[: tail.rindex(stop)] if stop in tail else tail
+    return [*tokenizer(tail, add_special_tokens=False)["input_ids"], int(tokenizer.eos_token_id)]
+
+
+def decode_response(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
+    """The text of an answer, without special tokens."""
+    return tokenizer.decode(tokens, skip_special_tokens=True).strip()
+
+
+def last_user_text(prompt: Sequence[Message]) -> str:
+    """What the user asked last: how a prompt is shown in tables."""
+    return next((m["content"] for m in reversed(prompt) if m["role"] == "user"), "")
+
+
+def pad(rows: Sequence[Sequence[int]], pad_id: int, *, side: str) -> tuple[Tensor, Tensor]:
+    """Ragged token rows as `(ids, mask)`, both (B, longest); the mask is True at real tokens and comes from lengths."""
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
+    mask = torch.zeros(len(rows), width, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        where = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+        ids[i, where] = torch.tensor(row, dtype=torch.long)
+        mask[i, where] = True
+    return ids, mask
+
+
+def tokenizer_hashes(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """Hashes of vocabulary (with merges and special tokens) and chat template, which all stages must share."""
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    content = json.loads(backend.to_str()) if backend is not None else sorted(tokenizer.get_vocab().items())
+    if isinstance(content, dict):  # how the last caller padded and truncated is no part of the tokenizer
+        content = {k: v for k, v in content.items() if k not in ("padding", "truncation")}
+    vocabulary = json.dumps([content, tokenizer.special_tokens_map], sort_keys=True, default=str)
+    return {
+        "tokenizer_hash": hashlib.sha256(vocabulary.encode()).hexdigest(),
+        "chat_template_hash": hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest(),
+    }

@@ -1,0 +1,323 @@
+"""Loading any user's data: every accepted shape, every refused one, and what is left out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from rlhf.data_prep.loading import Loaded, load_rows
+from rlhf.errors import UserError
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+def ranked(responses: Any, ratings: Any) -> dict[str, Any]:
+    return {"prompt": "p", "responses": responses, "ratings": ratings}
+
+
+def pair(chosen: Any, rejected: Any) -> dict[str, Any]:
+    return {"prompt": "p", "chosen": chosen, "rejected": rejected}
+
+
+def answer(completion: Any) -> dict[str, Any]:
+    return {"prompt": "p", "completion": completion}
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+HH = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: How are you?\n\nAssistant:"
+HH_PROMPT = [user("Hi"), assistant("Hello."), user("How are you?")]
+
+
+def write(folder: Path, rows: list[Any], name: str = "train.jsonl") -> Path:
+    file = folder / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def load(folder: Path, kind: str, *rows: Any) -> Loaded:
+    write(folder, list(rows))
+    return load_rows(folder, "train", kind=kind)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "completion"),
+    [
+        ({"prompt": "Hi", "completion": "Hello"}, [user("Hi")], "Hello"),
+        ({"prompt": [SYSTEM, user("Hi")], "completion": [assistant("Hello")]}, [SYSTEM, user("Hi")], "Hello"),
+        ({"messages": [user("Hi"), assistant("Hello")]}, [user("Hi")], "Hello"),
+        ({"messages": [*HH_PROMPT, assistant("Fine"), user("Bye")]}, HH_PROMPT, "Fine"),
+        ({"chosen": HH + " Fine.", "rejected": HH + " Bad."}, HH_PROMPT, "Fine."),
+        ({"prompt": "Hi", "chosen": "Hello", "rejected": "No"}, [user("Hi")], "Hello"),
+    ],
+)
+def test_demonstrations(tmp_path: Path, row: Any, prompt: Any, completion: str) -> None:
+    """Bug: an earlier answer is trained on, or the prompt's last turn is lost."""
+    (loaded,) = load(tmp_path, "demonstrations", row).rows
+    assert loaded == {"prompt": prompt, "completion": [assistant(completion)]}
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "responses", "ratings"),
+    [
+        ({"prompt": "Hi", "chosen": "Hello", "rejected": "No"}, [user("Hi")], ["Hello", "No"], [1.0, 0.0]),
+        (
+            {"prompt": [user("Hi")], "chosen": [assistant("Hello")], "rejected": [assistant("No")]},
+            [user("Hi")], ["Hello", "No"], [1.0, 0.0],
+        ),
+        (
+            {"chosen": [user("Hi"), assistant("Hello")], "rejected": [user("Hi"), assistant("No")]},
+            [user("Hi")], ["Hello", "No"], [1.0, 0.0],
+        ),
+        (  # ultrafeedback_binarized: a prompt as text beside whole conversations
+            {"prompt": "Hi", "chosen": [user("Hi"), assistant("Hello")], "rejected": [user("Hi"), assistant("No")]},
+            [user("Hi")], ["Hello", "No"], [1.0, 0.0],
+        ),
+        ({"chosen": HH + " Fine.", "rejected": HH + " Bad."}, HH_PROMPT, ["Fine.", "Bad."], [1.0, 0.0]),
+        ({"prompt": HH, "chosen": " Fine.", "rejected": " Bad."}, HH_PROMPT, ["Fine.", "Bad."], [1.0, 0.0]),
+        (
+            {"prompt": "Hi", "responses": ["a", "b", "c"], "ratings": [1, 3.5, 2]},
+            [user("Hi")], ["a", "b", "c"], [1.0, 3.5, 2.0],
+        ),
+        (
+            {"prompt": "Hi", "responses": [[assistant("a")], [assistant("b")]], "ranks": [2, 1]},
+            [user("Hi")], ["a", "b"], [-2.0, -1.0],
+        ),
+    ],
+)  # fmt: skip
+def test_comparisons(tmp_path: Path, row: Any, prompt: Any, responses: list[str], ratings: list[float]) -> None:
+    """Bug: chosen and rejected swapped, ranks read as ratings, the prompt left inside the answers."""
+    (loaded,) = load(tmp_path, "comparisons", row).rows
+    assert loaded == {"prompt": prompt, "responses": [[assistant(r)] for r in responses], "ratings": ratings}
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        ({"prompt": "Hi"}, [user("Hi")]),
+        ({"prompt": [SYSTEM, user("Hi")]}, [SYSTEM, user("Hi")]),
+        ({"prompt": [user("Hi"), assistant("Hello")]}, [user("Hi")]),
+        ({"messages": [user("Hi"), assistant("Hello")]}, [user("Hi")]),
+        ({"prompt": HH}, HH_PROMPT),
+        ({"chosen": HH + " Fine.", "rejected": HH + " Bad."}, HH_PROMPT),
+    ],
+)
+def test_prompts(tmp_path: Path, row: Any, prompt: Any) -> None:
+    """Bug: the policy is asked to go on after an answer that is already there."""
+    (loaded,) = load(tmp_path, "prompts", row).rows
+    assert loaded == {"prompt": prompt}
+
+
+def test_other_columns_are_kept(tmp_path: Path) -> None:
+    """Bug: the held-out ratings are lost, or a column of mixed types that nobody needs stops the run."""
+    row = {"prompt": "p", "responses": ["a", "b"], "ratings": [0, 1], "ratings_held_out": [0.5, 1.5]}
+    rows = load(tmp_path, "comparisons", {**row, "note": 1}, {**row, "note": "x"}, row).rows
+    assert rows["ratings_held_out"] == [[0.5, 1.5]] * 3
+    assert rows["note"] == ["1", '"x"', "null"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "reason"),
+    [
+        ("comparisons", ranked(["a"], [1]), "fewer than two responses"),
+        ("comparisons", ranked(["a", "b"], [1, 1]), "all responses are rated the same"),
+        ("comparisons", ranked(["a", " "], [1, 2]), "empty response"),
+        ("comparisons", ranked(["a", "b"], [1, float("nan")]), "ratings that are missing or not finite"),
+        ("comparisons", ranked(["a", "b"], [1, None]), "ratings that are missing or not finite"),
+        ("comparisons", pair("a", "a"), "chosen and rejected are the same"),
+        ("comparisons", {**pair("a", "b"), "prompt": ""}, "empty prompt"),
+        (
+            "comparisons",
+            {"chosen": HH + " a", "rejected": "\n\nHuman: Else\n\nAssistant: b"},
+            "chosen and rejected do not answer the same prompt",
+        ),
+        (
+            "comparisons",
+            {"chosen": HH + " a\n\nHuman: b", "rejected": HH + " b"},
+            "the conversation does not end with an answer",
+        ),
+        ("demonstrations", {"prompt": "p", "completion": ""}, "empty response"),
+        ("demonstrations", {"messages": [user("a")]}, "no assistant turn"),
+        ("demonstrations", {"messages": [assistant("a")]}, "empty prompt"),
+        ("prompts", {"prompt": " \n"}, "empty prompt"),
+        ("prompts", {"prompt": [SYSTEM]}, "empty prompt"),
+        ("prompts", {"messages": []}, "empty conversation"),
+    ],
+)
+def test_rows_without_a_lesson_are_dropped_and_counted(tmp_path: Path, kind: str, row: Any, reason: str) -> None:
+    """Bug: such a row reaches a loss as 0/0, or vanishes without a count; or nothing is left and training starts."""
+    if "messages" in row:
+        good: dict[str, Any] = {"messages": [user("a"), assistant("b")]}
+    elif kind == "comparisons":
+        good = ranked(["a", "b"], [0, 1]) if "responses" in row else pair("x", "y")
+    else:
+        good = {"prompt": "p", "completion": "a"}
+    loaded = load(tmp_path, kind, good, row, row)
+    assert len(loaded.rows) == 1
+    assert loaded.dropped == {reason: 2}
+    with pytest.raises(UserError, match=rf"no row of .*train.jsonl can be used as {kind} \({reason}: 1\)"):
+        load(tmp_path, kind, row)
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "message"),
+    [
+        ("demonstrations", answer(3), r"train.jsonl, row 2: 'completion' must be a string .* got int 3"),
+        ("demonstrations", {"prompt": "p"}, r"row 2: 'completion' must be a string .* got NoneType None"),
+        ("demonstrations", answer([user("a")]), r"row 2: 'completion' must be a string or one assistant message"),
+        ("demonstrations", answer([{"from": "gpt"}]), r"row 2: 'completion' must hold messages with the texts 'role'"),
+        (
+            "demonstrations",
+            {"prompt": [{"role": "human", "content": "p"}], "completion": "a"},
+            r"row 2: 'prompt' has a message of role 'human'",
+        ),
+        ("demonstrations", ["p"], r"row 2 must be an object with named columns, got list"),
+        ("comparisons", ranked("ab", [1, 2]), r"row 2: 'responses' must be a list, got str 'ab'"),
+        ("comparisons", ranked(["a", "b"], [1]), r"row 2: 2 responses but 1 ratings"),
+        ("comparisons", ranked(["a", "b"], ["1", "2"]), r"row 2: 'ratings' must be a list of numbers"),
+        ("comparisons", ranked(["a", "b"], [True, False]), r"row 2: 'ratings' must be a list of numbers"),
+    ],
+)
+def test_wrong_types_name_file_and_row(tmp_path: Path, kind: str, row: Any, message: str) -> None:
+    """Bug: KeyError or TypeError from deep inside, with no hint which of 100,000 rows is meant."""
+    good = answer("a") if kind == "demonstrations" else ranked(["a", "b"], [0, 1])
+    with pytest.raises(UserError, match=message):
+        load(tmp_path, kind, good, row)
+
+
+def test_an_answer_without_its_prompt(tmp_path: Path) -> None:
+    """Bug: a reward model trained on answers to nothing."""
+    with pytest.raises(UserError, match="row 1: 'chosen' is an answer without its prompt; add a 'prompt' column"):
+        load(tmp_path, "comparisons", {"chosen": "a", "rejected": "b"})
+
+
+@pytest.mark.parametrize("kind", ["demonstrations", "comparisons", "prompts"])
+def test_missing_columns(tmp_path: Path, kind: str) -> None:
+    """Bug: KeyError: 'prompt'."""
+    with pytest.raises(UserError, match=rf"has columns answer, question; {kind} need 'prompt'"):
+        load(tmp_path, kind, {"question": "q", "answer": "a"})
+
+
+def test_missing_data_names_the_nearest(tmp_path: Path) -> None:
+    """Bug: a misspelt path is looked up on the hub, which answers with a page of text."""
+    file = write(tmp_path, [{"prompt": "p"}], "prompts/train.jsonl")
+    with pytest.raises(UserError, match=r"no data at .*trian.jsonl \(did you mean '.*train.jsonl'\?\)"):
+        load_rows(file.with_name("trian.jsonl"), "train", kind="prompts")
+    with pytest.raises(UserError, match=r"no data at outputs/demo/data.*made with: python -m rlhf.data_prep"):
+        load_rows("outputs/demo/data-that-is-not-there", "train", kind="prompts")
+    with pytest.raises(
+        UserError,
+        match=r"no comparisons for train in .*expected comparisons/train.parquet .*there are prompts/train.jsonl",
+    ):
+        load_rows(tmp_path, "train", kind="comparisons")
+    with pytest.raises(UserError, match=r"no split 'valid'.*did you mean 'validation'"):
+        load_rows(tmp_path, "valid", kind="prompts")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("d.jsonl", b"", "is empty"),
+        ("d.json", b"[]", "is empty"),
+        ("d.csv", b"prompt,completion\n", "is empty"),
+        ("d.parquet", b"nothing", "not a readable Parquet file"),
+        ("d.jsonl", b'{"prompt": "p"}\n{"prompt"\n', "line 2 is not valid JSON"),
+        ("d.json", b"[1", "not valid JSON"),
+        ("d.jsonl", b'{"prompt": "caf\xe9"}', "not UTF-8"),
+        ("d.txt", b"x", "must end in one of"),
+    ],
+)
+def test_unreadable_files(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    """Bug: a traceback of a parser."""
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        load_rows(tmp_path / name, "train", kind="prompts")
+
+
+def test_all_file_formats_give_the_same_rows(tmp_path: Path) -> None:
+    """Bug: a format in which lists stay text, or a line separator inside a text breaks a row."""
+    rows = [
+        {
+            "prompt": f"p{i}\u2028 \nx",
+            "responses": ["a", "b"],
+            "ratings": [float(i), 0.5],
+            "ratings_held_out": [1.0, i + 0.5],
+        }
+        for i in range(30)
+    ]
+    write(tmp_path, rows, "d.jsonl")
+    (tmp_path / "d.json").write_text(json.dumps(rows))
+    data = datasets.Dataset.from_list(rows)
+    data.to_parquet(tmp_path / "d.parquet")
+    as_text = [{k: v if k == "prompt" else json.dumps(v) for k, v in row.items()} for row in rows]
+    datasets.Dataset.from_list(as_text).to_csv(tmp_path / "d.csv", index=False)
+    loaded = [
+        load_rows(tmp_path / f"d{s}", "train", kind="comparisons") for s in (".jsonl", ".json", ".parquet", ".csv")
+    ]
+    assert len({one.fingerprint for one in loaded}) == 1
+    assert all(one.rows.to_list() == loaded[0].rows.to_list() for one in loaded)
+
+
+def test_a_text_that_looks_like_json_stays_a_text(tmp_path: Path) -> None:
+    """Bug: the CSV cell [1, 2] in a column of texts becomes a list."""
+    (tmp_path / "train.csv").write_text('prompt,completion\n"[1, 2]","[3]"\n')
+    (row,) = load_rows(tmp_path, "train", kind="demonstrations").rows
+    assert row == {"prompt": [user("[1, 2]")], "completion": [assistant("[3]")]}
+
+
+def test_fingerprint_follows_the_rows(tmp_path: Path) -> None:
+    """Bug: a stage is skipped although its data changed."""
+    first = load(tmp_path, "demonstrations", {"prompt": "p", "completion": "a"}).fingerprint
+    assert load(tmp_path, "demonstrations", {"messages": [user("p"), assistant("a")]}).fingerprint == first
+    assert load(tmp_path, "demonstrations", {"prompt": "p", "completion": "b"}).fingerprint != first
+
+
+def test_one_file_is_split_by_prompt(tmp_path: Path) -> None:
+    """Bug: train and validation of a single file are the same rows, so the evaluation is worth nothing."""
+    file = write(tmp_path, [{"prompt": f"p{i % 100}", "completion": f"a{i}"} for i in range(300)], "all.jsonl")
+    train, held_out = (load_rows(file, split, kind="demonstrations").rows for split in ("train", "validation"))
+    assert len(train) + len(held_out) == 300
+    assert 3 <= len(held_out) <= 75
+    assert not {r["prompt"][0]["content"] for r in train} & {r["prompt"][0]["content"] for r in held_out}
+    for count in range(2, 8):  # however few: some in each
+        file = write(tmp_path, [{"prompt": f"q{i}"} for i in range(count)], "few.jsonl")
+        assert all(len(load_rows(file, split, kind="prompts").rows) for split in ("train", "validation"))
+    with pytest.raises(UserError, match="a single prompt"):
+        load_rows(write(tmp_path, [{"prompt": "p"}], "one.jsonl"), "train", kind="prompts")
+
+
+def test_hub_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: a dataset whose held-out split is called test is evaluated on its training rows."""
+    rows = [{"prompt": f"p{i}", "chosen": "a", "rejected": "b"} for i in range(50)]
+    hub: dict[str, Any] = {"train": rows, "test": rows[:3]}
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: hub)
+    assert len(load_rows("owner/name", "train", kind="comparisons").rows) == 50
+    assert len(load_rows("owner/name", "validation", kind="comparisons").rows) == 3
+    del hub["test"]
+    sizes = [len(load_rows("owner/name", split, kind="comparisons").rows) for split in ("train", "validation")]
+    assert sum(sizes) == 50 and min(sizes) > 0
+    hub.clear()
+    hub["default"] = rows
+    with pytest.raises(UserError, match="'owner/name' has no train split; it has default"):
+        load_rows("owner/name", "train", kind="comparisons")
+
+
+def test_hub_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: a page of connection errors."""
+
+    def offline(name: str) -> None:
+        raise ConnectionError("Couldn't reach the Hub\nand more")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    with pytest.raises(UserError, match=r"no file or folder 'owner/name' here, .*: Couldn't reach the Hub$"):
+        load_rows("owner/name", "train", kind="prompts")

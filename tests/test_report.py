@@ -1,0 +1,267 @@
+"""The report: complete when the run is, honest when it is not, and one file that needs no network."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf.errors import UserError
+from rlhf.report import POINTS_PER_CURVE, STAGES, print_results, read_jsonl, write_report
+
+ATTACK = '<script>document.title="owned"</script><img src=x onerror=alert(1)>'
+BROWSER = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
+
+
+def made_up_results() -> dict[str, Any]:
+    return {
+        "sft": {"eval_loss_before": 4.12, "eval_loss_after": 2.87, "seconds": 212.0},
+        "reward": {
+            "accuracy": 0.713, "accuracy_held_out_raters": 0.694, "human_ceiling": 0.762, "vader_accuracy": 0.668,
+            "pairs": 12400, "seconds": 341.0,
+        },
+        "ppo": {
+            "episodes": 1536, "updates": 24, "seconds": 540.0, "seconds_per_update": 22.5, "kl": 6.4,
+            "score_before": -0.12, "score_after": 0.81, "gold_positive_before": 0.41, "gold_positive_after": 0.78,
+            "gold_negative_before": 0.27, "gold_negative_after": 0.08, "reward_positive_before": 0.46,
+            "reward_positive_after": 0.86, "distinct2_before": 0.83, "distinct2_after": 0.71, "length_before": 23.1,
+            "length_after": 26.8, "stop_rate_after": 0.94,
+        },
+        "total_seconds": 1180.0, "peak_rss_gb": 2.34,
+        "artifacts": {s: {"reference": f"{s}/demo@1", "hash": f"{i}c9f" * 16} for i, s in enumerate(STAGES)},
+        "phases": [
+            {"stage": s, "phase": p, "seconds": t, "peak_rss_gb": m}
+            for s, p, t, m in (
+                ("sft", "tokenize", 11.2, 0.9), ("sft", "train", 180.1, 1.6), ("sft", "evaluate", 20.7, 1.4),
+                ("reward", "train", 301.0, 1.9), ("reward", "evaluate", 40.0, 1.7), ("ppo", "rollout", 311.0, 2.1),
+                ("ppo", "score", 51.0, 2.2), ("ppo", "optimise", 160.0, 2.34), ("ppo", "evaluate", 18.0, 2.0),
+            )
+        ],
+        "machine": {"cpu": "2 cores", "memory_gb": 7.8, "gpu": None, "python": "3.11.7", "torch": "2.9"},
+        "created": "2026-11-21 10:02", "seed": 7,
+    }  # fmt: skip
+
+
+def write_jsonl(file: Path, rows: list[dict[str, Any]]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A finished run with figures that look like those of a real one."""
+    rng = random.Random(0)
+
+    def noise(size: float) -> float:
+        return rng.gauss(0, size)
+
+    (tmp_path / "results.json").write_text(json.dumps(made_up_results()), encoding="utf-8")
+    sft = [{"step": s, "sft/loss": 2.8 + 1.6 * math.exp(-s / 30) + noise(0.05)} for s in range(1, 121)]
+    sft += [{"step": s, "sft/eval_loss": 2.87 + 1.2 * math.exp(-s / 25)} for s in range(0, 121, 20)]
+    write_jsonl(tmp_path / "sft" / "metrics.jsonl", sft)
+    reward = [{"step": s, "reward/accuracy": 0.74 - 0.24 * math.exp(-s / 40) + noise(0.03)} for s in range(1, 161)]
+    reward += [{"step": s, "reward/eval_accuracy": 0.713 - 0.2 * math.exp(-s / 40)} for s in range(0, 161, 40)]
+    write_jsonl(tmp_path / "reward" / "metrics.jsonl", reward)
+    ppo = []
+    for s in range(1, 25):
+        score, kl = 0.85 - 0.97 * math.exp(-s / 8) + noise(0.05), 6.4 * (1 - math.exp(-s / 10)) + noise(0.1)
+        ppo.append({
+            "step": s, "objective/score": score, "objective/rlhf_reward": score - 0.05 * kl, "objective/kl": kl,
+            "objective/kl_k3": kl * 1.03 + noise(0.1), "objective/entropy": 62 - s * 0.6 + noise(0.5),
+            "response/length": 23 + s * 0.15 + noise(0.4), "ppo/policy_loss": -0.01 + noise(0.004),
+            "ppo/value_loss": 0.4 * math.exp(-s / 6) + 0.05, "ppo/explained_variance": 0.7 - 0.9 * math.exp(-s / 5),
+        })  # fmt: skip
+    write_jsonl(tmp_path / "ppo" / "metrics.jsonl", ppo)
+    beginnings = (
+        "This movie was",
+        "I went to see it with my father and",
+        "The plot",
+        "After an hour",
+        "Nobody told me that",
+    )
+    endings = ("a long evening, and the ending made little sense to me.",
+               "wonderful from start to end. I loved every minute!",
+               "full of good ideas,\nand the acting is warm and funny.", "not for me.")  # fmt: skip
+    rows = []
+    for i in range(60):
+        before, after = noise(0.6), 0.8 + noise(0.5)
+        rows.append({"prompt": f"{beginnings[i % 5]} ({i})", "sft_response": " " + endings[i % 4],
+                     "ppo_response": " " + endings[(i + 1) % 3], "sft_score": before, "ppo_score": after})  # fmt: skip
+    rows[0]["ppo_response"] = ATTACK
+    rows[0]["prompt"] = "</script><script>alert(2)</script> this film"
+    write_jsonl(tmp_path / "ppo" / "comparison.jsonl", rows)
+    card = {"source": "film reviews", "sft": {"train": 4000, "validation": 400},
+            "pairs": {"train": 12400, "validation": 800}, "prompts": {"train": 3000, "validation": 512},
+            "dropped": {"empty": 12, "too_long": 87, "duplicate": 31}}  # fmt: skip
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "card.json").write_text(json.dumps(card), encoding="utf-8")
+    return tmp_path
+
+
+def plots_of(page: str) -> list[dict[str, Any]]:
+    found = re.search(r'<script type="application/json" id="plots">(.*?)</script>', page, re.S)
+    assert found
+    return json.loads(found[1])
+
+
+def without_plotly(page: str) -> str:
+    return re.sub(r'(id="plotly">)[^<]*', r"\1", page)
+
+
+def test_the_page_shows_every_part(run: Path) -> None:
+    """Bug: a section, figure or curve is dropped, or read under a name that the stages do not write."""
+    file = write_report(run)
+    page = file.read_text(encoding="utf-8")
+    assert file == run / "report.html"
+    for text in (
+        "71.3%",
+        "66.8%",
+        "76.2%",
+        "69.4%",
+        "2.87",
+        "41.0%",
+        "78.0%",
+        "+37.0 pts",
+        "ppo/demo@1",
+        "12,400",
+        "19:40 in all",
+    ):
+        assert text in page, text
+    assert [len(plot["traces"]) for plot in plots_of(page)] == [2, 2, 1, 2, 1, 1, 2, 2, 1, 1]
+    assert page.count('class="sample"') == 20
+    assert "Missing from this report" not in page
+
+
+def test_the_page_needs_no_network_and_is_small(run: Path) -> None:
+    """Bug: a script, style, font or image from a CDN; or plotly embedded as it is, 4.8 MB a page."""
+    page = write_report(run).read_text(encoding="utf-8")
+    assert not re.search(r"https?:|url\(|@import|<link|\bsrc=(?!x )", without_plotly(page).replace("&lt;img src=x", ""))
+    assert len(page) < 2_500_000
+
+
+def test_model_output_is_escaped(run: Path) -> None:
+    """Bug: an answer with a <script> in it runs, or a </script> in a prompt ends the page's own script."""
+    page = write_report(run).read_text(encoding="utf-8")
+    assert ATTACK not in page and "<script>alert" not in page and "<img" not in page
+    assert "&lt;script&gt;document.title" in page
+    rows, _ = read_jsonl(run / "ppo" / "metrics.jsonl")
+    results = made_up_results()
+    results["phases"][0]["phase"] = "</script><script>alert(3)</script>"
+    (run / "results.json").write_text(json.dumps(results))
+    assert rows and "<script>alert" not in write_report(run).read_text(encoding="utf-8")
+
+
+def test_missing_and_half_written_parts_are_named(run: Path) -> None:
+    """Bug: one truncated line or absent file stops the whole report, or is passed over in silence."""
+    with (run / "ppo" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 25, "objective/sc')
+    (run / "reward" / "metrics.jsonl").unlink()
+    (run / "data" / "card.json").write_text('{"sft": ')
+    (run / "ppo" / "comparison.jsonl").write_text("")
+    results = made_up_results()
+    results["sft"], results["phases"] = None, None
+    del results["machine"]
+    (run / "results.json").write_text(json.dumps(results))
+    page = write_report(run).read_text(encoding="utf-8")
+    for line in (
+        "ppo/metrics.jsonl: 1 unreadable line left out", "reward/metrics.jsonl is not there",
+        "ppo/comparison.jsonl is empty",
+        "data/card.json is not readable", "results.json has nothing about sft",
+    ):  # fmt: skip
+        assert line in page, line
+    titles = [plot["title"] for plot in plots_of(page)]
+    assert "Reward score" in titles and "Reward model accuracy" not in titles and "Time" not in titles
+
+
+def test_figures_that_are_null_or_nan_are_left_out(run: Path) -> None:
+    """Bug: on the user's own data the gold figures are null and the page says `None`, or NaN breaks the page's JSON."""
+    results = made_up_results()
+    for key in list(results["ppo"]):
+        if key.startswith("gold"):
+            results["ppo"][key] = None
+    results["reward"].update(vader_accuracy=None, human_ceiling=float("nan"))
+    (run / "results.json").write_text(json.dumps(results))
+    with (run / "ppo" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 25, "objective/score": null, "objective/kl": NaN}\n')
+    page = write_report(run).read_text(encoding="utf-8")
+    body = without_plotly(page)
+    assert "None" not in body and "nan" not in body.lower().replace("nanmean", "").split()
+    assert "says VADER" not in page and "NaN" not in json.dumps(plots_of(page))
+    assert "reward model&#39;s score on held-out prompts" in page
+
+
+def test_over_optimisation_is_called_by_its_name(run: Path) -> None:
+    """Bug: the headline praises a score that rose while the outside judge saw no improvement."""
+    results = made_up_results()
+    assert "over-optimisation." not in write_report(run).read_text(encoding="utf-8")
+    results["ppo"]["gold_positive_after"] = 0.40
+    (run / "results.json").write_text(json.dumps(results))
+    assert "which is over-optimisation." in write_report(run).read_text(encoding="utf-8")
+
+
+def test_long_runs_are_thinned_but_keep_their_last_point(run: Path) -> None:
+    """Bug: a run of 20,000 updates makes a page of many megabytes, or the thinning cuts off the end."""
+    write_jsonl(run / "ppo" / "metrics.jsonl", [{"step": s, "objective/kl": float(s)} for s in range(20_001)])
+    kl = next(p for p in plots_of(write_report(run).read_text(encoding="utf-8")) if p["title"].startswith("KL"))
+    assert len(kl["traces"][0]["x"]) == POINTS_PER_CURVE
+    assert (kl["traces"][0]["x"][0], kl["traces"][0]["x"][-1]) == (0, 20_000)
+
+
+@pytest.mark.parametrize("content", [None, '{"sft": {', "[]"])
+def test_a_folder_without_results_is_the_users_error(tmp_path: Path, content: str | None) -> None:
+    """Bug: a mistyped folder gives a traceback, or an empty page that looks like a run without results."""
+    if content is not None:
+        (tmp_path / "results.json").write_text(content)
+    with pytest.raises(UserError, match=r"results\.json"):
+        write_report(tmp_path)
+
+
+def test_the_command_rebuilds_the_page(run: Path, tmp_path: Path) -> None:
+    """Bug: `python -m rlhf.report` is not wired up, prints a traceback, or imports torch to draw a page."""
+    command = [sys.executable, "-X", "importtime", "-m", "rlhf.report"]
+    done = subprocess.run([*command, str(run)], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(run / "report.html") and (run / "report.html").exists()
+    assert not re.search(r"\| +(torch|transformers|wandb)\n", done.stderr)
+    failed = subprocess.run([*command[:1], *command[3:], str(tmp_path / "nowhere")], capture_output=True, text=True)
+    assert failed.returncode == 2 and failed.stderr.startswith("error: ") and failed.stderr.count("\n") == 1
+
+
+def test_print_results_shows_figures_and_skips_what_is_absent(capsys: pytest.CaptureFixture[str]) -> None:
+    """Bug: the closing table crashes on a run without gold figures, or prints rows of dashes."""
+    results = made_up_results()
+    results["ppo"]["gold_positive_before"] = results["ppo"]["gold_positive_after"] = None
+    results["reward"]["vader_accuracy"] = None
+    print_results(results)
+    out = capsys.readouterr().out
+    assert "71.3%" in out and "\N{MINUS SIGN}0.12" in out and "0.81" in out and "19:40 in all, 2.3 GB" in out
+    assert "VADER" not in out and "Positive answers" not in out
+    print_results({})
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium or chrome on this machine")
+def test_a_browser_draws_every_plot_without_complaint(run: Path, tmp_path: Path) -> None:
+    """Bug: a script error, a blocked resource or a plotly option that is gone leaves the page without its plots."""
+    page = write_report(run)
+    flags = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+             "--disable-component-update --disable-sync --enable-logging=stderr --v=0 "
+             "--virtual-time-budget=10000 --dump-dom")  # fmt: skip
+    profile = f"--user-data-dir={tmp_path / 'profile'}"
+    done = subprocess.run(
+        [BROWSER, *flags.split(), profile, page.as_uri()], capture_output=True, text=True, timeout=120
+    )
+    complaints = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    assert not complaints
+    assert 'data-drawn="10"' in done.stdout
+    assert "<title>owned" not in done.stdout
+    # one path a curve and one a bar: empty axes would also count as a drawn plot
+    assert done.stdout.count("js-line") >= 13 and done.stdout.count('class="point"') >= 18

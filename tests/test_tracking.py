@@ -1,0 +1,397 @@
+"""Tracking: the local record is complete and strict, and nothing that W&B does can end a run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import wandb
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from rlhf import tracking
+from rlhf.errors import UserError
+from rlhf.tracking import (
+    MetricsCallback,
+    PhaseTimer,
+    ProgressCallback,
+    Tracker,
+    house_metrics,
+    peak_rss_gb,
+    redact,
+    resolve_wandb_mode,
+    split_reference,
+)
+
+
+@pytest.fixture(autouse=True)
+def no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No test may find a key of the person who runs it, reach a server, or inherit another test's W&B settings."""
+    wandb.teardown()
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_DATA_DIR", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+
+
+def make(run_dir: Path, **options: Any) -> Tracker:
+    defaults: dict[str, Any] = {
+        "stage": "ppo",
+        "name": "demo-ppo",
+        "group": "demo",
+        "config": {},
+        "wandb_mode": "disabled",
+    }
+    return Tracker(run_dir, **{**defaults, **options})
+
+
+def rows_of(file: Path) -> list[dict[str, Any]]:
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is not JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def _settled(file: Path) -> bytes:
+    """The content of a file once it has stopped growing: W&B's service writes it a moment after `finish` returns."""
+    size = -1
+    while size != file.stat().st_size or size == 0:
+        size = file.stat().st_size
+        time.sleep(0.2)
+    return file.read_bytes()
+
+
+def wandb_records(run_dir: Path) -> Iterator[Any]:
+    """The protobuf records of an offline run: a LevelDB log (blocks of 32 KiB) behind a file header."""
+    from wandb.proto import wandb_internal_pb2
+
+    for file in sorted(run_dir.glob("wandb/offline-run-*/run-*.wandb")):
+        raw, position, payload = _settled(file), 7, b""
+        while position + 7 <= len(raw):
+            left = 32768 - position % 32768
+            if left < 7:
+                position += left
+                continue
+            _, length, kind = struct.unpack_from("<IHB", raw, position)
+            payload += raw[position + 7 : position + 7 + length]
+            position += 7 + length
+            if kind in (1, 4):  # a full record, or its last piece
+                yield wandb_internal_pb2.Record.FromString(payload)
+                payload = b""
+
+
+# --- Local files ----------------------------------------------------------------------------------------------------
+
+
+def test_every_log_is_on_disk_at_once_and_is_strict_json(tmp_path: Path) -> None:
+    """Bug: lines sit in a buffer when the run is killed; NaN makes the file unreadable, or its key disappears."""
+    with make(tmp_path) as tracker:
+        tracker.log({"objective/kl": 3.5, "ppo/value_loss": math.nan, "ppo/ratio_max": math.inf}, step=4)
+        row = rows_of(tmp_path / "metrics.jsonl")[0]
+        tracker.log_samples([{"prompt": "a\nb", "response": "ü", "score": -math.inf}], step=4)
+        sample = rows_of(tmp_path / "samples.jsonl")[0]
+    assert row.pop("time") > 1.7e9
+    assert row == {"step": 4, "objective/kl": 3.5, "ppo/value_loss": None, "ppo/ratio_max": None}
+    assert sample == {"step": 4, "prompt": "a\nb", "response": "ü", "score": None}
+
+
+def test_resume_keeps_the_run_and_repeats_no_step(tmp_path: Path) -> None:
+    """Bug: steps after the checkpoint appear twice, half a line swallows the next one, or W&B gets a second run."""
+    with make(tmp_path) as tracker:
+        first_id = tracker.run_id
+        for step in range(1, 6):
+            tracker.log({"objective/kl": step}, step)
+            tracker.log_samples([{"response": f"r{step}"}], step)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "objec')
+    with make(tmp_path, resume=True) as tracker:
+        assert tracker.run_id == first_id
+        tracker.truncate(3)
+        for step in (4, 5):
+            tracker.log({"objective/kl": 10 * step}, step)
+    metrics = [(row["step"], row["objective/kl"]) for row in rows_of(tmp_path / "metrics.jsonl")]
+    assert metrics == [(1, 1), (2, 2), (3, 3), (4, 40), (5, 50)]
+    assert [row["step"] for row in rows_of(tmp_path / "samples.jsonl")] == [1, 2, 3]
+
+
+def test_a_fresh_run_does_not_continue_the_file_of_an_old_one(tmp_path: Path) -> None:
+    """Bug: a second run in the same folder appends to the first one's metrics, and the curves run twice."""
+    ids = set()
+    for value in (1.0, 2.0):
+        with make(tmp_path) as tracker:
+            tracker.log({"sft/loss": value}, 1)
+            ids.add(tracker.run_id)
+    assert [row["sft/loss"] for row in rows_of(tmp_path / "metrics.jsonl")] == [2.0]
+    assert [row["sft/loss"] for row in rows_of(tmp_path / "metrics.previous.jsonl")] == [1.0]
+    assert len(ids) == 2
+
+
+# --- W&B ------------------------------------------------------------------------------------------------------------
+
+
+def test_an_offline_run_holds_metrics_samples_lineage_and_config(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Bug: what a later `wandb sync` would send is incomplete, is stored outside the run, or a banner is printed."""
+    run_dir, adapter = tmp_path / "run", tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "weights.safetensors").write_bytes(b"w" * 1000)
+    with make(run_dir, wandb_mode="offline", config={"lr": 1e-5, "server": {"api_key": "sesame"}}) as tracker:
+        run_id = tracker.run_id
+        tracker.use_artifact("sft/demo@2", "abc123")
+        for step in (1, 2, 3):
+            tracker.log({"objective/kl": step / 2}, step)
+            # the trainer's rows carry their own step; W&B must not get two columns of that name
+            tracker.log_samples([{"step": step, "prompt": "p", "score": 1 if step == 1 else None}], step)
+        tracker.log_artifact("ppo/demo@1", adapter, {"score": 0.8})
+    assert "WANDB_DATA_DIR" not in tracking.os.environ
+    assert capfd.readouterr() == ("", "")
+
+    records = list(wandb_records(run_dir))
+    run = next(record.run for record in records if record.WhichOneof("record_type") == "run")
+    assert (run.run_id, run.run_group, run.job_type, run.display_name) == (run_id, "demo", "ppo", "demo-ppo")
+    config = {u.key: json.loads(u.value_json) for u in run.config.update}
+    assert config["lr"] == 1e-5 and config["server"] == {"api_key": "***"}
+    later = [u for record in records if record.WhichOneof("record_type") == "config" for u in record.config.update]
+    assert {u.key: json.loads(u.value_json) for u in later}["inputs"] == {"sft/demo@2": "abc123"}
+
+    history = [
+        {"/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+        for record in records
+        if record.WhichOneof("record_type") == "history"
+    ]
+    assert [(row["_step"], row["objective/kl"]) for row in history] == [(1, 0.5), (2, 1.0), (3, 1.5)]
+    increments = [
+        json.loads((file).read_text())
+        for file in sorted(run_dir.glob("wandb/offline-run-*/files/media/table/**/*.table.json"))
+    ]
+    assert sorted(row for table in increments for row in table["data"]) == [[1, "p", 1], [2, "p", None], [3, "p", None]]
+    assert increments[0]["columns"] == ["step", "prompt", "score"]
+
+    made = {r.artifact.name: r.artifact for r in records if r.WhichOneof("record_type") == "artifact"}["ppo-demo"]
+    assert made.type == "ppo" and "1" in made.aliases
+    assert json.loads(made.metadata)["inputs"] == {"sft/demo@2": "abc123"}
+    (entry,) = made.manifest.contents
+    assert entry.ref == (adapter / "weights.safetensors").as_uri() and not entry.local_path
+
+
+def test_a_resumed_offline_run_has_the_same_id(tmp_path: Path) -> None:
+    """Bug: `resume` starts a new W&B run, and the curves of one training are in two places."""
+    for resume in (False, True):
+        with make(tmp_path, wandb_mode="offline", resume=resume) as tracker:
+            tracker.log({"sft/loss": 1.0}, 1 + resume)
+    ids = {r.run.run_id for r in wandb_records(tmp_path) if r.WhichOneof("record_type") == "run"}
+    assert ids == {tracker.run_id}
+
+
+class BrokenRun:
+    """A W&B run of which every call and attribute raises."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise ConnectionError("the server is gone")
+
+
+@pytest.mark.parametrize("broken", ["missing", "init", "run"])
+def test_a_broken_wandb_costs_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, broken: str
+) -> None:
+    """Bug: a full disk, a lost network or an absent package ends a training of many hours, or warns at every step."""
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+
+    def fail(**_: Any) -> None:
+        raise ConnectionError(f"no route to host, key {'k' * 40}")
+
+    if broken == "missing":
+        monkeypatch.setitem(sys.modules, "wandb", None)
+    else:
+        monkeypatch.setattr(wandb, "init", fail if broken == "init" else lambda **_: BrokenRun())
+    with make(tmp_path, wandb_mode="online") as tracker:
+        for step in (1, 2, 3):
+            tracker.log({"objective/kl": step}, step)
+            tracker.log_samples([{"prompt": "p"}], step)
+        tracker.use_artifact("sft/demo@2", "abc")
+        tracker.log_artifact("ppo/demo@1", tmp_path, {})
+    warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert len(warnings) == 1 and warnings[0].startswith("W&B could not")
+    assert "kkkk" not in warnings[0]
+    assert len(rows_of(tmp_path / "metrics.jsonl")) == len(rows_of(tmp_path / "samples.jsonl")) == 3
+    assert tracker.run_id
+
+
+def test_an_unreachable_server_leaves_an_offline_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Bug: with the server down a run has no W&B record at all, so that nothing can be synced later."""
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setattr(tracking, "INIT_TIMEOUT_SECONDS", 1.0)
+    with make(tmp_path, wandb_mode="online") as tracker:
+        tracker.log({"sft/loss": 1.0}, 1)
+    assert any(record.WhichOneof("record_type") == "history" for record in wandb_records(tmp_path))
+    assert len([r for r in caplog.records if r.name == "rlhf.tracking" and r.levelno >= logging.WARNING]) == 1
+
+
+def test_a_server_that_dies_does_not_hold_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: training is done, but the process waits for hours to upload to a server that is gone."""
+
+    class HangingRun:
+        def finish(self, exit_code: int) -> None:
+            time.sleep(30)
+
+    monkeypatch.setattr(tracking, "FINISH_TIMEOUT_SECONDS", 0.1)
+    tracker = make(tmp_path)
+    with tracker:
+        tracker._run = HangingRun()
+        start = time.monotonic()
+    assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize(
+    ("mode", "environment", "expected"),
+    [
+        ("auto", {}, "offline"),
+        ("auto", {"WANDB_API_KEY": "k" * 40}, "online"),
+        ("auto", {"WANDB_API_KEY": "k" * 40, "WANDB_MODE": "disabled"}, "disabled"),
+        ("auto", {"WANDB_MODE": "dryrun"}, "offline"),
+        ("disabled", {"WANDB_MODE": "online"}, "disabled"),
+    ],
+)
+def test_auto_follows_the_environment(
+    monkeypatch: pytest.MonkeyPatch, mode: str, environment: dict[str, str], expected: str
+) -> None:
+    """Bug: a run without a key asks for one on a terminal and waits for ever; or WANDB_MODE is ignored."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert resolve_wandb_mode(mode) == expected
+
+
+def test_a_key_in_netrc_counts(tmp_path: Path) -> None:
+    """Bug: after `wandb login`, which writes netrc, runs silently stay offline."""
+    (tmp_path / "netrc").write_text("machine example.org login user password x\n")
+    assert resolve_wandb_mode("auto") == "offline"
+    (tmp_path / "netrc").write_text(f"machine api.wandb.ai login user password {'k' * 40}\n")
+    assert resolve_wandb_mode("auto") == "online"
+
+
+def test_a_mistyped_mode_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: `ofline` quietly means something else."""
+    with pytest.raises(UserError, match="did you mean 'offline'"):
+        resolve_wandb_mode("ofline")
+    monkeypatch.setenv("WANDB_MODE", "sometimes")
+    with pytest.raises(UserError, match="WANDB_MODE"):
+        resolve_wandb_mode("auto")
+
+
+def test_secrets_are_blanked_and_ordinary_names_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: a key in the config is stored in W&B for a whole team; or `pad_token` is taken for one."""
+    monkeypatch.setenv("SOME_API_KEY", "sesame-open-42")
+    config = {
+        "reward_url": "https://me:pw123@host/score?k=sesame-open-42", "api_key": "a", "hf_token": "b", "token": "c",
+        "headers": {"Authorization": "Bearer d"}, "password": None, "pad_token": "<pad>", "num_tokens": 5,
+        "tokenizer": "t", "layers": (1, 2), "folder": Path("/data"),
+    }  # fmt: skip
+    assert redact(config) == {
+        "reward_url": "https://***@host/score?k=***", "api_key": "***", "hf_token": "***", "token": "***",
+        "headers": {"Authorization": "***"}, "password": None, "pad_token": "<pad>", "num_tokens": 5,
+        "tokenizer": "t", "layers": [1, 2], "folder": "/data",
+    }  # fmt: skip
+
+
+def test_references_become_names_that_wandb_allows() -> None:
+    """Bug: `sft/demo@2` is refused by W&B, which allows no slash and no @."""
+    assert split_reference("sft/demo@2") == ("sft", "sft-demo", "2")
+    assert split_reference("reward/my model") == ("reward", "reward-my-model", "")
+
+
+def test_wandb_is_imported_only_by_a_run_that_uses_it() -> None:
+    """Bug: `import wandb` at the top; a machine without it cannot train."""
+    code = "import sys, rlhf.tracking; print('wandb' in sys.modules)"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+        == "False"
+    )
+
+
+# --- Trainer callbacks ----------------------------------------------------------------------------------------------
+
+
+def test_trainer_logs_get_the_names_of_the_house() -> None:
+    """Bug: the report looks for `sft/token_accuracy` and `reward/eval_accuracy`, and finds TRL's names."""
+    logs = {"loss": 2.5, "mean_token_accuracy": 0.4, "grad_norm": 1.2, "learning_rate": 1e-4, "epoch": 0.5, 
+            "num_tokens": 900.0, "entropy": 2.2, "train_runtime": 9.0, "note": "text"}  # fmt: skip
+    assert house_metrics(logs, "sft") == {
+        "sft/loss": 2.5, "sft/token_accuracy": 0.4, "sft/grad_norm": 1.2, "sft/lr": 1e-4, "sft/entropy": 2.2,
+    }  # fmt: skip
+    logs = {
+        "eval_loss": 0.6,
+        "eval_accuracy": 0.7,
+        "eval_margin": 0.9,
+        "eval_runtime": 3.0,
+        "eval_samples_per_second": 8.0,
+    }
+    assert house_metrics(logs, "reward") == {
+        "reward/eval_loss": 0.6,
+        "reward/eval_accuracy": 0.7,
+        "reward/eval_margin": 0.9,
+    }
+
+
+def test_the_metrics_callback_writes_on_the_main_process_only(tmp_path: Path) -> None:
+    """Bug: every process of a run appends the same line to the same file."""
+    arguments, control = TrainingArguments(output_dir=str(tmp_path / "hf")), TrainerControl()
+    with make(tmp_path, stage="reward") as tracker:
+        callback = MetricsCallback(tracker, "reward")
+        for main in (True, False):
+            state = TrainerState(global_step=7, is_world_process_zero=main)
+            callback.on_log(arguments, state, control, logs={"loss": 0.7, "margin": 0.1})
+            callback.on_log(arguments, state, control, logs={"epoch": 1.0})
+    (row,) = rows_of(tmp_path / "metrics.jsonl")
+    assert (row["step"], row["reward/loss"], row["reward/margin"]) == (7, 0.7, 0.1)
+
+
+def test_the_progress_callback_counts_training_and_evaluation(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Bug: a resumed run counts from 0, evaluation has no progress, or its bar is never closed."""
+    arguments, control = TrainingArguments(output_dir=str(tmp_path)), TrainerControl()
+    state = TrainerState(global_step=4, max_steps=6)
+    callback = ProgressCallback("sft")
+    callback.on_train_begin(arguments, state, control)
+    for state.global_step in (5, 6):
+        callback.on_step_end(arguments, state, control)
+    callback.on_log(arguments, state, control, logs={"loss": 2.5, "mean_token_accuracy": 0.4, "epoch": 1.0})
+    for _ in range(3):
+        callback.on_prediction_step(arguments, state, control, eval_dataloader=[0, 0, 0])
+    callback.on_evaluate(arguments, state, control)
+    callback.on_train_end(arguments, state, control)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["sft evaluation 3/3 100% took 0:00", "sft 6/6 100% loss 2.5 accuracy 0.4 took 0:00"]
+
+
+# --- Phases ---------------------------------------------------------------------------------------------------------
+
+
+def test_phases_add_up_and_see_the_peak_of_their_own_block() -> None:
+    """Bug: a phase that runs twice counts once, a failure loses its time, or memory that was freed is not seen."""
+    timer = PhaseTimer()
+    before = peak_rss_gb()
+    for seconds in (0.02, 0.03):
+        with timer.phase("rollout"):
+            time.sleep(seconds)
+    with pytest.raises(KeyError), timer.phase("optimise"):
+        size = int((before + 0.2) * 1e9) - int(tracking.psutil.Process().memory_info().rss)
+        block = b"x" * size  # more than this process ever held, and gone when the phase ends
+        del block
+        raise KeyError
+    rollout, optimise = timer.summary()
+    assert (rollout["phase"], optimise["phase"]) == ("rollout", "optimise")
+    assert 0.05 <= rollout["seconds"] < 1.0 and optimise["seconds"] > 0
+    assert optimise["peak_rss_gb"] > before + 0.1
+    assert 0 < rollout["peak_rss_gb"] <= before + 0.05
