@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -39,15 +40,27 @@ def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: 
         partial.rename(target)
     except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError) or "Error while serializing" in str(error) or "I/O" in str(error):
-            free = shutil.disk_usage(folder if folder.exists() else folder.parent).free / 1e9
-            raise UserError(
-                f"cannot write checkpoint {target} ({free:.1f} GB free): {error}; free some space, then --resume"
-            ) from error
+        if isinstance(error, OSError) or is_storage_failure(error):
+            raise not_written(target, error) from error
         raise
     for old in _all(folder)[:-_KEEP]:
         shutil.rmtree(old, ignore_errors=True)
     return target
+
+
+def is_storage_failure(error: Exception) -> bool:
+    """Whether the system refused to write: an OSError of that kind, or what safetensors and torch.save make of it."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES)
+    told = ("Error while serializing", "I/O error", "PytorchStreamWriter", "unexpected pos")
+    return any(words in str(error) for words in told)
+
+
+def not_written(target: Path, error: Exception) -> UserError:
+    """The complaint about a checkpoint that could not be written."""
+    free = shutil.disk_usage(next(p for p in target.absolute().parents if p.exists())).free / 1e9
+    reason = str(error).splitlines()[0]
+    return UserError(f"cannot write checkpoint {target} ({free:.1f} GB free): {reason}; free some space, then --resume true")
 
 
 def latest(folder: Path) -> Path | None:

@@ -138,6 +138,7 @@ class RewardConfig(TrainingLength, StageConfig):
     min_rating_difference: float = option(
         "pairs whose ratings differ by less are left out as ties, in units of the ratings", 0.0
     )
+    min_responses: int = option("rankings of fewer responses are left out of training, 2 keeps all", 2)
     eval_rating_difference: float = option("accuracy is measured on pairs whose ratings differ by at least this", 1.0)
     normalize_std: bool = option("scale scores to standard deviation 1 on the demonstrations", True)
     gold: str | None = option(
@@ -202,9 +203,10 @@ def require(condition: bool, message: str) -> None:
 def divides(small_name: str, small: int, large_name: str, large: int) -> None:
     """Raises `UserError`, with both numbers, unless `small` divides `large` without rest."""
     require(small >= 1, f"{small_name} must be at least 1, got {small}")
+    nearest = max(small, round(large / small) * small)
     require(
         large >= small and large % small == 0,
-        f"{large_name} ({large}) must be a multiple of {small_name} ({small}); nearest: {max(small, round(large / small) * small)}",
+        f"{large_name} ({large}) must be a multiple of {small_name} ({small}); nearest: {nearest}",
     )
 
 
@@ -268,7 +270,7 @@ def _as_arguments(config_type: type, values: dict[str, Any], source: str) -> lis
     return words
 
 
-def _parser(config_type: type) -> Any:
+def _parser(config_type: Any) -> Any:
     from transformers import HfArgumentParser  # slow to import: only when a command really parses
 
     class Parser(HfArgumentParser):

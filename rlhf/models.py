@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from peft import (
@@ -31,6 +31,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rlhf.config import StageConfig
 from rlhf.data_prep.assets import resolve_model
 from rlhf.errors import UserError
+from rlhf.prefix import share_prefixes
 from rlhf.registry import Artifact
 
 Role = Literal["policy", "value", "reward", "reference"]
@@ -103,7 +104,8 @@ def load_base(
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load the model '{name_or_path}': {str(error).splitlines()[0]}") from error
     model.config.use_cache = True
-    return model.to(compute.device) if config.quantization == "none" else model
+    share_prefixes(backbone(model))
+    return cast(nn.Module, model).to(compute.device) if config.quantization == "none" else model  # type: ignore[return-value]
 
 
 def _quantization(config: StageConfig, compute: Compute) -> BitsAndBytesConfig | None:
@@ -243,7 +245,7 @@ class SharedModels(nn.Module):
     @property
     def causal(self) -> PreTrainedModel:
         """The causal model with its adapters in place."""
-        return self.peft.get_base_model()
+        return cast(PreTrainedModel, self.peft.get_base_model())
 
     def load_reward(self, folder: Path, mean: float, std: float) -> None:
         """Puts a trained reward adapter and its head on the base, and starts the value adapter and head from them.
@@ -266,7 +268,7 @@ class SharedModels(nn.Module):
                 task_type="CAUSAL_LM",
             )
             self.peft.add_adapter(name, config)
-            result = set_peft_model_state_dict(self.peft, dict(state), adapter_name=name)
+            result: Any = set_peft_model_state_dict(self.peft, dict(state), adapter_name=name)
             if result.unexpected_keys:
                 raise UserError(f"{folder} was made for another model: it holds {result.unexpected_keys[0]}")
         with torch.no_grad():
@@ -319,7 +321,7 @@ class SharedModels(nn.Module):
         mergeable = all(
             type(layer.get_base_layer()).__module__.startswith(("torch.", "transformers.")) for layer in self._layers
         )
-        if not mergeable or any(config.use_dora for config in self.peft.peft_config.values()):
+        if not mergeable or cast(LoraConfig, self.peft.peft_config["policy"]).use_dora:
             with self.role("policy"):
                 yield self.causal
             return
@@ -327,9 +329,10 @@ class SharedModels(nn.Module):
         try:
             with self.role("reference"):
                 for layer in self._layers:
-                    weight = layer.get_base_layer().weight
+                    weight = cast(nn.Parameter, layer.get_base_layer().weight)
+                    delta = cast(Any, layer).get_delta_weight("policy")
                     kept.append((weight, weight.data))
-                    weight.data = (weight.data + layer.get_delta_weight("policy")).to(weight.dtype)
+                    weight.data = (weight.data + delta).to(weight.dtype)
                 yield self.causal
         finally:
             for weight, data in kept:

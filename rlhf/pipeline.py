@@ -72,7 +72,7 @@ def _prepare_data(folder: Path, overrides: dict[str, Any]) -> dict[str, Any]:
     return {"dataset": str(prepare(build(DataConfig, values, str(file))))}
 
 
-def _stage_config(file: Path, config_type: type, overrides: dict[str, Any]) -> Any:
+def _stage_config(file: Path, config_type: Any, overrides: dict[str, Any]) -> Any:
     fields = config_type.__dataclass_fields__
     return build(config_type, {**read_yaml(file), **{k: v for k, v in overrides.items() if k in fields}}, str(file))
 

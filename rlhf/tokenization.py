@@ -109,8 +109,7 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message]) -> list[int]:
     """Token ids of a prompt, up to and including the header of the answer."""
-    text = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    return tokenizer(_render(tokenizer, prompt, answer_header=True), add_special_tokens=False)["input_ids"]
 
 
 def encode_response(
@@ -120,21 +119,26 @@ def encode_response(
 
     Whatever the template writes after the stop token (often a line break) belongs to the next turn and is left out.
     """
-    head = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
-    whole = tokenizer.apply_chat_template([*prompt, *response], tokenize=False)
+    head = _render(tokenizer, prompt, answer_header=True)
+    whole = _render(tokenizer, [*prompt, *response], answer_header=False)
     if not whole.startswith(head):
         raise UserError(
             "the chat template writes the prompt differently when an answer follows; give another --chat_template"
         )
     tail = whole[len(head) :]
-    stop = tokenizer.eos_token
+    stop = str(tokenizer.eos_token)
     tail = tail[: tail.rindex(stop)] if stop in tail else tail
     return [*tokenizer(tail, add_special_tokens=False)["input_ids"], int(tokenizer.eos_token_id)]
 
 
+def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, answer_header: bool) -> str:
+    plain = [dict(message) for message in messages]
+    return str(tokenizer.apply_chat_template(plain, add_generation_prompt=answer_header, tokenize=False))
+
+
 def decode_response(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
     """The text of an answer, without special tokens."""
-    return tokenizer.decode(tokens, skip_special_tokens=True).strip()
+    return str(tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()
 
 
 def last_user_text(prompt: Sequence[Message]) -> str:

@@ -62,7 +62,10 @@ class PPOTrainer:
         self.policy_parameters = list(models.trainable("policy").values())
         self.value_parameters = list(models.trainable("value").values())
         value_lr = config.value_learning_rate if config.value_learning_rate is not None else config.learning_rate
-        groups = [{"params": self.policy_parameters}, {"params": self.value_parameters, "lr": value_lr}]
+        groups: list[dict[str, Any]] = [
+            {"params": self.policy_parameters},
+            {"params": self.value_parameters, "lr": value_lr},
+        ]
         self.optimizer = optim.build_optimizer(groups, config)
         updates = config.num_updates * config.num_ppo_epochs * (config.rollout_batch_size // config.minibatch_size)
         self.scheduler = optim.build_scheduler(self.optimizer, config, updates)
@@ -215,7 +218,7 @@ class PPOTrainer:
     def save(self) -> Path:
         """A checkpoint from which `resume` goes on as if nothing had happened."""
         moments, rest = checkpoint.pack_optimizer(self.optimizer)
-        weights = {**self.models.trainable("policy"), **self.models.trainable("value")}
+        weights: dict[str, Tensor] = {**self.models.trainable("policy"), **self.models.trainable("value")}
         return checkpoint.save(
             self.folder,
             self.updates_done,

@@ -106,11 +106,11 @@ class RankingTrainer(RewardTrainer):
         scores = score_rows(model, inputs["input_ids"], inputs["attention_mask"], self.forward_batch_size)
         pairs = ordered_pairs(inputs["ratings"], inputs["prompt"], min_difference=self.min_difference)
         loss = ranking_loss(scores, pairs, int(inputs["prompt"].max()) + 1)
-        self._record(scores.detach(), pairs)
+        self._record("train" if model.training else "eval", scores.detach(), pairs)
         return (loss, {"scores": scores}) if return_outputs else loss
 
-    def _record(self, scores: Tensor, pairs: Pairs) -> None:
-        metrics = self._metrics["train" if self.model.training else "eval"]
+    def _record(self, mode: str, scores: Tensor, pairs: Pairs) -> None:
+        metrics = self._metrics[mode]
         margins = scores[pairs.better] - scores[pairs.worse]
         if len(margins):
             metrics["accuracy"].append(self.accelerator.gather_for_metrics((margins > 0).float().mean()).mean().item())

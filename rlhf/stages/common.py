@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,11 +14,12 @@ from typing import Any
 
 import torch
 from torch.utils.data import Sampler
-from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState, set_seed
 
-from rlhf import optim
+from rlhf import checkpoint, optim
 from rlhf.config import StageConfig, TrainingLength
 from rlhf.data_prep.loading import Loaded
+from rlhf.errors import UserError
 from rlhf.interrupt import StopRequest
 from rlhf.models import Compute
 from rlhf.registry import Artifact, Registry, recipe_hash
@@ -107,6 +110,7 @@ def open_run(
     compute = Compute.choose(config)
     folder = Path(config.output_dir) / stage
     folder.mkdir(parents=True, exist_ok=True)
+    _claim_checkpoints(folder / "checkpoints", config, parents, data)
     print(f"{stage}: {config.name} on {compute}; data {data['rows']}; logs in {folder}", flush=True)
     tracker = Tracker(
         folder,
@@ -122,6 +126,30 @@ def open_run(
         for parent in parents:
             tracker.use_artifact(parent.reference, parent.hash)
         yield Run(stage, config, folder, Registry(config.registry), compute, tracker, parents, data, recipe)
+
+
+def _claim_checkpoints(folder: Path, config: StageConfig, parents: list[Artifact], data: dict[str, Any]) -> None:
+    """Makes the folder this run's own, so that checkpoints of another run are neither resumed from nor kept in place of its.
+
+    Raises:
+        UserError: with `resume`, when the checkpoints there were made with other options, data or parents.
+    """
+    inputs = {"dataset": data["fingerprint"], **{parent.stage: parent.hash for parent in parents}}
+    made_of, mark = {**config.recipe(), **inputs}, folder / "made_of.json"
+    if folder.exists() and not config.resume:
+        previous = folder.with_name("checkpoints.previous")
+        shutil.rmtree(previous, ignore_errors=True)
+        folder.rename(previous)
+    elif folder.exists():
+        before = json.loads(mark.read_text(encoding="utf-8")) if mark.is_file() else {}
+        if changed := sorted(k for k, v in made_of.items() if k not in before or before[k] != v):
+            raise UserError(
+                f"the checkpoints in {folder} were made with other options or inputs ({', '.join(changed)}); "
+                "use the same ones again, or start anew without --resume"
+            )
+        return
+    folder.mkdir()
+    mark.write_text(json.dumps(made_of, indent=2), encoding="utf-8")
 
 
 def describe_data(sets: dict[str, Loaded]) -> dict[str, Any]:
@@ -163,7 +191,7 @@ def trainer_arguments(run: Run, length: TrainingLength) -> dict[str, Any]:
         "optim": "adamw_bnb_8bit" if c.optim == "adamw_8bit" else "adamw_torch",
         "bf16": run.compute.bf16,
         "use_cpu": run.compute.device.type == "cpu",
-        "gradient_checkpointing": False,
+        "gradient_checkpointing": False,  # TRL turns it on by default; it recomputes each forward pass
         "seed": c.seed,
         "report_to": [],
         "disable_tqdm": True,
@@ -192,18 +220,37 @@ def train(trainer: Any, run: Run) -> None:
         trainer.add_callback(ProgressCallback(run.stage))
         trainer.add_callback(MetricsCallback(run.tracker, run.stage))
         trainer.add_callback(_StopCallback(stop))
-        checkpoint = None
-        if run.config.resume:
-            from transformers.trainer_utils import get_last_checkpoint
-
-            checkpoint = (
-                get_last_checkpoint(trainer.args.output_dir) if Path(trainer.args.output_dir).is_dir() else None
-            )
-            if checkpoint is not None:
-                run.tracker.truncate(int(checkpoint.rsplit("-", 1)[1]))
+        folder = Path(trainer.args.output_dir)
+        last = _last_checkpoint(folder) if run.config.resume else None
+        if last is not None:
+            run.tracker.truncate(int(last.name.rsplit("-", 1)[1]))
+            trainer.args.eval_on_start = False  # that evaluation is in the checkpoint's history already
         with run.timer.phase("train"):
-            trainer.train(resume_from_checkpoint=checkpoint)
+            try:
+                if last is None or not _take_finished(trainer, last):
+                    trainer.train(resume_from_checkpoint=str(last) if last else None)
+            except Exception as error:
+                if checkpoint.is_storage_failure(error):
+                    raise checkpoint.not_written(folder / f"checkpoint-{trainer.state.global_step}", error) from error
+                raise
         stop.raise_if_requested()
+
+
+def _take_finished(trainer: Any, last: Path) -> bool:
+    """Whether the checkpoint holds all updates, and if so, takes it as the result: the trainer would make one more update."""
+    state = TrainerState.load_from_json(str(last / "trainer_state.json"))
+    if state.global_step < state.max_steps:
+        return False
+    best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+    trainer._load_from_checkpoint(best if best and Path(best).is_dir() else str(last))
+    trainer.state = state
+    return True
+
+
+def _last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that is complete: the trainer writes its state last."""
+    found = [p for p in folder.glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
+    return max(found, key=lambda p: int(p.name.rsplit("-", 1)[1]), default=None)
 
 
 class SortedStepSampler(Sampler[int]):

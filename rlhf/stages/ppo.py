@@ -87,7 +87,8 @@ def encode_prompts(data: Loaded, tokenizer: PreTrainedTokenizerBase, max_length:
     for number, ids in enumerate(encoded):
         if len(ids) > max_length:
             raise UserError(
-                f"prompt {number + 1} has {len(ids)} tokens, more than max_prompt_length={max_length}; raise it or drop the prompt"
+                f"prompt {number + 1} has {len(ids)} tokens, more than max_prompt_length={max_length}; "
+                "raise it or drop the prompt"
             )
     return encoded
 

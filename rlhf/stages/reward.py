@@ -49,7 +49,7 @@ def run(config: RewardConfig, *, reuse: bool = False) -> Artifact:
             model=model,
             args=TrlRewardConfig(**trainer_arguments(run, config), prediction_loss_only=True),
             data_collator=RankingCollator(int(tokenizer.pad_token_id)),
-            train_dataset=tokenize(comparisons, tokenizer, config.max_length),
+            train_dataset=tokenize(comparisons, tokenizer, config.max_length, min_responses=config.min_responses),
             eval_dataset=validation.select(range(min(len(validation), config.max_eval_samples))),
             processing_class=tokenizer,
             min_difference=config.min_rating_difference,
@@ -79,15 +79,17 @@ def run(config: RewardConfig, *, reuse: bool = False) -> Artifact:
         )
 
 
-def tokenize(data: Loaded, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
-    """Rankings with `input_ids`: K token lists (prompt and response) a row; rows with a longer one are left out."""
+def tokenize(
+    data: Loaded, tokenizer: PreTrainedTokenizerBase, max_length: int, *, min_responses: int = 2
+) -> Dataset:
+    """Rankings with `input_ids`: K token lists (prompt and response) a row; too long or too small ones are left out."""
     rows: list[dict[str, Any]] = []
     for row in data.rows:
         prompt = encode_prompt(tokenizer, row["prompt"])
         ids = [prompt + encode_response(tokenizer, row["prompt"], response) for response in row["responses"]]
-        if max(map(len, ids)) <= max_length:
+        if max(map(len, ids)) <= max_length and len(ids) >= min_responses:
             rows.append({**row, "input_ids": ids})
-    require(bool(rows), f"no comparison fits into max_length={max_length} tokens; raise it")
+    require(bool(rows), f"no comparison has {min_responses} responses that fit into max_length={max_length} tokens")
     return Dataset.from_list(rows)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig as TrlSFTConfig
 from trl import SFTTrainer
@@ -18,7 +19,8 @@ from rlhf.config import SFTConfig, parse_config, require
 from rlhf.data_prep.assets import resolve_model
 from rlhf.data_prep.loading import Loaded, load_rows
 from rlhf.errors import run_command
-from rlhf.models import direct_casting, load_base, lora_config, save_adapter, with_adapter
+from rlhf.models import backbone, direct_casting, load_base, lora_config, save_adapter, with_adapter
+from rlhf.ppo.functional import sequence_logprobs
 from rlhf.registry import Artifact
 from rlhf.stages.common import (
     SortedStepSampler,
@@ -95,17 +97,42 @@ def tokenize(data: Loaded, tokenizer: PreTrainedTokenizerBase, max_length: int, 
             rows.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})
         if len(rows) == limit:
             break
+    if limit is not None:
+        rows.sort(key=lambda row: len(row["input_ids"]))  # held-out rows: their order is free, and padding costs time
     require(bool(rows), f"no demonstration fits into max_length={max_length} tokens; raise it")
     return Dataset.from_list(rows)
 
 
 class _Trainer(SFTTrainer):
-    """`trl.SFTTrainer` whose microbatches hold answers of similar length."""
+    """`trl.SFTTrainer` whose microbatches hold answers of similar length, and which wastes no work on prompts on a CPU."""
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> SortedStepSampler:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
+    def _get_train_sampler(self, train_dataset: Any = None) -> SortedStepSampler:
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         step = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return SortedStepSampler([len(ids) for ids in dataset["input_ids"]], step, self.args.seed)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Mean negative log-likelihood of the answer tokens, nats.
+
+        TRL's own loss is kept wherever its kernel leaves out the prompt. On a CPU that kernel computes logits for every
+        position, and again in the backward pass, which is half of the step; there the loss is taken here.
+        """
+        if self.args.device.type != "cpu":
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        causal = self.accelerator.unwrap_model(model).get_base_model()
+        answer = inputs["labels"][:, 1:] != -100
+        with self.accelerator.autocast():  # accelerate wraps only the outermost forward, which is not called here
+            hidden = backbone(causal)(
+                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
+            ).last_hidden_state[:, :-1]
+            logits, tokens = causal.get_output_embeddings()(hidden[answer]), inputs["labels"][:, 1:][answer]
+        total = -sequence_logprobs(logits, tokens, temperature=1.0).sum()
+        accuracy = (logits.detach().argmax(dim=-1) == tokens).float().mean()
+        self._metrics["train" if model.training else "eval"]["mean_token_accuracy"].append(float(accuracy))
+        loss = total / (answer.sum() if num_items_in_batch is None else num_items_in_batch)
+        return (loss, {"loss": loss}) if return_outputs else loss
 
 
 def main() -> None:

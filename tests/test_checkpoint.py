@@ -1,0 +1,195 @@
+"""Checkpoints: whole or not there, the last two, and optimiser states that come back byte for byte."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes
+import pytest
+import torch
+from torch import Tensor
+
+from rlhf import checkpoint
+from rlhf.errors import UserError
+
+
+def save(folder: Path, step: int, value: float | None = None) -> Path:
+    weights = {"a": torch.full((3,), float(step if value is None else value)), "b": torch.arange(4.0)}
+    return checkpoint.save(folder, step, {"weights": weights, "optimizer": {}}, {"note": f"step {step}"})
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
+    """Catches: a type or shape that changes on the way, groups that are mixed up, and tensors that share memory (safetensors
+    refuses those; bitsandbytes' states have them)."""
+    shared = torch.randn(4, generator=torch.Generator().manual_seed(0))
+    tensors = {
+        "weights": {"a": shared, "b": shared, "view": torch.arange(6).reshape(2, 3).T, "bf16": shared.bfloat16()},
+        "optimizer": {"0/step": torch.tensor(3), "0/codes": torch.tensor([0, 255], dtype=torch.uint8)},
+    }
+    path = checkpoint.save(tmp_path / "new" / "folder", 7, tensors, {"recipe": {"lr": 0.1, "name": None}})
+    assert path == checkpoint.latest(tmp_path / "new" / "folder")
+    loaded, state = checkpoint.load(path)
+    assert state == {"recipe": {"lr": 0.1, "name": None}, "step": 7}
+    assert loaded.keys() == tensors.keys()
+    for group, entries in tensors.items():
+        assert loaded[group].keys() == entries.keys()
+        for name, tensor in entries.items():
+            assert loaded[group][name].dtype == tensor.dtype and torch.equal(loaded[group][name], tensor)
+
+
+def test_the_last_two_are_kept_and_counted_as_numbers(tmp_path: Path) -> None:
+    """Catches: a disk that fills with checkpoints, and sorting by name, where 9 comes after 10."""
+    assert checkpoint.latest(tmp_path) is None
+    for step in (8, 9, 10, 11):
+        path = save(tmp_path, step)
+        assert checkpoint.latest(tmp_path) == path
+    assert names(tmp_path) == ["checkpoint-10", "checkpoint-11"]
+
+
+def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
+    """Catches: a rename that fails because the folder is there, and files of both versions side by side."""
+    save(tmp_path, 3, value=1.0)
+    (tmp_path / "checkpoint-3" / "old.safetensors").write_bytes(b"")
+    save(tmp_path, 3, value=2.0)
+    tensors, _ = checkpoint.load(tmp_path / "checkpoint-3")
+    assert tensors["weights"]["a"].tolist() == [2.0] * 3 and tensors.keys() == {"weights", "optimizer"}
+
+
+def test_a_half_written_checkpoint_is_ignored(tmp_path: Path) -> None:
+    """Catches: resuming from what a killed process left behind."""
+    save(tmp_path, 2)
+    for name in (".partial-4", "checkpoint-4"):  # killed while writing; and one of a copy that was cut off
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights.safetensors").write_bytes(b"half")
+    assert checkpoint.latest(tmp_path) == tmp_path / "checkpoint-2"
+    save(tmp_path, 4)
+    assert checkpoint.latest(tmp_path) == tmp_path / "checkpoint-4"
+    assert names(tmp_path) == ["checkpoint-2", "checkpoint-4"]
+    assert checkpoint.load(tmp_path / "checkpoint-4")[0]["weights"]["a"].tolist() == [4.0] * 3
+
+
+@pytest.mark.parametrize("file", ["state.json", "weights.safetensors"])
+def test_a_damaged_checkpoint_is_one_clear_line(file: str, tmp_path: Path) -> None:
+    """Catches: a traceback, or a silent start from the beginning, when a file was cut."""
+    path = save(tmp_path, 2)
+    (path / file).write_bytes((path / file).read_bytes()[:20])
+    with pytest.raises(UserError, match=r"checkpoint-2.*delete it"):
+        checkpoint.load(path)
+
+
+@pytest.mark.parametrize("step", [2, 4])
+@pytest.mark.parametrize("fails_at", ["weights", "optimizer", "state.json", "rename"])
+def test_a_full_disk_leaves_the_previous_checkpoint(
+    fails_at: str, step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches: a good checkpoint removed before the new one is whole, a half-written one left in its place, and a traceback.
+    The step may be one that is there already (a resumed run saves it again)."""
+    save(tmp_path, 1)
+    good = save(tmp_path, 2)
+    before = {file.name: file.read_bytes() for file in good.iterdir()}
+    full = OSError(errno.ENOSPC, "No space left on device")
+    write, write_text = checkpoint.save_file, Path.write_text
+
+    def save_file(tensors: dict[str, Tensor], path: Path) -> None:
+        if Path(path).stem == fails_at:
+            Path(path).write_bytes(b"half")
+            raise full
+        write(tensors, path)
+
+    def failing_write_text(self: Path, *args: Any, **kwargs: Any) -> int:
+        if self.name == fails_at:
+            raise full
+        return write_text(self, *args, **kwargs)
+
+    def rename(self: Path, target: Path) -> Path:
+        raise full
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", save_file)
+        patch.setattr(Path, "write_text", failing_write_text)
+        if fails_at == "rename":
+            patch.setattr(Path, "rename", rename)
+        with pytest.raises(UserError, match=r"No space left.*then --resume"):
+            save(tmp_path, step)
+    assert checkpoint.latest(tmp_path) == good
+    assert {file.name: file.read_bytes() for file in good.iterdir()} == before
+    assert names(tmp_path) == ["checkpoint-1", "checkpoint-2"]
+    save(tmp_path, 4)
+    assert names(tmp_path) == ["checkpoint-2", "checkpoint-4"]
+
+
+def test_other_errors_are_not_called_a_full_disk(tmp_path: Path) -> None:
+    """Catches: a bug in the caller reported as a disk that is full, which nobody will find."""
+    with pytest.raises(TypeError):
+        checkpoint.save(tmp_path, 1, {}, {"state": object()})
+    assert checkpoint.latest(tmp_path) is None and names(tmp_path) == []
+
+
+# ---- optimisers -----------------------------------------------------------------------------------------------------
+
+
+def parameters() -> list[torch.nn.Parameter]:
+    """One large enough for 8-bit states, one too small."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((64, 128), (5,))]
+
+
+def optimizer(kind: str, of: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    groups: list[dict[str, Any]] = [{"params": of[:1]}, {"params": of[1:], "lr": 3e-2}]
+    settings: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1}
+    if kind == "adamw_8bit":
+        return bitsandbytes.optim.AdamW8bit(groups, min_8bit_size=4096, **settings)
+    return torch.optim.AdamW(groups, **settings)
+
+
+def train(of: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        for parameter in of:
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        optimizer.step()
+
+
+def flat(node: Any, path: str = "") -> dict[str, Any]:
+    """Leaves of nested dicts and lists by path."""
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, (list, tuple)) else None
+    if items is None:
+        return {path: node}
+    return {k: v for key, child in items for k, v in flat(child, f"{path}/{key}").items()}
+
+
+@pytest.mark.parametrize("kind", ["adamw_8bit", "adamw_torch"])
+def test_optimiser_states_come_back_byte_for_byte(kind: str, tmp_path: Path) -> None:
+    """Catches: 8-bit codes cast to float by `load_state_dict`, scales or maps left behind, a step count that restarts
+    (Adam's bias correction), and groups that lose their own step size."""
+    one = parameters()
+    first = optimizer(kind, one)
+    train(one, first, range(3))
+    tensors, rest = checkpoint.pack_optimizer(first)
+    assert (torch.uint8 in {t.dtype for t in tensors.values()}) == (kind == "adamw_8bit")
+    path = checkpoint.save(tmp_path, 3, {"optimizer": tensors}, {"optimizer": rest})
+    json.loads((path / "state.json").read_text())
+    loaded, state = checkpoint.load(path)
+
+    two = parameters()
+    for parameter, source in zip(two, one, strict=True):
+        parameter.data.copy_(source.data)
+    second = optimizer(kind, two)
+    checkpoint.unpack_optimizer(second, loaded["optimizer"], state["optimizer"])
+    expected, got = flat(first.state_dict()), flat(second.state_dict())
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        if isinstance(value, Tensor):
+            assert got[name].dtype == value.dtype and torch.equal(got[name], value), name
+        else:
+            assert got[name] == value, name
+    train(one, first, range(3, 6))
+    train(two, second, range(3, 6))
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))

@@ -1,0 +1,68 @@
+"""Sharing the opening of a batch must not change what is computed, nor its gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from toys import FAMILIES, build_model
+
+from rlhf.models import backbone
+from rlhf.prefix import common_prefix, share_prefixes
+
+OPENING = [5, 6, 7, 8, 9, 10]
+ROWS = [[*OPENING, 11, 12], [*OPENING, 11], [*OPENING, 13, 14, 15, 16]]
+
+
+def batch(side: str) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(map(len, ROWS))
+    gaps = [[0] * (width - len(row)) for row in ROWS]
+    left = side == "left"
+    ids = [gap + row if left else row + gap for gap, row in zip(gaps, ROWS, strict=True)]
+    mask = [[0] * len(g) + [1] * len(r) if left else [1] * len(r) + [0] * len(g) for g, r in zip(gaps, ROWS, strict=True)]
+    return torch.tensor(ids), torch.tensor(mask)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hidden_states_and_gradients_are_those_of_separate_rows(family: str, side: str) -> None:
+    """A wrong position, a mask that misses the opening, or keys repeated without gradient would all show here."""
+    model = build_model(family, 32, dtype=torch.float64)
+    ids, mask = batch(side)
+    positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
+    results = []
+    for shared in (False, True):
+        if shared:
+            share_prefixes(backbone(model))
+        model.zero_grad()
+        hidden = backbone(model)(
+            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False
+        ).last_hidden_state
+        real = hidden[mask.bool()]
+        (real**2).sum().backward()
+        results.append((real.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=0, atol=1e-10)
+    assert len(results[0][1]) == len(results[1][1])
+    atol = 1e-4 if family == "llama" else 1e-9  # Llama's norm works in fp32 whatever the model's type
+    for one, two in zip(results[0][1], results[1][1], strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_common_prefix_ignores_padding_and_leaves_every_row_a_token(side: str) -> None:
+    """A row that is all opening would have nothing left to predict from."""
+    ids, mask = batch(side)
+    assert common_prefix(ids, mask.bool()) == len(OPENING)
+    same = torch.tensor([[1, 2, 3]]).expand(2, -1)
+    assert common_prefix(same, torch.ones(2, 3, dtype=torch.bool)) == 2
+    assert common_prefix(ids[:1], mask[:1].bool()) == 0
+
+
+def test_opening_is_computed_once() -> None:
+    """The switch could silently fall through to separate rows; the number of tokens seen by the first layer tells."""
+    model = build_model("llama", 32)
+    share_prefixes(backbone(model))
+    seen: list[int] = []
+    backbone(model).layers[0].register_forward_hook(lambda module, args, output: seen.append(args[0].shape[:2].numel()))
+    ids, mask = batch("left")
+    backbone(model)(input_ids=ids, attention_mask=mask, use_cache=False)
+    assert seen == [len(OPENING), 3 * (ids.shape[1] - len(OPENING))]

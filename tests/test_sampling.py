@@ -1,0 +1,187 @@
+"""Sampling draws from softmax(logits / temperature), row by row, whatever happens to the neighbours."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from toys import FAMILIES, build_model
+from transformers import PreTrainedModel
+
+from rlhf import sampling
+from rlhf.sampling import Sampled, sample
+from rlhf.tokenization import pad
+
+VOCAB = 40
+PAD = 0
+STOPS = [2, 9, 17, 23, 31]
+PROMPTS = [[5, 6, 7], [8], [10, 11, 12, 13, 14], [5, 6], [20, 21, 22, 23], [30, 31, 33], [5], [12, 12, 12]]
+
+
+def draw(
+    model: PreTrainedModel,
+    prompts: list[list[int]],
+    *,
+    seed: int = 0,
+    length: int = 8,
+    temperature: float = 1.0,
+    stops: list[int] = STOPS,
+) -> Sampled:
+    ids, mask = pad(prompts, PAD, side="left")
+    return sample(
+        model,
+        ids,
+        mask,
+        max_new_tokens=length,
+        temperature=temperature,
+        stop_token_ids=stops,
+        pad_token_id=PAD,
+        generator=torch.Generator().manual_seed(seed),
+    )
+
+
+def rows(result: Sampled) -> list[list[int]]:
+    return [r[m].tolist() for r, m in zip(result.responses, result.mask, strict=True)]
+
+
+@torch.no_grad()
+def table(model: PreTrainedModel, tokens: list[int], temperature: float) -> torch.Tensor:
+    """Probabilities of the next token after one row, alone, without cache and padding."""
+    return (model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -1].double() / temperature).softmax(-1)
+
+
+@torch.no_grad()
+def sample_alone(
+    model: PreTrainedModel, prompt: list[int], uniforms: list[float], temperature: float
+) -> tuple[list[int], list[float]]:
+    """The oracle: one row, a full forward pass for every token, the cumulative sum walked by hand."""
+    response: list[int] = []
+    logprobs: list[float] = []
+    for u in uniforms:
+        probs = table(model, prompt + response, temperature).tolist()
+        sums = list(itertools.accumulate(probs))
+        token = next(i for i, total in enumerate(sums) if total > u * sums[-1])
+        response.append(token)
+        logprobs.append(float(torch.tensor(probs[token]).log()))
+        if token in STOPS:
+            break
+    return response, logprobs
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_are_those_of_sampling_each_alone(family: str, temperature: float) -> None:
+    """Catches: wrong positions or padding in the cache, rows mixed up when the batch is cut down, uniforms that move to
+    other rows when a neighbour finishes, a temperature that is multiplied, and options inherited from the model."""
+    model = build_model(family, VOCAB, dtype=torch.float64)
+    model.generation_config.top_k, model.generation_config.repetition_penalty = 1, 5.0
+    result = draw(model, PROMPTS, seed=4, temperature=temperature)
+    generator = torch.Generator().manual_seed(4)
+    uniforms = [torch.rand(len(PROMPTS), 1, generator=generator).squeeze(1).tolist() for _ in range(8)]
+    for i, prompt in enumerate(PROMPTS):
+        response, logprobs = sample_alone(model, prompt, [step[i] for step in uniforms], temperature)
+        assert rows(result)[i] == response
+        assert result.logprobs[i][result.mask[i]].tolist() == pytest.approx(logprobs, abs=1e-4)
+        assert bool(result.stopped[i]) == (response[-1] in STOPS)
+    lengths = result.mask.sum(dim=1).tolist()
+    assert len(set(lengths)) > 2 and max(lengths) == result.responses.shape[1], "the toy must be ragged"
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
+def test_frequencies_are_those_of_the_softmax(temperature: float) -> None:
+    """Catches: any bias of the draw, e.g. a cumulative sum off by one token, at the first step and at cached ones."""
+    size, count = 8, 8000
+    model = build_model("gpt2", size, dtype=torch.float64)
+    prompt = [3, 4, 5]
+    tokens = draw(model, [prompt] * count, length=2, temperature=temperature, stops=[size + 1], seed=1).responses
+    first = table(model, prompt, temperature)
+    chi_square, cells, rest_expected, rest_seen = 0.0, 0, 0.0, 0
+    for a in range(size):
+        second = table(model, [*prompt, a], temperature)
+        for b in range(size):
+            expected = count * float(first[a] * second[b])
+            seen = int(((tokens[:, 0] == a) & (tokens[:, 1] == b)).sum())
+            if expected < 5:  # too rare for the approximation: pooled
+                rest_expected, rest_seen = rest_expected + expected, rest_seen + seen
+                continue
+            chi_square, cells = chi_square + (seen - expected) ** 2 / expected, cells + 1
+    if rest_expected >= 5:
+        chi_square, cells = chi_square + (rest_seen - rest_expected) ** 2 / rest_expected, cells + 1
+    freedom = cells - 1
+    assert freedom >= 15
+    assert chi_square < freedom + 4 * (2 * freedom) ** 0.5  # four standard deviations; a bias of 5% in one token fails
+
+
+def test_responses_end_at_the_first_stop_token() -> None:
+    """Catches: a stop token that is left out or followed by tokens, padding that counts, and a limit taken for a stop."""
+    model = build_model("llama", VOCAB)
+    result = draw(model, PROMPTS * 8, length=5, seed=2)
+    for i, row in enumerate(rows(result)):
+        length = len(row)
+        assert 1 <= length <= 5
+        assert result.mask[i].tolist() == [t < length for t in range(result.mask.shape[1])]
+        assert result.responses[i, length:].tolist() == [PAD] * (result.mask.shape[1] - length)
+        assert result.logprobs[i, length:].tolist() == [0.0] * (result.mask.shape[1] - length)
+        assert not set(row[:-1]) & set(STOPS)
+        assert bool(result.stopped[i]) == (row[-1] in STOPS)
+        assert row[-1] in STOPS or length == 5
+    assert 0 < int(result.stopped.sum()) < len(result.stopped)
+
+
+def test_a_row_does_not_depend_on_when_its_neighbours_finish() -> None:
+    """Catches: random numbers handed out to unfinished rows only, so that one row's end shifts all others' draws."""
+    model = build_model("gpt_neox", VOCAB, dtype=torch.float64)
+    one = rows(draw(model, PROMPTS, seed=7))
+    changed = [PROMPTS[0], [33], [34, 35], PROMPTS[3], [36], PROMPTS[5], [37, 38], [39]]
+    two = rows(draw(model, changed, seed=7))
+    kept = [0, 3, 5]
+    assert [one[i] for i in kept] == [two[i] for i in kept]
+    assert [len(one[i]) for i in (1, 2, 4, 6, 7)] != [len(two[i]) for i in (1, 2, 4, 6, 7)], "neighbours must differ"
+
+
+def test_finished_rows_leave_the_batch_and_nothing_else_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches: a batch that is never cut down (its time is then that of the longest row), or is cut to the wrong rows."""
+    model = build_model("llama", VOCAB, dtype=torch.float64)
+    sizes: list[int] = []
+    model.register_forward_pre_hook(lambda m, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True)
+    results = {}
+    for share in (0.0, sampling._COMPACT_BELOW, 1.01):
+        sizes.clear()
+        monkeypatch.setattr(sampling, "_COMPACT_BELOW", share)
+        results[share] = draw(model, PROMPTS * 4, length=12, seed=3), list(sizes)
+    (never, all_sizes), (usual, some_sizes), (always, least_sizes) = results.values()
+    assert set(all_sizes) == {32}
+    assert some_sizes[0] == 32 and some_sizes[-1] < 16 and some_sizes == sorted(some_sizes, reverse=True)
+    live = [int((usual.mask[:, t] & ~torch.isin(usual.responses[:, t], torch.tensor(STOPS))).sum()) for t in range(11)]
+    assert least_sizes == [32, *live][: len(least_sizes)]
+    for other in (usual, always):
+        assert torch.equal(other.responses, never.responses) and torch.equal(other.mask, never.mask)
+        torch.testing.assert_close(other.logprobs, never.logprobs, rtol=0, atol=1e-5)
+
+
+def test_length_limit_of_one() -> None:
+    """Catches: a limit that is off by one, and a second forward pass for a token that nobody will draw."""
+    model = build_model("gpt2", VOCAB)
+    calls: list[int] = []
+    model.register_forward_pre_hook(lambda m, args: calls.append(1))
+    result = draw(model, PROMPTS, length=1)
+    assert result.responses.shape == (len(PROMPTS), 1) and result.mask.all()
+    assert len(calls) == 1
+
+
+def test_a_token_of_probability_zero_is_never_drawn() -> None:
+    """Catches: a search that takes the first index at the border (u = 0 then draws token 0), or runs past the last token."""
+    logits = torch.zeros(1, 6)
+    logits[0, [0, 3, 5]] = -torch.inf
+    below_one = 1 - 2**-24  # the largest number that torch.rand can give
+    for u in (0.0, 1e-9, 1 / 3, 0.5, 2 / 3, below_one):
+        for scale in (1.0, 7.3):
+            token, logprob = sampling._draw(logits + scale, torch.tensor([[u]]), 1.0)
+            assert int(token) in (1, 2, 4)
+            assert float(logprob) == pytest.approx(-1.0986123, abs=1e-6)
+    # Cumulative sums of fp32 probabilities end a little off 1; the draw must still stay inside.
+    wide = torch.randn(64, 50_000, generator=torch.Generator().manual_seed(0))
+    wide[:, -100:] = -torch.inf
+    token, _ = sampling._draw(wide, torch.full((64, 1), below_one), 1.0)
+    assert int(token.max()) < 50_000 - 100

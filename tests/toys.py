@@ -1,0 +1,60 @@
+"""Toy models built from configs: one rotary family, one with learned absolute positions, one of the NeoX kind."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, PreTrainedModel
+
+WORDS = "The A It This film movie plot acting is was good bad great awful funny dull and or but very not a the of".split()  # noqa: SIM905
+FAMILIES = ("llama", "gpt2", "gpt_neox")
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a command left: its exit code and what it printed."""
+
+    code: object
+    out: str
+    err: str
+
+    @property
+    def complaint(self) -> str:
+        """The one line of a user's error, the last on stderr. A traceback or another exit code fails the test."""
+        lines = self.err.strip().splitlines()
+        assert self.code == 2, (self.code, self.err[-3000:])
+        assert lines[-1].startswith("error: ") and sum("error" in line.lower() for line in lines) == 1, self.err[-3000:]
+        assert "Traceback" not in self.err
+        return lines[-1]
+
+
+def build_model(family: str, vocab_size: int, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A two-layer causal model of a family, with weights large enough that its distributions are far from uniform."""
+    torch.manual_seed(seed)
+    common = {"vocab_size": vocab_size, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    if family == "llama":
+        config = LlamaConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+            initializer_range=0.2,
+            **common,
+        )
+    elif family == "gpt2":
+        config = GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=256, initializer_range=0.2, **common)
+    else:
+        config = GPTNeoXConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=256,
+            initializer_range=0.2,
+            **common,
+        )
+    # Not eager: its softmax is fp32 at most, which turns a float64 mask into -inf and padded rows into NaN.
+    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").to(dtype).eval()
