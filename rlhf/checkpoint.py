@@ -27,17 +27,29 @@ def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: 
         UserError: the disk is full or the folder cannot be written; earlier checkpoints are untouched.
     """
     target, partial = folder / f"checkpoint-{step}", folder / f".partial-{step}"
+    replaced = folder / f".replaced-{step}"
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         for name, group in tensors.items():
-            save_file({k: v.detach().cpu().clone() for k, v in group.items()}, partial / f"{name}.safetensors")
+            save_file(
+                {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in group.items()},
+                partial / f"{name}.safetensors",
+            )
         (partial / "state.json").write_text(json.dumps({**state, "step": step}), encoding="utf-8")
         for file in partial.iterdir():
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
-        shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
+        if target.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+            target.rename(replaced)
+        try:
+            partial.rename(target)
+        except OSError:
+            if replaced.exists():
+                replaced.rename(target)
+            raise
+        shutil.rmtree(replaced, ignore_errors=True)
     except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, OSError) or is_storage_failure(error):
@@ -60,7 +72,9 @@ def not_written(target: Path, error: Exception) -> UserError:
     """The complaint about a checkpoint that could not be written."""
     free = shutil.disk_usage(next(p for p in target.absolute().parents if p.exists())).free / 1e9
     reason = str(error).splitlines()[0]
-    return UserError(f"cannot write checkpoint {target} ({free:.1f} GB free): {reason}; free some space, then --resume true")
+    return UserError(
+        f"cannot write checkpoint {target} ({free:.1f} GB free): {reason}; free some space, then --resume true"
+    )
 
 
 def latest(folder: Path) -> Path | None:

@@ -35,11 +35,8 @@ INPUT_OPTIONS = {"dataset", "policy", "reward"}
 
 def option(help: str, default: Any = dataclasses.MISSING) -> Any:
     """A dataclass field whose help text is shown by `--help`; without a default the option must be given."""
-    return (
-        field(metadata={"help": help})
-        if default is dataclasses.MISSING
-        else field(default=default, metadata={"help": help})
-    )
+    metadata = {"help": help.replace("%", "%%")}  # argparse formats help texts
+    return field(metadata=metadata) if default is dataclasses.MISSING else field(default=default, metadata=metadata)
 
 
 @dataclass(kw_only=True)
@@ -248,7 +245,13 @@ def parse_config(config_type: type[T], argv: list[str] | None = None) -> T:
         name = argument.split("=")[0].removeprefix("--").replace("-", "_")
         if argument.startswith("--") and name not in (*known, "help", *(f"no_{k}" for k in known)):
             raise UserError(f"unknown option --{name}{did_you_mean(name, known)}")
-    (config,) = _parser(config_type).parse_args_into_dataclasses(from_file + arguments)
+    config, *rest = _parser(config_type).parse_args_into_dataclasses(
+        from_file + arguments, return_remaining_strings=True
+    )
+    if rest[-1]:
+        raise UserError(
+            f"unexpected '{rest[-1][0]}'; options are written --option value{did_you_mean(rest[-1][0], known)}"
+        )
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
         if isinstance(value, float) and not math.isfinite(value):
@@ -265,8 +268,8 @@ def _as_arguments(config_type: type, values: dict[str, Any], source: str) -> lis
             raise UserError(f"{source}: unknown key '{key}'{did_you_mean(str(key), known)}")
         if value is None:
             continue
-        words.append(f"--{key}")
-        words += [str(v) for v in value] if isinstance(value, list) else [str(value)]
+        # One word, so that a value may start with a dash.
+        words += [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
     return words
 
 

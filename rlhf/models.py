@@ -103,6 +103,10 @@ def load_base(
         )
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load the model '{name_or_path}': {str(error).splitlines()[0]}") from error
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # bitsandbytes would repack 4-bit weights for a CPU kernel that has no backward pass: gradients silently wrong.
+            module.support_avx512bf16_for_cpu = False
     model.config.use_cache = True
     share_prefixes(backbone(model))
     return cast(nn.Module, model).to(compute.device) if config.quantization == "none" else model  # type: ignore[return-value]
@@ -267,10 +271,16 @@ class SharedModels(nn.Module):
                 use_dora=saved.use_dora,
                 task_type="CAUSAL_LM",
             )
-            self.peft.add_adapter(name, config)
-            result: Any = set_peft_model_state_dict(self.peft, dict(state), adapter_name=name)
-            if result.unexpected_keys:
-                raise UserError(f"{folder} was made for another model: it holds {result.unexpected_keys[0]}")
+            try:
+                self.peft.add_adapter(name, config)
+                result: Any = set_peft_model_state_dict(self.peft, dict(state), adapter_name=name)
+            except (ValueError, RuntimeError) as error:  # no such layers, or layers of another size
+                raise UserError(
+                    f"{folder} was made for another model: {str(error).splitlines()[-1].strip()}"
+                ) from error
+            wrong = [*result.unexpected_keys, *(key for key in result.missing_keys if f".{name}." in key)]
+            if wrong:
+                raise UserError(f"{folder} was made for another model: {wrong[0]} is on one side only")
         with torch.no_grad():
             self.reward_head.weight.copy_(head)
             # The value head starts as the *normalised* score, which is what the returns are made of.
@@ -364,7 +374,7 @@ class SharedModels(nn.Module):
 @torch.no_grad()
 def _check_plain_head(model: PreTrainedModel) -> None:
     """Refuses a model whose logits are more than its output embedding of the last hidden state (soft caps, scales)."""
-    ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+    ids = torch.arange(1, 9, device=model.device)[None]  # not 0: as a padding token its embedding may be all zeros
     expected = model(input_ids=ids, use_cache=False).logits
     got = model.get_output_embeddings()(backbone(model)(input_ids=ids, use_cache=False).last_hidden_state)
     if not torch.allclose(got, expected, atol=1e-3, rtol=1e-3):

@@ -15,7 +15,7 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from rlhf.errors import UserError, run_command
 from rlhf.progress import format_seconds
@@ -477,9 +477,14 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]
     return lines
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see python -m rlhf.report --help)")
+
+
 def main() -> None:
     """`python -m rlhf.report OUTPUT_DIR`"""
-    parser = argparse.ArgumentParser(prog="python -m rlhf.report", description="Make the report of a run again.")
+    parser = _Parser(prog="python -m rlhf.report", description="Make the report of a run again.", allow_abbrev=False)
     parser.add_argument("output_dir", type=Path, help="the folder with results.json")
     arguments = parser.parse_args()
     print(write_report(arguments.output_dir))

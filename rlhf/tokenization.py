@@ -128,6 +128,8 @@ def encode_response(
     tail = whole[len(head) :]
     stop = str(tokenizer.eos_token)
     tail = tail[: tail.rindex(stop)] if stop in tail else tail
+    while (bare := tail.rstrip()).endswith(stop):  # data that was exported with its end marker
+        tail = bare.removesuffix(stop)
     return [*tokenizer(tail, add_special_tokens=False)["input_ids"], int(tokenizer.eos_token_id)]
 
 

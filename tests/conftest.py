@@ -151,7 +151,7 @@ def finished(
 
 @pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Call]:
-    """`call("rlhf.stages.sft", "--config", file)` does in this process what `python -m rlhf.stages.sft` does: six seconds less."""
+    """`call("rlhf.stages.sft", "--config", file)` is `python -m rlhf.stages.sft ...` in this process: six seconds less."""
     from rlhf.errors import run_command
 
     def run(module: str, *words: object) -> Call:

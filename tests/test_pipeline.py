@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+
 def test_results_hold_every_promised_figure(finished: tuple[Path, Path]) -> None:
     """A figure that a stage forgets to report, or reports under another name, would be missing from results.json."""
     results = json.loads((finished[1] / "results.json").read_text())

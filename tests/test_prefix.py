@@ -18,7 +18,9 @@ def batch(side: str) -> tuple[torch.Tensor, torch.Tensor]:
     gaps = [[0] * (width - len(row)) for row in ROWS]
     left = side == "left"
     ids = [gap + row if left else row + gap for gap, row in zip(gaps, ROWS, strict=True)]
-    mask = [[0] * len(g) + [1] * len(r) if left else [1] * len(r) + [0] * len(g) for g, r in zip(gaps, ROWS, strict=True)]
+    mask = [
+        [0] * len(g) + [1] * len(r) if left else [1] * len(r) + [0] * len(g) for g, r in zip(gaps, ROWS, strict=True)
+    ]
     return torch.tensor(ids), torch.tensor(mask)
 
 

@@ -7,7 +7,32 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, PreTrainedModel
 
-WORDS = "The A It This film movie plot acting is was good bad great awful funny dull and or but very not a the of".split()  # noqa: SIM905
+WORDS = [
+    "The",
+    "A",
+    "It",
+    "This",
+    "film",
+    "movie",
+    "plot",
+    "acting",
+    "is",
+    "was",
+    "good",
+    "bad",
+    "great",
+    "awful",
+    "funny",
+    "dull",
+    "and",
+    "or",
+    "but",
+    "very",
+    "not",
+    "a",
+    "the",
+    "of",
+]
 FAMILIES = ("llama", "gpt2", "gpt_neox")
 
 

@@ -46,7 +46,8 @@ def evaluate_policy(
 ) -> Answers:
     """One answer to each prompt from the policy (or the SFT reference), with the same random numbers for both."""
     sequences, sampled = respond(models, prompts, options, reference=reference, seed=seed)
-    scores = sequences_scores(models, sequences, batch_size)
+    batches = length_sorted_batches(sequences.lengths, batch_size)
+    scores = sequences_scores(models, sequences, batches)
     texts = [
         decode_response(tokenizer, row[mask].tolist())
         for row, mask in zip(sequences.responses, sequences.mask, strict=True)
@@ -68,7 +69,7 @@ def evaluate_policy(
         figures["kl"] = 0.0
     else:
         total = 0.0
-        for rows in length_sorted_batches(sequences.lengths, batch_size):
+        for rows in batches:
             batch = sequences.select(rows)
             new, _ = forward.token_logprobs(models, "policy", batch, options.temperature)
             old, _ = forward.token_logprobs(models, "reference", batch, options.temperature)

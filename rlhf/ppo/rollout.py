@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlhf.models import SharedModels
 from rlhf.ppo import forward
-from rlhf.ppo.types import Rollout, Sequences, length_sorted_batches
+from rlhf.ppo.types import Rollout, Sequences
 from rlhf.sampling import Sampled, sample
 from rlhf.tokenization import pad
 
@@ -69,20 +69,20 @@ def evaluate_sequences(
     sampled: Sampled,
     *,
     temperature: float,
-    batch_size: int,
+    batches: Sequence[Tensor],
     penalties: Penalties,
 ) -> Rollout:
-    """Log-probabilities of policy and reference, values and scores of sampled sequences."""
+    """Log-probabilities of policy and reference, values and scores of sampled sequences, in the given batches of rows."""
 
     def logprobs(batch: Sequences) -> Tensor:
         return torch.stack(forward.token_logprobs(models, "policy", batch, temperature))
 
-    policy, entropy = _in_batches(logprobs, sequences, batch_size, planes=2)
+    policy, entropy = _in_batches(logprobs, sequences, batches, planes=2)
     (reference,) = _in_batches(
-        lambda b: forward.token_logprobs(models, "reference", b, temperature)[0][None], sequences, batch_size, planes=1
+        lambda b: forward.token_logprobs(models, "reference", b, temperature)[0][None], sequences, batches, planes=1
     )
-    (values,) = _in_batches(lambda b: forward.token_values(models, b)[None], sequences, batch_size, planes=1)
-    scores = sequences_scores(models, sequences, batch_size)
+    (values,) = _in_batches(lambda b: forward.token_values(models, b)[None], sequences, batches, planes=1)
+    scores = sequences_scores(models, sequences, batches)
     return Rollout(
         prompts=sequences.prompts,
         prompt_mask=sequences.prompt_mask,
@@ -100,10 +100,10 @@ def evaluate_sequences(
 
 
 @torch.no_grad()
-def sequences_scores(models: SharedModels, sequences: Sequences, batch_size: int) -> Tensor:
+def sequences_scores(models: SharedModels, sequences: Sequences, batches: Sequence[Tensor]) -> Tensor:
     """Normalised scores (B,) of the reward model, in the order of the rows."""
     scores: Tensor | None = None
-    for rows in length_sorted_batches(sequences.lengths, batch_size):
+    for rows in batches:
         part = forward.sequence_scores(models, sequences.select(rows))
         scores = part.new_zeros(len(sequences)) if scores is None else scores
         scores[rows] = part
@@ -111,10 +111,12 @@ def sequences_scores(models: SharedModels, sequences: Sequences, batch_size: int
     return scores
 
 
-def _in_batches(compute: Callable[[Sequences], Tensor], sequences: Sequences, size: int, *, planes: int) -> Tensor:
-    """Runs a per-token computation in length-sorted batches; results (planes, B, R) in the order of the rows."""
+def _in_batches(
+    compute: Callable[[Sequences], Tensor], sequences: Sequences, batches: Sequence[Tensor], *, planes: int
+) -> Tensor:
+    """Runs a per-token computation batch by batch; results (planes, B, R) in the order of the rows."""
     out: Tensor | None = None
-    for rows in length_sorted_batches(sequences.lengths, size):
+    for rows in batches:
         part = compute(sequences.select(rows))
         out = part.new_zeros(planes, *sequences.mask.shape) if out is None else out
         out[:, rows, : part.shape[2]] = part

@@ -75,9 +75,12 @@ def load_function(path: str) -> Callable[..., Any]:
     """The function that `package.module:function` names."""
     module, _, name = path.partition(":")
     try:
-        return getattr(importlib.import_module(module), name)
+        function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"cannot load '{path}' (expected package.module:function): {error}") from error
+    if not callable(function):
+        raise UserError(f"'{path}' is no function (expected package.module:function)")
+    return function
 
 
 def _flat(nested: Sequence[Sequence[float]]) -> Tensor:

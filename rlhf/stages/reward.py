@@ -79,9 +79,7 @@ def run(config: RewardConfig, *, reuse: bool = False) -> Artifact:
         )
 
 
-def tokenize(
-    data: Loaded, tokenizer: PreTrainedTokenizerBase, max_length: int, *, min_responses: int = 2
-) -> Dataset:
+def tokenize(data: Loaded, tokenizer: PreTrainedTokenizerBase, max_length: int, *, min_responses: int = 2) -> Dataset:
     """Rankings with `input_ids`: K token lists (prompt and response) a row; too long or too small ones are left out."""
     rows: list[dict[str, Any]] = []
     for row in data.rows:

@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from rlhf.models import SharedModels
 from rlhf.ppo import forward
 from rlhf.ppo.rollout import Penalties, SamplingOptions, evaluate_sequences, respond, sequences_scores
-from rlhf.ppo.types import Rollout, Sequences, concatenate
+from rlhf.ppo.types import Rollout, Sequences, concatenate, length_sorted_batches
 from rlhf.sampling import Sampled
 from rlhf.tokenization import pad
 
@@ -91,7 +91,10 @@ def test_padding_and_neighbours_change_nothing(family: str, tmp_path: Path) -> N
 
 def sampled(batch: Sequences, stopped: list[bool]) -> Sampled:
     return Sampled(
-        responses=batch.responses, mask=batch.mask, logprobs=torch.zeros(batch.mask.shape), stopped=torch.tensor(stopped)
+        responses=batch.responses,
+        mask=batch.mask,
+        logprobs=torch.zeros(batch.mask.shape),
+        stopped=torch.tensor(stopped),
     )
 
 
@@ -99,7 +102,12 @@ def evaluate(models: SharedModels, batch: Sequences, batch_size: int) -> Rollout
     stopped = [True, False, False, True, False]
     penalties = Penalties(missing_eos=1.5, min_length=3, short_response=0.25)
     return evaluate_sequences(
-        models, batch, sampled(batch, stopped), temperature=0.8, batch_size=batch_size, penalties=penalties
+        models,
+        batch,
+        sampled(batch, stopped),
+        temperature=0.8,
+        batches=length_sorted_batches(batch.lengths, batch_size),
+        penalties=penalties,
     )
 
 
@@ -150,7 +158,9 @@ def test_score_is_that_of_the_trained_classifier_at_the_last_token(family: str, 
     with torch.no_grad():
         raw = classifier(input_ids=ids, attention_mask=mask.long()).logits[:, 0]
     expected = ((raw - REWARD_MEAN) / REWARD_STD).tolist()
-    assert sequences_scores(models, batch, 2).tolist() == pytest.approx(expected, abs=1e-10, rel=0)
+    assert sequences_scores(models, batch, length_sorted_batches(batch.lengths, 2)).tolist() == pytest.approx(
+        expected, abs=1e-10, rel=0
+    )
     assert max(expected) - min(expected) > 0.1
 
 
@@ -202,7 +212,12 @@ def test_sampler_and_training_forward_agree(family: str, temperature: float, tmp
     options = dataclasses.replace(OPTIONS, temperature=temperature)
     batch, drawn = respond(models, [p for p, _ in ROWS] * 3, options, reference=False, seed=3)
     rollout = evaluate_sequences(
-        models, batch, drawn, temperature=temperature, batch_size=4, penalties=Penalties(missing_eos=1.0)
+        models,
+        batch,
+        drawn,
+        temperature=temperature,
+        batches=length_sorted_batches(batch.lengths, 4),
+        penalties=Penalties(missing_eos=1.0),
     )
     gap = (rollout.sampler_logprobs - rollout.logprobs).abs()
     assert float(gap.max()) < 2e-5

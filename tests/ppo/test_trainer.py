@@ -122,13 +122,19 @@ def number(x: Tensor | float) -> float:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_one_update_is_that_of_a_naive_implementation(
-    family: str, make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_update_is_that_of_a_naive_implementation(family: str, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches: an off-by-one of score, value or log-probability, a wrong mask, mean, sign, clip, detach, temperature,
     adapter or position anywhere between the sampled tokens and the changed weights."""
     monkeypatch.setattr(LlamaRMSNorm, "forward", float64_norm)
-    c = dict(temperature=0.7, kl_coef=0.2, gamma=0.98, lam=0.9, clip_range=0.02, clip_range_value=0.03, vf_coef=0.3)
+    c = {
+        "temperature": 0.7,
+        "kl_coef": 0.2,
+        "gamma": 0.98,
+        "lam": 0.9,
+        "clip_range": 0.02,
+        "clip_range_value": 0.03,
+        "vf_coef": 0.3,
+    }
     trainer = make(
         family,
         **c,
@@ -146,9 +152,7 @@ def test_one_update_is_that_of_a_naive_implementation(
     )
     models = trainer.models
     lora = {role: lora_of(models, role) for role in ("policy", "value", "reward")}
-    head = {
-        f"value_head.{n}": p.detach().clone().requires_grad_() for n, p in models.value_head.named_parameters()
-    }
+    head = {f"value_head.{n}": p.detach().clone().requires_grad_() for n, p in models.value_head.named_parameters()}
     reward_weight = models.reward_head.weight.detach().clone()[0]
     seen = spy(trainer, monkeypatch)
     metrics = trainer.step()
@@ -207,9 +211,7 @@ def test_one_update_is_that_of_a_naive_implementation(
     assert rollout.scores.tolist() == pytest.approx(scores, **close)
 
     # Two epochs: in the second the ratios are off 1, and the clips bite.
-    optimisers = {
-        role: naive.AdamW(lr, 0.9, 0.95, 1e-3, 0.1) for role, lr in (("policy", 2e-3), ("value", 3e-3))
-    }
+    optimisers = {role: naive.AdamW(lr, 0.9, 0.95, 1e-3, 0.1) for role, lr in (("policy", 2e-3), ("value", 3e-3))}
     parameters = {
         "policy": by_name(lora["policy"], "policy"),
         "value": by_name(lora["value"], "value") | head,
@@ -386,7 +388,7 @@ def test_a_rewarded_token_becomes_likelier_and_a_punished_one_rarer(
     """Catches: a wrong sign, or an advantage that lands on other tokens than those it was earned by."""
     token = 20
 
-    def share(models: SharedModels, sequences: Sequences, batch_size: int) -> Tensor:
+    def share(models: SharedModels, sequences: Sequences, batches: list[Tensor]) -> Tensor:
         counted = ((sequences.responses == token) & sequences.mask).sum(dim=1)
         return sign * 4 * counted.to(torch.float32) / sequences.mask.sum(dim=1)
 
@@ -451,7 +453,9 @@ def test_a_resumed_run_ends_in_the_same_bytes(optim: str, make: Make) -> None:
     for _ in range(2):
         first.step()
     first.save()
-    second = make(folder="broken", seed=99, **options)  # its fresh adapters are others: all must come from the checkpoint
+    second = make(
+        folder="broken", seed=99, **options
+    )  # its fresh adapters are others: all must come from the checkpoint
     assert second.resume() == 2
     again = [second.step() for _ in range(2)]
     assert_same_bytes(weights(second.models), weights(straight.models))

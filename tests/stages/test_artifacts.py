@@ -21,6 +21,7 @@ from rlhf.data_prep.loading import load_rows
 from rlhf.models import Compute, SharedModels, load_policy, lora_config
 from rlhf.ppo.types import METRICS
 from rlhf.registry import Artifact, Registry
+from rlhf.reward.evaluate import score_tokens
 from rlhf.stages import sft
 from rlhf.tokenization import encode_prompt, encode_response, load_tokenizer
 
@@ -157,12 +158,15 @@ def test_sft_adapter_opens_without_this_package(artifacts: dict[str, Artifact], 
 
 @torch.no_grad()
 def stranger_scores(artifact: Artifact, merged: Path, rows: list[list[int]]) -> torch.Tensor:
-    """Raw scores by transformers and peft alone, one row at a time, so that padding has no say."""
+    """Raw scores by transformers and peft alone, one row at a time; in batches the training code finds the same."""
     base = AutoModelForSequenceClassification.from_pretrained(
         merged, num_labels=1, pad_token_id=artifact.manifest.pad_token_id, dtype=torch.float32
     )
     model = PeftModel.from_pretrained(base, str(artifact.path)).eval()
-    return torch.stack([model(torch.tensor([row])).logits[0, 0] for row in rows])
+    alone = torch.stack([model(torch.tensor([row])).logits[0, 0] for row in rows])
+    pad = int(artifact.manifest.pad_token_id or 0)
+    torch.testing.assert_close(score_tokens(model, rows, pad, batch_size=5), alone, atol=2e-5, rtol=0)
+    return alone
 
 
 @torch.no_grad()

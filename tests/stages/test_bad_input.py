@@ -171,9 +171,7 @@ def test_data_without_the_needed_column(
     assert all(column in complaint for column in row)
 
 
-@pytest.mark.parametrize(
-    "stage, kind", [("sft", "demonstrations"), ("reward", "comparisons"), ("ppo", "prompts")]
-)
+@pytest.mark.parametrize("stage, kind", [("sft", "demonstrations"), ("reward", "comparisons"), ("ppo", "prompts")])
 def test_empty_data(full: Place, tmp_path: Path, stage: str, kind: str) -> None:
     """A stage that 'trains' on nothing and registers the untrained model."""
     write_data(tmp_path / "data", kind, [])
@@ -234,7 +232,7 @@ def test_parent_of_another_stage(full: Place) -> None:
 
 
 def test_reward_model_of_another_policy(full: Place) -> None:
-    """A reward adapter on other base weights gives plausible, wrong scores. Same base model, same shapes: only the lineage knows."""
+    """A reward adapter on other base weights gives plausible, wrong scores. The shapes are the same: only the lineage knows."""
     assert full.run("sft", name="other", seed=1, max_steps=2).code == 0
     complaint = full.refused("ppo", policy="sft/other")
     assert "--policy sft/toy@1" in complaint
@@ -339,7 +337,17 @@ def test_no_space_in_the_registry(full: Place, monkeypatch: pytest.MonkeyPatch) 
     [
         ["rlhf", "sft", "--no_such_option", "1"],
         ["rlhf.stages.reward", "--policy", "sft/nothing", "--dataset", "DATA", "--registry", "REGISTRY"],
-        ["rlhf.stages.ppo", "--policy", "sft/nothing", "--reward", "reward/x", "--dataset", "DATA", "--registry", "REGISTRY"],
+        [
+            "rlhf.stages.ppo",
+            "--policy",
+            "sft/nothing",
+            "--reward",
+            "reward/x",
+            "--dataset",
+            "DATA",
+            "--registry",
+            "REGISTRY",
+        ],
     ],
     ids=["rlhf-sft", "reward", "ppo"],
 )

@@ -1,0 +1,97 @@
+"""The `rlhf` command."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from toys import Call
+
+from rlhf.__main__ import VERBS
+
+Caller = Callable[..., Call]
+
+
+@pytest.fixture
+def rlhf(call: Caller, monkeypatch: pytest.MonkeyPatch) -> Caller:
+    """`rlhf("sft", "--help")` in this process."""
+    import rlhf.__main__ as entry
+
+    monkeypatch.setattr(entry, "main", entry.dispatch)  # `call` brings its own run_command
+    return lambda *words: call("rlhf.__main__", *words)
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["-h"], ["help"]])
+def test_help_lists_the_verbs(rlhf: Caller, words: list[str]) -> None:
+    """A verb that exists and is not in the help text."""
+    shown = rlhf(*words)
+    assert shown.code == 0 and shown.err == ""
+    listed = [line.split()[0] for line in shown.out.splitlines() if line.startswith("  ")]
+    assert listed == list(VERBS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_itself(rlhf: Caller, verb: str) -> None:
+    """A verb whose module was moved, or whose main does not read the command line, fails only for its user."""
+    shown = rlhf(verb, "--help")
+    assert shown.code == 0, shown.err
+    assert "usage" in shown.out.lower() and len(shown.out.splitlines()) >= 3
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_refuses_an_unknown_option(rlhf: Caller, toy_config: Path, verb: str) -> None:
+    """argparse's own way out is exit code 2 as well, but with the whole usage before the error."""
+    needed = {"pipeline": ["--config", str(toy_config)], "registry": ["list"], "report": ["folder"]}
+    refused = rlhf(verb, *needed.get(verb, []), "--no_such_option")
+    assert "no_such_option" in refused.complaint
+    assert len(refused.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("word, near", [("pipelines", "pipeline"), ("rewards", "reward"), ("PPO", ""), ("xyz", "")])
+def test_unknown_verb(rlhf: Caller, word: str, near: str) -> None:
+    """A bare `KeyError: 'rewards'`."""
+    complaint = rlhf(word).complaint
+    assert f"no verb '{word}'" in complaint and "rlhf --help" in complaint
+    assert not near or f"did you mean '{near}'" in complaint
+
+
+def test_pipeline_wants_a_folder(rlhf: Caller, tmp_path: Path) -> None:
+    """The folder's missing file has to be told from a missing folder."""
+    assert str(tmp_path / "none") in rlhf("pipeline", "--config", tmp_path / "none").complaint
+    assert "sft.yaml" in rlhf("pipeline", "--config", tmp_path).complaint
+    assert "--config" in rlhf("pipeline").complaint
+
+
+def test_pipeline_offers_the_nearest_option(rlhf: Caller, toy_config: Path) -> None:
+    """An override that no stage has would be dropped in silence."""
+    assert "did you mean 'seed'" in rlhf("pipeline", "--config", toy_config, "--sed", "1").complaint
+    assert "needs a value" in rlhf("pipeline", "--config", toy_config, "--seed").complaint
+
+
+def test_registry_of_the_toy_pipeline(rlhf: Caller, finished: tuple[Path, Path]) -> None:
+    """`rlhf registry list` is how one finds the name that --policy wants."""
+    shown = rlhf("registry", "list", "--registry", finished[0])
+    assert shown.code == 0 and all(f"{stage}/toy@1" in shown.out for stage in ("sft", "reward", "ppo"))
+
+
+def test_verbs_name_modules_with_a_main() -> None:
+    """The table of verbs and the modules, without starting any of them."""
+    for module, _ in VERBS.values():
+        assert callable(importlib.import_module(module).main)
+
+
+def test_in_a_process(command: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    """`python -m rlhf` and the installed `rlhf` are the same; help imports no torch, so it comes at once."""
+    done = command("rlhf", "--help")
+    assert done.returncode == 0 and done.stderr == "" and "pipeline" in done.stdout
+    script = Path(sys.executable).parent / "rlhf"
+    if script.exists():
+        installed = subprocess.run([script, "--help"], capture_output=True, text=True, timeout=60)
+        assert (installed.returncode, installed.stdout) == (0, done.stdout)
+    bad = command("rlhf", "pipelin")
+    assert bad.returncode == 2 and bad.stderr.startswith("error: no verb 'pipelin' (did you mean 'pipeline'?)")
+    assert len(bad.stderr.splitlines()) == 1

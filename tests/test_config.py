@@ -1,0 +1,264 @@
+"""Options: every shipped file loads, every option is read by somebody, the command line wins, and nonsense is refused."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import rlhf
+from rlhf.config import PPOConfig, RewardConfig, SFTConfig, StageConfig, TrainingLength, build, parse_config, read_yaml
+from rlhf.data_prep import DataConfig
+from rlhf.errors import UserError
+
+PACKAGE = Path(rlhf.__file__).parent
+CONFIGS = PACKAGE.parent / "configs"
+TYPES: dict[str, Any] = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig, "data": DataConfig}
+SFT = ["--dataset", "d", "--model_name_or_path", "m"]
+PPO = ["--dataset", "d", "--policy", "sft/a", "--reward", "reward/a"]
+
+
+def sft(*words: str) -> SFTConfig:
+    return parse_config(SFTConfig, [*SFT, *words])
+
+
+def ppo(*words: str) -> PPOConfig:
+    return parse_config(PPOConfig, [*PPO, *words])
+
+
+# Shipped files
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.rglob("*.y*ml")), ids=lambda p: str(p.relative_to(CONFIGS)))
+def test_shipped_config_loads(file: Path) -> None:
+    """A shipped file with a key that was renamed since fails on the first user, not here."""
+    kind = TYPES.get(file.stem)
+    assert kind is not None, f"{file} is named after no stage: nothing would ever load it"
+    config = build(kind, read_yaml(file), str(file))
+    for key, value in read_yaml(file).items():
+        assert str(getattr(config, key)) == str(value) or float(getattr(config, key)) == float(value), key
+
+
+def test_there_are_shipped_configs() -> None:
+    """A moved folder would make the test above pass on nothing."""
+    assert {"data.yaml", "sft.yaml", "reward.yaml", "ppo.yaml"} <= {f.name for f in (CONFIGS / "demo").iterdir()}
+
+
+@pytest.mark.parametrize("folder", sorted({f.parent for f in CONFIGS.rglob("ppo.yaml")}), ids=lambda p: p.name)
+def test_stages_of_a_shipped_folder_fit_together(folder: Path) -> None:
+    """A PPO file that names another policy than the SFT file makes is refused only after two stages of work."""
+    values = {stage: read_yaml(folder / f"{stage}.yaml") for stage in ("sft", "reward", "ppo") if (folder / f"{stage}.yaml").is_file()}  # noqa: E501  # fmt: skip
+    if "sft" in values and "reward" in values:
+        assert values["ppo"]["policy"] == values["reward"]["policy"] == f"sft/{values['sft']['name']}"
+        assert values["ppo"]["reward"] == f"reward/{values['reward']['name']}"
+
+
+# Options that nobody reads
+
+
+def attributes_read(folder: Path, *, without: tuple[str, ...]) -> set[str]:
+    """Every NAME that occurs as `something.NAME` in code (not in texts or comments) below a folder."""
+    names: set[str] = set()
+    for file in folder.rglob("*.py"):
+        if file.name not in without:
+            tree = ast.parse(file.read_text())
+            names |= {
+                node.attr
+                for node in ast.walk(tree)
+                if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
+            }
+    return names
+
+
+def properties(config_type: Any, read: set[str]) -> set[str]:
+    """What the config's own properties read, if somebody reads the properties."""
+    tree = ast.parse((PACKAGE / "config.py").read_text())
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name in read]
+    owned = [f for f in functions if isinstance(getattr(config_type, f.name, None), property)]
+    return {node.attr for f in owned for node in ast.walk(f) if isinstance(node, ast.Attribute)}
+
+
+def unread(config_type: Any, read: set[str]) -> list[str]:
+    read = read | properties(config_type, read)
+    return [f.name for f in dataclasses.fields(config_type) if f.name not in read]
+
+
+@pytest.mark.parametrize("config_type", TYPES.values(), ids=TYPES.keys())
+def test_every_option_is_read_somewhere(config_type: Any) -> None:
+    """TRL had a `max_grad_norm` that was accepted and never used."""
+    assert unread(config_type, attributes_read(PACKAGE, without=("config.py",))) == []
+
+
+def test_an_option_that_nobody_reads_is_found() -> None:
+    """That the test above can fail at all."""
+
+    @dataclasses.dataclass
+    class More(SFTConfig):
+        no_such_option_anywhere: int = 0
+
+    assert unread(More, attributes_read(PACKAGE, without=("config.py",))) == ["no_such_option_anywhere"]
+
+
+@pytest.mark.parametrize("config_type", TYPES.values(), ids=TYPES.keys())
+def test_every_option_has_a_help_text(config_type: Any) -> None:
+    """An option without a word in --help."""
+    assert [f.name for f in dataclasses.fields(config_type) if not f.metadata.get("help")] == []
+
+
+# Files and command line
+
+
+def test_command_line_wins(tmp_path: Path) -> None:
+    """The file, read second, would undo what was typed."""
+    file = tmp_path / "sft.yaml"
+    file.write_text("dataset: d\nmodel_name_or_path: m\nseed: 1\nname: file\nlora_target_modules: [q_proj, v_proj]\n")
+    for words in (["--config", str(file), "--seed", "2"], ["--seed", "2", "--config", str(file)]):
+        config = parse_config(SFTConfig, words)
+        assert (config.seed, config.name, config.lora_target_modules) == (2, "file", ["q_proj", "v_proj"])
+    config = parse_config(SFTConfig, ["--config", str(file), "--lora_target_modules", "o_proj"])
+    assert config.lora_target_modules == ["o_proj"], "a list is replaced, not added to"
+
+
+def test_later_file_wins(tmp_path: Path) -> None:
+    """Two --config: a base file and a smaller one that changes it."""
+    (tmp_path / "a.yaml").write_text("dataset: d\nmodel_name_or_path: m\nseed: 1\nlora_r: 4\n")
+    (tmp_path / "b.yaml").write_text("seed: 2\n")
+    config = parse_config(SFTConfig, ["--config", str(tmp_path / "a.yaml"), "--config", str(tmp_path / "b.yaml")])
+    assert (config.seed, config.lora_r) == (2, 4)
+
+
+def test_numbers_of_yaml(tmp_path: Path) -> None:
+    """YAML 1.1 reads 1e-4 as text: the learning rate would be a string, or the default."""
+    file = tmp_path / "x.yaml"
+    file.write_text("dataset: d\nmodel_name_or_path: m\nlearning_rate: 1e-4\nadam_epsilon: 1e-08\nweight_decay: 0\n")
+    config = parse_config(SFTConfig, ["--config", str(file)])
+    assert config.learning_rate == 1e-4 and config.adam_epsilon == 1e-8 and config.weight_decay == 0.0
+    assert all(isinstance(v, float) for v in (config.learning_rate, config.adam_epsilon, config.weight_decay))
+
+
+def test_numbers_that_look_like_options(tmp_path: Path) -> None:
+    """`-1` after an option is its value, and so is `-1e-3` in YAML, which argparse alone takes for an option."""
+    assert sft("--max_steps", "-1").max_steps == -1
+    values = {"dataset": "d", "policy": "sft/a", "reward": "reward/a", "missing_eos_penalty": "-1e-3"}
+    assert build(PPOConfig, values, "x.yaml").missing_eos_penalty == -1e-3
+
+
+@pytest.mark.parametrize("word, value", [("true", True), ("True", True), ("yes", True), ("1", True), ("false", False), ("no", False), ("0", False)])  # noqa: E501  # fmt: skip
+def test_words_for_yes_and_no(tmp_path: Path, word: str, value: bool) -> None:
+    """`bool('false')` is True."""
+    assert sft("--resume", word).resume is value
+    file = tmp_path / "x.yaml"
+    file.write_text(f"dataset: d\nmodel_name_or_path: m\nresume: {word}\n")
+    assert parse_config(SFTConfig, ["--config", str(file)]).resume is value
+
+
+def test_bool_without_a_word() -> None:
+    """`--resume` alone is what everybody types."""
+    assert sft("--resume").resume is True
+    assert (
+        parse_config(RewardConfig, ["--dataset", "d", "--policy", "sft/a", "--no_normalize_std"]).normalize_std is False
+    )
+
+
+def test_none_in_yaml_is_the_default() -> None:
+    """`chat_template: null` must not become the text 'None', which is then looked for as a file."""
+    config = build(SFTConfig, {"dataset": "d", "model_name_or_path": "m", "chat_template": None}, "x.yaml")
+    assert config.chat_template is None
+
+
+def test_equals_sign_and_dashes() -> None:
+    """`--seed=3` and `--learning-rate 1e-3` are the same options in other spellings."""
+    assert sft("--seed=3").seed == 3
+    assert sft("--learning-rate", "1e-3").learning_rate == 1e-3
+
+
+def test_text_that_starts_with_dashes() -> None:
+    """A value in YAML that begins with '--' must not be taken for an option."""
+    assert build(SFTConfig, {"dataset": "d", "model_name_or_path": "m", "name": "--seed"}, "x.yaml").name == "--seed"
+
+
+def test_abbreviations_are_refused() -> None:
+    """argparse takes --lear for --learning_rate, and another option when a new one is added."""
+    with pytest.raises(UserError, match="unknown option --learning_rat "):
+        sft("--learning_rat", "1")
+
+
+def test_stray_word_is_refused() -> None:
+    """`resume` without its dashes would otherwise vanish."""
+    with pytest.raises(UserError, match="resume"):
+        sft("resume")
+
+
+@pytest.mark.parametrize("config_type", TYPES.values(), ids=TYPES.keys())
+def test_help(config_type: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """One `%` in a help text makes argparse raise where the user asked for help."""
+    with pytest.raises(SystemExit) as stop:
+        parse_config(config_type, ["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert all(f"--{f.name}" in text for f in dataclasses.fields(config_type))
+
+
+def test_config_without_a_file_name() -> None:
+    """`--config` at the end of the line."""
+    with pytest.raises(UserError, match="--config needs a file"):
+        parse_config(SFTConfig, [*SFT, "--config"])
+
+
+# Checks across options
+
+
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        (["--rollout_batch_size", "48"], ("total_episodes (1280)", "rollout_batch_size (48)", "1296")),
+        (["--minibatch_size", "48"], ("rollout_batch_size (64)", "minibatch_size (48)")),
+        (["--microbatch_size", "48"], ("minibatch_size (64)", "microbatch_size (48)")),
+        (["--minibatch_size", "128"], ("rollout_batch_size (64)", "minibatch_size (128)")),
+        (["--microbatch_size", "0"], ("microbatch_size", "0")),
+        (["--total_episodes", "0"], ("total_episodes", "0")),
+        (["--temperature", "0"], ("temperature", "0.0")),
+        (["--gamma", "1.5"], ("gamma", "1.5")),
+        (["--lam", "-0.1"], ("lam", "-0.1")),
+        (["--clip_range", "0"], ("clip_range", "0.0")),
+        (["--kl_coef", "-0.1"], ("kl_coef", "-0.1")),
+        (["--kl_coef", "inf"], ("kl_coef", "inf")),
+        (["--response_length", "0"], ("response_length", "0")),
+        (["--learning_rate", "-1"], ("learning_rate", "-1")),
+        (["--max_grad_norm", "0"], ("max_grad_norm", "0")),
+        (["--lora_r", "0"], ("lora_r", "0")),
+        (["--save_steps", "0"], ("save_steps", "0")),
+    ],
+)
+def test_impossible_ppo_options(words: list[str], told: tuple[str, ...]) -> None:
+    """Each of these divides by zero, floors, or silently trains on nothing; the message holds the numbers."""
+    with pytest.raises(UserError) as error:
+        ppo(*words)
+    assert all(part in str(error.value) for part in told)
+
+
+def test_sft_saves_only_what_was_evaluated() -> None:
+    """The best checkpoint is chosen by evaluation: one saved between two evaluations could never be it."""
+    with pytest.raises(UserError, match=re.escape("save_steps (25) must be a multiple of eval_steps (10)")):
+        sft("--eval_steps", "10", "--save_steps", "25")
+    assert sft("--eval_steps", "10", "--save_steps", "20").save_steps == 20
+
+
+def test_recipe_leaves_out_places_and_holds_the_rest() -> None:
+    """With a place in it, moving the registry would train everything again; without an option, its change would not."""
+    one, other = ppo(), ppo("--registry", "r", "--output_dir", "o", "--resume", "--wandb_mode", "offline", "--wandb_group", "g")  # fmt: skip
+    assert one.recipe() == other.recipe()
+    for words in (["--seed", "1"], ["--kl_coef", "0.2"], ["--response_length", "8"], ["--lora_r", "8"]):
+        assert ppo(*words).recipe() != one.recipe()
+
+
+def test_stages_share_their_words() -> None:
+    """One word per idea: an option of two stages with two meanings, types or defaults."""
+    shared = {f.name for kind in (StageConfig, TrainingLength) for f in dataclasses.fields(kind)}
+    for kind in (SFTConfig, RewardConfig, PPOConfig):
+        assert not shared & set(inspect.get_annotations(kind))
