@@ -251,7 +251,8 @@ def test_sft_saves_only_what_was_evaluated() -> None:
 
 def test_recipe_leaves_out_places_and_holds_the_rest() -> None:
     """With a place in it, moving the registry would train everything again; without an option, its change would not."""
-    one, other = ppo(), ppo("--registry", "r", "--output_dir", "o", "--resume", "--wandb_mode", "offline", "--wandb_group", "g")  # fmt: skip
+    one = ppo()
+    other = ppo("--registry", "r", "--output_dir", "o", "--resume", "--wandb_mode", "offline", "--wandb_group", "g")
     assert one.recipe() == other.recipe()
     for words in (["--seed", "1"], ["--kl_coef", "0.2"], ["--response_length", "8"], ["--lora_r", "8"]):
         assert ppo(*words).recipe() != one.recipe()

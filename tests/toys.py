@@ -8,30 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, PreTrainedModel
 
 WORDS = [
-    "The",
-    "A",
-    "It",
-    "This",
-    "film",
-    "movie",
-    "plot",
-    "acting",
-    "is",
-    "was",
-    "good",
-    "bad",
-    "great",
-    "awful",
-    "funny",
-    "dull",
-    "and",
-    "or",
-    "but",
-    "very",
-    "not",
-    "a",
-    "the",
-    "of",
+    *("The", "A", "It", "This", "film", "movie", "plot", "acting", "is", "was", "good", "bad", "great", "awful"),
+    *("funny", "dull", "and", "or", "but", "very", "not", "a", "the", "of"),
 ]
 FAMILIES = ("llama", "gpt2", "gpt_neox")
 

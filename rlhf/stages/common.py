@@ -5,16 +5,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState, set_seed
+from transformers.utils import logging as transformers_logging
 
 from rlhf import checkpoint, optim
 from rlhf.config import StageConfig, TrainingLength
@@ -106,6 +110,7 @@ def open_run(
     stage: str, config: StageConfig, parents: list[Artifact], data: dict[str, Any], recipe: str
 ) -> Iterator[Run]:
     """Seeds, chooses device and type, opens the tracker; the run's folder is `output_dir/STAGE`."""
+    _quiet()
     set_seed(config.seed)
     compute = Compute.choose(config)
     folder = Path(config.output_dir) / stage
@@ -126,6 +131,14 @@ def open_run(
         for parent in parents:
             tracker.use_artifact(parent.reference, parent.hash)
         yield Run(stage, config, folder, Registry(config.registry), compute, tracker, parents, data, recipe)
+
+
+def _quiet() -> None:
+    """Keeps the libraries' own deprecations, which no user can mend, and progress bars in log files out of the way."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+        datasets.disable_progress_bars()
 
 
 def _claim_checkpoints(folder: Path, config: StageConfig, parents: list[Artifact], data: dict[str, Any]) -> None:
