@@ -71,8 +71,10 @@ def test_manifest_holds_what_the_house_promises(
     assert (manifest.stage, manifest.name, manifest.version, manifest.kind) == (stage, "toy", 1, "adapter")
     asked = yaml.safe_load((toy_config / f"{stage}.yaml").read_text())
     assert manifest.base_model == yaml.safe_load((toy_config / "sft.yaml").read_text())["model_name_or_path"]
-    resolved = {k: v for k, v in asked.items() if k not in ("learning_rate",)}
-    assert resolved.items() <= manifest.config.items() and manifest.config["learning_rate"] == 0.01
+    resolved = {k: v for k, v in asked.items() if k not in ("learning_rate", "policy", "reward")}
+    named = {"sft": "policy", "reward": "reward"}
+    assert {named[p]: artifacts[p].reference for p in parents}.items() <= manifest.config.items()
+    assert all(manifest.config[k] == v for k, v in resolved.items()) and manifest.config["learning_rate"] == 0.01
     assert manifest.config["seed"] == 0, "defaults belong to the resolved config"
     assert len(manifest.recipe) == 64 and manifest.code_commit
     assert len(manifest.data["fingerprint"]) == 64
@@ -323,4 +325,4 @@ def test_comparison_has_both_answers(finished: tuple[Path, Path], toy_data: Path
 def test_reward_config_round_trips_from_the_manifest(artifacts: dict[str, Artifact]) -> None:
     """The resolved config saved beside the weights has to rebuild the run: a key that was renamed in between would show."""
     assert SFTConfig(**artifacts["sft"].manifest.config).name == "toy"
-    assert RewardConfig(**artifacts["reward"].manifest.config).policy == "sft/toy"
+    assert RewardConfig(**artifacts["reward"].manifest.config).policy == "sft/toy@1"
