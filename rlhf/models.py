@@ -106,7 +106,7 @@ def load_base(
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # bitsandbytes would repack 4-bit weights for a CPU kernel that has no backward pass: gradients silently wrong.
-            module.support_avx512bf16_for_cpu = False
+            cast(Any, module).support_avx512bf16_for_cpu = False
     model.config.use_cache = True
     share_prefixes(backbone(model))
     return cast(nn.Module, model).to(compute.device) if config.quantization == "none" else model  # type: ignore[return-value]
@@ -160,8 +160,17 @@ def lora_config(config: StageConfig, task_type: str, *, dropout: float | None = 
 
 
 def with_adapter(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
-    """The model with one fresh trainable adapter, in fp32 whatever the base is held in."""
-    return get_peft_model(model, config)
+    """The model with one fresh trainable adapter, in fp32 whatever the base is held in.
+
+    Raises:
+        UserError: the model has no such layers.
+    """
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise UserError(
+            f"lora_target_modules {config.target_modules} are not in {type(model).__name__}; use all-linear, or its layer names"
+        ) from error
 
 
 def direct_casting(model: nn.Module, compute: Compute) -> contextlib.AbstractContextManager[None]:
@@ -177,7 +186,9 @@ def sequence_classifier(causal: PreTrainedModel, pad_token_id: int, *, seed: int
 
     The fresh head is N(0, 1/sqrt(d+1)) (N+ implementation details, arXiv:2403.17031); weights are shared, not copied.
     """
-    settings = {k: v for k, v in causal.config.to_dict().items() if k != "quantization_config"}
+    settings = {
+        k: v for k, v in causal.config.to_dict().items() if k not in ("quantization_config", "id2label", "label2id")
+    }
     config = type(causal.config).from_dict({**settings, "num_labels": 1, "pad_token_id": pad_token_id})
     with torch.device("meta"):
         classifier = AutoModelForSequenceClassification.from_config(config)

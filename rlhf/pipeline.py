@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 from rlhf.config import PPOConfig, RewardConfig, SFTConfig, build, read_yaml
 from rlhf.errors import UserError, did_you_mean, run_command
 
-STAGES = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig}
+STAGES: dict[str, Any] = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig}
 
 
 class _Parser(argparse.ArgumentParser):

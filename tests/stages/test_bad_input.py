@@ -287,7 +287,6 @@ def test_model_without_a_chat_template(place: Place) -> None:
     assert "--chat_template" in complaint and "chatml" in complaint and "plain" in complaint
 
 
-@pytest.mark.xfail(strict=True, reason="rlhf.models.with_adapter lets peft's NoMatchingPeftModuleError through")
 def test_lora_targets_that_are_not_in_the_model(place: Place) -> None:
     """peft's ValueError about target modules, as a traceback."""
     assert "lora_target_modules" in place.refused("sft", lora_target_modules=["no_such_layer"])
