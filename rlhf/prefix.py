@@ -1,7 +1,7 @@
 """What all rows of a batch begin with is computed once.
 
 Prompts of one task share their opening (the chat header, the instruction), and K responses to one prompt share all of it.
-In the demo that is 18 of 47 tokens. The opening goes through the backbone as one row; its keys and values are repeated for
+The opening goes through the backbone as one row; its keys and values are repeated for
 the rows' remainders. Gradients flow through the repetition, so the result is the same up to rounding.
 """
 

@@ -1,7 +1,7 @@
 """Sampling responses from a causal model: temperature only, nothing inherited from its generation config.
 
 A plain loop over the library's own cache. It samples from exactly the distribution that PPO scores: softmax(logits / T) over
-the whole vocabulary, no top-k, no top-p, no penalties. `model.generate` does the same work at a third of the speed on CPU.
+the whole vocabulary, no top-k, no top-p, no penalties.
 """
 
 from __future__ import annotations
