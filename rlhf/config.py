@@ -54,7 +54,8 @@ class StageConfig:
     )
     quantization: Literal["none", "4bit", "8bit"] = option("hold the frozen base in 4 or 8 bits (bitsandbytes)", "none")
     attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2"] = option(
-        "attention code; auto is sdpa on CUDA and eager on CPU, where short sequences train faster with it", "auto"
+        "attention code; auto computes nothing on padding and shared openings once, or is sdpa where a model does not allow it",
+        "auto",
     )
     lora_r: int = option("rank of the adapters", 16)
     lora_alpha: int = option("scale of the adapters: the update is multiplied by lora_alpha / lora_r", 32)

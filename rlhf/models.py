@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rlhf.config import StageConfig
 from rlhf.data_prep.assets import resolve_model
 from rlhf.errors import UserError
-from rlhf.prefix import share_prefixes
+from rlhf.packing import pack_rows
 from rlhf.registry import Artifact
 
 Role = Literal["policy", "value", "reward", "reference"]
@@ -89,15 +89,12 @@ def load_base(
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """A causal language model by hub name, folder or `pypi:` name, in the run's type, quantised if asked for."""
-    attention = config.attn_implementation
-    if attention == "auto":
-        attention = "sdpa" if compute.device.type == "cuda" else "eager"
     try:
         model = AutoModelForCausalLM.from_pretrained(
             resolve_model(name_or_path),
             revision=revision,
             dtype=compute.dtype,
-            attn_implementation=attention,
+            attn_implementation="sdpa" if config.attn_implementation == "auto" else config.attn_implementation,
             quantization_config=_quantization(config, compute),
             trust_remote_code=trust_remote_code,
         )
@@ -108,8 +105,11 @@ def load_base(
             # bitsandbytes would repack 4-bit weights for a CPU kernel that has no backward pass: gradients silently wrong.
             cast(Any, module).support_avx512bf16_for_cpu = False
     model.config.use_cache = True
-    share_prefixes(backbone(model))
-    return cast(nn.Module, model).to(compute.device) if config.quantization == "none" else model  # type: ignore[return-value]
+    if config.quantization == "none":
+        cast(nn.Module, model).to(compute.device)
+    if config.attn_implementation == "auto" and not pack_rows(model):
+        print(f"{type(model).__name__} cannot be packed: padding and shared openings of prompts cost time")
+    return model
 
 
 def _quantization(config: StageConfig, compute: Compute) -> BitsAndBytesConfig | None:

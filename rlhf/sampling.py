@@ -57,14 +57,7 @@ def sample(
     cache = DynamicCache(config=model.config)
     attention = prompt_mask.long()
     position = attention.sum(dim=1, keepdim=True)  # of the next token, per row
-    logits = model(
-        input_ids=prompts,
-        attention_mask=attention,
-        position_ids=(attention.cumsum(dim=1) - 1).clamp_min(0),
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    ).logits[:, -1]
+    logits = _last_logits(model, prompts, attention, (attention.cumsum(dim=1) - 1).clamp_min(0), cache)
     rows = torch.arange(size, device=device)  # which rows of the batch are still in the model's batch
     for t in range(max_new_tokens):
         uniform = torch.rand(size, 1, generator=generator, device=generator.device).to(device)
@@ -82,16 +75,22 @@ def sample(
             rows, tokens, attention, position = rows[keep], tokens[keep], attention[keep], position[keep]
             cache.batch_select_indices(keep)
         attention = torch.cat([attention, attention.new_ones(len(rows), 1)], dim=1)
-        logits = model(
-            input_ids=tokens[:, None],
-            attention_mask=attention,
-            position_ids=position,
-            past_key_values=cache,
-            use_cache=True,
-        ).logits[:, -1]
+        logits = _last_logits(model, tokens[:, None], attention, position, cache)
         position = position + 1
     width = int(mask.sum(dim=1).max())
     return Sampled(responses=responses[:, :width], mask=mask[:, :width], logprobs=logprobs[:, :width], stopped=stopped)
+
+
+def _last_logits(
+    model: PreTrainedModel, input_ids: Tensor, attention: Tensor, position_ids: Tensor, cache: DynamicCache
+) -> Tensor:
+    """Next-token logits (B, V) after the last column; the cache takes up all of them."""
+    backbone = getattr(model, model.base_model_prefix)
+    hidden = backbone(
+        input_ids=input_ids, attention_mask=attention, position_ids=position_ids, past_key_values=cache, use_cache=True
+    ).last_hidden_state
+    # Flat: from a strided slice the head's product would copy the embedding matrix for every row.
+    return model.get_output_embeddings()(hidden[:, -1].contiguous())
 
 
 def _draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

@@ -23,16 +23,15 @@ from rlhf.models import (
     Compute,
     ScalarHead,
     SharedModels,
-    backbone,
     load_policy,
     lora_config,
     save_adapter,
     sequence_classifier,
     with_adapter,
 )
+from rlhf.packing import pack_rows
 from rlhf.ppo import forward
 from rlhf.ppo.types import Sequences
-from rlhf.prefix import share_prefixes
 from rlhf.tokenization import pad
 
 VOCAB = 48
@@ -93,7 +92,7 @@ def shared_models(family: str, folder: Path, config: PPOConfig, *, seed: int = 2
     reward_model(family, folder, config)
     dtype = getattr(torch, config.dtype)
     base = build_model(family, VOCAB, dtype=dtype)
-    share_prefixes(backbone(base))  # as load_base does
+    assert pack_rows(base)  # as load_base does
     torch.manual_seed(seed)
     models = SharedModels(base, lora_config(config, "CAUSAL_LM"), Compute(torch.device("cpu"), dtype))
     models.load_reward(folder, REWARD_MEAN, REWARD_STD)

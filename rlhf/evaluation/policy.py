@@ -14,12 +14,14 @@ from rlhf.models import SharedModels
 from rlhf.ppo import forward
 from rlhf.ppo import functional as F
 from rlhf.ppo.rollout import SamplingOptions, respond, sequences_scores
-from rlhf.ppo.types import length_sorted_batches
+from rlhf.ppo.types import concatenate, length_sorted_batches
 from rlhf.reward.evaluate import GoldFunction
 from rlhf.tokenization import decode_response
 
 #: VADER calls a text positive above .05 and negative below -.05 (Hutto & Gilbert, ICWSM 2014).
 GOLD_THRESHOLD = 0.05
+#: Responses that are sampled together: their keys and values are in memory at once.
+_SAMPLED_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,12 @@ def evaluate_policy(
     seed: int,
 ) -> Answers:
     """One answer to each prompt from the policy (or the SFT reference), with the same random numbers for both."""
-    sequences, sampled = respond(models, prompts, options, reference=reference, seed=seed)
+    parts = [
+        respond(models, prompts[i : i + _SAMPLED_AT_ONCE], options, reference=reference, seed=seed + i)
+        for i in range(0, len(prompts), _SAMPLED_AT_ONCE)
+    ]
+    sequences = concatenate([part for part, _ in parts], options.pad_token_id)
+    stopped = torch.cat([sampled.stopped for _, sampled in parts])
     batches = length_sorted_batches(sequences.lengths, batch_size)
     scores = sequences_scores(models, sequences, batches)
     texts = [
@@ -57,7 +64,7 @@ def evaluate_policy(
         "reward_positive": float((scores > 0).float().mean()),
         "distinct2": distinct_n(texts, 2),
         "length": float(sequences.mask.sum(dim=1).float().mean()),
-        "stop_rate": float(sampled.stopped.float().mean()),
+        "stop_rate": float(stopped.float().mean()),
         "gold_positive": None,
         "gold_negative": None,
     }

@@ -12,19 +12,24 @@ from rlhf.models import Role, SharedModels
 from rlhf.ppo import functional as F
 from rlhf.ppo.types import Sequences
 
+#: Positions whose logits are in memory together when nothing is trained; few enough to stay in a processor's cache.
+_TOKENS_AT_ONCE = 128
+
 
 def token_logprobs(models: SharedModels, role: Role, batch: Sequences, temperature: float) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the response tokens, and the entropy at each, both (B, R) in nats, 0 where masked.
 
-    The entropy carries no gradient. Logits exist only for real response tokens: (N, V), never (B, T, V).
+    The entropy carries no gradient, and is 0 while training. Logits exist only for real response tokens: never (B, T, V).
     """
+    tokens, training = batch.responses[batch.mask], torch.is_grad_enabled()
+    logprobs, entropies = [], []
     with models.role(role):
-        logits = models.logits(_states_before_tokens(models, batch))
-    flat = F.sequence_logprobs(logits, batch.responses[batch.mask], temperature=temperature)
-    entropy = (
-        F.entropy(logits.detach(), temperature=temperature) if not torch.is_grad_enabled() else torch.zeros_like(flat)
-    )
-    return _scatter(flat, batch.mask), _scatter(entropy, batch.mask)
+        states = _states_before_tokens(models, batch)
+        for part, target in zip(states.split(_TOKENS_AT_ONCE), tokens.split(_TOKENS_AT_ONCE), strict=True):
+            logits = models.logits(part)
+            logprobs.append(F.sequence_logprobs(logits, target, temperature=temperature))
+            entropies.append(torch.zeros_like(logprobs[-1]) if training else F.entropy(logits, temperature=temperature))
+    return _scatter(torch.cat(logprobs), batch.mask), _scatter(torch.cat(entropies), batch.mask)
 
 
 def token_values(models: SharedModels, batch: Sequences) -> Tensor:

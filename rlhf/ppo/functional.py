@@ -99,13 +99,10 @@ def sequence_logprobs(logits: Tensor, tokens: Tensor, *, temperature: float) -> 
 
     Position t of `logits` must already be the prediction *of* position t of `tokens` (the caller slices P-1:-1).
 
-    Args: logits (..., V); tokens (...) int64 from 0 to V - 1; temperature > 0, the sampler's own.
-    Returns: (...), in nats. Gathering first spares the second (..., V) tensor that a log-softmax would write, at the
-    price of rounding on the scale of the logits: about 4e-6 nats in fp32 for logits around 50.
+    Args: logits (..., V); tokens (...) int64 from 0 to V - 1; temperature > 0, the sampler's own. Returns: (...), in nats.
     """
     _check(logits.shape[:-1], tokens=tokens)
-    picked = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)  # (...)
-    return _tempered(picked, temperature) - _tempered(logits, temperature).logsumexp(-1)
+    return _tempered(logits, temperature).log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
 def entropy(logits: Tensor, *, temperature: float) -> Tensor:

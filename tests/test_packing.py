@@ -1,4 +1,4 @@
-"""Sharing the opening of a batch must not change what is computed, nor its gradients."""
+"""Packing the rows of a batch must not change what is computed, nor its gradients."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from toys import FAMILIES, build_model
 
 from rlhf.models import backbone
-from rlhf.prefix import common_prefix, share_prefixes
+from rlhf.packing import common_prefix, pack_rows
 
 OPENING = [5, 6, 7, 8, 9, 10]
 ROWS = [[*OPENING, 11, 12], [*OPENING, 11], [*OPENING, 13, 14, 15, 16]]
@@ -34,7 +34,7 @@ def test_hidden_states_and_gradients_are_those_of_separate_rows(family: str, sid
     results = []
     for shared in (False, True):
         if shared:
-            share_prefixes(backbone(model))
+            assert pack_rows(model)
         model.zero_grad()
         hidden = backbone(model)(
             input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False
@@ -59,12 +59,12 @@ def test_common_prefix_ignores_padding_and_leaves_every_row_a_token(side: str) -
     assert common_prefix(ids[:1], mask[:1].bool()) == 0
 
 
-def test_opening_is_computed_once() -> None:
+def test_opening_is_computed_once_and_padding_never() -> None:
     """The switch could silently fall through to separate rows; the number of tokens seen by the first layer tells."""
     model = build_model("llama", 32)
-    share_prefixes(backbone(model))
+    assert pack_rows(model)
     seen: list[int] = []
     backbone(model).layers[0].register_forward_hook(lambda module, args, output: seen.append(args[0].shape[:2].numel()))
     ids, mask = batch("left")
     backbone(model)(input_ids=ids, attention_mask=mask, use_cache=False)
-    assert seen == [len(OPENING), 3 * (ids.shape[1] - len(OPENING))]
+    assert seen == [sum(map(len, ROWS)) - 2 * len(OPENING)]

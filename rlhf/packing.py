@@ -1,0 +1,265 @@
+"""Rows of a batch without their padding, and with the opening they share computed once.
+
+A padded batch (B, T) goes through the backbone as one packed row of N real tokens, so linear layers, norms and activations
+do no work on padding. Prompts of one task share their opening (the chat header, the instruction), and K responses to one
+prompt share all of it: those tokens are in the packed row once. Only attention needs to know which token belongs to which
+row; it is registered with transformers under the name `packed` and finds out from the `Layout`.
+
+Legend: B rows, T padded length, P shared opening, L longest remainder, N packed tokens, H heads, G query heads for each of
+the K key heads, D head width.
+"""
+
+from __future__ import annotations
+
+import types
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import sdpa_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+#: The name of this attention among transformers' implementations.
+PACKED = "packed"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the tokens of a padded batch are in the packed row: the opening first, then one remainder after the other."""
+
+    shared: int
+    """P, tokens of the opening, 0 or more."""
+    source: Tensor
+    """(N,) int64: the packed tokens' positions in the flattened batch (B * T)."""
+    target: Tensor
+    """(B, T) int64: each token's position in the packed row; 0 at padding."""
+    unpacked: Tensor
+    """(B, L) int64: packed positions of each row's remainder, left-justified; P at padding."""
+    repacked: Tensor
+    """(N - P,) int64: positions of the remainders' tokens in the flattened (B * L)."""
+
+    @classmethod
+    def of(cls, input_ids: Tensor, mask: Tensor) -> Layout:
+        """The layout of a batch (B, T) with padding on either side; mask (B, T) bool, at least one token a row."""
+        shared = common_prefix(input_ids, mask)
+        number = mask.cumsum(dim=1) - 1  # of each token within its row
+        rest = mask & (number >= shared)
+        lengths = rest.sum(dim=1)
+        ends = lengths.cumsum(dim=0)
+        first = shared + ends - lengths  # packed position of each row's remainder
+        opening = mask[0].nonzero().squeeze(1)[:shared]
+        column = torch.arange(int(lengths.max()), device=mask.device)
+        real = column < lengths[:, None]
+        return cls(
+            shared=shared,
+            source=torch.cat([opening, rest.flatten().nonzero().squeeze(1)]),
+            target=torch.where(number < shared, number, first[:, None] + number - shared) * mask,
+            unpacked=torch.where(real, first[:, None] + column, shared),
+            repacked=real.flatten().nonzero().squeeze(1),
+        )
+
+
+def common_prefix(input_ids: Tensor, mask: Tensor) -> int:
+    """Number of tokens that all rows (B, T) begin with, padding on either side left out; each keeps one of its own."""
+    start = mask.int().argmax(dim=1)
+    longest = int(mask.sum(dim=1).min()) - 1
+    if len(input_ids) < 2 or longest < 1:
+        return 0
+    columns = start[:, None] + torch.arange(longest, device=mask.device)
+    heads = input_ids.gather(1, columns)
+    same = (heads == heads[:1]).all(dim=0)
+    return int(same.int().cumprod(dim=0).sum())
+
+
+def pack_rows(model: PreTrainedModel) -> bool:
+    """Makes a causal model's backbone pack the rows of every scoring pass (ids and a mask, no cache), if it can.
+
+    Other passes go through untouched. A model whose hidden states would change (attention that is not of transformers'
+    interface, or more than a masked softmax) is left as it was, and the result is False.
+    """
+    backbone = getattr(model, model.base_model_prefix)
+    if not hasattr(backbone, "_forward_padded"):
+        backbone._forward_padded = backbone.forward
+        backbone.forward = types.MethodType(_forward, backbone)
+    library = model.config._attn_implementation
+    if library == PACKED:
+        return True
+    model.set_attn_implementation("eager")
+    expected = _probe(model, backbone)
+    try:
+        model.set_attn_implementation(PACKED)
+        error = (_probe(model, backbone) - expected).norm() / expected.norm()
+    except (TypeError, ValueError, RuntimeError, NotImplementedError):
+        error = torch.tensor(torch.inf)
+    fits = bool(error < (0.05 if model.dtype == torch.bfloat16 else 1e-3))
+    if not fits:
+        model.set_attn_implementation(library)
+    return fits
+
+
+@torch.no_grad()
+def _probe(model: PreTrainedModel, backbone: nn.Module) -> Tensor:
+    """Hidden states of the real tokens of two short rows that share an opening."""
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    # From the middle of the vocabulary: special tokens at its ends have activations that bf16 rounds badly.
+    ids = torch.linspace(0.25, 0.75, 14, device=model.device).mul(vocabulary).long().view(2, 7)
+    ids[1, :4] = ids[0, :4]
+    mask = torch.ones_like(ids)
+    mask[1, 6] = 0
+    output = backbone(input_ids=ids, attention_mask=mask, use_cache=False)
+    return output.last_hidden_state[mask.bool()].float()
+
+
+def _forward(
+    self: Any,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    past_key_values: Any = None,
+    use_cache: bool | None = None,
+    **kwargs: Any,
+) -> Any:
+    plain = (
+        self.config._attn_implementation == PACKED
+        and input_ids is not None
+        and attention_mask is not None
+        and attention_mask.dim() == 2
+        and past_key_values is None
+        and not use_cache
+        and all(value is None or value is False or key == "return_dict" for key, value in kwargs.items())
+    )
+    if not plain:
+        return self._forward_padded(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+    assert input_ids is not None and attention_mask is not None
+    layout = Layout.of(input_ids, attention_mask.bool())
+    if position_ids is None:
+        position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+    hidden = self._forward_padded(
+        input_ids=input_ids.flatten()[layout.source][None],
+        position_ids=position_ids.flatten()[layout.source][None],
+        attention_mask=attention_mask.new_ones(1, 1, 1, 1, dtype=torch.bool),  # four dimensions: passed on as it is
+        use_cache=False,
+        layout=layout,
+    ).last_hidden_state[0]
+    padded = hidden[layout.target.flatten()].view(*input_ids.shape, -1)
+    return BaseModelOutputWithPast(last_hidden_state=padded)
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    layout: Layout | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention of transformers' interface: query (B, H, T, D), key and value (B, K, S, D) -> (B, T, H, D).
+
+    With a layout, B = 1 and T = S = N; each token sees the opening and what precedes it in its own row.
+    """
+    if softcap is not None or s_aux is not None:
+        raise NotImplementedError("attention with a soft cap or sinks")
+    query, key = query.to(value.dtype), key.to(value.dtype)  # an fp32 norm of query and key under autocast
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    dropout = dropout if module.training else 0.0
+    with torch.autocast(query.device.type, enabled=False):
+        if layout is None:
+            return _attend(query, key, value, attention_mask, scaling, dropout).transpose(1, 2), None
+        heads, rows = query.shape[1], len(layout.unpacked)
+        p, longest = layout.shared, layout.unpacked.shape[1]
+        mask = _causal(p + longest, query.device, sliding_window)
+
+        def unpack(x: Tensor) -> Tensor:  # (1, heads, N, D) -> (B, heads, L, D)
+            return _Unpack.apply(x[0], layout).transpose(0, 1)
+
+        keys, values = unpack(key), unpack(value)
+        if p:
+            keys = torch.cat([key[:, :, :p].expand(rows, -1, -1, -1), keys], dim=2)
+            values = torch.cat([value[:, :, :p].expand(rows, -1, -1, -1), values], dim=2)
+        out = _attend(unpack(query), keys, values, mask[p:], scaling, dropout)  # (B, H, L, D)
+        packed = _Repack.apply(out.transpose(1, 2).reshape(rows * longest, -1), layout)  # (N - P, H * D)
+        if p:
+            opening = _attend(query[:, :, :p], key[:, :, :p], value[:, :, :p], mask[:p, :p], scaling, dropout)
+            packed = torch.cat([opening.transpose(1, 2).reshape(p, -1), packed])
+        return packed.view(1, len(packed), heads, -1), None
+
+
+def _causal(size: int, device: torch.device, sliding_window: int | None) -> Tensor:
+    """(size, size) bool: True where the query of the row may see the key of the column."""
+    position = torch.arange(size, device=device)
+    distance = position[:, None] - position
+    return (distance >= 0) if sliding_window is None else (distance >= 0) & (distance < sliding_window)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, dropout: float) -> Tensor:
+    """softmax(query key^T * scaling) value, (B, H, T, D); mask (..., T, S) bool, True = seen."""
+    if query.device.type != "cpu":
+        return nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling, enable_gqa=True
+        )
+    # On a CPU, products of the query heads that share a key head in one go beat the fused kernel and copy no keys.
+    batch, heads, length, width = query.shape
+    groups = heads // key.shape[1]
+    grouped = (query * scaling).reshape(batch, key.shape[1], groups * length, width)
+    scores = (grouped @ key.transpose(2, 3)).view(batch, key.shape[1], groups, length, key.shape[2])
+    if mask is not None:
+        unseen = ~mask if mask.dim() == 2 else ~mask[:, :, None]
+        scores = scores.masked_fill_(
+            unseen, torch.finfo(scores.dtype).min
+        )  # finite: a row that sees nothing stays a number
+    weights = nn.functional.dropout(scores.softmax(dim=-1), p=dropout).view(batch, key.shape[1], groups * length, -1)
+    return (weights @ value).view(batch, heads, length, width)
+
+
+class _Unpack(torch.autograd.Function):
+    """(heads, N, D) -> (heads, B, L, D). Its gradient is a plain copy back, where indexing would add up token by token.
+
+    What lies at padding is seen by no real query, so no gradient comes from there; the opening has none through here.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layout: Layout) -> Tensor:
+        ctx.layout = layout
+        return x.index_select(1, layout.unpacked.flatten()).view(len(x), *layout.unpacked.shape, -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        remainders = grad.flatten(1, 2).index_select(1, ctx.layout.repacked)
+        return nn.functional.pad(remainders, (0, 0, ctx.layout.shared, 0)), None
+
+
+class _Repack(torch.autograd.Function):
+    """(B * L, width) -> (N - P, width), with zero gradient at padding."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layout: Layout) -> Tensor:
+        ctx.layout, ctx.rows = layout, len(x)
+        return x.index_select(0, layout.repacked)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad.new_zeros(ctx.rows, grad.shape[1]).index_copy_(0, ctx.layout.repacked, grad), None
+
+
+def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """Boolean masks, and always one: `packed_attention` is not told whether a missing mask would mean causal."""
+    return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
+
+
+AttentionInterface.register(PACKED, packed_attention)
+AttentionMaskInterface.register(PACKED, _mask)
