@@ -83,6 +83,19 @@ def latest(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
+def last_before(folder: Path, step: int) -> Path | None:
+    """The newest complete checkpoint of a step below `step`, or None."""
+    found = [path for path in _all(folder) if _step(path) < step]
+    return found[-1] if found else None
+
+
+def discard_after(folder: Path, step: int) -> None:
+    """Removes the checkpoints of later steps."""
+    for path in _all(folder):
+        if _step(path) > step:
+            shutil.rmtree(path)
+
+
 def load(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """What `save` was given."""
     try:
@@ -125,4 +138,8 @@ def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor
 
 def _all(folder: Path) -> list[Path]:
     found = [p for p in folder.glob("checkpoint-*") if (p / "state.json").is_file()]
-    return sorted(found, key=lambda p: int(p.name.rsplit("-", 1)[1]))
+    return sorted(found, key=_step)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.rsplit("-", 1)[1])

@@ -144,6 +144,10 @@ class RewardConfig(TrainingLength, StageConfig):
     )
 
 
+#: Responses that reward whitening takes its spread from, at least (lm-human-preferences, train_policy.py).
+MIN_WHITENED = 8
+
+
 @dataclass(kw_only=True)
 class PPOConfig(StageConfig):
     """PPO against a reward model, with a KL penalty to the SFT reference."""
@@ -158,7 +162,30 @@ class PPOConfig(StageConfig):
     max_prompt_length: int = option("longest prompt, tokens; longer ones are refused", 512)
     response_length: int = option("longest response, tokens, stop token included", 48)
     temperature: float = option("sampling temperature; divides policy, old and reference logits alike", 1.0)
+    num_responses_per_prompt: int = option("responses sampled for each prompt; divides rollout_batch_size", 1)
     kl_coef: float = option("penalty per nat of log pi - log pi_ref on sampled tokens, in units of the score", 0.1)
+    kl_target: float | None = option(
+        "KL, nats a response, that the coefficient is adapted to (Ziegler et al. 2019: 6); none keeps kl_coef fixed",
+        None,
+    )
+    kl_horizon: int = option("responses over which an adapted coefficient changes; an error counts 0.2 at most", 10_000)
+    max_approx_kl: float | None = option(
+        "a rollout's updates end early once approx_kl, nats a token, is above this (Schulman: 0.01 to 0.05)", None
+    )
+    max_kl: float | None = option("KL to the reference, nats a response, that no rollout may pass", None)
+    on_max_kl: Literal["stop", "roll_back"] = option(
+        "past max_kl: stop, or go back to the last good checkpoint with half the step size (three times at most)",
+        "stop",
+    )
+    reward_clip: float | None = option(
+        "scores are clipped to +- this, in units of the score, before the KL penalty", None
+    )
+    whiten_rewards: bool = option("give the token rewards of a rollout a spread of 1, their mean kept", False)
+    value_warmup_updates: int = option("rollouts at the start that train the value model only", 0)
+    ema_decay: float | None = option(
+        "decay an optimiser update of a running mean of the policy's weights, registered as NAME-ema (InstructGPT: 0.992)",
+        None,
+    )
     gamma: float = option("discount of later rewards (InstructGPT: none, 1)", 1.0)
     lam: float = option("lambda of generalised advantage estimation", 0.95)
     clip_range: float = option("the probability ratio is clipped to 1 +- this", 0.2)
@@ -185,6 +212,26 @@ class PPOConfig(StageConfig):
         require(self.clip_range > 0, f"clip_range must be above 0, got {self.clip_range}")
         require(self.response_length >= 1, f"response_length must be at least 1, got {self.response_length}")
         require(self.kl_coef >= 0, f"kl_coef must not be negative, got {self.kl_coef}")
+        divides(
+            "num_responses_per_prompt", self.num_responses_per_prompt, "rollout_batch_size", self.rollout_batch_size
+        )
+        for name in ("kl_target", "max_approx_kl", "max_kl", "reward_clip"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"{name} must be above 0, got {value}")
+        require(self.kl_horizon >= 1, f"kl_horizon must be at least 1, got {self.kl_horizon}")
+        require(
+            self.kl_target is None or self.kl_coef > 0,
+            "kl_target needs a kl_coef above 0 to start from: the coefficient is multiplied",
+        )
+        require(
+            self.ema_decay is None or 0 < self.ema_decay < 1,
+            f"ema_decay must be between 0 and 1, both excluded, got {self.ema_decay}",
+        )
+        require(
+            not self.whiten_rewards or self.rollout_batch_size >= MIN_WHITENED,
+            f"whiten_rewards needs a rollout_batch_size of at least {MIN_WHITENED}, got {self.rollout_batch_size}: "
+            "the spread of fewer scores is noise",
+        )
 
     @property
     def num_updates(self) -> int:

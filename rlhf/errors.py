@@ -24,6 +24,7 @@ def run_command(main: Callable[[], object]) -> None:
     SIGTERM is turned into `SystemExit(143)`, so that `finally` blocks run and nothing is left half-written.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
     except UserError as error:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from rlhf.packing import common_prefix
+
 #: The batch is cut down to its unfinished rows once fewer than this share of it is still being written.
 _COMPACT_BELOW = 0.75
 
@@ -55,9 +57,8 @@ def sample(
     stops = torch.tensor(stop_token_ids, device=device)
 
     cache = DynamicCache(config=model.config)
-    attention = prompt_mask.long()
-    position = attention.sum(dim=1, keepdim=True)  # of the next token, per row
-    logits = _last_logits(model, prompts, attention, (attention.cumsum(dim=1) - 1).clamp_min(0), cache)
+    logits, attention = _prefill(model, prompts, prompt_mask, cache)
+    position = prompt_mask.sum(dim=1, keepdim=True)  # of the next token, per row
     rows = torch.arange(size, device=device)  # which rows of the batch are still in the model's batch
     for t in range(max_new_tokens):
         uniform = torch.rand(size, 1, generator=generator, device=generator.device).to(device)
@@ -79,6 +80,21 @@ def sample(
         position = position + 1
     width = int(mask.sum(dim=1).max())
     return Sampled(responses=responses[:, :width], mask=mask[:, :width], logprobs=logprobs[:, :width], stopped=stopped)
+
+
+def _prefill(model: PreTrainedModel, prompts: Tensor, mask: Tensor, cache: DynamicCache) -> tuple[Tensor, Tensor]:
+    """Fills the cache with the prompts, their common opening once; logits (B, V), and the mask (B, columns) of the cache."""
+    shared, positions = common_prefix(prompts, mask), mask.long().cumsum(dim=1) - 1
+    rest = mask & (positions >= shared)
+    if shared:
+        opening = prompts[0][mask[0]][:shared][None]
+        _last_logits(model, opening, torch.ones_like(opening), torch.arange(shared, device=mask.device)[None], cache)
+        cache.batch_repeat_interleave(len(prompts))
+        # Prompts end in the last column, so what is left of them does too.
+        width = int(rest.sum(dim=1).max())
+        prompts, rest, positions = prompts[:, -width:], rest[:, -width:], positions[:, -width:]
+    attention = torch.cat([rest.new_ones(len(prompts), shared), rest], dim=1).long()
+    return _last_logits(model, prompts, attention, positions.clamp_min(0), cache), attention
 
 
 def _last_logits(

@@ -144,7 +144,9 @@ def test_finished_rows_leave_the_batch_and_nothing_else_changes(monkeypatch: pyt
     """Catches: a batch that is never cut down (its time is then that of the longest row), or is cut to the wrong rows."""
     model = build_model("llama", VOCAB, dtype=torch.float64)
     sizes: list[int] = []
-    model.register_forward_pre_hook(lambda m, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True)
+    model.model.register_forward_pre_hook(
+        lambda m, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
     results = {}
     for share in (0.0, sampling._COMPACT_BELOW, 1.01):
         sizes.clear()
@@ -164,7 +166,7 @@ def test_length_limit_of_one() -> None:
     """Catches: a limit that is off by one, and a second forward pass for a token that nobody will draw."""
     model = build_model("gpt2", VOCAB)
     calls: list[int] = []
-    model.register_forward_pre_hook(lambda m, args: calls.append(1))
+    model.transformer.register_forward_pre_hook(lambda m, args: calls.append(1))
     result = draw(model, PROMPTS, length=1)
     assert result.responses.shape == (len(PROMPTS), 1) and result.mask.all()
     assert len(calls) == 1
@@ -185,3 +187,20 @@ def test_a_token_of_probability_zero_is_never_drawn() -> None:
     wide[:, -100:] = -torch.inf
     token, _ = sampling._draw(wide, torch.full((64, 1), below_one), 1.0)
     assert int(token.max()) < 50_000 - 100
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_opening_that_all_prompts_share_changes_nothing(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches: an opening left out of the cache, out of the mask or out of the positions of what follows it."""
+    model = build_model(family, VOCAB, dtype=torch.float64)
+    prompts = [[15, 16, 17, *prompt] for prompt in PROMPTS]
+    widths: list[int] = []
+    model.base_model.register_forward_pre_hook(
+        lambda m, args, kwargs: widths.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    shared = draw(model, prompts, seed=4)
+    assert widths[:2] == [3, len(PROMPTS) * max(map(len, PROMPTS))]
+    monkeypatch.setattr(sampling, "common_prefix", lambda ids, mask: 0)
+    plain = draw(model, prompts, seed=4)
+    assert torch.equal(shared.responses, plain.responses) and torch.equal(shared.mask, plain.mask)
+    torch.testing.assert_close(shared.logprobs, plain.logprobs, rtol=0, atol=1e-5)

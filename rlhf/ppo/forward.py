@@ -12,24 +12,52 @@ from rlhf.models import Role, SharedModels
 from rlhf.ppo import functional as F
 from rlhf.ppo.types import Sequences
 
-#: Positions whose logits are in memory together when nothing is trained; few enough to stay in a processor's cache.
+#: Positions whose logits are made together: few enough to stay in a processor's cache.
 _TOKENS_AT_ONCE = 128
 
 
-def token_logprobs(models: SharedModels, role: Role, batch: Sequences, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the response tokens, and the entropy at each, both (B, R) in nats, 0 where masked.
+def token_logprobs(models: SharedModels, role: Role, batch: Sequences, temperature: float) -> Tensor:
+    """Log-probabilities (B, R) of the response tokens, nats, 0 where masked.
 
-    The entropy carries no gradient, and is 0 while training. Logits exist only for real response tokens: never (B, T, V).
+    Logits exist only for real response tokens, a few at a time: never (B, T, V).
     """
-    tokens, training = batch.responses[batch.mask], torch.is_grad_enabled()
-    logprobs, entropies = [], []
     with models.role(role):
         states = _states_before_tokens(models, batch)
-        for part, target in zip(states.split(_TOKENS_AT_ONCE), tokens.split(_TOKENS_AT_ONCE), strict=True):
+        tokens = batch.responses[batch.mask]
+        parts = [
+            F.sequence_logprobs(models.logits(part), target, temperature=temperature)
+            for part, target in zip(states.split(_TOKENS_AT_ONCE), tokens.split(_TOKENS_AT_ONCE), strict=True)
+        ]
+    return _scatter(torch.cat(parts), batch.mask)
+
+
+@torch.no_grad()
+def compared_logprobs(models: SharedModels, batch: Sequences, temperature: float) -> Tensor:
+    """Policy against reference, (4, B, R) in nats, 0 where masked: log-probabilities of the response tokens under the
+    policy and under the reference, the policy's entropy, and KL(policy || reference) over the whole vocabulary.
+    """
+    with models.role("policy"):
+        states = _states_before_tokens(models, batch)
+    with models.role("reference"):
+        ref_states = _states_before_tokens(models, batch)
+    parts = []
+    tokens = batch.responses[batch.mask]
+    for part, ref_part, target in zip(*(x.split(_TOKENS_AT_ONCE) for x in (states, ref_states, tokens)), strict=True):
+        with models.role("policy"):
             logits = models.logits(part)
-            logprobs.append(F.sequence_logprobs(logits, target, temperature=temperature))
-            entropies.append(torch.zeros_like(logprobs[-1]) if training else F.entropy(logits, temperature=temperature))
-    return _scatter(torch.cat(logprobs), batch.mask), _scatter(torch.cat(entropies), batch.mask)
+        with models.role("reference"):
+            ref_logits = models.logits(ref_part)
+        parts.append(
+            torch.stack(
+                [
+                    F.sequence_logprobs(logits, target, temperature=temperature),
+                    F.sequence_logprobs(ref_logits, target, temperature=temperature),
+                    F.entropy(logits, temperature=temperature),
+                    F.full_kl(logits, ref_logits, temperature=temperature),
+                ]
+            )
+        )
+    return torch.stack([_scatter(flat, batch.mask) for flat in torch.cat(parts, dim=1)])
 
 
 def token_values(models: SharedModels, batch: Sequences) -> Tensor:

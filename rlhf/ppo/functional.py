@@ -76,6 +76,21 @@ def whiten(x: Tensor, mask: Tensor) -> Tensor:
     return centred * variance.rsqrt().masked_fill(variance == 0, 0.0)
 
 
+def whiten_rewards(rewards: Tensor, mask: Tensor) -> Tensor:
+    """Rewards with a spread of 1 over all masked-in elements (population variance) and the mean they had.
+
+    Args: rewards (B, R), in PPO of the whole rollout, before `gae`; mask (B, R). Returns: (B, R); equal rewards stay as
+    they are. Source: openai/lm-human-preferences, train_policy.py, `whiten` with shift_mean=False.
+    """
+    _check(mask.shape, mask=mask, rewards=rewards)
+    rewards = _masked(rewards.detach(), mask)
+    centred, variance = _moments(rewards, mask)
+    mean = rewards.sum() / mask.sum()
+    # (x - mean) / std + mean: the spread becomes 1 and the mean stays, which x / std would not give.
+    scaled = centred * torch.where(variance == 0, 1.0, variance).rsqrt() + mean
+    return _masked(scaled, mask)
+
+
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     """1 - Var(returns - values) / Var(returns), over masked-in elements; population variance.
 
@@ -150,6 +165,19 @@ def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """
     k1 = kl_k1(logprobs, ref_logprobs)
     return torch.expm1(-k1) + k1  # expm1: for small k1, exp(-k1) - 1 would cancel to noise
+
+
+def adapted_kl_coef(kl_coef: float, kl: float, *, target: float, horizon: int, episodes: int) -> float:
+    """The next KL coefficient of the adaptive controller: up where the KL is above its target, down where it is below.
+
+        kl_coef * (1 + clip(kl / target - 1, -0.2, 0.2) * episodes / horizon)
+
+    Args: kl, target: nats a response; episodes: responses since the last change; horizon: responses over which the
+    largest error, 0.2, changes the coefficient by a fifth.
+    Source: Ziegler et al. 2019, section 2.2; openai/lm-human-preferences, train_policy.py.
+    """
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return kl_coef * (1 + error * episodes / horizon)
 
 
 # ---- rewards and advantages -----------------------------------------------------------------------------------------

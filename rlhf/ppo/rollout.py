@@ -27,14 +27,17 @@ class SamplingOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Penalties:
-    """What is taken off a raw score, in units of the score."""
+    """What is taken off a raw score, in units of the score; `clip` holds the raw score within +- that first."""
 
+    clip: float | None = None
     missing_eos: float = 0.0
     min_length: int = 0
     short_response: float = 0.0
 
     def apply(self, raw_scores: Tensor, stopped: Tensor, lengths: Tensor) -> Tensor:
         """Scores (B,) less `missing_eos` where no stop token came, and `short_response` a token below `min_length`."""
+        if self.clip is not None:
+            raw_scores = raw_scores.clamp(-self.clip, self.clip)
         missing_tokens = (self.min_length - lengths).clamp_min(0).to(raw_scores.dtype)
         return raw_scores - self.missing_eos * (~stopped).to(raw_scores.dtype) - self.short_response * missing_tokens
 
@@ -74,12 +77,8 @@ def evaluate_sequences(
 ) -> Rollout:
     """Log-probabilities of policy and reference, values and scores of sampled sequences, in the given batches of rows."""
 
-    def logprobs(batch: Sequences) -> Tensor:
-        return torch.stack(forward.token_logprobs(models, "policy", batch, temperature))
-
-    policy, entropy = _in_batches(logprobs, sequences, batches, planes=2)
-    (reference,) = _in_batches(
-        lambda b: forward.token_logprobs(models, "reference", b, temperature)[0][None], sequences, batches, planes=1
+    policy, reference, entropy, full_kl = _in_batches(
+        lambda b: forward.compared_logprobs(models, b, temperature), sequences, batches, planes=4
     )
     (values,) = _in_batches(lambda b: forward.token_values(models, b)[None], sequences, batches, planes=1)
     scores = sequences_scores(models, sequences, batches)
@@ -93,6 +92,7 @@ def evaluate_sequences(
         logprobs=policy,
         ref_logprobs=reference,
         entropy=entropy,
+        full_kl=full_kl,
         values=values,
         raw_scores=scores,
         scores=penalties.apply(scores, sampled.stopped, sequences.mask.sum(dim=1)),

@@ -5,8 +5,9 @@ Conventions (score index, value index, masks, KL, whitening, loss denominator) a
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,18 @@ from rlhf.tracking import PhaseTimer, Tracker
 
 #: How far the first ratio of a rollout may be from 1: rounding of log-probabilities by the compute type.
 RATIO_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.1}
+
+
+#: Times that a run may go back to a checkpoint before it gives up.
+MAX_ROLL_BACKS = 3
+
+
+class KLLimitPassed(Exception):
+    """A rollout's KL to the reference is above `max_kl`."""
+
+    def __init__(self, kl: float) -> None:
+        super().__init__(f"KL {kl}")
+        self.kl = kl
 
 
 class PPOTrainer:
@@ -69,14 +82,26 @@ class PPOTrainer:
         self.optimizer = optim.build_optimizer(groups, config)
         updates = config.num_updates * config.num_ppo_epochs * (config.rollout_batch_size // config.minibatch_size)
         self.scheduler = optim.build_scheduler(self.optimizer, config, updates)
+        self.learning_rates = list(self.scheduler.base_lrs)
         self.updates_done = 0
+        self.kl_coef = config.kl_coef
+        self.learning_rate_scale, self.roll_backs = 1.0, 0
+        self.average: dict[str, Tensor] = {}  # of the policy's weights, when there is an ema_decay
+        if config.ema_decay is not None:
+            self.average = {n: p.detach().clone() for n, p in models.trainable("policy").items()}
 
     def train(self) -> None:
         """Runs the updates that are left, with checkpoints; Ctrl-C finishes the running update and saves first."""
         c = self.config
         with StopRequest() as stop, Progress(c.num_updates - self.updates_done, "ppo") as bar:
+            if c.max_kl is not None and self.updates_done == 0:
+                self.save()  # a state to go back to
             while self.updates_done < c.num_updates:
-                metrics = self.step()
+                try:
+                    metrics = self.step()
+                except KLLimitPassed as passed:
+                    bar.update(self.go_back(passed.kl) - self.updates_done)
+                    continue
                 bar.update(
                     1, score=metrics["objective/score"], kl=metrics["objective/kl"], length=metrics["response/length"]
                 )
@@ -88,18 +113,54 @@ class PPOTrainer:
         """One rollout and the optimiser updates made from it."""
         c = self.config
         rollout, metrics = self.collect()
+        if c.max_kl is not None and metrics["objective/kl"] > c.max_kl:
+            raise KLLimitPassed(metrics["objective/kl"])
         rewards = F.token_rewards(
-            rollout.scores, rollout.logprobs, rollout.ref_logprobs, rollout.mask, kl_coef=c.kl_coef
+            rollout.scores, rollout.logprobs, rollout.ref_logprobs, rollout.mask, kl_coef=self.kl_coef
         )
+        if c.whiten_rewards:
+            rewards = F.whiten_rewards(rewards, rollout.mask)
         advantages, returns = F.gae(rollout.values, rewards, rollout.mask, gamma=c.gamma, lam=c.lam)
         metrics["ppo/explained_variance"] = float(F.explained_variance(rollout.values, returns, rollout.mask))
         with self.timer.phase("optimise"):
             started = time.perf_counter()
             metrics |= self.optimise(rollout, F.whiten(advantages, rollout.mask), returns)
             metrics["time/optimise"] = time.perf_counter() - started
+        if c.kl_target is not None:
+            self.kl_coef = F.adapted_kl_coef(
+                self.kl_coef, metrics["objective/kl"], target=c.kl_target, horizon=c.kl_horizon, episodes=len(rollout)
+            )
         self.updates_done += 1
         self.log(rollout, metrics)
         return metrics
+
+    def go_back(self, kl: float) -> int:
+        """Returns to the last good checkpoint with half the step size; the number of updates done before.
+
+        Raises:
+            UserError: `on_max_kl` is stop, or going back has not helped.
+        """
+        c, reached = self.config, self.updates_done
+        # The newest checkpoint may be of the very weights that passed the limit.
+        good = checkpoint.last_before(self.folder, reached)
+        if c.on_max_kl == "stop" or self.roll_backs == MAX_ROLL_BACKS or good is None:
+            raise UserError(
+                f"the KL to the reference is {kl:.3g} nats a response after update {reached}, above max_kl {c.max_kl}; "
+                f"the last good checkpoint is {good}: raise kl_coef or lower learning_rate (now "
+                f"{c.learning_rate * self.learning_rate_scale:.2g}) and start anew"
+            )
+        scale, count = self.learning_rate_scale / 2, self.roll_backs + 1
+        self._load(good)
+        self.learning_rate_scale, self.roll_backs = scale, count
+        self.scheduler.base_lrs = [lr * scale for lr in self.learning_rates]
+        for group, lr, course in zip(
+            self.optimizer.param_groups, self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True
+        ):
+            group["lr"] = lr * course(self.scheduler.last_epoch)
+        checkpoint.discard_after(self.folder, self.updates_done)
+        self.save()  # so that a resumed run goes on with the smaller steps
+        print(f"KL {kl:.3g} passed max_kl {c.max_kl}: back to update {self.updates_done}, step size halved", flush=True)
+        return reached
 
     def collect(self) -> tuple[Rollout, dict[str, float]]:
         """Samples a batch of responses and everything that is computed on them once."""
@@ -124,17 +185,18 @@ class PPOTrainer:
                 penalties=self.penalties,
             )
         metrics = {"time/rollout": sampling_seconds, "time/score": time.perf_counter() - started}
-        return rollout, metrics | rollout_metrics(rollout, c.kl_coef, sampling_seconds, self._texts(rollout))
+        return rollout, metrics | rollout_metrics(rollout, self.kl_coef, sampling_seconds, self._texts(rollout))
 
     def prompt_rows(self, update: int) -> list[int]:
         """Rows of the prompts of one rollout: every pass over the prompts is a fresh permutation, a function of the seed."""
-        first = update * self.config.rollout_batch_size
-        size = len(self.prompts)
-        rows: list[int] = []
-        for position in range(first, first + self.config.rollout_batch_size):
-            generator = torch.Generator().manual_seed(self._seed(position // size, stream=0))
-            rows.append(int(torch.randperm(size, generator=generator)[position % size]))
-        return rows
+        repeats, size = self.config.num_responses_per_prompt, len(self.prompts)
+        count = self.config.rollout_batch_size // repeats
+        first, last = update * count, update * count + count - 1
+        passes = {
+            number: torch.randperm(size, generator=torch.Generator().manual_seed(self._seed(number, stream=0))).tolist()
+            for number in range(first // size, last // size + 1)
+        }
+        return [passes[at // size][at % size] for at in range(first, last + 1) for _ in range(repeats)]
 
     def optimise(self, rollout: Rollout, advantages: Tensor, returns: Tensor) -> dict[str, float]:
         """Epochs x minibatches of clipped policy and value updates; returns token-weighted figures."""
@@ -142,10 +204,15 @@ class PPOTrainer:
         totals = _Totals()
         for epoch in range(c.num_ppo_epochs):
             for minibatch, microbatches in self.minibatches(rollout.lengths, epoch):
-                tokens = int(rollout.mask[minibatch].sum())
-                self._accumulate(rollout, advantages, returns, microbatches, tokens, totals)
-                self._update(totals)
-        return totals.figures() | {"ppo/lr": self.optimizer.param_groups[0]["lr"]}
+                if not totals.early_stop:
+                    tokens = int(rollout.mask[minibatch].sum())
+                    approx_kl = self._accumulate(rollout, advantages, returns, microbatches, tokens, totals)
+                    totals.early_stop = c.max_approx_kl is not None and approx_kl > c.max_approx_kl
+                if not totals.early_stop:
+                    self._update(totals)
+                self.optimizer.zero_grad(set_to_none=True)
+                self.scheduler.step()  # also where updates are left out: the schedule keeps pace with the rollouts
+        return totals.figures() | {"ppo/lr": self.optimizer.param_groups[0]["lr"], "ppo/roll_backs": self.roll_backs}
 
     def minibatches(self, lengths: Tensor, epoch: int) -> list[tuple[Tensor, list[Tensor]]]:
         """The rows of each minibatch of an epoch, and of its microbatches, similar lengths together.
@@ -168,31 +235,46 @@ class PPOTrainer:
         microbatches: list[Tensor],
         tokens: int,
         totals: _Totals,
-    ) -> None:
-        """Gradients of one minibatch. Divided by its real tokens, so every split into microbatches gives the same gradient."""
-        c, first = self.config, totals.steps == 0
+    ) -> float:
+        """Gradients of one minibatch; returns its approx_kl. Divided by its real tokens, so every split into microbatches
+        gives the same gradient."""
+        c, first, kl = self.config, totals.steps == 0, 0.0
         for rows in microbatches:
             batch = rollout.select(rows)
-            width = batch.mask.shape[1]
-            logprobs, _ = forward.token_logprobs(self.models, "policy", batch, c.temperature)
-            loss, clipped = F.policy_loss(
-                logprobs, batch.logprobs, advantages[rows, :width], batch.mask, clip_range=c.clip_range
-            )
-            (loss.sum() / tokens).backward()
-            totals.add_policy(loss, clipped, logprobs, batch, first=first)
+            if self.updates_done >= c.value_warmup_updates:
+                kl += self._policy_backward(batch, advantages[rows], tokens, totals, first=first)
             # The policy's activations are gone before the value's are made.
-            del logprobs, loss
             values = forward.token_values(self.models, batch)
             loss, clipped = F.value_loss(
-                values, batch.values, returns[rows, :width], batch.mask, clip_range_value=c.clip_range_value
+                values,
+                batch.values,
+                returns[rows, : values.shape[1]],
+                batch.mask,
+                clip_range_value=c.clip_range_value,
             )
             (c.vf_coef * loss.sum() / tokens).backward()
-            totals.add_value(loss, clipped)
+            totals.add_value(loss, clipped, int(batch.mask.sum()))
         if first and totals.first_ratio_error > RATIO_TOLERANCE[self.models.compute.dtype]:
             raise RuntimeError(
                 f"the first probability ratio of a rollout is off 1 by {totals.first_ratio_error:.3g}: old log-probabilities "
                 "were not made by the forward pass that is being trained"
             )
+        return kl / tokens
+
+    def _policy_backward(
+        self, batch: Rollout, advantages: Tensor, tokens: int, totals: _Totals, *, first: bool
+    ) -> float:
+        """The policy's gradient of one microbatch; returns the sum of its tokens' approx_kl."""
+        logprobs = forward.token_logprobs(self.models, "policy", batch, self.config.temperature)
+        loss, clipped = F.policy_loss(
+            logprobs,
+            batch.logprobs,
+            advantages[:, : logprobs.shape[1]],
+            batch.mask,
+            clip_range=self.config.clip_range,
+        )
+        (loss.sum() / tokens).backward()
+        return totals.add_policy(loss, clipped, logprobs, batch, first=first)
 
     def _update(self, totals: _Totals) -> None:
         """Clips and applies the gradients. Policy and value are separate models, so each has its own norm."""
@@ -207,8 +289,21 @@ class PPOTrainer:
             )
         totals.add_step(*norms)
         self.optimizer.step()
-        self.scheduler.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        if self.config.ema_decay is not None:
+            for name, parameter in self.models.trainable("policy").items():
+                self.average[name].lerp_(parameter.detach(), 1 - self.config.ema_decay)
+
+    @contextlib.contextmanager
+    def averaged_policy(self) -> Iterator[None]:
+        """Inside, the policy has the running mean of its weights (`ema_decay`)."""
+        kept = {name: parameter.data for name, parameter in self.models.trainable("policy").items()}
+        try:
+            for name, parameter in self.models.trainable("policy").items():
+                parameter.data = self.average[name]
+            yield
+        finally:
+            for name, parameter in self.models.trainable("policy").items():
+                parameter.data = kept[name]
 
     def log(self, rollout: Rollout, metrics: dict[str, float]) -> None:
         """Metrics to the tracker, and the first few responses of the rollout to the sample table."""
@@ -239,28 +334,34 @@ class PPOTrainer:
         return checkpoint.save(
             self.folder,
             self.updates_done,
-            {"weights": weights, "optimizer": moments},
-            {"optimizer": rest, "scheduler": self.scheduler.state_dict(), "recipe": self.config.recipe()},
+            {"weights": weights, "optimizer": moments, **({"average": self.average} if self.average else {})},
+            {
+                "optimizer": rest,
+                "scheduler": self.scheduler.state_dict(),
+                "kl_coef": self.kl_coef,
+                "learning_rate_scale": self.learning_rate_scale,
+                "roll_backs": self.roll_backs,
+            },
         )
 
     def resume(self) -> int:
         """Loads the newest checkpoint, if there is one; returns the number of updates done."""
         path = checkpoint.latest(self.folder)
-        if path is None:
-            return 0
+        if path is not None:
+            self._load(path)
+        return self.updates_done
+
+    def _load(self, path: Path) -> None:
         tensors, state = checkpoint.load(path)
-        if state["recipe"] != self.config.recipe():
-            changed = sorted(k for k, v in self.config.recipe().items() if state["recipe"].get(k) != v)
-            raise UserError(
-                f"checkpoint {path} was made with other options ({', '.join(changed)}); use them, or another output_dir"
-            )
         for name, parameter in {**self.models.trainable("policy"), **self.models.trainable("value")}.items():
             parameter.data.copy_(tensors["weights"][name])
+        for name, mean in self.average.items():
+            mean.copy_(tensors["average"][name])
         checkpoint.unpack_optimizer(self.optimizer, tensors["optimizer"], state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
-        self.updates_done = state["step"]
+        self.kl_coef, self.updates_done = state["kl_coef"], state["step"]
+        self.learning_rate_scale, self.roll_backs = state["learning_rate_scale"], state["roll_backs"]
         self.tracker.truncate(self.updates_done)
-        return self.updates_done
 
     def _texts(self, rollout: Rollout) -> list[str]:
         return [
@@ -288,38 +389,51 @@ class _Totals:
             ),
             0.0,
         )
-        self.tokens = 0
+        self.tokens = {"policy": 0, "value": 0}
         self.steps = 0
+        self.early_stop = False
         self.ratio_max = 0.0
         self.first_ratio_error = 0.0
         self.norms = (0.0, 0.0)
 
-    def add_policy(self, loss: Tensor, clipped: Tensor, logprobs: Tensor, batch: Rollout, *, first: bool) -> None:
+    def add_policy(self, loss: Tensor, clipped: Tensor, logprobs: Tensor, batch: Rollout, *, first: bool) -> float:
+        """Figures of one microbatch's policy loss; returns the sum of its tokens' approx_kl."""
         new, old = logprobs.detach(), batch.logprobs
         ratio = torch.where(batch.mask, (new - old).exp(), 1.0)
-        self.tokens += int(batch.mask.sum())
+        approx_kl = float(torch.where(batch.mask, F.kl_k3(old, new), 0.0).sum())
+        self.tokens["policy"] += int(batch.mask.sum())
         self.sums["ppo/policy_loss"] += float(loss.detach().sum())
         self.sums["ppo/clipfrac"] += float(clipped.sum())
-        self.sums["ppo/approx_kl"] += float(torch.where(batch.mask, F.kl_k3(old, new), 0.0).sum())
+        self.sums["ppo/approx_kl"] += approx_kl
         self.sums["ppo/ratio_mean"] += float(torch.where(batch.mask, ratio, 0.0).sum())
         self.ratio_max = max(self.ratio_max, float(ratio.max()))
         if first:
             self.first_ratio_error = max(self.first_ratio_error, float((ratio - 1).abs().max()))
+        return approx_kl
 
-    def add_value(self, loss: Tensor, clipped: Tensor) -> None:
+    def add_value(self, loss: Tensor, clipped: Tensor, tokens: int) -> None:
+        """Figures of one microbatch's value loss."""
+        self.tokens["value"] += tokens
         self.sums["ppo/value_loss"] += float(loss.detach().sum())
         self.sums["ppo/value_clipfrac"] += float(clipped.sum())
 
     def add_step(self, policy_norm: float, value_norm: float) -> None:
+        """Gradient norms of one optimiser update, before clipping."""
         self.steps += 1
         self.norms = (max(self.norms[0], policy_norm), max(self.norms[1], value_norm))
 
     def figures(self) -> dict[str, float]:
-        return {name: total / self.tokens for name, total in self.sums.items()} | {
+        """Means over the tokens that went into each; zeros for a policy that was not trained (value warm-up)."""
+        means = {
+            name: total / max(self.tokens["value" if "value" in name else "policy"], 1)
+            for name, total in self.sums.items()
+        }
+        return means | {
             "ppo/ratio_max": self.ratio_max,
             "ppo/first_ratio_error": self.first_ratio_error,
             "ppo/grad_norm": self.norms[0],
             "ppo/value_grad_norm": self.norms[1],
+            "ppo/early_stop": float(self.early_stop),
         }
 
 
@@ -336,6 +450,7 @@ def sampling_options(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> S
 def penalties(config: PPOConfig) -> Penalties:
     """What this run takes off raw scores."""
     return Penalties(
+        clip=config.reward_clip,
         missing_eos=config.missing_eos_penalty,
         min_length=config.min_response_length,
         short_response=config.short_response_penalty,
@@ -354,6 +469,8 @@ def rollout_metrics(rollout: Rollout, kl_coef: float, sampling_seconds: float, t
         "objective/score_std": rollout.raw_scores.std(correction=0),
         "objective/kl": kl,
         "objective/kl_k3": kl_k3,
+        "objective/kl_full": F.masked_sum(rollout.full_kl, rollout.mask, dim=1).mean(),
+        "objective/kl_coef": kl_coef,
         "objective/entropy": F.masked_mean(rollout.entropy, rollout.mask),
         "objective/rlhf_reward": rollout.scores.mean() - kl_coef * kl,
         "response/length": tokens / len(rollout),

@@ -72,6 +72,8 @@ class Rollout(Sequences):
     """(B, R) log-probabilities under the SFT reference (adapters off); nats."""
     entropy: Tensor
     """(B, R) entropy of the policy's next-token distribution; nats."""
+    full_kl: Tensor
+    """(B, R) KL(policy || reference) of the next-token distributions, over the whole vocabulary; nats."""
     values: Tensor
     """(B, R) V(s_t), read before token t; units of the score."""
     raw_scores: Tensor
@@ -110,6 +112,8 @@ METRICS = {
     "objective/score_std": "spread of the scores in the rollout; near 0 there is nothing to learn from",
     "objective/kl": "log pi - log pi_ref on sampled tokens (k1), nats a response: the KL that is penalised",
     "objective/kl_k3": "the same KL by the low-variance estimator k3, nats a response",
+    "objective/kl_full": "the same KL, exact over the vocabulary at each sampled prefix, nats a response",
+    "objective/kl_coef": "coefficient of the KL penalty in this rollout; changes only with kl_target",
     "objective/entropy": "entropy of the policy, nats a token",
     "objective/rlhf_reward": "score - kl_coef * KL, mean over responses: what PPO maximises",
     "ppo/policy_loss": "clipped policy loss, mean over tokens",
@@ -124,6 +128,8 @@ METRICS = {
     "ppo/grad_norm": "norm of the policy's gradient before clipping, largest of the rollout",
     "ppo/value_grad_norm": "norm of the value's gradient before clipping, largest of the rollout",
     "ppo/lr": "step size of the policy at the end of the rollout's updates",
+    "ppo/early_stop": "1 if the rollout's updates ended early at max_approx_kl, else 0",
+    "ppo/roll_backs": "times that the run went back to a checkpoint because its KL passed max_kl",
     "response/length": "tokens a response, stop token included",
     "response/stop_rate": "share of responses that end in a stop token",
     "response/distinct_2": "distinct word pairs over all word pairs of the rollout; falls when answers grow alike",

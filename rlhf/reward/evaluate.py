@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from rlhf.errors import UserError
-from rlhf.reward.ranking import ordered_pairs, score_rows
+from rlhf.ppo.types import length_sorted_batches
+from rlhf.reward.ranking import ordered_pairs, prompt_batches, score_rows
 from rlhf.tokenization import pad
 
 #: A scorer of texts that nothing was trained on.
@@ -18,11 +19,21 @@ GoldFunction = Callable[[Sequence[str]], list[float]]
 
 
 @torch.no_grad()
-def score_tokens(model: torch.nn.Module, rows: Sequence[Sequence[int]], pad_token_id: int, batch_size: int) -> Tensor:
-    """Raw scores (M,) of token rows (prompt and response)."""
+def score_tokens(
+    model: torch.nn.Module,
+    rows: Sequence[Sequence[int]],
+    pad_token_id: int,
+    batch_size: int,
+    *,
+    prompt: Tensor | None = None,
+) -> Tensor:
+    """Raw scores (M,) of token rows (prompt and response); `prompt` (M,) says which prompt each row answers, if known."""
     ids, mask = pad(rows, pad_token_id, side="right")
     device = next(model.parameters()).device
-    return score_rows(model, ids.to(device), mask.to(device), batch_size).cpu()
+    batches = (
+        length_sorted_batches(mask.sum(dim=1), batch_size) if prompt is None else prompt_batches(prompt, batch_size)
+    )
+    return score_rows(model, ids.to(device), mask.to(device), [rows.to(device) for rows in batches]).cpu()
 
 
 def pair_accuracy(scores: Tensor, verdict: Tensor, prompt: Tensor, min_difference: float) -> float | None:
@@ -51,7 +62,7 @@ def comparison_figures(
             `ratings_held_out`.
         scores: (M,) scores of the responses, row after row.
     """
-    prompt = torch.tensor([i for i, ratings in enumerate(rows["ratings"]) for _ in ratings])
+    prompt = prompt_numbers(rows["ratings"])
     trained = _flat(rows["ratings"])
     figures: dict[str, Any] = {
         "accuracy": pair_accuracy(scores, trained, prompt, min_difference),
@@ -69,6 +80,11 @@ def comparison_figures(
         texts = [response[-1]["content"] for responses in rows["responses"] for response in responses]
         figures["gold_accuracy"] = pair_accuracy(torch.tensor(gold(texts)), trained, prompt, min_difference)
     return figures
+
+
+def prompt_numbers(nested: Sequence[Sequence[Any]]) -> Tensor:
+    """(M,) int64: which prompt each response answers, for responses that are listed prompt by prompt."""
+    return torch.tensor([i for i, inner in enumerate(nested) for _ in inner])
 
 
 def load_function(path: str) -> Callable[..., Any]:

@@ -5,6 +5,7 @@ Legend: M responses in the batch, of all prompts together.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,6 @@ from torch import Tensor
 from torch.nn import functional as F
 from trl import RewardTrainer
 
-from rlhf.ppo.types import length_sorted_batches
 from rlhf.tokenization import pad
 
 
@@ -74,19 +74,35 @@ class RankingCollator:
         }
 
 
-def score_rows(model: torch.nn.Module, input_ids: Tensor, attention_mask: Tensor, batch_size: int) -> Tensor:
-    """Raw scores (M,) fp32 of right-padded rows; similar lengths share a forward pass, so little is spent on padding."""
-    parts, order = [], []
+def prompt_batches(prompt: Tensor, size: int) -> list[Tensor]:
+    """Row numbers in batches of at most `size`, the responses to one prompt together as far as they fit.
+
+    The more of their opening the rows of a batch share, the less is computed (`rlhf.packing`).
+
+    Args:
+        prompt: (M,) int64, which prompt each row answers; the rows of a prompt are neighbours.
+    """
+    batches: list[Tensor] = []
+    counts = torch.unique_consecutive(prompt, return_counts=True)[1].tolist()
+    for rows in torch.arange(len(prompt), device=prompt.device).split(counts):
+        if batches and len(batches[-1]) + len(rows) <= size:
+            batches[-1] = torch.cat([batches[-1], rows])
+        else:
+            batches += rows.split(size)
+    return batches
+
+
+def score_rows(model: torch.nn.Module, input_ids: Tensor, attention_mask: Tensor, batches: Sequence[Tensor]) -> Tensor:
+    """Raw scores (M,) fp32 of right-padded rows, a forward pass for each of the batches of row numbers."""
+    parts = []
     lengths = attention_mask.sum(dim=1)
-    for rows in length_sorted_batches(lengths, batch_size):
+    for rows in batches:
         width = int(lengths[rows].max())
         logits = model(
             input_ids=input_ids[rows, :width], attention_mask=attention_mask[rows, :width].long(), use_cache=False
         ).logits
         parts.append(logits.squeeze(-1).float())
-        order.append(rows)
-    scores = torch.cat(parts)
-    return scores[torch.argsort(torch.cat(order))]
+    return torch.cat(parts)[torch.argsort(torch.cat(list(batches)))]
 
 
 class RankingTrainer(RewardTrainer):
@@ -103,7 +119,8 @@ class RankingTrainer(RewardTrainer):
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The ranking loss of a batch from `RankingCollator`."""
-        scores = score_rows(model, inputs["input_ids"], inputs["attention_mask"], self.forward_batch_size)
+        batches = prompt_batches(inputs["prompt"], self.forward_batch_size)
+        scores = score_rows(model, inputs["input_ids"], inputs["attention_mask"], batches)
         pairs = ordered_pairs(inputs["ratings"], inputs["prompt"], min_difference=self.min_difference)
         loss = ranking_loss(scores, pairs, int(inputs["prompt"].max()) + 1)
         self._record("train" if model.training else "eval", scores.detach(), pairs)

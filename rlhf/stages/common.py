@@ -55,10 +55,11 @@ class Run:
         base_model_revision: str | None,
         tokenizer: PreTrainedTokenizerBase,
         metrics: dict[str, Any],
+        name: str | None = None,
         reward_mean: float | None = None,
         reward_std: float | None = None,
     ) -> Artifact:
-        """Registers what the stage made, with its figures, seconds and phases."""
+        """Registers what the stage made, with its figures, seconds and phases, under the run's name or another."""
 
         def write_all(folder: Path) -> None:
             write(folder)
@@ -66,7 +67,7 @@ class Run:
 
         artifact = self.registry.publish(
             self.stage,
-            self.config.name,
+            name or self.config.name,
             write_all,
             kind="adapter",
             parents=self.parents,

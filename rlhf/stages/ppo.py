@@ -19,7 +19,7 @@ from rlhf.evaluation.policy import Answers, evaluate_policy
 from rlhf.models import SharedModels, load_policy, lora_config, save_adapter
 from rlhf.ppo.trainer import PPOTrainer, sampling_options
 from rlhf.registry import Artifact, Registry
-from rlhf.reward.evaluate import load_function
+from rlhf.reward.evaluate import GoldFunction, load_function
 from rlhf.stages.common import Run, describe_data, finished_already, open_run, stage_recipe
 from rlhf.tokenization import encode_prompt, last_user_text, load_tokenizer
 
@@ -40,6 +40,8 @@ def run(config: PPOConfig, *, reuse: bool = False) -> Artifact:
     if reuse and (artifact := finished_already("ppo", config, recipe)):
         return artifact
 
+    gold = load_function(config.gold) if config.gold else None  # a slip in its name must not show after the training
+
     with open_run("ppo", config, [policy, reward], data, recipe) as run:
         tokenizer = load_tokenizer(str(policy.path))
         train_ids = encode_prompts(prompts, tokenizer, config.max_prompt_length)
@@ -52,22 +54,29 @@ def run(config: PPOConfig, *, reuse: bool = False) -> Artifact:
         trainer = PPOTrainer(models, train_ids, tokenizer, config, run.tracker, run.folder / "checkpoints", run.timer)
         if config.resume:
             trainer.resume()
-        before = _evaluate(run, models, tokenizer, held_out_ids, reference=True)
+        before = _evaluate(run, models, tokenizer, held_out_ids, gold, reference=True)
         trainer.train()
-        after = _evaluate(run, models, tokenizer, held_out_ids, reference=False)
-        texts = [last_user_text(row["prompt"]) for row in held_out.rows]
-        _write_comparison(run.folder / "comparison.jsonl", texts, before, after)
 
-        def write(folder: Path) -> None:
-            save_adapter(models.peft, folder, adapter="policy", base_model=policy.manifest.base_model)
+        def publish(name: str) -> Artifact:
+            after = _evaluate(run, models, tokenizer, held_out_ids, gold, reference=False)
+            if name == config.name:
+                texts = [last_user_text(row["prompt"]) for row in held_out.rows]
+                _write_comparison(run.folder / "comparison.jsonl", texts, before, after)
+            return run.publish(
+                lambda folder: save_adapter(
+                    models.peft, folder, adapter="policy", base_model=policy.manifest.base_model
+                ),
+                base_model=policy.manifest.base_model,
+                base_model_revision=policy.manifest.base_model_revision,
+                tokenizer=tokenizer,
+                metrics=_figures(run, trainer, before, after),
+                name=name,
+            )
 
-        return run.publish(
-            write,
-            base_model=policy.manifest.base_model,
-            base_model_revision=policy.manifest.base_model_revision,
-            tokenizer=tokenizer,
-            metrics=_figures(run, trainer, before, after),
-        )
+        if config.ema_decay is not None:
+            with trainer.averaged_policy():
+                publish(f"{config.name}-ema")
+        return publish(config.name)
 
 
 def check_same_policy(policy: Artifact, reward: Artifact) -> None:
@@ -94,7 +103,13 @@ def encode_prompts(data: Loaded, tokenizer: PreTrainedTokenizerBase, max_length:
 
 
 def _evaluate(
-    run: Run, models: SharedModels, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], *, reference: bool
+    run: Run,
+    models: SharedModels,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    gold: GoldFunction | None,
+    *,
+    reference: bool,
 ) -> Answers:
     config = run.config
     assert isinstance(config, PPOConfig)
@@ -109,7 +124,7 @@ def _evaluate(
             sampling_options(config, tokenizer),
             reference=reference,
             batch_size=config.microbatch_size,
-            gold=load_function(config.gold) if config.gold else None,
+            gold=gold,
             seed=config.seed + 7,
         )
 

