@@ -30,7 +30,7 @@ PLACE_OPTIONS = {
     "logging_steps",
 }
 #: Options that name an input by place; a recipe holds the input's hash instead.
-INPUT_OPTIONS = {"dataset", "policy", "reward"}
+INPUT_OPTIONS = {"dataset", "policy", "reward", "ptx_dataset"}
 
 
 def option(help: str, default: Any = dataclasses.MISSING) -> Any:
@@ -170,9 +170,10 @@ class PPOConfig(StageConfig):
     )
     kl_horizon: int = option("responses over which an adapted coefficient changes; an error counts 0.2 at most", 10_000)
     max_approx_kl: float | None = option(
-        "a rollout's updates end early once approx_kl, nats a token, is above this (Schulman: 0.01 to 0.05)", None
+        "a rollout's updates end early once approx_kl, nats a token, is above this (OpenAI Spinning Up: 0.01 or 0.05)",
+        None,
     )
-    max_kl: float | None = option("KL to the reference, nats a response, that no rollout may pass", None)
+    max_kl: float | None = option("KL to the reference (exact), nats a response, that no rollout may pass", None)
     on_max_kl: Literal["stop", "roll_back"] = option(
         "past max_kl: stop, or go back to the last good checkpoint with half the step size (three times at most)",
         "stop",
@@ -192,6 +193,11 @@ class PPOConfig(StageConfig):
     clip_range_value: float = option("values are clipped to the old value +- this, in units of the score", 0.2)
     vf_coef: float = option("weight of the value loss", 0.5)
     value_learning_rate: float | None = option("step size of the value adapter and head; default: learning_rate", None)
+    ptx_coef: float = option(
+        "PPO-ptx: weight of the mean negative log-likelihood of texts mixed into each update (InstructGPT: 27.8)", 0.0
+    )
+    ptx_dataset: str | None = option("demonstrations for PPO-ptx; default: those of dataset", None)
+    ptx_ratio: float = option("texts mixed in for each response of a minibatch (InstructGPT: 8)", 1.0)
     missing_eos_penalty: float = option("taken off the score of a response without a stop token", 1.0)
     min_response_length: int = option("responses with fewer tokens lose short_response_penalty", 0)
     short_response_penalty: float = option("taken off the score for each token below min_response_length", 0.0)
@@ -218,6 +224,11 @@ class PPOConfig(StageConfig):
         for name in ("kl_target", "max_approx_kl", "max_kl", "reward_clip"):
             value = getattr(self, name)
             require(value is None or value > 0, f"{name} must be above 0, got {value}")
+        require(self.ptx_coef >= 0, f"ptx_coef must not be negative, got {self.ptx_coef}")
+        require(
+            self.ptx_coef == 0 or round(self.minibatch_size * self.ptx_ratio) >= 1,
+            f"ptx_ratio {self.ptx_ratio} mixes no text into a minibatch of {self.minibatch_size}; raise it",
+        )
         require(self.kl_horizon >= 1, f"kl_horizon must be at least 1, got {self.kl_horizon}")
         require(
             self.kl_target is None or self.kl_coef > 0,

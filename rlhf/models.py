@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -254,6 +255,10 @@ class SharedModels(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
+            if isinstance(
+                getattr(module, "attention_dropout", None), float
+            ):  # a number, not a module, in Llama and others
+                cast(Any, module).attention_dropout = 0.0
         self._layers = [m for m in self.peft.modules() if isinstance(m, LoraLayer)]
         _check_plain_head(base)
 
@@ -299,13 +304,13 @@ class SharedModels(nn.Module):
             self.value_head.bias.fill_(-mean / std)
         self.reward_mean, self.reward_std = mean, std
         for name, parameter in self.peft.named_parameters():
-            parameter.requires_grad_(".policy." in name or ".value." in name)
+            parameter.requires_grad_(_is_adapter(name, "policy") or _is_adapter(name, "value"))
         self.to(self.compute.device)
         self._layers = [m for m in self.peft.modules() if isinstance(m, LoraLayer)]
 
     def trainable(self, role: Literal["policy", "value"]) -> dict[str, nn.Parameter]:
         """The parameters that the role's loss changes, by name."""
-        named = {n: p for n, p in self.peft.named_parameters() if f".{role}." in n}
+        named = {n: p for n, p in self.peft.named_parameters() if _is_adapter(n, role)}
         if role == "value":
             named |= {f"value_head.{n}": p for n, p in self.value_head.named_parameters()}
         return named
@@ -380,6 +385,11 @@ class SharedModels(nn.Module):
     def scores(self, hidden: Tensor) -> Tensor:
         """Normalised scores of the last real token's hidden states (B, d): 0 is the mean of the demonstrations."""
         return (self.reward_head(hidden).squeeze(-1) - self.reward_mean) / self.reward_std
+
+
+def _is_adapter(name: str, role: str) -> bool:
+    """Whether a parameter belongs to a role's adapter: a layer of the base may itself be called `value`."""
+    return re.search(rf"\.lora_\w+\.{role}(\.|$)", name) is not None
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from transformers import get_scheduler
 
 from rlhf.config import StageConfig
 
-#: bitsandbytes keeps tensors with fewer elements than this in 32 bits (its own default): heads, norms, biases.
+#: bitsandbytes keeps the states of tensors with fewer elements than this in 32 bits (its own default): norms, biases.
 MIN_8BIT_SIZE = 4096
 #: The floor of `cosine_with_min_lr`, as a share of the peak (InstructGPT, appendix C).
 MIN_LR_RATE = 0.1
@@ -27,7 +27,10 @@ def build_optimizer(groups: Sequence[dict[str, Any]], config: StageConfig) -> to
     if config.optim == "adamw_8bit":
         import bitsandbytes
 
-        return bitsandbytes.optim.AdamW8bit(list(groups), min_8bit_size=MIN_8BIT_SIZE, **settings)
+        # Heads to one number as well, however wide the model is: they decide the scale of values.
+        heads = [p.numel() for group in groups for p in group["params"] if p.ndim < 2 or p.shape[0] == 1]
+        smallest = max([MIN_8BIT_SIZE, *(size + 1 for size in heads)])
+        return bitsandbytes.optim.AdamW8bit(list(groups), min_8bit_size=smallest, **settings)
     return torch.optim.AdamW(list(groups), **settings)
 
 

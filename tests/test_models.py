@@ -187,6 +187,27 @@ def test_dropout_is_off_for_good(tmp_path: Path) -> None:
     assert_same(answers(models), before)
 
 
+def test_attention_dropout_that_is_a_number_is_off_too(tmp_path: Path) -> None:
+    """Catches: Llama's attention dropout, which is no module but a number that each attention layer reads."""
+    models = shared_models("llama", tmp_path, ppo_config())
+    layers = [m for m in models.modules() if hasattr(m, "attention_dropout")]
+    for layer in layers:
+        layer.attention_dropout = 0.5
+    again = SharedModels(models.causal, lora_config(ppo_config(), "CAUSAL_LM"), models.compute)
+    assert layers and {layer.attention_dropout for layer in layers} == {0.0}
+    assert again.causal is models.causal
+
+
+def test_fresh_reward_head_has_the_spread_of_its_width() -> None:
+    """Catches: a head of zeros, or the library's default spread, with which rankings start far from even."""
+    base = build_model("llama", VOCAB)
+    heads = torch.cat([sequence_classifier(base, PAD, seed=seed).score.weight.detach() for seed in range(40)])
+    assert heads.shape == (40, 32)
+    assert float(heads.std()) == pytest.approx(33**-0.5, rel=0.06)  # 1,280 numbers: three standard errors
+    assert abs(float(heads.mean())) < 3 * 33**-0.5 / 1280**0.5
+    assert torch.equal(heads[3:4], sequence_classifier(base, PAD, seed=3).score.weight)
+
+
 def test_adapters_and_heads_are_fp32_on_a_bf16_base(tmp_path: Path) -> None:
     """Catches: weights trained in bf16, where a step of 1e-4 is rounded away, and scores in bf16."""
     models = shared_models("llama", tmp_path, ppo_config(dtype="bfloat16"))

@@ -18,15 +18,15 @@ from transformers import PreTrainedTokenizerBase
 from rlhf import checkpoint, optim
 from rlhf.config import PPOConfig
 from rlhf.errors import UserError
-from rlhf.evaluation.text import distinct_n
 from rlhf.interrupt import StopRequest
 from rlhf.models import SharedModels
 from rlhf.ppo import forward
 from rlhf.ppo import functional as F
+from rlhf.ppo.metrics import Totals, rollout_metrics
 from rlhf.ppo.rollout import Penalties, SamplingOptions, evaluate_sequences, respond
-from rlhf.ppo.types import Rollout, length_sorted_batches
+from rlhf.ppo.types import Rollout, Sequences, length_sorted_batches
 from rlhf.progress import Progress
-from rlhf.tokenization import decode_response, stop_token_ids
+from rlhf.tokenization import decode_response, pad, stop_token_ids
 from rlhf.tracking import PhaseTimer, Tracker
 
 #: How far the first ratio of a rollout may be from 1: rounding of log-probabilities by the compute type.
@@ -56,6 +56,7 @@ class PPOTrainer:
         tracker: where metrics and samples go.
         folder: where checkpoints go.
         timer: adds up seconds by phase.
+        texts: (prompt, answer) token ids of the texts that PPO-ptx keeps the policy good at; needed with a ptx_coef.
     """
 
     def __init__(
@@ -67,7 +68,9 @@ class PPOTrainer:
         tracker: Tracker,
         folder: Path,
         timer: PhaseTimer,
+        texts: Sequence[tuple[list[int], list[int]]] = (),
     ) -> None:
+        self.texts = texts
         self.models, self.prompts, self.tokenizer = models, prompts, tokenizer
         self.config, self.tracker, self.folder, self.timer = config, tracker, folder, timer
         self.sampling = sampling_options(config, tokenizer)
@@ -100,7 +103,7 @@ class PPOTrainer:
                 try:
                     metrics = self.step()
                 except KLLimitPassed as passed:
-                    bar.update(self.go_back(passed.kl) - self.updates_done)
+                    bar.update(self.go_back(passed.kl))
                     continue
                 bar.update(
                     1, score=metrics["objective/score"], kl=metrics["objective/kl"], length=metrics["response/length"]
@@ -113,8 +116,8 @@ class PPOTrainer:
         """One rollout and the optimiser updates made from it."""
         c = self.config
         rollout, metrics = self.collect()
-        if c.max_kl is not None and metrics["objective/kl"] > c.max_kl:
-            raise KLLimitPassed(metrics["objective/kl"])
+        if c.max_kl is not None and metrics["objective/kl_full"] > c.max_kl:
+            raise KLLimitPassed(metrics["objective/kl_full"])
         rewards = F.token_rewards(
             rollout.scores, rollout.logprobs, rollout.ref_logprobs, rollout.mask, kl_coef=self.kl_coef
         )
@@ -135,7 +138,7 @@ class PPOTrainer:
         return metrics
 
     def go_back(self, kl: float) -> int:
-        """Returns to the last good checkpoint with half the step size; the number of updates done before.
+        """Returns to the last good checkpoint with half the step size; by how many updates (a negative number).
 
         Raises:
             UserError: `on_max_kl` is stop, or going back has not helped.
@@ -160,7 +163,7 @@ class PPOTrainer:
         checkpoint.discard_after(self.folder, self.updates_done)
         self.save()  # so that a resumed run goes on with the smaller steps
         print(f"KL {kl:.3g} passed max_kl {c.max_kl}: back to update {self.updates_done}, step size halved", flush=True)
-        return reached
+        return self.updates_done - reached
 
     def collect(self) -> tuple[Rollout, dict[str, float]]:
         """Samples a batch of responses and everything that is computed on them once."""
@@ -188,20 +191,26 @@ class PPOTrainer:
         return rollout, metrics | rollout_metrics(rollout, self.kl_coef, sampling_seconds, self._texts(rollout))
 
     def prompt_rows(self, update: int) -> list[int]:
-        """Rows of the prompts of one rollout: every pass over the prompts is a fresh permutation, a function of the seed."""
-        repeats, size = self.config.num_responses_per_prompt, len(self.prompts)
+        """Rows of the prompts of one rollout, each as often as it gets responses."""
+        repeats = self.config.num_responses_per_prompt
         count = self.config.rollout_batch_size // repeats
-        first, last = update * count, update * count + count - 1
+        rows = self._stream(len(self.prompts), update * count, count, stream=0)
+        return [row for row in rows for _ in range(repeats)]
+
+    def _stream(self, size: int, first: int, count: int, *, stream: int) -> list[int]:
+        """Rows first .. first + count - 1 of an endless walk over `size` rows: each pass is a fresh permutation of the seed."""
         passes = {
-            number: torch.randperm(size, generator=torch.Generator().manual_seed(self._seed(number, stream=0))).tolist()
-            for number in range(first // size, last // size + 1)
+            number: torch.randperm(
+                size, generator=torch.Generator().manual_seed(self._seed(number, stream=stream))
+            ).tolist()
+            for number in range(first // size, (first + count - 1) // size + 1)
         }
-        return [passes[at // size][at % size] for at in range(first, last + 1) for _ in range(repeats)]
+        return [passes[at // size][at % size] for at in range(first, first + count)]
 
     def optimise(self, rollout: Rollout, advantages: Tensor, returns: Tensor) -> dict[str, float]:
         """Epochs x minibatches of clipped policy and value updates; returns token-weighted figures."""
         c = self.config
-        totals = _Totals()
+        totals = Totals()
         for epoch in range(c.num_ppo_epochs):
             for minibatch, microbatches in self.minibatches(rollout.lengths, epoch):
                 if not totals.early_stop:
@@ -209,6 +218,8 @@ class PPOTrainer:
                     approx_kl = self._accumulate(rollout, advantages, returns, microbatches, tokens, totals)
                     totals.early_stop = c.max_approx_kl is not None and approx_kl > c.max_approx_kl
                 if not totals.early_stop:
+                    if c.ptx_coef > 0 and self.updates_done >= c.value_warmup_updates:
+                        self._text_backward(totals)
                     self._update(totals)
                 self.optimizer.zero_grad(set_to_none=True)
                 self.scheduler.step()  # also where updates are left out: the schedule keeps pace with the rollouts
@@ -234,7 +245,7 @@ class PPOTrainer:
         returns: Tensor,
         microbatches: list[Tensor],
         tokens: int,
-        totals: _Totals,
+        totals: Totals,
     ) -> float:
         """Gradients of one minibatch; returns its approx_kl. Divided by its real tokens, so every split into microbatches
         gives the same gradient."""
@@ -262,7 +273,7 @@ class PPOTrainer:
         return kl / tokens
 
     def _policy_backward(
-        self, batch: Rollout, advantages: Tensor, tokens: int, totals: _Totals, *, first: bool
+        self, batch: Rollout, advantages: Tensor, tokens: int, totals: Totals, *, first: bool
     ) -> float:
         """The policy's gradient of one microbatch; returns the sum of its tokens' approx_kl."""
         logprobs = forward.token_logprobs(self.models, "policy", batch, self.config.temperature)
@@ -276,7 +287,25 @@ class PPOTrainer:
         (loss.sum() / tokens).backward()
         return totals.add_policy(loss, clipped, logprobs, batch, first=first)
 
-    def _update(self, totals: _Totals) -> None:
+    def _text_backward(self, totals: Totals) -> None:
+        """PPO-ptx: adds the gradient of ptx_coef * mean negative log-likelihood of the next texts (InstructGPT, eq. 2).
+
+        The position in the stream is that of the optimiser update, so a resumed run reads on where it was.
+        """
+        c = self.config
+        count = round(c.minibatch_size * c.ptx_ratio)
+        rows = self._stream(len(self.texts), self.scheduler.last_epoch * count, count, stream=3)
+        prompts, prompt_mask = pad([self.texts[i][0] for i in rows], self.sampling.pad_token_id, side="left")
+        answers, mask = pad([self.texts[i][1] for i in rows], self.sampling.pad_token_id, side="right")
+        texts = Sequences(prompts=prompts, prompt_mask=prompt_mask, responses=answers, mask=mask)
+        texts = texts.to(self.models.compute.device)
+        tokens = int(mask.sum())
+        for part in length_sorted_batches(texts.lengths, c.microbatch_size):
+            nll = -forward.token_logprobs(self.models, "policy", texts.select(part), temperature=1.0).sum() / tokens
+            (c.ptx_coef * nll).backward()
+            totals.add_text(nll)
+
+    def _update(self, totals: Totals) -> None:
         """Clips and applies the gradients. Policy and value are separate models, so each has its own norm."""
         norms = [
             float(torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm))
@@ -371,70 +400,7 @@ class PPOTrainer:
 
     def _seed(self, position: int, *, stream: int) -> int:
         """Every random draw is a function of seed, stream and position, so a resumed run needs no generator state."""
-        return (self.config.seed * 3 + stream) * 1_000_003 + position
-
-
-class _Totals:
-    """Sums over the microbatches of one rollout, divided once at the end."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, float] = dict.fromkeys(
-            (
-                "ppo/policy_loss",
-                "ppo/value_loss",
-                "ppo/clipfrac",
-                "ppo/value_clipfrac",
-                "ppo/approx_kl",
-                "ppo/ratio_mean",
-            ),
-            0.0,
-        )
-        self.tokens = {"policy": 0, "value": 0}
-        self.steps = 0
-        self.early_stop = False
-        self.ratio_max = 0.0
-        self.first_ratio_error = 0.0
-        self.norms = (0.0, 0.0)
-
-    def add_policy(self, loss: Tensor, clipped: Tensor, logprobs: Tensor, batch: Rollout, *, first: bool) -> float:
-        """Figures of one microbatch's policy loss; returns the sum of its tokens' approx_kl."""
-        new, old = logprobs.detach(), batch.logprobs
-        ratio = torch.where(batch.mask, (new - old).exp(), 1.0)
-        approx_kl = float(torch.where(batch.mask, F.kl_k3(old, new), 0.0).sum())
-        self.tokens["policy"] += int(batch.mask.sum())
-        self.sums["ppo/policy_loss"] += float(loss.detach().sum())
-        self.sums["ppo/clipfrac"] += float(clipped.sum())
-        self.sums["ppo/approx_kl"] += approx_kl
-        self.sums["ppo/ratio_mean"] += float(torch.where(batch.mask, ratio, 0.0).sum())
-        self.ratio_max = max(self.ratio_max, float(ratio.max()))
-        if first:
-            self.first_ratio_error = max(self.first_ratio_error, float((ratio - 1).abs().max()))
-        return approx_kl
-
-    def add_value(self, loss: Tensor, clipped: Tensor, tokens: int) -> None:
-        """Figures of one microbatch's value loss."""
-        self.tokens["value"] += tokens
-        self.sums["ppo/value_loss"] += float(loss.detach().sum())
-        self.sums["ppo/value_clipfrac"] += float(clipped.sum())
-
-    def add_step(self, policy_norm: float, value_norm: float) -> None:
-        """Gradient norms of one optimiser update, before clipping."""
-        self.steps += 1
-        self.norms = (max(self.norms[0], policy_norm), max(self.norms[1], value_norm))
-
-    def figures(self) -> dict[str, float]:
-        """Means over the tokens that went into each; zeros for a policy that was not trained (value warm-up)."""
-        means = {
-            name: total / max(self.tokens["value" if "value" in name else "policy"], 1)
-            for name, total in self.sums.items()
-        }
-        return means | {
-            "ppo/ratio_max": self.ratio_max,
-            "ppo/first_ratio_error": self.first_ratio_error,
-            "ppo/grad_norm": self.norms[0],
-            "ppo/value_grad_norm": self.norms[1],
-            "ppo/early_stop": float(self.early_stop),
-        }
+        return (self.config.seed * 4 + stream) * 1_000_003 + position
 
 
 def sampling_options(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> SamplingOptions:
@@ -455,28 +421,3 @@ def penalties(config: PPOConfig) -> Penalties:
         min_length=config.min_response_length,
         short_response=config.short_response_penalty,
     )
-
-
-def rollout_metrics(rollout: Rollout, kl_coef: float, sampling_seconds: float, texts: list[str]) -> dict[str, float]:
-    """Figures of a rollout before the update; KL in nats: summed over the response, mean over the batch."""
-    kl = F.masked_sum(F.kl_k1(rollout.logprobs, rollout.ref_logprobs), rollout.mask, dim=1).mean()
-    kl_k3 = F.masked_sum(F.kl_k3(rollout.logprobs, rollout.ref_logprobs), rollout.mask, dim=1).mean()
-    tokens = int(rollout.mask.sum())
-    gap = (rollout.sampler_logprobs - rollout.logprobs).abs()
-    figures: dict[str, Any] = {
-        "objective/score": rollout.scores.mean(),
-        "objective/raw_score": rollout.raw_scores.mean(),
-        "objective/score_std": rollout.raw_scores.std(correction=0),
-        "objective/kl": kl,
-        "objective/kl_k3": kl_k3,
-        "objective/kl_full": F.masked_sum(rollout.full_kl, rollout.mask, dim=1).mean(),
-        "objective/kl_coef": kl_coef,
-        "objective/entropy": F.masked_mean(rollout.entropy, rollout.mask),
-        "objective/rlhf_reward": rollout.scores.mean() - kl_coef * kl,
-        "response/length": tokens / len(rollout),
-        "response/stop_rate": rollout.stopped.float().mean(),
-        "response/distinct_2": distinct_n(texts, 2),
-        "rollout/tokens_per_second": tokens / sampling_seconds,
-        "rollout/logprob_gap": F.masked_mean(gap, rollout.mask),
-    }
-    return {name: float(value) for name, value in figures.items()}

@@ -44,6 +44,10 @@ class Sequences:
         """(B, T) bool"""
         return torch.cat([self.prompt_mask, self.mask], dim=1)
 
+    def to(self, device: torch.device) -> Self:
+        """The same on a device."""
+        return type(self)(**{f.name: getattr(self, f.name).to(device) for f in dataclasses.fields(self)})
+
     def select(self, rows: Tensor) -> Self:
         """Some rows of every field, with the padding that they do not need cut off."""
         first = int(self.prompts.shape[1] - self.prompt_mask[rows].sum(dim=1).max())
@@ -128,6 +132,7 @@ METRICS = {
     "ppo/grad_norm": "norm of the policy's gradient before clipping, largest of the rollout",
     "ppo/value_grad_norm": "norm of the value's gradient before clipping, largest of the rollout",
     "ppo/lr": "step size of the policy at the end of the rollout's updates",
+    "ppo/ptx_loss": "PPO-ptx: mean negative log-likelihood of the mixed-in texts, nats a token; 0 without ptx_coef",
     "ppo/early_stop": "1 if the rollout's updates ended early at max_approx_kl, else 0",
     "ppo/roll_backs": "times that the run went back to a checkpoint because its KL passed max_kl",
     "response/length": "tokens a response, stop token included",

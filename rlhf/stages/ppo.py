@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.config import PPOConfig, parse_config
+from rlhf.config import PPOConfig, parse_config, require
 from rlhf.data_prep.loading import Loaded, load_rows
 from rlhf.errors import UserError, run_command
 from rlhf.evaluation.policy import Answers, evaluate_policy
@@ -21,7 +21,7 @@ from rlhf.ppo.trainer import PPOTrainer, sampling_options
 from rlhf.registry import Artifact, Registry
 from rlhf.reward.evaluate import GoldFunction, load_function
 from rlhf.stages.common import Run, describe_data, finished_already, open_run, stage_recipe
-from rlhf.tokenization import encode_prompt, last_user_text, load_tokenizer
+from rlhf.tokenization import encode_prompt, encode_response, last_user_text, load_tokenizer
 
 #: Held-out prompts whose answers before and after are shown side by side.
 COMPARED_PROMPTS = 20
@@ -35,7 +35,10 @@ def run(config: PPOConfig, *, reuse: bool = False) -> Artifact:
     check_same_policy(policy, reward)
     prompts = load_rows(config.dataset, "train", kind="prompts")
     held_out = load_rows(config.dataset, "validation", kind="prompts")
-    data = describe_data({"train": prompts, "validation": held_out})
+    sets = {"train": prompts, "validation": held_out}
+    if config.ptx_coef > 0:
+        sets["ptx"] = load_rows(config.ptx_dataset or config.dataset, "train", kind="demonstrations")
+    data = describe_data(sets)
     recipe = stage_recipe(config, [policy, reward], data)
     if reuse and (artifact := finished_already("ppo", config, recipe)):
         return artifact
@@ -51,7 +54,16 @@ def run(config: PPOConfig, *, reuse: bool = False) -> Artifact:
         )
         manifest = reward.manifest
         models.load_reward(reward.path, float(manifest.reward_mean or 0.0), float(manifest.reward_std or 1.0))
-        trainer = PPOTrainer(models, train_ids, tokenizer, config, run.tracker, run.folder / "checkpoints", run.timer)
+        trainer = PPOTrainer(
+            models,
+            train_ids,
+            tokenizer,
+            config,
+            run.tracker,
+            run.folder / "checkpoints",
+            run.timer,
+            texts=encode_texts(sets["ptx"], tokenizer, config) if "ptx" in sets else (),
+        )
         if config.resume:
             trainer.resume()
         before = _evaluate(run, models, tokenizer, held_out_ids, gold, reference=True)
@@ -100,6 +112,20 @@ def encode_prompts(data: Loaded, tokenizer: PreTrainedTokenizerBase, max_length:
                 "raise it or drop the prompt"
             )
     return encoded
+
+
+def encode_texts(
+    data: Loaded, tokenizer: PreTrainedTokenizerBase, config: PPOConfig
+) -> list[tuple[list[int], list[int]]]:
+    """Token ids (prompt, answer) of the texts of PPO-ptx; those longer than an episode can be are left out."""
+    longest = config.max_prompt_length + config.response_length
+    pairs = [
+        (encode_prompt(tokenizer, row["prompt"]), encode_response(tokenizer, row["prompt"], row["completion"]))
+        for row in data.rows
+    ]
+    kept = [(prompt, answer) for prompt, answer in pairs if len(prompt) + len(answer) <= longest]
+    require(bool(kept), f"no text of ptx_dataset fits into max_prompt_length + response_length = {longest} tokens")
+    return kept
 
 
 def _evaluate(

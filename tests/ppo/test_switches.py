@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from ppo.test_trainer import Make, make, tokenizer, weights  # noqa: F401 (fixtures)
+from ppo.conftest import Make
+from ppo.test_trainer import weights
 from test_models import ppo_config
 from torch import Tensor
 
@@ -45,7 +46,7 @@ def test_kl_coefficient_follows_the_clipped_error_of_the_kl() -> None:
     assert F.adapted_kl_coef(0.15, 0.0, **settings) == pytest.approx(0.15 * 0.99)
 
 
-def test_adapted_coefficient_is_used_logged_and_restored(make: Make) -> None:  # noqa: F811
+def test_adapted_coefficient_is_used_logged_and_restored(make: Make) -> None:
     """Catches: a controller that only logs, one that adapts before it is used, one that a resumed run starts afresh."""
     trainer = make(fresh=True, kl_coef=0.2, kl_target=5.0, kl_horizon=100)
     first, second = trainer.step(), trainer.step()
@@ -75,7 +76,7 @@ def test_whitened_rewards_have_unit_spread_and_the_mean_they_had() -> None:
     assert F.whiten_rewards(flat, mask)[mask].tolist() == pytest.approx([0.1] * 3)
 
 
-def test_whitening_of_rewards_reaches_the_advantages(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_whitening_of_rewards_reaches_the_advantages(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches: an option that nobody reads, and whitening after the advantages were made."""
     seen: list[Tensor] = []
     gae = F.gae
@@ -100,7 +101,7 @@ def test_clipped_scores_are_clipped_before_the_penalties() -> None:
     assert penalties.apply(raw, torch.tensor([False, True, True]), torch.tensor([4, 4, 4])).tolist() == [1.0, -2.0, 0.5]
 
 
-def test_reward_clip_is_what_the_rollout_is_scored_with(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_reward_clip_is_what_the_rollout_is_scored_with(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches: an option that nobody reads, and raw scores that are logged clipped."""
     monkeypatch.setattr(
         rollout_module, "sequences_scores", lambda models, sequences, batches: torch.linspace(-9, 9, len(sequences))
@@ -114,7 +115,7 @@ def test_reward_clip_is_what_the_rollout_is_scored_with(make: Make, monkeypatch:
 # ---- who is trained, how long ---------------------------------------------------------------------------------------
 
 
-def test_value_warmup_leaves_the_policy_alone(make: Make) -> None:  # noqa: F811
+def test_value_warmup_leaves_the_policy_alone(make: Make) -> None:
     """Catches: a warm-up that trains both, one that never ends, one that moves the policy by weight decay or momentum."""
     trainer = make(value_warmup_updates=1, total_episodes=24, **FAST)
     policy, value = policy_weights(trainer), value_weights(trainer)
@@ -125,7 +126,7 @@ def test_value_warmup_leaves_the_policy_alone(make: Make) -> None:  # noqa: F811
     assert not same(policy, policy_weights(trainer))
 
 
-def test_updates_of_a_rollout_end_early_and_the_schedule_goes_on(make: Make) -> None:  # noqa: F811
+def test_updates_of_a_rollout_end_early_and_the_schedule_goes_on(make: Make) -> None:
     """Catches: a limit that is checked after the step it should prevent, and a schedule that falls behind."""
     options = {"num_ppo_epochs": 3, "rollout_batch_size": 8, "minibatch_size": 4, "total_episodes": 16, **FAST}
     counts = {}
@@ -138,7 +139,7 @@ def test_updates_of_a_rollout_end_early_and_the_schedule_goes_on(make: Make) -> 
     assert counts == {None: (6, 0.0, 6), 1e-9: (1, 1.0, 6)}
 
 
-def test_each_prompt_gets_its_number_of_responses(make: Make) -> None:  # noqa: F811
+def test_each_prompt_gets_its_number_of_responses(make: Make) -> None:
     """Catches: prompts skipped or repeated too often when several responses are drawn from each."""
     trainer = make(num_responses_per_prompt=4, rollout_batch_size=8, total_episodes=24, minibatch_size=8)
     rows = [trainer.prompt_rows(update) for update in range(3)]
@@ -148,10 +149,48 @@ def test_each_prompt_gets_its_number_of_responses(make: Make) -> None:  # noqa: 
     assert len({tuple(r[m].tolist()) for r, m in zip(rollout.responses[:4], rollout.mask[:4], strict=True)}) > 1
 
 
+# ---- PPO-ptx --------------------------------------------------------------------------------------------------------
+
+TEXTS = [([5, 6, 7], [20, 21, 2]), ([5, 8], [22, 2]), ([9], [23, 24, 25, 26, 2])]
+
+
+def test_texts_add_their_gradient_to_the_same_update(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches: a step of its own for the texts, a loss on their prompts, a mean over texts instead of tokens, a lost weight."""
+    gradients = {}
+    for coef in (0.0, 3.0):
+        trainer = make(folder=str(coef), ptx_coef=coef, ptx_ratio=0.25, rollout_batch_size=8, minibatch_size=8)
+        trainer.texts = TEXTS
+        steps: list[int] = []
+        trainer.optimizer.register_step_post_hook(lambda *_, steps=steps: steps.append(1))
+        update = trainer._update
+
+        def record(totals: object, trainer: PPOTrainer = trainer, update: object = update, coef: float = coef) -> None:
+            gradients[coef] = {n: p.grad.clone() for n, p in trainer.models.trainable("policy").items()}
+            update(totals)  # type: ignore[operator]
+
+        monkeypatch.setattr(trainer, "_update", record)
+        metrics = trainer.step()
+        assert len(steps) == 1
+    fresh = make(folder="oracle")
+    chosen = trainer._stream(len(TEXTS), 0, 2, stream=3)
+    with fresh.models.role("policy"):
+        nll = torch.tensor(0.0, dtype=torch.float64)
+        for i in chosen:
+            prompt, answer = TEXTS[i]
+            logits = fresh.models.causal(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+            nll = nll + torch.nn.functional.cross_entropy(logits, torch.tensor(answer), reduction="sum")
+        nll = nll / sum(len(TEXTS[i][1]) for i in chosen)
+        nll.backward()
+    assert metrics["ppo/ptx_loss"] == pytest.approx(float(nll), abs=1e-9)
+    for name, parameter in fresh.models.trainable("policy").items():
+        expected = gradients[0.0][name] + 3.0 * parameter.grad
+        torch.testing.assert_close(gradients[3.0][name], expected, rtol=0, atol=1e-9)
+
+
 # ---- the limit of the KL --------------------------------------------------------------------------------------------
 
 
-def test_run_stops_at_the_kl_limit_and_names_the_last_good_checkpoint(make: Make) -> None:  # noqa: F811
+def test_run_stops_at_the_kl_limit_and_names_the_last_good_checkpoint(make: Make) -> None:
     """Catches: a run that goes on past its limit, and one that leaves only the checkpoint of the broken policy."""
     trainer = make(fresh=True, max_kl=1e-6, total_episodes=24, save_steps=1, **FAST)
     with pytest.raises(UserError, match=r"nats a response after update 1, above max_kl 1e-06; .*checkpoint-0"):
@@ -159,7 +198,7 @@ def test_run_stops_at_the_kl_limit_and_names_the_last_good_checkpoint(make: Make
     assert checkpoint.last_before(trainer.folder, 1) == trainer.folder / "checkpoint-0"
 
 
-def test_rolling_back_restores_the_last_good_state_with_half_the_step_size(make: Make, tmp_path: Path) -> None:  # noqa: F811
+def test_rolling_back_restores_the_last_good_state_with_half_the_step_size(make: Make, tmp_path: Path) -> None:
     """Catches: rolling back to the very weights that passed the limit, a step size that is not halved, or only once."""
     trainer = make(fresh=True, max_kl=1e-6, on_max_kl="roll_back", total_episodes=24, save_steps=1, **FAST)
     start = weights(trainer.models)
@@ -168,7 +207,7 @@ def test_rolling_back_restores_the_last_good_state_with_half_the_step_size(make:
     trainer.save()
     with pytest.raises(KLLimitPassed) as passed:
         trainer.step()
-    assert trainer.go_back(passed.value.kl) == 1
+    assert trainer.go_back(passed.value.kl) == -1
     assert trainer.updates_done == 0 and same(start, weights(trainer.models))
     assert [group["lr"] for group in trainer.optimizer.param_groups] == pytest.approx([1e-2, 1e-2])
     assert [p.name for p in trainer.folder.iterdir()] == ["checkpoint-0"]
@@ -184,7 +223,7 @@ def test_rolling_back_restores_the_last_good_state_with_half_the_step_size(make:
 # ---- mean of the weights --------------------------------------------------------------------------------------------
 
 
-def test_averaged_policy_is_the_running_mean_and_is_put_back(make: Make) -> None:  # noqa: F811
+def test_averaged_policy_is_the_running_mean_and_is_put_back(make: Make) -> None:
     """Catches: a mean of the wrong weights, one that training moves along, and weights that are not restored."""
     trainer = make(ema_decay=0.9, rollout_batch_size=8, minibatch_size=8, total_episodes=24, **FAST)
     before = policy_weights(trainer)
@@ -205,7 +244,7 @@ def test_averaged_policy_is_the_running_mean_and_is_put_back(make: Make) -> None
 
 
 @torch.no_grad()
-def test_full_kl_is_that_of_the_two_distributions(make: Make) -> None:  # noqa: F811
+def test_full_kl_is_that_of_the_two_distributions(make: Make) -> None:
     """Catches: distributions at the wrong position, the wrong direction, or another temperature than the sampler's."""
     trainer = make("llama", temperature=0.7)
     rollout, metrics = trainer.collect()
@@ -225,6 +264,17 @@ def test_full_kl_is_that_of_the_two_distributions(make: Make) -> None:  # noqa: 
     assert total > 0.1
 
 
+def test_kl_is_summed_over_a_response_and_averaged_over_responses(make: Make) -> None:
+    """Catches: a mean over tokens, padding that counts, a sign the wrong way round."""
+    rollout, metrics = make("llama").collect()
+    sums = [
+        sum(a - b for a, b in zip(new[m].tolist(), ref[m].tolist(), strict=True))
+        for new, ref, m in zip(rollout.logprobs, rollout.ref_logprobs, rollout.mask, strict=True)
+    ]
+    assert metrics["objective/kl"] == pytest.approx(sum(sums) / len(sums), abs=1e-9)
+    assert rollout.mask.sum() > len(rollout)
+
+
 # ---- what cannot be ------------------------------------------------------------------------------------------------
 
 
@@ -233,6 +283,7 @@ def test_full_kl_is_that_of_the_two_distributions(make: Make) -> None:  # noqa: 
     [
         ({"num_responses_per_prompt": 3, "rollout_batch_size": 8}, "must be a multiple of num_responses_per_prompt"),
         ({"kl_target": 6.0, "kl_coef": 0.0}, "kl_target needs a kl_coef above 0"),
+        ({"ptx_coef": 1.0, "ptx_ratio": 0.01}, "mixes no text"),
         ({"max_kl": 0.0}, "max_kl must be above 0"),
         ({"ema_decay": 1.0}, "ema_decay must be between 0 and 1"),
         ({"whiten_rewards": True, "rollout_batch_size": 4}, "whiten_rewards needs a rollout_batch_size of at least 8"),

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from ppo import naive
-from test_models import REWARD_MEAN, REWARD_STD, VOCAB, float64_norm, ppo_config, shared_models
+from ppo.conftest import PROMPTS, STOPS, Make
+from test_models import REWARD_MEAN, REWARD_STD, VOCAB, float64_norm
 from torch import Tensor
 from toys import FAMILIES, build_model
-from transformers import PreTrainedTokenizerBase
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from rlhf.errors import UserError
@@ -25,41 +22,7 @@ from rlhf.ppo import rollout as rollout_module
 from rlhf.ppo import trainer as trainer_module
 from rlhf.ppo.trainer import PPOTrainer
 from rlhf.ppo.types import METRICS, Rollout, Sequences
-from rlhf.tokenization import load_tokenizer, pad
-from rlhf.tracking import PhaseTimer, Tracker
-
-OPENING = [5, 6, 7, 8, 9, 10, 11]
-PROMPTS = [[*OPENING, *range(20, 20 + extra)] for extra in (1, 4, 2, 7, 3, 1)]
-#: A quarter of the vocabulary ends a response, so toy responses have all lengths.
-STOPS = list(range(2, VOCAB, 4))
-
-Make = Callable[..., PPOTrainer]
-
-
-@pytest.fixture
-def tokenizer(toy_base: Callable[[str], Path]) -> PreTrainedTokenizerBase:
-    return load_tokenizer(str(toy_base("llama")), chat_template="chatml")
-
-
-@pytest.fixture
-def make(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[Make]:
-    """Makes trainers; `folder` tells them apart, and two with one folder share checkpoints."""
-    with contextlib.ExitStack() as stack:
-
-        def build(
-            family: str = "gpt2", *, folder: str = "run", seed: int = 21, fresh: bool = False, **options: Any
-        ) -> PPOTrainer:
-            config = ppo_config(**options)
-            models = shared_models(family, tmp_path / f"reward_{family}", config, seed=seed, fresh=fresh)
-            tracker = Tracker(tmp_path / folder, stage="ppo", name="toy", group="toy", config={}, wandb_mode="disabled")
-            stack.enter_context(tracker)
-            trainer = PPOTrainer(
-                models, PROMPTS, tokenizer, config, tracker, tmp_path / folder / "checkpoints", PhaseTimer()
-            )
-            trainer.sampling = dataclasses.replace(trainer.sampling, stop_token_ids=STOPS)
-            return trainer
-
-        yield build
+from rlhf.tokenization import pad
 
 
 def spy(trainer: PPOTrainer, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:

@@ -1,0 +1,49 @@
+"""Optimisers and schedules."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from test_models import ppo_config
+
+from rlhf import optim
+
+
+def test_heads_keep_32_bits_however_wide() -> None:
+    """Catches: 8-bit states for the head of a 7B model, which is as wide as bitsandbytes' limit."""
+    head = torch.nn.Parameter(torch.zeros(1, 4096))
+    matrix = torch.nn.Parameter(torch.zeros(16, 4096))
+    optimizer = optim.build_optimizer([{"params": [head, matrix]}], ppo_config(optim="adamw_8bit"))
+    for parameter in (head, matrix):
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    kinds = [{t.dtype for t in _tensors(optimizer.state[p]) if t.shape == p.shape} for p in (head, matrix)]
+    assert kinds == [{torch.float32}, {torch.uint8}]
+
+
+def _tensors(node: object) -> list[torch.Tensor]:
+    if isinstance(node, torch.Tensor):
+        return [node]
+    return [t for value in node.values() for t in _tensors(value)] if isinstance(node, dict) else []
+
+
+@pytest.mark.parametrize(
+    ("name", "end"), [("constant_with_warmup", 1.0), ("linear", 0.0), ("cosine", 0.0), ("cosine_with_min_lr", 0.1)]
+)
+def test_schedules_have_their_shape(name: str, end: float) -> None:
+    """Catches: a schedule counted in other units, a warm-up that is left out, a floor that is not there."""
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    config = ppo_config(lr_scheduler_type=name, warmup_steps=4, learning_rate=2e-3)
+    optimizer = optim.build_optimizer([{"params": [parameter]}], config)
+    scheduler = optim.build_scheduler(optimizer, config, 24)
+    rates = []
+    for _ in range(25):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert rates[:5] == pytest.approx([0.0, 5e-4, 1e-3, 1.5e-3, 2e-3])
+    half = {"constant_with_warmup": 1.0, "linear": 0.5, "cosine": 0.5, "cosine_with_min_lr": 0.55}[name]
+    assert rates[14] == pytest.approx(2e-3 * half) and rates[24] == pytest.approx(2e-3 * end, abs=1e-9)
+    assert all(math.isfinite(rate) for rate in rates)
