@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -153,7 +154,16 @@ class PPOConfig(StageConfig):
     """PPO against a reward model, with a KL penalty to the SFT reference."""
 
     policy: str = option("the SFT policy: sft/NAME or sft/NAME@VERSION")
-    reward: str = option("the reward model, made from the same policy: reward/NAME or reward/NAME@VERSION")
+    reward: list[str] = field(
+        metadata={
+            "help": "what scores responses, one or several: a reward model made from the same policy (reward/NAME or "
+            "reward/NAME@VERSION), a classifier (folder or hub name), package.module:function, or the URL of an endpoint"
+        }
+    )
+    reward_weights: list[float] = field(
+        default_factory=list, metadata={"help": "weights of the rewards in their sum; default: 1 each"}
+    )
+    reward_timeout: float = option("seconds that an endpoint may take for a request", 60.0)
     total_episodes: int = option("responses sampled in the whole run", 1280)
     rollout_batch_size: int = option("responses sampled for one update cycle", 64)
     minibatch_size: int = option("responses an optimiser update; divides rollout_batch_size", 64)
@@ -218,6 +228,14 @@ class PPOConfig(StageConfig):
         require(self.clip_range > 0, f"clip_range must be above 0, got {self.clip_range}")
         require(self.response_length >= 1, f"response_length must be at least 1, got {self.response_length}")
         require(self.kl_coef >= 0, f"kl_coef must not be negative, got {self.kl_coef}")
+        require(
+            not self.reward_weights or len(self.reward_weights) == len(self.reward),
+            f"reward_weights has {len(self.reward_weights)} numbers for {len(self.reward)} rewards; give one for each",
+        )
+        require(
+            sum(reward_kind(r) == "adapter" for r in self.reward) <= 1,
+            f"only one reward may come from the registry, got {', '.join(self.reward)}: they share one base",
+        )
         divides(
             "num_responses_per_prompt", self.num_responses_per_prompt, "rollout_batch_size", self.rollout_batch_size
         )
@@ -244,10 +262,23 @@ class PPOConfig(StageConfig):
             "the spread of fewer scores is noise",
         )
 
+    def recipe(self) -> dict[str, Any]:
+        """As of every stage; rewards that are no artefacts are known by their names only."""
+        return {**super().recipe(), "other_rewards": [r for r in self.reward if reward_kind(r) != "adapter"]}
+
     @property
     def num_updates(self) -> int:
         """Rollouts in the run."""
         return self.total_episodes // self.rollout_batch_size
+
+
+def reward_kind(reference: str) -> Literal["adapter", "endpoint", "function", "classifier"]:
+    """What a reward's name means."""
+    if re.match(r"https?://", reference):
+        return "endpoint"
+    if re.fullmatch(r"reward/[^/:]+", reference):
+        return "adapter"
+    return "function" if re.fullmatch(r"[\w.]+:\w+", reference) else "classifier"
 
 
 def require(condition: bool, message: str) -> None:

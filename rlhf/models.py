@@ -303,6 +303,14 @@ class SharedModels(nn.Module):
             self.value_head.weight.copy_(head / std)
             self.value_head.bias.fill_(-mean / std)
         self.reward_mean, self.reward_std = mean, std
+        self._adapters_added()
+
+    def fresh_value(self, config: LoraConfig) -> None:
+        """A value adapter and head that know nothing, where no reward adapter is there to start from: all values are 0."""
+        self.peft.add_adapter("value", copy.deepcopy(config))
+        self._adapters_added()
+
+    def _adapters_added(self) -> None:
         for name, parameter in self.peft.named_parameters():
             parameter.requires_grad_(_is_adapter(name, "policy") or _is_adapter(name, "value"))
         self.to(self.compute.device)

@@ -21,7 +21,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn
 
-from rlhf.config import PPOConfig, RewardConfig, SFTConfig, build, read_yaml
+from rlhf.config import PPOConfig, RewardConfig, SFTConfig, build, read_yaml, reward_kind
 from rlhf.errors import UserError, did_you_mean, run_command
 
 STAGES: dict[str, Any] = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig}
@@ -49,8 +49,10 @@ def run(folder: Path, overrides: dict[str, Any]) -> dict[str, Any]:
     artifacts: dict[str, Any] = {}
     for stage, config in configs.items():
         # A stage builds on the very versions made here, even where a newer one of the name is registered.
-        made = {"policy": artifacts["sft"].reference} if artifacts else {}
-        made |= {"reward": artifacts["reward"].reference} if "reward" in artifacts else {}
+        made: dict[str, Any] = {"policy": artifacts["sft"].reference} if artifacts else {}
+        if "reward" in artifacts:  # in place of the name; rewards that are no artefacts stay
+            exact = artifacts["reward"].reference
+            made["reward"] = [exact if reward_kind(reward) == "adapter" else reward for reward in config.reward]
         reference = _run_stage(stage, dataclasses.replace(config, **made))
         artifacts[stage] = Registry(config.registry).read(reference)
     output = Path(configs["ppo"].output_dir)

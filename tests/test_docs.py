@@ -37,7 +37,7 @@ def defined_tests(file: str) -> set[str]:
 def default_of(field: dataclasses.Field[Any]) -> str:
     """A default as the page writes it."""
     if field.default_factory is not dataclasses.MISSING:
-        return ", ".join(map(str, field.default_factory()))
+        return ", ".join(map(str, field.default_factory())) or "none"
     if field.default is dataclasses.MISSING:
         return "required"
     return "none" if field.default is None else str(field.default)

@@ -50,7 +50,7 @@ def ppo_config(**options: object) -> PPOConfig:
     settings: dict[str, object] = {
         "dataset": "none",
         "policy": "sft/toy",
-        "reward": "reward/toy",
+        "reward": ["reward/toy"],
         "device": "cpu",
         "dtype": "float64",
         "optim": "adamw_torch",

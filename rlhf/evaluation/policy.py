@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,9 +14,10 @@ from rlhf.evaluation.text import distinct_n
 from rlhf.models import SharedModels
 from rlhf.ppo import forward
 from rlhf.ppo import functional as F
-from rlhf.ppo.rollout import SamplingOptions, respond, sequences_scores
+from rlhf.ppo.rollout import SamplingOptions, respond
 from rlhf.ppo.types import concatenate, length_sorted_batches
 from rlhf.reward.evaluate import GoldFunction
+from rlhf.reward.sources import Responses, Reward
 from rlhf.tokenization import decode_response
 
 #: VADER calls a text positive above .05 and negative below -.05 (Hutto & Gilbert, ICWSM 2014).
@@ -30,7 +32,7 @@ class Answers:
 
     texts: list[str]
     scores: Tensor
-    """(B,) normalised reward-model scores, without penalties."""
+    """(B,) scores of the reward, without penalties."""
     figures: dict[str, float | None]
 
 
@@ -39,14 +41,20 @@ def evaluate_policy(
     models: SharedModels,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
+    rows: Sequence[Mapping[str, Any]],
     options: SamplingOptions,
+    reward: Reward,
     *,
     reference: bool,
     batch_size: int,
     gold: GoldFunction | None,
     seed: int,
 ) -> Answers:
-    """One answer to each prompt from the policy (or the SFT reference), with the same random numbers for both."""
+    """One answer to each prompt from the policy (or the SFT reference), with the same random numbers for both.
+
+    Args:
+        prompts, rows: token ids of the prompts, and the data rows that they came from.
+    """
     parts = [
         respond(models, prompts[i : i + _SAMPLED_AT_ONCE], options, reference=reference, seed=seed + i)
         for i in range(0, len(prompts), _SAMPLED_AT_ONCE)
@@ -54,11 +62,11 @@ def evaluate_policy(
     sequences = concatenate([part for part, _ in parts], options.pad_token_id)
     stopped = torch.cat([sampled.stopped for _, sampled in parts])
     batches = length_sorted_batches(sequences.lengths, batch_size)
-    scores = sequences_scores(models, sequences, batches)
     texts = [
         decode_response(tokenizer, row[mask].tolist())
         for row, mask in zip(sequences.responses, sequences.mask, strict=True)
     ]
+    scores, _ = reward(Responses(sequences=sequences, batches=batches, texts=texts, rows=rows))
     figures: dict[str, float | None] = {
         "score": float(scores.mean()),
         "reward_positive": float((scores > 0).float().mean()),
@@ -76,8 +84,8 @@ def evaluate_policy(
         figures["kl"] = 0.0
     else:
         total = 0.0
-        for rows in batches:
-            batch = sequences.select(rows)
+        for numbers in batches:
+            batch = sequences.select(numbers)
             new = forward.token_logprobs(models, "policy", batch, options.temperature)
             old = forward.token_logprobs(models, "reference", batch, options.temperature)
             total += float(F.masked_sum(F.kl_k1(new, old), batch.mask))

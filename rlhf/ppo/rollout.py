@@ -70,18 +70,17 @@ def evaluate_sequences(
     models: SharedModels,
     sequences: Sequences,
     sampled: Sampled,
+    raw_scores: Tensor,
     *,
     temperature: float,
     batches: Sequence[Tensor],
     penalties: Penalties,
 ) -> Rollout:
-    """Log-probabilities of policy and reference, values and scores of sampled sequences, in the given batches of rows."""
-
+    """Log-probabilities of policy and reference, and values, of scored sequences, in the given batches of rows."""
     policy, reference, entropy, full_kl = _in_batches(
         lambda b: forward.compared_logprobs(models, b, temperature), sequences, batches, planes=4
     )
     (values,) = _in_batches(lambda b: forward.token_values(models, b)[None], sequences, batches, planes=1)
-    scores = sequences_scores(models, sequences, batches)
     return Rollout(
         prompts=sequences.prompts,
         prompt_mask=sequences.prompt_mask,
@@ -94,21 +93,9 @@ def evaluate_sequences(
         entropy=entropy,
         full_kl=full_kl,
         values=values,
-        raw_scores=scores,
-        scores=penalties.apply(scores, sampled.stopped, sequences.mask.sum(dim=1)),
+        raw_scores=raw_scores,
+        scores=penalties.apply(raw_scores, sampled.stopped, sequences.mask.sum(dim=1)),
     )
-
-
-@torch.no_grad()
-def sequences_scores(models: SharedModels, sequences: Sequences, batches: Sequence[Tensor]) -> Tensor:
-    """Normalised scores (B,) of the reward model, in the order of the rows."""
-    scores: Tensor | None = None
-    for rows in batches:
-        part = forward.sequence_scores(models, sequences.select(rows))
-        scores = part.new_zeros(len(sequences)) if scores is None else scores
-        scores[rows] = part
-    assert scores is not None
-    return scores
 
 
 def _in_batches(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from rlhf.ppo.metrics import Totals, rollout_metrics
 from rlhf.ppo.rollout import Penalties, SamplingOptions, evaluate_sequences, respond
 from rlhf.ppo.types import Rollout, Sequences, length_sorted_batches
 from rlhf.progress import Progress
+from rlhf.reward.sources import AdapterReward, Responses, Reward, RewardError
 from rlhf.tokenization import decode_response, pad, stop_token_ids
 from rlhf.tracking import PhaseTimer, Tracker
 
@@ -56,6 +57,8 @@ class PPOTrainer:
         tracker: where metrics and samples go.
         folder: where checkpoints go.
         timer: adds up seconds by phase.
+        reward: what scores responses; the reward adapter of `models` if not given.
+        rows: the data row of each prompt, for rewards that read more than its tokens.
         texts: (prompt, answer) token ids of the texts that PPO-ptx keeps the policy good at; needed with a ptx_coef.
     """
 
@@ -68,9 +71,12 @@ class PPOTrainer:
         tracker: Tracker,
         folder: Path,
         timer: PhaseTimer,
+        reward: Reward | None = None,
+        rows: Sequence[Mapping[str, Any]] | None = None,
         texts: Sequence[tuple[list[int], list[int]]] = (),
     ) -> None:
-        self.texts = texts
+        self.reward = reward or Reward({"reward": AdapterReward(models)})
+        self.rows, self.texts = rows if rows is not None else [{}] * len(prompts), texts
         self.models, self.prompts, self.tokenizer = models, prompts, tokenizer
         self.config, self.tracker, self.folder, self.timer = config, tracker, folder, timer
         self.sampling = sampling_options(config, tokenizer)
@@ -105,6 +111,9 @@ class PPOTrainer:
                 except KLLimitPassed as passed:
                     bar.update(self.go_back(passed.kl))
                     continue
+                except RewardError:  # comes before anything has changed
+                    self.save()
+                    raise
                 bar.update(
                     1, score=metrics["objective/score"], kl=metrics["objective/kl"], length=metrics["response/length"]
                 )
@@ -155,11 +164,10 @@ class PPOTrainer:
         scale, count = self.learning_rate_scale / 2, self.roll_backs + 1
         self._load(good)
         self.learning_rate_scale, self.roll_backs = scale, count
-        self.scheduler.base_lrs = [lr * scale for lr in self.learning_rates]
-        for group, lr, course in zip(
-            self.optimizer.param_groups, self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True
-        ):
-            group["lr"] = lr * course(self.scheduler.last_epoch)
+        schedule: Any = self.scheduler
+        schedule.base_lrs = [lr * scale for lr in self.learning_rates]
+        for group, lr, course in zip(self.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+            group["lr"] = lr * course(schedule.last_epoch)
         checkpoint.discard_after(self.folder, self.updates_done)
         self.save()  # so that a resumed run goes on with the smaller steps
         print(f"KL {kl:.3g} passed max_kl {c.max_kl}: back to update {self.updates_done}, step size halved", flush=True)
@@ -170,25 +178,32 @@ class PPOTrainer:
         c = self.config
         with self.timer.phase("rollout"):
             started = time.perf_counter()
-            prompts = [self.prompts[i] for i in self.prompt_rows(self.updates_done)]
+            chosen = self.prompt_rows(self.updates_done)
+            prompts = [self.prompts[i] for i in chosen]
             sequences, sampled = respond(
                 self.models, prompts, self.sampling, reference=False, seed=self._seed(self.updates_done, stream=1)
             )
             sampling_seconds = time.perf_counter() - started
         with self.timer.phase("score"):
             started = time.perf_counter()
+            batches = [rows for _, parts in self.minibatches(sequences.lengths, epoch=0) for rows in parts]
+            texts = self._texts(sequences)
+            scores, parts_of_score = self.reward(
+                Responses(sequences=sequences, batches=batches, texts=texts, rows=[self.rows[i] for i in chosen])
+            )
             rollout = evaluate_sequences(
                 self.models,
                 sequences,
                 sampled,
+                scores,
                 temperature=c.temperature,
-                batches=[
-                    rows for _, microbatches in self.minibatches(sequences.lengths, epoch=0) for rows in microbatches
-                ],
+                batches=batches,
                 penalties=self.penalties,
             )
         metrics = {"time/rollout": sampling_seconds, "time/score": time.perf_counter() - started}
-        return rollout, metrics | rollout_metrics(rollout, self.kl_coef, sampling_seconds, self._texts(rollout))
+        if len(parts_of_score) > 1:
+            metrics |= {f"objective/score/{name}": float(part.mean()) for name, part in parts_of_score.items()}
+        return rollout, metrics | rollout_metrics(rollout, self.kl_coef, sampling_seconds, texts)
 
     def prompt_rows(self, update: int) -> list[int]:
         """Rows of the prompts of one rollout, each as often as it gets responses."""
@@ -392,7 +407,7 @@ class PPOTrainer:
         self.learning_rate_scale, self.roll_backs = state["learning_rate_scale"], state["roll_backs"]
         self.tracker.truncate(self.updates_done)
 
-    def _texts(self, rollout: Rollout) -> list[str]:
+    def _texts(self, rollout: Sequences) -> list[str]:
         return [
             decode_response(self.tokenizer, row[mask].tolist())
             for row, mask in zip(rollout.responses, rollout.mask, strict=True)

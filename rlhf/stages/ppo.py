@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.config import PPOConfig, parse_config, require
+from rlhf.config import PPOConfig, parse_config, require, reward_kind
 from rlhf.data_prep.loading import Loaded, load_rows
 from rlhf.errors import UserError, run_command
 from rlhf.evaluation.policy import Answers, evaluate_policy
@@ -20,6 +20,7 @@ from rlhf.models import SharedModels, load_policy, lora_config, save_adapter
 from rlhf.ppo.trainer import PPOTrainer, sampling_options
 from rlhf.registry import Artifact, Registry
 from rlhf.reward.evaluate import GoldFunction, load_function
+from rlhf.reward.sources import AdapterReward, Reward, open_sources, source_name
 from rlhf.stages.common import Run, describe_data, finished_already, open_run, stage_recipe
 from rlhf.tokenization import encode_prompt, encode_response, last_user_text, load_tokenizer
 
@@ -31,29 +32,37 @@ def run(config: PPOConfig, *, reuse: bool = False) -> Artifact:
     """Trains and registers; with `reuse`, an artefact of the same recipe is returned instead of trained again."""
     registry = Registry(config.registry)
     policy = registry.get(config.policy, expect_stage="sft")
-    reward = registry.get(config.reward, expect_stage="reward")
-    check_same_policy(policy, reward)
+    rewards = [registry.get(r, expect_stage="reward") for r in config.reward if reward_kind(r) == "adapter"]
+    for reward in rewards:
+        check_same_policy(policy, reward)
     prompts = load_rows(config.dataset, "train", kind="prompts")
     held_out = load_rows(config.dataset, "validation", kind="prompts")
     sets = {"train": prompts, "validation": held_out}
     if config.ptx_coef > 0:
         sets["ptx"] = load_rows(config.ptx_dataset or config.dataset, "train", kind="demonstrations")
     data = describe_data(sets)
-    recipe = stage_recipe(config, [policy, reward], data)
+    recipe = stage_recipe(config, [policy, *rewards], data)
     if reuse and (artifact := finished_already("ppo", config, recipe)):
         return artifact
 
     gold = load_function(config.gold) if config.gold else None  # a slip in its name must not show after the training
 
-    with open_run("ppo", config, [policy, reward], data, recipe) as run:
+    with open_run("ppo", config, [policy, *rewards], data, recipe) as run:
         tokenizer = load_tokenizer(str(policy.path))
         train_ids = encode_prompts(prompts, tokenizer, config.max_prompt_length)
         held_out_ids = encode_prompts(held_out, tokenizer, config.max_prompt_length)
-        models = SharedModels(
-            load_policy(policy, config, run.compute), lora_config(config, "CAUSAL_LM", dropout=0.0), run.compute
-        )
-        manifest = reward.manifest
-        models.load_reward(reward.path, float(manifest.reward_mean or 0.0), float(manifest.reward_std or 1.0))
+        sources = open_sources(config, run.compute)
+        lora = lora_config(config, "CAUSAL_LM", dropout=0.0)
+        models = SharedModels(load_policy(policy, config, run.compute), lora, run.compute)
+        if rewards:
+            manifest = rewards[0].manifest
+            models.load_reward(rewards[0].path, float(manifest.reward_mean or 0.0), float(manifest.reward_std or 1.0))
+            sources[rewards[0].name] = AdapterReward(models)
+        else:
+            models.fresh_value(lora)
+        names = [source_name(reference) for reference in config.reward]
+        require(len(set(names)) == len(names), f"two rewards are called alike: {', '.join(names)}")
+        reward_sum = Reward({name: sources[name] for name in names}, config.reward_weights)
         trainer = PPOTrainer(
             models,
             train_ids,
@@ -62,15 +71,17 @@ def run(config: PPOConfig, *, reuse: bool = False) -> Artifact:
             run.tracker,
             run.folder / "checkpoints",
             run.timer,
+            reward=reward_sum,
+            rows=prompts.rows,
             texts=encode_texts(sets["ptx"], tokenizer, config) if "ptx" in sets else (),
         )
         if config.resume:
             trainer.resume()
-        before = _evaluate(run, models, tokenizer, held_out_ids, gold, reference=True)
+        before = _evaluate(run, models, tokenizer, held_out_ids, held_out.rows, reward_sum, gold, reference=True)
         trainer.train()
 
         def publish(name: str) -> Artifact:
-            after = _evaluate(run, models, tokenizer, held_out_ids, gold, reference=False)
+            after = _evaluate(run, models, tokenizer, held_out_ids, held_out.rows, reward_sum, gold, reference=False)
             if name == config.name:
                 texts = [last_user_text(row["prompt"]) for row in held_out.rows]
                 _write_comparison(run.folder / "comparison.jsonl", texts, before, after)
@@ -133,21 +144,24 @@ def _evaluate(
     models: SharedModels,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[list[int]],
+    rows: Any,
+    reward: Reward,
     gold: GoldFunction | None,
     *,
     reference: bool,
 ) -> Answers:
     config = run.config
     assert isinstance(config, PPOConfig)
-    repeated = [
-        prompts[i % len(prompts)] for i in range(max(config.num_eval_samples, min(len(prompts), COMPARED_PROMPTS)))
-    ]
+    count = max(config.num_eval_samples, min(len(prompts), COMPARED_PROMPTS))
+    chosen = [i % len(prompts) for i in range(count)]
     with run.timer.phase("evaluate"):
         return evaluate_policy(
             models,
             tokenizer,
-            repeated,
+            [prompts[i] for i in chosen],
+            [rows[i] for i in chosen],
             sampling_options(config, tokenizer),
+            reward,
             reference=reference,
             batch_size=config.microbatch_size,
             gold=gold,

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
-import pytest
 import torch
 from ppo.conftest import Make
 from test_models import VOCAB
 from torch import Tensor
 
 from rlhf.models import Role, SharedModels
-from rlhf.ppo import rollout as rollout_module
 
 PROMPT = [5, 6, 7, 8]
 REWARDED = torch.tensor([20, 21, 22])
@@ -38,17 +36,15 @@ def kl(policy: Tensor, other: Tensor) -> Tensor:
     return (policy.exp() * (policy - other)).sum()
 
 
-def test_policy_reaches_the_optimum_of_reward_and_kl(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_policy_reaches_the_optimum_of_reward_and_kl(make: Make) -> None:
     """The optimum is pi* = pi_ref exp(r / kl_coef) / Z, as far as the toy's adapter can express it: that far, its weights
     are trained a second time, on the exact KL to pi* summed over all responses. Catches: a KL penalty of another size, sign
     or reference, a reward that lands elsewhere, a bias of whitening, clipping or baseline: all move where training ends."""
-    monkeypatch.setattr(
-        rollout_module, "sequences_scores", lambda models, sequences, batches: share(sequences.responses).float()
-    )
     options = {"dtype": "float32", "response_length": 2, "kl_coef": KL_COEF, "missing_eos_penalty": 0.0, "lam": 1.0}
     sizes = {"rollout_batch_size": 256, "minibatch_size": 128, "microbatch_size": 128, "total_episodes": 256 * UPDATES}
     trainer = make("llama", fresh=True, learning_rate=1e-2, lr_scheduler_type="linear", **options, **sizes)
-    trainer.prompts = [PROMPT]
+    trainer.prompts, trainer.rows = [PROMPT], [{}]
+    trainer.reward = lambda responses: (share(responses.sequences.responses).float(), {})  # type: ignore[assignment]
     trainer.sampling = dataclasses.replace(trainer.sampling, stop_token_ids=[VOCAB])  # never drawn: always two tokens
     with torch.no_grad():
         reference = responses_table(trainer.models, "reference")

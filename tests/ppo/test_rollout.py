@@ -14,8 +14,9 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from rlhf.models import SharedModels
 from rlhf.ppo import forward
-from rlhf.ppo.rollout import Penalties, SamplingOptions, evaluate_sequences, respond, sequences_scores
+from rlhf.ppo.rollout import Penalties, SamplingOptions, evaluate_sequences, respond
 from rlhf.ppo.types import Rollout, Sequences, concatenate, length_sorted_batches
+from rlhf.reward.sources import AdapterReward, Responses
 from rlhf.sampling import Sampled
 from rlhf.tokenization import pad
 
@@ -99,6 +100,11 @@ def sampled(batch: Sequences, stopped: list[bool]) -> Sampled:
     )
 
 
+def scores_of(models: SharedModels, batch: Sequences, batch_size: int) -> Tensor:
+    batches = length_sorted_batches(batch.lengths, batch_size)
+    return AdapterReward(models)(Responses(sequences=batch, batches=batches, texts=[], rows=[]))
+
+
 def evaluate(models: SharedModels, batch: Sequences, batch_size: int) -> Rollout:
     stopped = [True, False, False, True, False]
     penalties = Penalties(missing_eos=1.5, min_length=3, short_response=0.25)
@@ -106,6 +112,7 @@ def evaluate(models: SharedModels, batch: Sequences, batch_size: int) -> Rollout
         models,
         batch,
         sampled(batch, stopped),
+        scores_of(models, batch, batch_size),
         temperature=0.8,
         batches=length_sorted_batches(batch.lengths, batch_size),
         penalties=penalties,
@@ -159,9 +166,7 @@ def test_score_is_that_of_the_trained_classifier_at_the_last_token(family: str, 
     with torch.no_grad():
         raw = classifier(input_ids=ids, attention_mask=mask.long()).logits[:, 0]
     expected = ((raw - REWARD_MEAN) / REWARD_STD).tolist()
-    assert sequences_scores(models, batch, length_sorted_batches(batch.lengths, 2)).tolist() == pytest.approx(
-        expected, abs=1e-10, rel=0
-    )
+    assert scores_of(models, batch, 2).tolist() == pytest.approx(expected, abs=1e-10, rel=0)
     assert max(expected) - min(expected) > 0.1
 
 
@@ -216,6 +221,7 @@ def test_sampler_and_training_forward_agree(family: str, temperature: float, tmp
         models,
         batch,
         drawn,
+        scores_of(models, batch, 4),
         temperature=temperature,
         batches=length_sorted_batches(batch.lengths, 4),
         penalties=Penalties(missing_eos=1.0),

@@ -15,7 +15,6 @@ from torch import Tensor
 from rlhf import checkpoint
 from rlhf.errors import UserError
 from rlhf.ppo import functional as F
-from rlhf.ppo import rollout as rollout_module
 from rlhf.ppo.rollout import Penalties
 from rlhf.ppo.trainer import MAX_ROLL_BACKS, KLLimitPassed, PPOTrainer
 
@@ -101,12 +100,10 @@ def test_clipped_scores_are_clipped_before_the_penalties() -> None:
     assert penalties.apply(raw, torch.tensor([False, True, True]), torch.tensor([4, 4, 4])).tolist() == [1.0, -2.0, 0.5]
 
 
-def test_reward_clip_is_what_the_rollout_is_scored_with(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reward_clip_is_what_the_rollout_is_scored_with(make: Make) -> None:
     """Catches: an option that nobody reads, and raw scores that are logged clipped."""
-    monkeypatch.setattr(
-        rollout_module, "sequences_scores", lambda models, sequences, batches: torch.linspace(-9, 9, len(sequences))
-    )
     trainer = make(reward_clip=0.25, missing_eos_penalty=0.0)
+    trainer.reward = lambda responses: (torch.linspace(-9, 9, len(responses.texts)), {})  # type: ignore[assignment]
     rollout, _ = trainer.collect()
     assert float(rollout.raw_scores.max()) == 9
     assert sorted(set(rollout.scores.tolist())) == [-0.25, 0.25]

@@ -18,10 +18,10 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from rlhf.errors import UserError
 from rlhf.models import SharedModels
 from rlhf.ppo import forward
-from rlhf.ppo import rollout as rollout_module
 from rlhf.ppo import trainer as trainer_module
 from rlhf.ppo.trainer import PPOTrainer
 from rlhf.ppo.types import METRICS, Rollout, Sequences
+from rlhf.reward.sources import Responses
 from rlhf.tokenization import pad
 
 
@@ -345,17 +345,15 @@ def test_every_pass_over_the_prompts_is_another_permutation(make: Make) -> None:
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_a_rewarded_token_becomes_likelier_and_a_punished_one_rarer(
-    sign: float, make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_rewarded_token_becomes_likelier_and_a_punished_one_rarer(sign: float, make: Make) -> None:
     """Catches: a wrong sign, or an advantage that lands on other tokens than those it was earned by."""
     token = 20
 
-    def share(models: SharedModels, sequences: Sequences, batches: list[Tensor]) -> Tensor:
+    def share(responses: Responses) -> tuple[Tensor, dict[str, Tensor]]:
+        sequences = responses.sequences
         counted = ((sequences.responses == token) & sequences.mask).sum(dim=1)
-        return sign * 4 * counted.to(torch.float32) / sequences.mask.sum(dim=1)
+        return sign * 4 * counted.to(torch.float32) / sequences.mask.sum(dim=1), {}
 
-    monkeypatch.setattr(rollout_module, "sequences_scores", share)
     trainer = make(
         "llama",
         fresh=True,
@@ -370,6 +368,7 @@ def test_a_rewarded_token_becomes_likelier_and_a_punished_one_rarer(
         learning_rate=2e-2,
         lr_scheduler_type="constant_with_warmup",
     )
+    trainer.reward = share  # type: ignore[assignment]
     ids, mask = pad(PROMPTS, 0, side="left")
     ones = Sequences(
         prompts=ids, prompt_mask=mask, responses=torch.full((6, 1), token), mask=torch.ones(6, 1, dtype=torch.bool)

@@ -1,0 +1,216 @@
+"""Where the scores of PPO come from: a reward adapter on the shared base, a classifier, a Python function, an endpoint.
+
+A source is called with `Responses` and gives one finite number for each. Anything else it gives, or no answer, is a
+`RewardError`: the run stops with a checkpoint. Several sources are added up with weights (`Reward`).
+"""
+
+from __future__ import annotations
+
+import math
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import requests
+import torch
+from requests.adapters import HTTPAdapter
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from urllib3.util import Retry
+
+from rlhf.config import PPOConfig, require, reward_kind
+from rlhf.errors import UserError
+from rlhf.models import Compute, SharedModels
+from rlhf.ppo import forward
+from rlhf.ppo.types import Sequences
+from rlhf.reward.evaluate import load_function
+from rlhf.tokenization import last_user_text
+
+#: Times that a request is repeated, with waits of 0.5, 1 and 2 seconds between.
+_RETRIES = 3
+
+
+class RewardError(UserError):
+    """A source gave no usable scores."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Responses:
+    """What a source may look at; B responses."""
+
+    sequences: Sequences
+    """Token ids of prompts and responses."""
+    batches: Sequence[Tensor]
+    """Row numbers of each forward pass."""
+    texts: list[str]
+    """(B) the responses' texts, without special tokens."""
+    rows: Sequence[Mapping[str, Any]]
+    """(B) the data rows that the prompts came from: `prompt` (messages), and whatever other columns the data has."""
+
+
+Source = Callable[[Responses], Tensor]
+
+
+class Reward:
+    """The weighted sum of sources."""
+
+    def __init__(self, sources: Mapping[str, Source], weights: Sequence[float] = ()) -> None:
+        self.sources = dict(sources)
+        self.weights = list(weights) or [1.0] * len(self.sources)
+
+    def __call__(self, responses: Responses) -> tuple[Tensor, dict[str, Tensor]]:
+        """The sum (B,), and each source's own scores by name, unweighted."""
+        device = responses.sequences.mask.device
+        parts = {name: source(responses).to(device) for name, source in self.sources.items()}
+        total = sum(weight * part for weight, part in zip(self.weights, parts.values(), strict=True))
+        assert isinstance(total, Tensor)
+        return total, parts
+
+
+class AdapterReward:
+    """The reward adapter and head on the shared base; scores are normalised by the reward model's own mean and spread."""
+
+    def __init__(self, models: SharedModels) -> None:
+        self.models = models
+
+    @torch.no_grad()
+    def __call__(self, responses: Responses) -> Tensor:
+        sequences = responses.sequences
+        scores = [forward.sequence_scores(self.models, sequences.select(rows)) for rows in responses.batches]
+        return torch.cat(scores)[torch.argsort(torch.cat(list(responses.batches)))]
+
+
+class FunctionReward:
+    """`package.module:function(prompts, responses, **columns) -> list[float]`.
+
+    prompts: the conversations that were answered (lists of messages); responses: texts; columns: the other columns of the
+    data, one value for each response. All are lists of the same length.
+    """
+
+    def __init__(self, reference: str) -> None:
+        self.reference, self.function = reference, load_function(reference)
+
+    def __call__(self, responses: Responses) -> Tensor:
+        names = {name for row in responses.rows for name in row} - {"prompt"}
+        columns = {name: [row.get(name) for row in responses.rows] for name in sorted(names)}
+        prompts = [row["prompt"] for row in responses.rows]
+        try:
+            scores = self.function(prompts, list(responses.texts), **columns)
+        except Exception as error:  # whatever a user's code may raise
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            raise RewardError(
+                f"{self.reference} failed at {frame.filename}:{frame.lineno}: {type(error).__name__}: {error}"
+            ) from error
+        return _checked(scores, len(responses.texts), self.reference)
+
+
+class ClassifierReward:
+    """A sequence classifier with one output, of any family, read through *its* tokenizer and chat template.
+
+    A tokenizer without a template reads the last question and the answer as a pair of texts.
+    """
+
+    def __init__(self, name_or_path: str, compute: Compute, batch_size: int) -> None:
+        self.batch_size = batch_size
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+            model = AutoModelForSequenceClassification.from_pretrained(name_or_path, dtype=compute.dtype)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"no reward source '{name_or_path}': it is no reward/NAME, no URL, no package.module:function, and no "
+                f"classifier could be loaded: {str(error).splitlines()[0]}"
+            ) from error
+        outputs = int(model.config.num_labels)
+        require(outputs == 1, f"{name_or_path} has {outputs} outputs; a reward model has one")
+        require(
+            self.tokenizer.pad_token is not None,
+            f"the tokenizer of {name_or_path} has no pad token, so responses cannot be scored in batches; "
+            "set pad_token in its tokenizer_config.json",
+        )
+        model.config.pad_token_id = self.tokenizer.pad_token_id
+        self.model = model.to(compute.device).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def __call__(self, responses: Responses) -> Tensor:
+        conversations = [(row["prompt"], text) for row, text in zip(responses.rows, responses.texts, strict=True)]
+        encoded = [self._encode(prompt, text) for prompt, text in conversations]
+        scores = []
+        for first in range(0, len(encoded), self.batch_size):
+            batch = self.tokenizer.pad({"input_ids": encoded[first : first + self.batch_size]}, return_tensors="pt")
+            scores.append(self.model(**batch.to(self.model.device)).logits[:, 0].float())
+        return torch.cat(scores)
+
+    def _encode(self, prompt: list[dict[str, str]], text: str) -> list[int]:
+        if self.tokenizer.chat_template is None:
+            return list(self.tokenizer(last_user_text(prompt), text, truncation=True).input_ids)
+        messages = [*prompt, {"role": "assistant", "content": text}]
+        encoded: Any = self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)
+        return list(encoded["input_ids"])
+
+
+class EndpointReward:
+    """An HTTP endpoint: POST {"prompts": [...], "responses": [...]} as JSON, answered by {"scores": [...]}.
+
+    Requests that fail to connect, time out or answer 429 or 5xx are repeated a few times.
+    """
+
+    def __init__(self, url: str, batch_size: int, timeout: float) -> None:
+        self.url, self.batch_size, self.timeout = url, batch_size, timeout
+        self.session = requests.Session()
+        retry = Retry(_RETRIES, backoff_factor=0.5, status_forcelist=(429, 500, 502, 503, 504), allowed_methods=None)
+        self.session.mount("http://", HTTPAdapter(max_retries=retry))
+        self.session.mount("https://", HTTPAdapter(max_retries=retry))
+
+    def __call__(self, responses: Responses) -> Tensor:
+        prompts = [row["prompt"] for row in responses.rows]
+        parts = []
+        for first in range(0, len(prompts), self.batch_size):
+            last = min(first + self.batch_size, len(prompts))
+            payload = {"prompts": prompts[first:last], "responses": responses.texts[first:last]}
+            try:
+                answer = self.session.post(self.url, json=payload, timeout=self.timeout)
+                answer.raise_for_status()
+                scores = answer.json()["scores"]
+            except (requests.RequestException, KeyError, TypeError, ValueError) as error:
+                raise RewardError(
+                    f"reward endpoint {self.url} gave no scores: {' '.join(str(error).split())[:300]}"
+                ) from error
+            parts.append(_checked(scores, last - first, self.url))
+        return torch.cat(parts)
+
+
+def open_sources(config: PPOConfig, compute: Compute) -> dict[str, Source]:
+    """The sources of a run that are not adapters, by the last part of their name."""
+    sources: dict[str, Source] = {}
+    for reference in config.reward:
+        kind = reward_kind(reference)
+        if kind == "function":
+            sources[source_name(reference)] = FunctionReward(reference)
+        elif kind == "endpoint":
+            sources[source_name(reference)] = EndpointReward(reference, config.microbatch_size, config.reward_timeout)
+        elif kind == "classifier":
+            sources[source_name(reference)] = ClassifierReward(reference, compute, config.microbatch_size)
+    return sources
+
+
+def source_name(reference: str) -> str:
+    """How a source is called in the logs."""
+    kind = reward_kind(reference)
+    if kind == "endpoint":
+        return "endpoint"
+    return reference.rsplit(":" if kind == "function" else "/", 1)[-1].split("@")[0]
+
+
+def _checked(scores: Any, count: int, source: str) -> Tensor:
+    """Scores as a tensor (count,); what is not one finite number for each response is named."""
+    if not isinstance(scores, (Sequence, Tensor)) and not hasattr(scores, "tolist"):
+        raise RewardError(f"{source} must give a list of {count} numbers, got {type(scores).__name__}")
+    values = scores.tolist() if hasattr(scores, "tolist") else list(scores)
+    if isinstance(scores, str) or not isinstance(values, list) or len(values) != count:
+        got = f"{len(values)}" if isinstance(values, list) else type(values).__name__
+        raise RewardError(f"{source} must give {count} scores, one for each response; got {got}")
+    for number, value in enumerate(values, start=1):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise RewardError(f"{source} gave {value!r} for response {number} of {count}; a score is a finite number")
+    return torch.tensor(values, dtype=torch.float32)
