@@ -65,6 +65,8 @@ class StageConfig:
         default_factory=lambda: ["all-linear"],
         metadata={"help": "linear layers that get an adapter: 'all-linear' or names"},
     )
+    use_rslora: bool = option("scale adapters by lora_alpha / sqrt(lora_r): steadier at high ranks (rsLoRA)", False)
+    use_dora: bool = option("train the length of each weight column apart from its direction (DoRA); slower", False)
     optim: Literal["adamw_8bit", "adamw_torch"] = option(
         "optimiser; adamw_8bit keeps its states in 8 bits", "adamw_8bit"
     )
@@ -171,6 +173,10 @@ class PPOConfig(StageConfig):
     num_ppo_epochs: int = option("passes over each rollout", 1)
     max_prompt_length: int = option("longest prompt, tokens; longer ones are refused", 512)
     response_length: int = option("longest response, tokens, stop token included", 48)
+    stop_tokens: list[str] = field(
+        default_factory=list,
+        metadata={"help": "tokens that end a response besides those of the chat template and the model"},
+    )
     temperature: float = option("sampling temperature; divides policy, old and reference logits alike", 1.0)
     num_responses_per_prompt: int = option("responses sampled for each prompt; divides rollout_batch_size", 1)
     kl_coef: float = option("penalty per nat of log pi - log pi_ref on sampled tokens, in units of the score", 0.1)
@@ -202,6 +208,10 @@ class PPOConfig(StageConfig):
     clip_range: float = option("the probability ratio is clipped to 1 +- this", 0.2)
     clip_range_value: float = option("values are clipped to the old value +- this, in units of the score", 0.2)
     vf_coef: float = option("weight of the value loss", 0.5)
+    value_model: Literal["adapter", "shared_trunk"] = option(
+        "adapter: an adapter of its own; shared_trunk: a head on the policy's, faster, but both losses pull at one trunk",
+        "adapter",
+    )
     value_learning_rate: float | None = option("step size of the value adapter and head; default: learning_rate", None)
     ptx_coef: float = option(
         "PPO-ptx: weight of the mean negative log-likelihood of texts mixed into each update (InstructGPT: 27.8)", 0.0
@@ -242,6 +252,10 @@ class PPOConfig(StageConfig):
         for name in ("kl_target", "max_approx_kl", "max_kl", "reward_clip"):
             value = getattr(self, name)
             require(value is None or value > 0, f"{name} must be above 0, got {value}")
+        require(
+            self.value_model == "adapter" or self.value_warmup_updates == 0,
+            "value_warmup_updates needs value_model adapter: on a shared trunk the value loss trains the policy",
+        )
         require(self.ptx_coef >= 0, f"ptx_coef must not be negative, got {self.ptx_coef}")
         require(
             self.ptx_coef == 0 or round(self.minibatch_size * self.ptx_ratio) >= 1,

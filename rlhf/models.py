@@ -155,6 +155,8 @@ def lora_config(config: StageConfig, task_type: str, *, dropout: float | None = 
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout if dropout is None else dropout,
         target_modules=targets[0] if targets == ["all-linear"] else targets,
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
         modules_to_save=["score"] if task_type == "SEQ_CLS" else None,
         task_type=task_type,
     )
@@ -238,12 +240,14 @@ class SharedModels(nn.Module):
     """One frozen base, three adapters: `policy` (fresh, so it starts as the SFT model), `reward` (frozen) and `value`.
 
     `policy` and `value` train, with the value head; everything else is frozen. `role` chooses who answers; the reference is
-    the base with all adapters off.
+    the base with all adapters off. With `shared_trunk` there is no value adapter: the value head sits on the policy's.
     """
 
-    def __init__(self, base: PreTrainedModel, policy: LoraConfig, compute: Compute) -> None:
+    def __init__(
+        self, base: PreTrainedModel, policy: LoraConfig, compute: Compute, *, shared_trunk: bool = False
+    ) -> None:
         super().__init__()
-        self.compute = compute
+        self.compute, self.shared_trunk = compute, shared_trunk
         base.requires_grad_(False)
         self.peft = get_peft_model(base, policy, adapter_name="policy")
         head_dtype = torch.promote_types(compute.dtype, torch.float32)
@@ -270,6 +274,8 @@ class SharedModels(nn.Module):
     def load_reward(self, folder: Path, mean: float, std: float) -> None:
         """Puts a trained reward adapter and its head on the base, and starts the value adapter and head from them.
 
+        A head on the policy's trunk starts at 0: the reward's head reads another trunk.
+
         Raises:
             UserError: the folder holds no score head (a reward model saved without it scores at random).
         """
@@ -278,7 +284,7 @@ class SharedModels(nn.Module):
             raise UserError(f"{folder} holds no score head ({_SCORE_KEY}); train the reward model again")
         head = state.pop(_SCORE_KEY)
         saved = LoraConfig.from_pretrained(str(folder))
-        for name in ("reward", "value"):
+        for name in ("reward",) if self.shared_trunk else ("reward", "value"):
             config = LoraConfig(
                 r=saved.r,
                 lora_alpha=saved.lora_alpha,
@@ -299,15 +305,17 @@ class SharedModels(nn.Module):
                 raise UserError(f"{folder} was made for another model: {wrong[0]} is on one side only")
         with torch.no_grad():
             self.reward_head.weight.copy_(head)
-            # The value head starts as the *normalised* score, which is what the returns are made of.
-            self.value_head.weight.copy_(head / std)
-            self.value_head.bias.fill_(-mean / std)
+            if not self.shared_trunk:
+                # The value head starts as the *normalised* score, which is what the returns are made of.
+                self.value_head.weight.copy_(head / std)
+                self.value_head.bias.fill_(-mean / std)
         self.reward_mean, self.reward_std = mean, std
         self._adapters_added()
 
     def fresh_value(self, config: LoraConfig) -> None:
         """A value adapter and head that know nothing, where no reward adapter is there to start from: all values are 0."""
-        self.peft.add_adapter("value", copy.deepcopy(config))
+        if not self.shared_trunk:
+            self.peft.add_adapter("value", copy.deepcopy(config))
         self._adapters_added()
 
     def _adapters_added(self) -> None:
@@ -334,7 +342,7 @@ class SharedModels(nn.Module):
             else:
                 for layer in self._layers:
                     layer.enable_adapters(True)
-                    layer.set_adapter(role)
+                    layer.set_adapter("policy" if role == "value" and self.shared_trunk else role)
             for parameter, requires_grad in found:
                 parameter.requires_grad_(requires_grad)
             yield

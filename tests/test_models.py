@@ -94,7 +94,12 @@ def shared_models(family: str, folder: Path, config: PPOConfig, *, seed: int = 2
     base = build_model(family, VOCAB, dtype=dtype)
     assert pack_rows(base)  # as load_base does
     torch.manual_seed(seed)
-    models = SharedModels(base, lora_config(config, "CAUSAL_LM"), Compute(torch.device("cpu"), dtype))
+    models = SharedModels(
+        base,
+        lora_config(config, "CAUSAL_LM"),
+        Compute(torch.device("cpu"), dtype),
+        shared_trunk=config.value_model == "shared_trunk",
+    )
     models.load_reward(folder, REWARD_MEAN, REWARD_STD)
     if not fresh:
         fill_adapters(models, seed)
@@ -220,6 +225,33 @@ def test_adapters_and_heads_are_fp32_on_a_bf16_base(tmp_path: Path) -> None:
     for name, figures in exact.items():
         scale = float(figures.abs().max())
         torch.testing.assert_close(got[name], figures, rtol=0, atol=0.05 * scale, msg=name)
+
+
+@pytest.mark.parametrize("kind", ["use_dora", "use_rslora"])
+def test_other_adapters_of_peft_start_as_the_reference_and_train(kind: str, tmp_path: Path) -> None:
+    """Catches: an adapter whose start is not the SFT model, parameters that the optimiser does not know, a wrong merge."""
+    config = ppo_config(**{kind: True})
+    models = shared_models("llama", tmp_path, config, fresh=True)
+    before = answers(models)
+    torch.testing.assert_close(
+        before["policy"], before["reference"], rtol=0, atol=1e-12 if kind == "use_rslora" else 1e-5
+    )
+    trained = models.trainable("policy")
+    assert any("magnitude" in name for name in trained) == (kind == "use_dora")
+    forward.token_logprobs(models, "policy", sequences(), 1.0).sum().backward()
+    with torch.no_grad():
+        for parameter in trained.values():
+            assert parameter.grad is not None
+            parameter.sub_(0.05 * parameter.grad / (parameter.grad.norm() + 1e-9))
+    after = answers(models)
+    assert torch.equal(after["reference"], before["reference"]) and torch.equal(after["reward"], before["reward"])
+    assert float((after["policy"] - before["policy"]).abs().max()) > 1e-3
+    ids = torch.tensor([[5, 6, 7, 20, 21]])
+    with torch.no_grad():
+        with models.merged_policy() as sampler:
+            sampled = sampler(input_ids=ids).logits
+        with models.role("policy"):
+            torch.testing.assert_close(sampled, models.causal(input_ids=ids).logits, rtol=0, atol=1e-5)
 
 
 # ---- merging --------------------------------------------------------------------------------------------------------

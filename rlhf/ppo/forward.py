@@ -17,18 +17,16 @@ _TOKENS_AT_ONCE = 128
 
 
 def token_logprobs(models: SharedModels, role: Role, batch: Sequences, temperature: float) -> Tensor:
-    """Log-probabilities (B, R) of the response tokens, nats, 0 where masked.
-
-    Logits exist only for real response tokens, a few at a time: never (B, T, V).
-    """
+    """Log-probabilities (B, R) of the response tokens, nats, 0 where masked."""
     with models.role(role):
+        return _logprobs(models, _states_before_tokens(models, batch), batch, temperature)
+
+
+def logprobs_and_values(models: SharedModels, batch: Sequences, temperature: float) -> tuple[Tensor, Tensor]:
+    """The policy's log-probabilities and the values on its trunk, (B, R) each, in one forward pass (`shared_trunk`)."""
+    with models.role("policy"):
         states = _states_before_tokens(models, batch)
-        tokens = batch.responses[batch.mask]
-        parts = [
-            F.sequence_logprobs(models.logits(part), target, temperature=temperature)
-            for part, target in zip(states.split(_TOKENS_AT_ONCE), tokens.split(_TOKENS_AT_ONCE), strict=True)
-        ]
-    return _scatter(torch.cat(parts), batch.mask)
+        return _logprobs(models, states, batch, temperature), _scatter(models.values(states), batch.mask)
 
 
 @torch.no_grad()
@@ -73,6 +71,16 @@ def sequence_scores(models: SharedModels, batch: Sequences) -> Tensor:
         hidden = models.hidden(batch.input_ids, batch.attention_mask)
         last = batch.prompts.shape[1] + batch.mask.sum(dim=1) - 1
         return models.scores(hidden[torch.arange(len(batch), device=last.device), last])
+
+
+def _logprobs(models: SharedModels, states: Tensor, batch: Sequences, temperature: float) -> Tensor:
+    """Of the response tokens (B, R). Logits exist only for real response tokens, a few at a time: never (B, T, V)."""
+    tokens = batch.responses[batch.mask]
+    parts = [
+        F.sequence_logprobs(models.logits(part), target, temperature=temperature)
+        for part, target in zip(states.split(_TOKENS_AT_ONCE), tokens.split(_TOKENS_AT_ONCE), strict=True)
+    ]
+    return _scatter(torch.cat(parts), batch.mask)
 
 
 def _states_before_tokens(models: SharedModels, batch: Sequences) -> Tensor:

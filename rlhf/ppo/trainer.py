@@ -267,19 +267,20 @@ class PPOTrainer:
         c, first, kl = self.config, totals.steps == 0, 0.0
         for rows in microbatches:
             batch = rollout.select(rows)
+            if self.models.shared_trunk:
+                logprobs, values = forward.logprobs_and_values(self.models, batch, c.temperature)
+                loss, part = self._policy_loss(logprobs, batch, advantages[rows], totals, first=first)
+                ((loss + c.vf_coef * self._value_loss(values, batch, returns[rows], totals)) / tokens).backward()
+                kl += part
+                continue
             if self.updates_done >= c.value_warmup_updates:
-                kl += self._policy_backward(batch, advantages[rows], tokens, totals, first=first)
-            # The policy's activations are gone before the value's are made.
+                logprobs = forward.token_logprobs(self.models, "policy", batch, c.temperature)
+                loss, part = self._policy_loss(logprobs, batch, advantages[rows], totals, first=first)
+                (loss / tokens).backward()
+                kl += part
+                del logprobs, loss  # the policy's activations are gone before the value's are made
             values = forward.token_values(self.models, batch)
-            loss, clipped = F.value_loss(
-                values,
-                batch.values,
-                returns[rows, : values.shape[1]],
-                batch.mask,
-                clip_range_value=c.clip_range_value,
-            )
-            (c.vf_coef * loss.sum() / tokens).backward()
-            totals.add_value(loss, clipped, int(batch.mask.sum()))
+            (c.vf_coef * self._value_loss(values, batch, returns[rows], totals) / tokens).backward()
         if first and totals.first_ratio_error > RATIO_TOLERANCE[self.models.compute.dtype]:
             raise RuntimeError(
                 f"the first probability ratio of a rollout is off 1 by {totals.first_ratio_error:.3g}: old log-probabilities "
@@ -287,20 +288,24 @@ class PPOTrainer:
             )
         return kl / tokens
 
-    def _policy_backward(
-        self, batch: Rollout, advantages: Tensor, tokens: int, totals: Totals, *, first: bool
-    ) -> float:
-        """The policy's gradient of one microbatch; returns the sum of its tokens' approx_kl."""
-        logprobs = forward.token_logprobs(self.models, "policy", batch, self.config.temperature)
+    def _policy_loss(
+        self, logprobs: Tensor, batch: Rollout, advantages: Tensor, totals: Totals, *, first: bool
+    ) -> tuple[Tensor, float]:
+        """The policy's loss of one microbatch, summed over its tokens, and the sum of their approx_kl."""
+        advantages = advantages[:, : logprobs.shape[1]]
         loss, clipped = F.policy_loss(
-            logprobs,
-            batch.logprobs,
-            advantages[:, : logprobs.shape[1]],
-            batch.mask,
-            clip_range=self.config.clip_range,
+            logprobs, batch.logprobs, advantages, batch.mask, clip_range=self.config.clip_range
         )
-        (loss.sum() / tokens).backward()
-        return totals.add_policy(loss, clipped, logprobs, batch, first=first)
+        return loss.sum(), totals.add_policy(loss, clipped, logprobs, batch, first=first)
+
+    def _value_loss(self, values: Tensor, batch: Rollout, returns: Tensor, totals: Totals) -> Tensor:
+        """The value loss of one microbatch, summed over its tokens."""
+        returns = returns[:, : values.shape[1]]
+        loss, clipped = F.value_loss(
+            values, batch.values, returns, batch.mask, clip_range_value=self.config.clip_range_value
+        )
+        totals.add_value(loss, clipped, int(batch.mask.sum()))
+        return loss.sum()
 
     def _text_backward(self, totals: Totals) -> None:
         """PPO-ptx: adds the gradient of ptx_coef * mean negative log-likelihood of the next texts (InstructGPT, eq. 2).
@@ -423,9 +428,16 @@ def sampling_options(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> S
     return SamplingOptions(
         max_new_tokens=config.response_length,
         temperature=config.temperature,
-        stop_token_ids=stop_token_ids(tokenizer),
+        stop_token_ids=sorted({*stop_token_ids(tokenizer), *(_token_id(tokenizer, t) for t in config.stop_tokens)}),
         pad_token_id=int(tokenizer.pad_token_id),
     )
+
+
+def _token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
+    ids = tokenizer.encode(token, add_special_tokens=False)
+    if len(ids) != 1:
+        raise UserError(f"stop_tokens: {token!r} is {len(ids)} tokens of this tokenizer; a stop token is one")
+    return int(ids[0])
 
 
 def penalties(config: PPOConfig) -> Penalties:

@@ -53,7 +53,8 @@ def run(config: PPOConfig, *, reuse: bool = False) -> Artifact:
         held_out_ids = encode_prompts(held_out, tokenizer, config.max_prompt_length)
         sources = open_sources(config, run.compute)
         lora = lora_config(config, "CAUSAL_LM", dropout=0.0)
-        models = SharedModels(load_policy(policy, config, run.compute), lora, run.compute)
+        base = load_policy(policy, config, run.compute)
+        models = SharedModels(base, lora, run.compute, shared_trunk=config.value_model == "shared_trunk")
         if rewards:
             manifest = rewards[0].manifest
             models.load_reward(rewards[0].path, float(manifest.reward_mean or 0.0), float(manifest.reward_std or 1.0))

@@ -11,12 +11,14 @@ from ppo.conftest import Make
 from ppo.test_trainer import weights
 from test_models import ppo_config
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from rlhf import checkpoint
 from rlhf.errors import UserError
+from rlhf.ppo import forward
 from rlhf.ppo import functional as F
 from rlhf.ppo.rollout import Penalties
-from rlhf.ppo.trainer import MAX_ROLL_BACKS, KLLimitPassed, PPOTrainer
+from rlhf.ppo.trainer import MAX_ROLL_BACKS, KLLimitPassed, PPOTrainer, sampling_options
 
 FAST = {"learning_rate": 2e-2, "lr_scheduler_type": "constant_with_warmup"}
 
@@ -146,6 +148,42 @@ def test_each_prompt_gets_its_number_of_responses(make: Make) -> None:
     assert len({tuple(r[m].tolist()) for r, m in zip(rollout.responses[:4], rollout.mask[:4], strict=True)}) > 1
 
 
+def test_value_head_on_the_shared_trunk(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches: a value loss that does not reach the trunk, one that counts twice, values from another role's trunk.
+    The oracle takes both losses from separate forward passes."""
+    options = {"value_model": "shared_trunk", "rollout_batch_size": 8, "minibatch_size": 8, "vf_coef": 0.7}
+    trainer = make("llama", **options)
+    models, gradients = trainer.models, {}
+    with torch.no_grad():
+        models.value_head.weight.copy_(torch.linspace(-1, 1, 32)[None])
+    assert sorted(trainer.models.trainable("value")) == ["value_head.bias", "value_head.weight"]
+    assert not any(".value." in name for name, _ in models.peft.named_parameters())
+    update, optimise, seen = trainer._update, trainer.optimise, []
+
+    def record(totals: object) -> None:
+        named = {**models.trainable("policy"), **models.trainable("value")}
+        gradients.update({n: p.grad.clone() for n, p in named.items()})
+        for parameter in named.values():
+            parameter.grad = None
+        rollout, advantages, returns = seen[0]
+        logprobs = forward.token_logprobs(models, "policy", rollout, 1.0)
+        values = forward.token_values(models, rollout)
+        policy, _ = F.policy_loss(logprobs, rollout.logprobs, advantages, rollout.mask, clip_range=0.2)
+        value, _ = F.value_loss(values, rollout.values, returns, rollout.mask, clip_range_value=0.2)
+        ((policy.sum() + 0.7 * value.sum()) / rollout.mask.sum()).backward()
+        for name, parameter in named.items():
+            torch.testing.assert_close(gradients[name], parameter.grad, rtol=0, atol=1e-6, msg=name)  # norms are fp32
+        assert float(max(g.abs().max() for g in gradients.values())) > 1e-3
+        update(totals)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(trainer, "_update", record)
+    monkeypatch.setattr(trainer, "optimise", lambda *args: (seen.append(args), optimise(*args))[1])
+    before = value_weights(trainer)
+    metrics = trainer.step()
+    assert len(seen) == 1 and metrics["ppo/first_ratio_error"] == 0 and metrics["ppo/value_loss"] > 0
+    assert not same(before, value_weights(trainer))
+
+
 # ---- PPO-ptx --------------------------------------------------------------------------------------------------------
 
 TEXTS = [([5, 6, 7], [20, 21, 2]), ([5, 8], [22, 2]), ([9], [23, 24, 25, 26, 2])]
@@ -237,6 +275,18 @@ def test_averaged_policy_is_the_running_mean_and_is_put_back(make: Make) -> None
     assert same(again.average, trainer.average)
 
 
+# ---- where a response ends ------------------------------------------------------------------------------------------
+
+
+def test_further_stop_tokens_end_responses(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Catches: an option that replaces the model's own stop tokens, and a word that is cut into its first token."""
+    usual = sampling_options(ppo_config(), tokenizer).stop_token_ids
+    more = sampling_options(ppo_config(stop_tokens=["."]), tokenizer).stop_token_ids
+    assert set(more) - set(usual) == set(tokenizer.encode(".")) and set(usual) < set(more)
+    with pytest.raises(UserError, match=r"stop_tokens: '\.\?\.' is 3 tokens"):
+        sampling_options(ppo_config(stop_tokens=[".?."]), tokenizer)
+
+
 # ---- the KL over the whole vocabulary -------------------------------------------------------------------------------
 
 
@@ -281,6 +331,7 @@ def test_kl_is_summed_over_a_response_and_averaged_over_responses(make: Make) ->
         ({"num_responses_per_prompt": 3, "rollout_batch_size": 8}, "must be a multiple of num_responses_per_prompt"),
         ({"kl_target": 6.0, "kl_coef": 0.0}, "kl_target needs a kl_coef above 0"),
         ({"ptx_coef": 1.0, "ptx_ratio": 0.01}, "mixes no text"),
+        ({"value_model": "shared_trunk", "value_warmup_updates": 1}, "needs value_model adapter"),
         ({"max_kl": 0.0}, "max_kl must be above 0"),
         ({"ema_decay": 1.0}, "ema_decay must be between 0 and 1"),
         ({"whiten_rewards": True, "rollout_batch_size": 4}, "whiten_rewards needs a rollout_batch_size of at least 8"),
