@@ -141,7 +141,12 @@ class RewardConfig(TrainingLength, StageConfig):
     )
     min_responses: int = option("rankings of fewer responses are left out of training, 2 keeps all", 2)
     eval_rating_difference: float = option("accuracy is measured on pairs whose ratings differ by at least this", 1.0)
-    normalize_std: bool = option("scale scores to standard deviation 1 on the demonstrations", True)
+    normalize_on: Literal["demonstrations", "policy"] = option(
+        "responses whose mean score becomes 0: demonstrations (InstructGPT), or the SFT policy's own (Ziegler et al. 2019)",
+        "demonstrations",
+    )
+    normalize_std: bool = option("scale scores to standard deviation 1 on those responses, too", True)
+    response_length: int = option("longest response sampled for normalize_on policy, tokens", 48)
     gold: str | None = option(
         "an independent scorer to compare with: package.module:function(responses) -> scores", None
     )

@@ -16,6 +16,8 @@ from rlhf.packing import common_prefix
 
 #: The batch is cut down to its unfinished rows once fewer than this share of it is still being written.
 _COMPACT_BELOW = 0.75
+#: Responses that evaluations sample together: their keys and values are in memory at once.
+SAMPLED_AT_ONCE = 64
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,12 +18,11 @@ from rlhf.ppo.rollout import SamplingOptions, respond
 from rlhf.ppo.types import concatenate, length_sorted_batches
 from rlhf.reward.evaluate import GoldFunction
 from rlhf.reward.sources import Responses, Reward
+from rlhf.sampling import SAMPLED_AT_ONCE
 from rlhf.tokenization import decode_response
 
 #: VADER calls a text positive above .05 and negative below -.05 (Hutto & Gilbert, ICWSM 2014).
 GOLD_THRESHOLD = 0.05
-#: Responses that are sampled together: their keys and values are in memory at once.
-_SAMPLED_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -56,8 +55,8 @@ def evaluate_policy(
         prompts, rows: token ids of the prompts, and the data rows that they came from.
     """
     parts = [
-        respond(models, prompts[i : i + _SAMPLED_AT_ONCE], options, reference=reference, seed=seed + i)
-        for i in range(0, len(prompts), _SAMPLED_AT_ONCE)
+        respond(models, prompts[i : i + SAMPLED_AT_ONCE], options, reference=reference, seed=seed + i)
+        for i in range(0, len(prompts), SAMPLED_AT_ONCE)
     ]
     sequences = concatenate([part for part, _ in parts], options.pad_token_id)
     stopped = torch.cat([sampled.stopped for _, sampled in parts])

@@ -1,7 +1,7 @@
 """Stage 2: a reward model on the SFT policy. `python -m rlhf.stages.reward --config FILE --policy sft/NAME`
 
 An adapter and a score head on the merged SFT policy, trained on rankings of K responses a prompt; scores are normalised so
-that demonstrations score 0; registers the adapter as reward/NAME.
+that demonstrations (or the policy's own responses) score 0; registers the adapter as reward/NAME.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import RewardConfig as TrlRewardConfig
 
 from rlhf.config import RewardConfig, parse_config, require
@@ -21,10 +21,11 @@ from rlhf.models import direct_casting, load_policy, lora_config, save_adapter, 
 from rlhf.registry import Artifact, Registry
 from rlhf.reward.evaluate import comparison_figures, load_function, prompt_numbers, score_tokens
 from rlhf.reward.ranking import RankingCollator, RankingTrainer
-from rlhf.stages.common import Run, describe_data, finished_already, open_run, stage_recipe, train, trainer_arguments
-from rlhf.tokenization import encode_prompt, encode_response, load_tokenizer
+from rlhf.sampling import SAMPLED_AT_ONCE, sample
+from rlhf.stages.common import describe_data, finished_already, open_run, stage_recipe, train, trainer_arguments
+from rlhf.tokenization import encode_prompt, encode_response, load_tokenizer, pad, stop_token_ids
 
-#: Demonstrations whose scores set the zero and the unit of the reward.
+#: Responses whose scores set the zero and the unit of the reward.
 NORMALIZATION_SAMPLES = 256
 
 
@@ -69,7 +70,7 @@ def run(config: RewardConfig, *, reuse: bool = False) -> Artifact:
                 )
                 columns: dict[str, Any] = {name: validation[name] for name in validation.column_names}
                 figures = comparison_figures(columns, scores, config.eval_rating_difference, gold)
-                mean, std = _normalization(config, run, model, tokenizer, comparisons)
+                mean, std = _normalization(config, model, base, tokenizer, comparisons)
 
         def write(folder: Path) -> None:
             save_adapter(model, folder, adapter="default", base_model=policy.manifest.base_model)
@@ -99,9 +100,26 @@ def tokenize(data: Loaded, tokenizer: PreTrainedTokenizerBase, max_length: int, 
 
 @torch.no_grad()
 def _normalization(
-    config: RewardConfig, run: Run, model: Any, tokenizer: PreTrainedTokenizerBase, comparisons: Loaded
+    config: RewardConfig,
+    model: Any,
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    comparisons: Loaded,
 ) -> tuple[float, float]:
-    """Mean and spread of raw scores on demonstrations; where there are none, on the best response of each ranking."""
+    """Mean and spread of raw scores on the responses that `normalize_on` names."""
+    if config.normalize_on == "policy":
+        with model.disable_adapter():
+            ids = _own_responses(config, base, tokenizer)
+    else:
+        ids = _demonstrations(config, tokenizer, comparisons)
+    scores = score_tokens(model, ids, int(tokenizer.pad_token_id), config.per_device_eval_batch_size)
+    std = float(scores.std()) if config.normalize_std and len(scores) > 1 else 1.0
+    require(std > 0, "the reward model gives every response the same score; it has learned nothing")
+    return float(scores.mean()), std
+
+
+def _demonstrations(config: RewardConfig, tokenizer: PreTrainedTokenizerBase, comparisons: Loaded) -> list[list[int]]:
+    """Token rows of demonstrations; where there are none, of the best response of each ranking."""
     try:
         rows = load_rows(config.dataset, "train", kind="demonstrations").rows
         pairs = [
@@ -110,11 +128,31 @@ def _normalization(
     except UserError:
         rows = comparisons.rows.select(range(min(len(comparisons.rows), NORMALIZATION_SAMPLES)))
         pairs = [(row["prompt"], row["responses"][row["ratings"].index(max(row["ratings"]))]) for row in rows]
-    ids = [encode_prompt(tokenizer, p) + encode_response(tokenizer, p, a) for p, a in pairs]
-    scores = score_tokens(model, ids, int(tokenizer.pad_token_id), config.per_device_eval_batch_size)
-    std = float(scores.std()) if config.normalize_std and len(scores) > 1 else 1.0
-    require(std > 0, "the reward model gives every demonstration the same score; it has learned nothing")
-    return float(scores.mean()), std
+    return [encode_prompt(tokenizer, p) + encode_response(tokenizer, p, a) for p, a in pairs]
+
+
+def _own_responses(config: RewardConfig, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token rows of prompts with responses that the SFT policy samples to them."""
+    rows = load_rows(config.dataset, "train", kind="prompts").rows
+    prompts = [encode_prompt(tokenizer, rows[i % len(rows)]["prompt"]) for i in range(NORMALIZATION_SAMPLES)]
+    generator = torch.Generator().manual_seed(config.seed)
+    answered: list[list[int]] = []
+    for first in range(0, len(prompts), SAMPLED_AT_ONCE):
+        part = prompts[first : first + SAMPLED_AT_ONCE]
+        ids, mask = pad(part, int(tokenizer.pad_token_id), side="left")
+        sampled = sample(
+            base,
+            ids.to(base.device),
+            mask.to(base.device),
+            max_new_tokens=config.response_length,
+            temperature=1.0,
+            stop_token_ids=stop_token_ids(tokenizer),
+            pad_token_id=int(tokenizer.pad_token_id),
+            generator=generator,
+        )
+        answers = [row[m].tolist() for row, m in zip(sampled.responses, sampled.mask, strict=True)]
+        answered += [prompt + answer for prompt, answer in zip(part, answers, strict=True)]
+    return answered
 
 
 def main() -> None:

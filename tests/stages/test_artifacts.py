@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from rlhf.models import Compute, SharedModels, load_policy, lora_config
 from rlhf.ppo.types import METRICS
 from rlhf.registry import Artifact, Registry
 from rlhf.reward.evaluate import score_tokens
+from rlhf.stages import reward as reward_stage
 from rlhf.stages import sft
 from rlhf.tokenization import encode_prompt, encode_response, load_tokenizer
 
@@ -210,6 +212,26 @@ def test_demonstrations_score_zero_on_average(
     assert abs(float(normalised.std()) - 1) < 0.05
     shared = ppo_scores(artifacts, rows, float(manifest.reward_mean), float(manifest.reward_std))
     torch.testing.assert_close(shared, normalised, atol=1e-3, rtol=0)
+
+
+def test_own_responses_of_the_policy_can_score_zero_instead(
+    finished: tuple[Path, Path], toy_config: Path, tmp_path: Path, call: Callable[..., Any]
+) -> None:
+    """Catches: responses of the base model or of the reward model's own trunk, and a mean that is not the stored one."""
+    registry = tmp_path / "registry"
+    shutil.copytree(finished[0], registry)
+    words = ["--config", toy_config / "reward.yaml", "--registry", registry, "--output_dir", tmp_path, "--name", "own"]
+    done = call("rlhf.stages.reward", *words, "--normalize_on", "policy", "--response_length", 6, "--dtype", "float32")
+    assert done.code == 0, done.err[-3000:]
+    policy, reward = Registry(registry).get("sft/toy"), Registry(registry).get("reward/own")
+    config = RewardConfig(**reward.manifest.config)
+    models = SharedModels(load_policy(policy, FP32, COMPUTE), lora_config(FP32, "CAUSAL_LM", dropout=0.0), COMPUTE)
+    with models.role("reference"):
+        rows = reward_stage._own_responses(config, models.causal, load_tokenizer(str(policy.path)))
+    assert len(rows) == 256 and len({tuple(row) for row in rows}) > 50
+    mean, std = float(reward.manifest.reward_mean), float(reward.manifest.reward_std)
+    scores = ppo_scores({"sft": policy, "reward": reward}, rows, mean, std)
+    assert abs(float(scores.mean())) < 1e-3 and abs(float(scores.std()) - 1) < 1e-3
 
 
 def test_ppo_adapter_opens_without_this_package(
