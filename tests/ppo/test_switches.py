@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 
 import pytest
@@ -320,6 +321,35 @@ def test_kl_is_summed_over_a_response_and_averaged_over_responses(make: Make) ->
     ]
     assert metrics["objective/kl"] == pytest.approx(sum(sums) / len(sums), abs=1e-9)
     assert rollout.mask.sum() > len(rollout)
+
+
+# ---- diagnostics ----------------------------------------------------------------------------------------------------
+
+
+def test_approx_kl_and_ratios_are_those_of_the_tokens(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches: padding in a mean or a maximum, the KL of the other direction, figures of the last microbatch only."""
+    logs: list[float] = []
+    loss = F.policy_loss
+
+    def spy(new: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, **kwargs: float) -> tuple[Tensor, Tensor]:
+        logs.extend((new - old)[mask].tolist())
+        return loss(new, old, advantages, mask, **kwargs)
+
+    monkeypatch.setattr("rlhf.ppo.trainer.F.policy_loss", spy)
+    metrics = make(num_ppo_epochs=3, rollout_batch_size=8, minibatch_size=4, **FAST).step()
+    ratios = [math.exp(x) for x in logs]
+    assert max(ratios) > 1.05
+    assert metrics["ppo/ratio_max"] == pytest.approx(max(ratios), abs=1e-9)
+    assert metrics["ppo/ratio_mean"] == pytest.approx(sum(ratios) / len(ratios), abs=1e-9)
+    exact = sum(r - 1 - x for r, x in zip(ratios, logs, strict=True)) / len(logs)
+    assert metrics["ppo/approx_kl"] == pytest.approx(exact, abs=1e-9) and exact > 1e-4
+
+
+def test_first_ratio_is_one_in_bf16_to_the_last_bit(make: Make) -> None:
+    """Catches: old log-probabilities of other microbatches: in bf16 other neighbours round differently."""
+    trainer = make("llama", dtype="bfloat16", rollout_batch_size=8, minibatch_size=4, microbatch_size=2, **FAST)
+    for _ in range(2):
+        assert trainer.step()["ppo/first_ratio_error"] == 0.0
 
 
 # ---- what cannot be ------------------------------------------------------------------------------------------------

@@ -15,11 +15,12 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf.config import PPOConfig, RewardConfig, SFTConfig
 from rlhf.data_prep.loading import load_rows
-from rlhf.models import Compute, SharedModels, load_policy, lora_config
+from rlhf.models import ADAPTER_FILE, Compute, SharedModels, load_policy, lora_config, sequence_classifier
 from rlhf.ppo.types import METRICS
 from rlhf.registry import Artifact, Registry
 from rlhf.reward.evaluate import score_tokens
@@ -129,6 +130,7 @@ STRANGER = """
 import json, sys
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 base, adapter, text, out = sys.argv[1:]
 tokenizer = AutoTokenizer.from_pretrained(adapter)
@@ -196,6 +198,16 @@ def test_reward_adapter_opens_without_this_package(
     ours = ppo_scores(artifacts, rows, mean=0.0, std=1.0)
     torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=0)
     assert theirs.std() > 1e-2, "scores that are all alike would hide a wrong adapter"
+
+
+def test_the_head_of_the_reward_model_is_trained(artifacts: dict[str, Artifact]) -> None:
+    """Catches: a score head left frozen beside its adapter: such a reward model ranks by a random direction."""
+    config = RewardConfig(**artifacts["reward"].manifest.config)
+    base = load_policy(artifacts["sft"], FP32, COMPUTE)
+    start = sequence_classifier(base, artifacts["reward"].manifest.pad_token_id, seed=config.seed).score.weight.detach()
+    saved = load_file(artifacts["reward"].path / ADAPTER_FILE)["base_model.model.score.weight"]
+    assert saved.shape == start.shape
+    assert float((saved - start).norm()) > 0.01 * float(start.norm())
 
 
 def test_demonstrations_score_zero_on_average(
