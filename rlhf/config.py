@@ -178,9 +178,11 @@ class PPOConfig(StageConfig):
     num_ppo_epochs: int = option("passes over each rollout", 1)
     max_prompt_length: int = option("longest prompt, tokens; longer ones are refused", 512)
     response_length: int = option("longest response, tokens, stop token included", 48)
-    stop_tokens: list[str] = field(
+    stop_strings: list[str] = field(
         default_factory=list,
-        metadata={"help": "tokens that end a response besides those of the chat template and the model"},
+        metadata={
+            "help": "texts that end a response, besides the stop token of the chat template; kept in the response"
+        },
     )
     temperature: float = option("sampling temperature; divides policy, old and reference logits alike", 1.0)
     num_responses_per_prompt: int = option("responses sampled for each prompt; divides rollout_batch_size", 1)

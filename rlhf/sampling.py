@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, StopStringCriteria
 
 from rlhf.packing import common_prefix
 
@@ -45,8 +45,9 @@ def sample(
     stop_token_ids: list[int],
     pad_token_id: int,
     generator: torch.Generator,
+    stop_strings: StopStringCriteria | None = None,
 ) -> Sampled:
-    """Samples one response for each left-padded prompt (B, P).
+    """Samples one response for each left-padded prompt (B, P). The token that completes a stop string is its last.
 
     Each step draws one uniform number for every row of the *whole* batch, finished or not, so a row's tokens do not depend on
     when its neighbours finish.
@@ -69,7 +70,10 @@ def sample(
         responses[rows, t] = torch.where(live, tokens, pad_token_id)
         logprobs[rows, t] = torch.where(live, token_logprobs, 0.0)
         mask[rows, t] = live
-        stopped[rows] |= live & torch.isin(tokens, stops)
+        ended = torch.isin(tokens, stops)
+        if stop_strings is not None:
+            ended |= stop_strings(responses[rows, : t + 1], None)
+        stopped[rows] |= live & ended
         live = ~stopped[rows]
         if t + 1 == max_new_tokens or not live.any():
             break

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import StopStringCriteria
 
 from rlhf.models import SharedModels
 from rlhf.ppo import forward
@@ -23,6 +24,7 @@ class SamplingOptions:
     temperature: float
     stop_token_ids: list[int]
     pad_token_id: int
+    stop_strings: StopStringCriteria | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +63,7 @@ def respond(
             stop_token_ids=options.stop_token_ids,
             pad_token_id=options.pad_token_id,
             generator=generator,
+            stop_strings=options.stop_strings,
         )
     return Sequences(prompts=ids, prompt_mask=mask, responses=sampled.responses, mask=sampled.mask), sampled
 

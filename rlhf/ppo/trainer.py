@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, StopStringCriteria
 
 from rlhf import checkpoint, optim
 from rlhf.config import PPOConfig
@@ -428,16 +428,10 @@ def sampling_options(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> S
     return SamplingOptions(
         max_new_tokens=config.response_length,
         temperature=config.temperature,
-        stop_token_ids=sorted({*stop_token_ids(tokenizer), *(_token_id(tokenizer, t) for t in config.stop_tokens)}),
+        stop_token_ids=stop_token_ids(tokenizer),
         pad_token_id=int(tokenizer.pad_token_id),
+        stop_strings=StopStringCriteria(tokenizer, config.stop_strings) if config.stop_strings else None,
     )
-
-
-def _token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
-    ids = tokenizer.encode(token, add_special_tokens=False)
-    if len(ids) != 1:
-        raise UserError(f"stop_tokens: {token!r} is {len(ids)} tokens of this tokenizer; a stop token is one")
-    return int(ids[0])
 
 
 def penalties(config: PPOConfig) -> Penalties:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from ppo.conftest import Make
 from ppo.test_trainer import weights
-from test_models import ppo_config
+from test_models import VOCAB, ppo_config
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -19,7 +19,7 @@ from rlhf.errors import UserError
 from rlhf.ppo import forward
 from rlhf.ppo import functional as F
 from rlhf.ppo.rollout import Penalties
-from rlhf.ppo.trainer import MAX_ROLL_BACKS, KLLimitPassed, PPOTrainer, sampling_options
+from rlhf.ppo.trainer import MAX_ROLL_BACKS, KLLimitPassed, PPOTrainer
 
 FAST = {"learning_rate": 2e-2, "lr_scheduler_type": "constant_with_warmup"}
 
@@ -279,13 +279,30 @@ def test_averaged_policy_is_the_running_mean_and_is_put_back(make: Make) -> None
 # ---- where a response ends ------------------------------------------------------------------------------------------
 
 
-def test_further_stop_tokens_end_responses(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Catches: an option that replaces the model's own stop tokens, and a word that is cut into its first token."""
-    usual = sampling_options(ppo_config(), tokenizer).stop_token_ids
-    more = sampling_options(ppo_config(stop_tokens=["."]), tokenizer).stop_token_ids
-    assert set(more) - set(usual) == set(tokenizer.encode(".")) and set(usual) < set(more)
-    with pytest.raises(UserError, match=r"stop_tokens: '\.\?\.' is 3 tokens"):
-        sampling_options(ppo_config(stop_tokens=[".?."]), tokenizer)
+def test_stop_strings_end_responses_even_across_tokens(make: Make, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Catches: a string that is looked for in single tokens only, text after it, and a response that counts as cut off."""
+    trainer = make("llama", stop_strings=["an"], rollout_batch_size=8, response_length=40, total_episodes=16)
+    word = {tokenizer.convert_tokens_to_ids(letter): letter for letter in "abn"}
+    # The toy's vocabulary is smaller than the tokenizer's: its tokens are spelt as these letters.
+    spelt = dict(zip((20, 21, 22), word, strict=True))
+
+    class Spelling:
+        def __call__(self, ids: Tensor, scores: None) -> Tensor:
+            assert trainer.sampling.stop_strings is not None
+            translated = torch.tensor([[spelt.get(int(i), next(iter(word))) for i in row] for row in ids])
+            return criteria(translated, scores)
+
+    criteria = trainer.sampling.stop_strings
+    assert criteria is not None
+    trainer.sampling = dataclasses.replace(trainer.sampling, stop_token_ids=[VOCAB], stop_strings=Spelling())  # type: ignore[arg-type]
+    rollout, _ = trainer.collect()
+    texts = [
+        "".join(word[spelt.get(int(i), next(iter(word)))] for i in row[m])
+        for row, m in zip(rollout.responses, rollout.mask, strict=True)
+    ]
+    assert any(rollout.stopped) and not all(rollout.stopped)
+    for text, stopped in zip(texts, rollout.stopped.tolist(), strict=True):
+        assert ("an" in text) == stopped and (not stopped or text.index("an") == len(text) - 2)
 
 
 # ---- the KL over the whole vocabulary -------------------------------------------------------------------------------
