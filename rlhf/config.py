@@ -215,8 +215,11 @@ class PPOConfig(StageConfig):
     clip_range: float = option("the probability ratio is clipped to 1 +- this", 0.2)
     clip_range_value: float = option("values are clipped to the old value +- this, in units of the score", 0.2)
     vf_coef: float = option("weight of the value loss", 0.5)
+    finetuning: Literal["lora", "full"] = option(
+        "lora: adapters on one frozen base; full: all weights of policy and value, four models in fp32", "lora"
+    )
     value_model: Literal["adapter", "shared_trunk"] = option(
-        "adapter: an adapter of its own; shared_trunk: a head on the policy's, faster, but both losses pull at one trunk",
+        "adapter: weights of its own; shared_trunk: a head on the policy, faster, but both losses pull at one trunk",
         "adapter",
     )
     value_learning_rate: float | None = option("step size of the value adapter and head; default: learning_rate", None)
@@ -262,6 +265,10 @@ class PPOConfig(StageConfig):
         require(
             self.value_model == "adapter" or self.value_warmup_updates == 0,
             "value_warmup_updates needs value_model adapter: on a shared trunk the value loss trains the policy",
+        )
+        require(
+            self.finetuning == "lora" or self.quantization == "none",
+            f"finetuning full cannot train weights that are held in {self.quantization}; use finetuning lora",
         )
         require(self.ptx_coef >= 0, f"ptx_coef must not be negative, got {self.ptx_coef}")
         require(

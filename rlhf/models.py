@@ -229,14 +229,99 @@ class ScalarHead(nn.Linear):
 
     def __init__(self, width: int, *, bias: bool, dtype: torch.dtype) -> None:
         super().__init__(width, 1, bias=bias, dtype=dtype)
-        nn.init.zeros_(self.weight)
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, input: Tensor) -> Tensor:
         with torch.autocast(input.device.type, enabled=False):
             return super().forward(input.to(self.weight.dtype))
 
 
-class SharedModels(nn.Module):
+class RoleModels(nn.Module):
+    """Who answers in PPO: `policy`, `value`, `reward` and `reference`, one of them at a time (`role`).
+
+    Subclasses say where the weights are: adapters on one frozen base (`SharedModels`), or a model for each
+    (`rlhf.full.SeparateModels`). Heads and what is read off the hidden states are the same.
+    """
+
+    def __init__(self, width: int, compute: Compute, *, shared_trunk: bool) -> None:
+        super().__init__()
+        self.compute, self.shared_trunk = compute, shared_trunk
+        head_dtype = torch.promote_types(compute.dtype, torch.float32)
+        self.reward_head = ScalarHead(width, bias=False, dtype=head_dtype).requires_grad_(False)
+        self.value_head = ScalarHead(width, bias=True, dtype=head_dtype)
+        self.reward_mean, self.reward_std = 0.0, 1.0
+
+    @property
+    def causal(self) -> PreTrainedModel:
+        """The causal model that answers now."""
+        raise NotImplementedError
+
+    def role(self, role: Role) -> contextlib.AbstractContextManager[None]:
+        """Inside, the models answer as `role`."""
+        raise NotImplementedError
+
+    def merged_policy(self) -> contextlib.AbstractContextManager[PreTrainedModel]:
+        """Inside, the policy as a plain model for fast sampling."""
+        raise NotImplementedError
+
+    def trainable(self, role: Literal["policy", "value"]) -> dict[str, nn.Parameter]:
+        """The parameters that the role's loss changes, by name."""
+        raise NotImplementedError
+
+    def load_reward(self, folder: Path, mean: float, std: float) -> None:
+        """A trained reward model; the value model starts from it."""
+        raise NotImplementedError
+
+    def fresh_value(self, config: LoraConfig) -> None:
+        """A value model that knows nothing, where no reward model is there to start from: all values are 0."""
+        raise NotImplementedError
+
+    def save_policy(self, folder: Path, *, base_model: str) -> None:
+        """What is registered of the policy."""
+        raise NotImplementedError
+
+    def _no_dropout(self) -> None:
+        """For good, so that `train()` cannot bring it back."""
+        self.eval()
+        for module in self.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+            if isinstance(
+                getattr(module, "attention_dropout", None), float
+            ):  # a number, not a module, in Llama and others
+                cast(Any, module).attention_dropout = 0.0
+
+    def _start_value_head(self, head: Tensor, mean: float, std: float) -> None:
+        """The *normalised* score, which is what the returns are made of."""
+        with torch.no_grad():
+            self.value_head.weight.copy_(head / std)
+            self.value_head.bias.fill_(-mean / std)
+
+    def hidden(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+        """Last hidden states (B, T, d) of whoever has the role; positions count real tokens, whatever the padding."""
+        position_ids = (mask.long().cumsum(dim=1) - 1).clamp_min(0)
+        with self.compute.autocast(), direct_casting(self, self.compute):
+            output = backbone(self.causal)(
+                input_ids=input_ids, attention_mask=mask.long(), position_ids=position_ids, use_cache=False
+            )
+        return output.last_hidden_state
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Next-token logits (N, V) of flat hidden states (N, d): flat, so the head is one product and copies nothing."""
+        with self.compute.autocast():
+            return self.causal.get_output_embeddings()(hidden)
+
+    def values(self, hidden: Tensor) -> Tensor:
+        """Values of flat hidden states (N, d), fp32 or better."""
+        return self.value_head(hidden).squeeze(-1)
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        """Normalised scores of the last real token's hidden states (B, d): 0 is the mean of the demonstrations."""
+        return (self.reward_head(hidden).squeeze(-1) - self.reward_mean) / self.reward_std
+
+
+class SharedModels(RoleModels):
     """One frozen base, three adapters: `policy` (fresh, so it starts as the SFT model), `reward` (frozen) and `value`.
 
     `policy` and `value` train, with the value head; everything else is frozen. `role` chooses who answers; the reference is
@@ -246,25 +331,13 @@ class SharedModels(nn.Module):
     def __init__(
         self, base: PreTrainedModel, policy: LoraConfig, compute: Compute, *, shared_trunk: bool = False
     ) -> None:
-        super().__init__()
-        self.compute, self.shared_trunk = compute, shared_trunk
+        super().__init__(base.config.hidden_size, compute, shared_trunk=shared_trunk)
         base.requires_grad_(False)
         self.peft = get_peft_model(base, policy, adapter_name="policy")
-        head_dtype = torch.promote_types(compute.dtype, torch.float32)
-        self.reward_head = ScalarHead(base.config.hidden_size, bias=False, dtype=head_dtype).requires_grad_(False)
-        self.value_head = ScalarHead(base.config.hidden_size, bias=True, dtype=head_dtype)
-        self.reward_mean, self.reward_std = 0.0, 1.0
         self.to(compute.device)
-        self.eval()  # no dropout in RL; all dropout is switched off for good below, so train() cannot bring it back
-        for module in self.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
-            if isinstance(
-                getattr(module, "attention_dropout", None), float
-            ):  # a number, not a module, in Llama and others
-                cast(Any, module).attention_dropout = 0.0
+        self._no_dropout()
         self._layers = [m for m in self.peft.modules() if isinstance(m, LoraLayer)]
-        _check_plain_head(base)
+        check_plain_head(base)
 
     @property
     def causal(self) -> PreTrainedModel:
@@ -305,10 +378,8 @@ class SharedModels(nn.Module):
                 raise UserError(f"{folder} was made for another model: {wrong[0]} is on one side only")
         with torch.no_grad():
             self.reward_head.weight.copy_(head)
-            if not self.shared_trunk:
-                # The value head starts as the *normalised* score, which is what the returns are made of.
-                self.value_head.weight.copy_(head / std)
-                self.value_head.bias.fill_(-mean / std)
+        if not self.shared_trunk:
+            self._start_value_head(head, mean, std)
         self.reward_mean, self.reward_std = mean, std
         self._adapters_added()
 
@@ -317,6 +388,14 @@ class SharedModels(nn.Module):
         if not self.shared_trunk:
             self.peft.add_adapter("value", copy.deepcopy(config))
         self._adapters_added()
+
+    def save_policy(self, folder: Path, *, base_model: str) -> None:
+        """The policy's adapter, as plain peft opens it."""
+        save_adapter(self.peft, folder, adapter="policy", base_model=base_model)
+
+    def merged_reward(self) -> PreTrainedModel:
+        """The base with the reward adapter merged in, for good: these models are used up."""
+        return cast(Any, self.peft).merge_and_unload(adapter_names=["reward"])
 
     def _adapters_added(self) -> None:
         for name, parameter in self.peft.named_parameters():
@@ -380,28 +459,6 @@ class SharedModels(nn.Module):
             for weight, data in kept:
                 weight.data = data
 
-    def hidden(self, input_ids: Tensor, mask: Tensor) -> Tensor:
-        """Last hidden states (B, T, d) of whoever has the role; positions count real tokens, whatever the padding."""
-        position_ids = (mask.long().cumsum(dim=1) - 1).clamp_min(0)
-        with self.compute.autocast(), direct_casting(self.peft, self.compute):
-            output = backbone(self.causal)(
-                input_ids=input_ids, attention_mask=mask.long(), position_ids=position_ids, use_cache=False
-            )
-        return output.last_hidden_state
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Next-token logits (N, V) of flat hidden states (N, d): flat, so the head is one product and copies nothing."""
-        with self.compute.autocast():
-            return self.causal.get_output_embeddings()(hidden)
-
-    def values(self, hidden: Tensor) -> Tensor:
-        """Values of flat hidden states (N, d), fp32 or better."""
-        return self.value_head(hidden).squeeze(-1)
-
-    def scores(self, hidden: Tensor) -> Tensor:
-        """Normalised scores of the last real token's hidden states (B, d): 0 is the mean of the demonstrations."""
-        return (self.reward_head(hidden).squeeze(-1) - self.reward_mean) / self.reward_std
-
 
 def _is_adapter(name: str, role: str) -> bool:
     """Whether a parameter belongs to a role's adapter: a layer of the base may itself be called `value`."""
@@ -409,7 +466,7 @@ def _is_adapter(name: str, role: str) -> bool:
 
 
 @torch.no_grad()
-def _check_plain_head(model: PreTrainedModel) -> None:
+def check_plain_head(model: PreTrainedModel) -> None:
     """Refuses a model whose logits are more than its output embedding of the last hidden state (soft caps, scales)."""
     ids = torch.arange(1, 9, device=model.device)[None]  # not 0: as a padding token its embedding may be all zeros
     expected = model(input_ids=ids, use_cache=False).logits

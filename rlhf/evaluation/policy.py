@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.evaluation.text import distinct_n
-from rlhf.models import SharedModels
+from rlhf.models import RoleModels
 from rlhf.ppo import forward
 from rlhf.ppo import functional as F
 from rlhf.ppo.rollout import SamplingOptions, respond
@@ -37,7 +37,7 @@ class Answers:
 
 @torch.no_grad()
 def evaluate_policy(
-    models: SharedModels,
+    models: RoleModels,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     rows: Sequence[Mapping[str, Any]],

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf.models import Role, SharedModels
+from rlhf.models import Role, RoleModels
 from rlhf.ppo import functional as F
 from rlhf.ppo.types import Sequences
 
@@ -16,13 +16,13 @@ from rlhf.ppo.types import Sequences
 _TOKENS_AT_ONCE = 128
 
 
-def token_logprobs(models: SharedModels, role: Role, batch: Sequences, temperature: float) -> Tensor:
+def token_logprobs(models: RoleModels, role: Role, batch: Sequences, temperature: float) -> Tensor:
     """Log-probabilities (B, R) of the response tokens, nats, 0 where masked."""
     with models.role(role):
         return _logprobs(models, _states_before_tokens(models, batch), batch, temperature)
 
 
-def logprobs_and_values(models: SharedModels, batch: Sequences, temperature: float) -> tuple[Tensor, Tensor]:
+def logprobs_and_values(models: RoleModels, batch: Sequences, temperature: float) -> tuple[Tensor, Tensor]:
     """The policy's log-probabilities and the values on its trunk, (B, R) each, in one forward pass (`shared_trunk`)."""
     with models.role("policy"):
         states = _states_before_tokens(models, batch)
@@ -30,7 +30,7 @@ def logprobs_and_values(models: SharedModels, batch: Sequences, temperature: flo
 
 
 @torch.no_grad()
-def compared_logprobs(models: SharedModels, batch: Sequences, temperature: float) -> Tensor:
+def compared_logprobs(models: RoleModels, batch: Sequences, temperature: float) -> Tensor:
     """Policy against reference, (4, B, R) in nats, 0 where masked: log-probabilities of the response tokens under the
     policy and under the reference, the policy's entropy, and KL(policy || reference) over the whole vocabulary.
     """
@@ -58,14 +58,14 @@ def compared_logprobs(models: SharedModels, batch: Sequences, temperature: float
     return torch.stack([_scatter(flat, batch.mask) for flat in torch.cat(parts, dim=1)])
 
 
-def token_values(models: SharedModels, batch: Sequences) -> Tensor:
+def token_values(models: RoleModels, batch: Sequences) -> Tensor:
     """V(s_t) (B, R), read *before* token t, in units of the score; 0 where masked."""
     with models.role("value"):
         flat = models.values(_states_before_tokens(models, batch))
     return _scatter(flat, batch.mask)
 
 
-def sequence_scores(models: SharedModels, batch: Sequences) -> Tensor:
+def sequence_scores(models: RoleModels, batch: Sequences) -> Tensor:
     """The reward model's normalised score (B,), read at the last real response token."""
     with models.role("reward"):
         hidden = models.hidden(batch.input_ids, batch.attention_mask)
@@ -73,7 +73,7 @@ def sequence_scores(models: SharedModels, batch: Sequences) -> Tensor:
         return models.scores(hidden[torch.arange(len(batch), device=last.device), last])
 
 
-def _logprobs(models: SharedModels, states: Tensor, batch: Sequences, temperature: float) -> Tensor:
+def _logprobs(models: RoleModels, states: Tensor, batch: Sequences, temperature: float) -> Tensor:
     """Of the response tokens (B, R). Logits exist only for real response tokens, a few at a time: never (B, T, V)."""
     tokens = batch.responses[batch.mask]
     parts = [
@@ -83,7 +83,7 @@ def _logprobs(models: SharedModels, states: Tensor, batch: Sequences, temperatur
     return _scatter(torch.cat(parts), batch.mask)
 
 
-def _states_before_tokens(models: SharedModels, batch: Sequences) -> Tensor:
+def _states_before_tokens(models: RoleModels, batch: Sequences) -> Tensor:
     """Hidden states (N, d) from which the real response tokens are predicted: one position to the left of each."""
     hidden = models.hidden(batch.input_ids, batch.attention_mask)
     return hidden[:, batch.prompts.shape[1] - 1 : -1][batch.mask]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import StopStringCriteria
 
-from rlhf.models import SharedModels
+from rlhf.models import RoleModels
 from rlhf.ppo import forward
 from rlhf.ppo.types import Rollout, Sequences
 from rlhf.sampling import Sampled, sample
@@ -45,7 +45,7 @@ class Penalties:
 
 
 def respond(
-    models: SharedModels, prompts: Sequence[Sequence[int]], options: SamplingOptions, *, reference: bool, seed: int
+    models: RoleModels, prompts: Sequence[Sequence[int]], options: SamplingOptions, *, reference: bool, seed: int
 ) -> tuple[Sequences, Sampled]:
     """One response to each prompt, from the policy or the reference. The same seed gives the same responses."""
     device = models.compute.device
@@ -70,7 +70,7 @@ def respond(
 
 @torch.no_grad()
 def evaluate_sequences(
-    models: SharedModels,
+    models: RoleModels,
     sequences: Sequences,
     sampled: Sampled,
     raw_scores: Tensor,

@@ -19,7 +19,7 @@ from rlhf import checkpoint, optim
 from rlhf.config import PPOConfig
 from rlhf.errors import UserError
 from rlhf.interrupt import StopRequest
-from rlhf.models import SharedModels
+from rlhf.models import RoleModels
 from rlhf.ppo import forward
 from rlhf.ppo import functional as F
 from rlhf.ppo.metrics import Totals, rollout_metrics
@@ -64,7 +64,7 @@ class PPOTrainer:
 
     def __init__(
         self,
-        models: SharedModels,
+        models: RoleModels,
         prompts: Sequence[Sequence[int]],
         tokenizer: PreTrainedTokenizerBase,
         config: PPOConfig,

@@ -21,7 +21,7 @@ from urllib3.util import Retry
 
 from rlhf.config import PPOConfig, require, reward_kind
 from rlhf.errors import UserError
-from rlhf.models import Compute, SharedModels
+from rlhf.models import Compute, RoleModels
 from rlhf.ppo import forward
 from rlhf.ppo.types import Sequences
 from rlhf.reward.evaluate import load_function
@@ -71,7 +71,7 @@ class Reward:
 class AdapterReward:
     """The reward adapter and head on the shared base; scores are normalised by the reward model's own mean and spread."""
 
-    def __init__(self, models: SharedModels) -> None:
+    def __init__(self, models: RoleModels) -> None:
         self.models = models
 
     @torch.no_grad()

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import torch
@@ -56,6 +56,7 @@ class Run:
         tokenizer: PreTrainedTokenizerBase,
         metrics: dict[str, Any],
         name: str | None = None,
+        kind: Literal["adapter", "full"] = "adapter",
         reward_mean: float | None = None,
         reward_std: float | None = None,
     ) -> Artifact:
@@ -69,7 +70,7 @@ class Run:
             self.stage,
             name or self.config.name,
             write_all,
-            kind="adapter",
+            kind=kind,
             parents=self.parents,
             base_model=base_model,
             base_model_revision=base_model_revision,

@@ -16,7 +16,8 @@ from rlhf.config import PPOConfig, parse_config, require, reward_kind
 from rlhf.data_prep.loading import Loaded, load_rows
 from rlhf.errors import UserError, run_command
 from rlhf.evaluation.policy import Answers, evaluate_policy
-from rlhf.models import SharedModels, load_policy, lora_config, save_adapter
+from rlhf.full import SeparateModels
+from rlhf.models import RoleModels, SharedModels, load_policy, lora_config
 from rlhf.ppo.trainer import PPOTrainer, sampling_options
 from rlhf.registry import Artifact, Registry
 from rlhf.reward.evaluate import GoldFunction, load_function
@@ -54,7 +55,12 @@ def run(config: PPOConfig, *, reuse: bool = False) -> Artifact:
         sources = open_sources(config, run.compute)
         lora = lora_config(config, "CAUSAL_LM", dropout=0.0)
         base = load_policy(policy, config, run.compute)
-        models = SharedModels(base, lora, run.compute, shared_trunk=config.value_model == "shared_trunk")
+        shared = config.value_model == "shared_trunk"
+        models: RoleModels
+        if config.finetuning == "full":
+            models = SeparateModels(base, run.compute, shared_trunk=shared)
+        else:
+            models = SharedModels(base, lora, run.compute, shared_trunk=shared)
         if rewards:
             manifest = rewards[0].manifest
             models.load_reward(rewards[0].path, float(manifest.reward_mean or 0.0), float(manifest.reward_std or 1.0))
@@ -87,14 +93,13 @@ def run(config: PPOConfig, *, reuse: bool = False) -> Artifact:
                 texts = [last_user_text(row["prompt"]) for row in held_out.rows]
                 _write_comparison(run.folder / "comparison.jsonl", texts, before, after)
             return run.publish(
-                lambda folder: save_adapter(
-                    models.peft, folder, adapter="policy", base_model=policy.manifest.base_model
-                ),
+                lambda folder: models.save_policy(folder, base_model=policy.manifest.base_model),
                 base_model=policy.manifest.base_model,
                 base_model_revision=policy.manifest.base_model_revision,
                 tokenizer=tokenizer,
                 metrics=_figures(run, trainer, before, after),
                 name=name,
+                kind="full" if config.finetuning == "full" else "adapter",
             )
 
         if config.ema_decay is not None:
@@ -142,7 +147,7 @@ def encode_texts(
 
 def _evaluate(
     run: Run,
-    models: SharedModels,
+    models: RoleModels,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[list[int]],
     rows: Any,
