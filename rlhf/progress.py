@@ -6,6 +6,7 @@ Everything goes to stderr, so that stdout stays free for results. Figures ride a
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
@@ -14,6 +15,8 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+#: Of several processes of one run, the first talks.
+_SILENT = os.environ.get("RANK", "0") != "0"
 SECONDS_BETWEEN_LINES = 10.0
 """Off a terminal: a line at most this often, so that the log of a day's run stays readable."""
 
@@ -44,8 +47,9 @@ class Progress:
         self.done = 0
         self._figures: dict[str, float | str] = {}
         self._start = self._last_line = time.monotonic()
-        self._bar = _terminal_bar(total, description, unit, leave) if sys.stderr.isatty() else None
-        self._closed = False
+        shown = sys.stderr.isatty() and not _SILENT
+        self._bar = _terminal_bar(total, description, unit, leave) if shown else None
+        self._closed = _SILENT
 
     def __enter__(self) -> Progress:
         return self
@@ -65,7 +69,7 @@ class Progress:
             self._bar.update(n)
             if n == 0:  # tqdm redraws only when the count moves, and new figures are worth a redraw
                 self._bar.refresh()
-        elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
+        elif not self._closed and time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
             self._print_line(self._time_left())
 
     def close(self, failed: bool = False) -> None:

@@ -46,13 +46,16 @@ def sample(
     pad_token_id: int,
     generator: torch.Generator,
     stop_strings: StopStringCriteria | None = None,
+    drawn: tuple[int, Tensor] | None = None,
 ) -> Sampled:
     """Samples one response for each left-padded prompt (B, P). The token that completes a stop string is its last.
 
     Each step draws one uniform number for every row of the *whole* batch, finished or not, so a row's tokens do not depend on
-    when its neighbours finish.
+    when its neighbours finish. Where the rows are a part of a larger batch, `drawn` is its size and their numbers in it.
     """
     size, device = prompts.shape[0], prompts.device
+    total, numbers = drawn or (size, torch.arange(size))
+    numbers = numbers.to(device)
     responses = torch.full((size, max_new_tokens), pad_token_id, dtype=torch.long, device=device)
     logprobs = torch.zeros(size, max_new_tokens, dtype=torch.float32, device=device)
     mask = torch.zeros(size, max_new_tokens, dtype=torch.bool, device=device)
@@ -64,8 +67,8 @@ def sample(
     position = prompt_mask.sum(dim=1, keepdim=True)  # of the next token, per row
     rows = torch.arange(size, device=device)  # which rows of the batch are still in the model's batch
     for t in range(max_new_tokens):
-        uniform = torch.rand(size, 1, generator=generator, device=generator.device).to(device)
-        tokens, token_logprobs = _draw(logits, uniform[rows], temperature)
+        uniform = torch.rand(total, 1, generator=generator, device=generator.device).to(device)
+        tokens, token_logprobs = _draw(logits, uniform[numbers[rows]], temperature)
         live = ~stopped[rows]
         responses[rows, t] = torch.where(live, tokens, pad_token_id)
         logprobs[rows, t] = torch.where(live, token_logprobs, 0.0)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf import distributed
 from rlhf.evaluation.text import distinct_n
 from rlhf.ppo import functional as F
 from rlhf.ppo.types import Rollout
@@ -64,6 +65,17 @@ class Totals:
         """Gradient norms of one optimiser update, before clipping."""
         self.steps += 1
         self.norms = (max(self.norms[0], policy_norm), max(self.norms[1], value_norm))
+
+    def add_up(self) -> None:
+        """Takes in what the other processes have counted."""
+        names = list(self.sums)
+        counted = torch.tensor(
+            [*(self.sums[name] for name in names), *self.tokens.values(), self.text_loss], dtype=torch.float64
+        )
+        *sums, policy, value, self.text_loss = distributed.total(counted).tolist()
+        self.sums, self.tokens = dict(zip(names, sums, strict=True)), {"policy": int(policy), "value": int(value)}
+        self.ratio_max = distributed.largest(self.ratio_max)
+        self.first_ratio_error = distributed.largest(self.first_ratio_error)
 
     def figures(self) -> dict[str, float]:
         """Means over the tokens that went into each; zeros for a policy that was not trained (value warm-up)."""

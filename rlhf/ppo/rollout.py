@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import StopStringCriteria
 
+from rlhf import distributed
 from rlhf.models import RoleModels
 from rlhf.ppo import forward
 from rlhf.ppo.types import Rollout, Sequences
@@ -52,20 +53,44 @@ def respond(
     ids, mask = pad(prompts, options.pad_token_id, side="left")
     ids, mask = ids.to(device), mask.to(device)
     generator = torch.Generator().manual_seed(seed)
+    own = torch.arange(distributed.rank(), len(prompts), distributed.size())
     source = models.role("reference") if reference else models.merged_policy()
     with source:
         sampled = sample(
             models.causal,
-            ids,
-            mask,
+            ids[own],
+            mask[own],
             max_new_tokens=options.max_new_tokens,
             temperature=options.temperature,
             stop_token_ids=options.stop_token_ids,
             pad_token_id=options.pad_token_id,
             generator=generator,
             stop_strings=options.stop_strings,
+            drawn=(len(prompts), own),
         )
+    if distributed.size() > 1:
+        sampled = _all_rows(sampled, own, len(prompts), options)
     return Sequences(prompts=ids, prompt_mask=mask, responses=sampled.responses, mask=sampled.mask), sampled
+
+
+def _all_rows(part: Sampled, own: Tensor, count: int, options: SamplingOptions) -> Sampled:
+    """The responses of all processes, in the order of the prompts."""
+
+    def gather(x: Tensor) -> Tensor:
+        whole = torch.zeros(count, options.max_new_tokens if x.dim() == 2 else 1, dtype=x.dtype, device=x.device)
+        x = x if x.dim() == 2 else x[:, None]
+        whole[own, : x.shape[1]] = x
+        return distributed.total(whole.long() if x.dtype == torch.bool else whole).to(x.dtype)
+
+    mask = gather(part.mask)
+    width = int(mask.sum(dim=1).max())
+    responses = torch.where(mask, gather(part.responses), options.pad_token_id)
+    return Sampled(
+        responses=responses[:, :width],
+        mask=mask[:, :width],
+        logprobs=gather(part.logprobs)[:, :width],
+        stopped=gather(part.stopped)[:, 0],
+    )
 
 
 @torch.no_grad()
@@ -104,11 +129,13 @@ def evaluate_sequences(
 def _in_batches(
     compute: Callable[[Sequences], Tensor], sequences: Sequences, batches: Sequence[Tensor], *, planes: int
 ) -> Tensor:
-    """Runs a per-token computation batch by batch; results (planes, B, R) in the order of the rows."""
-    out: Tensor | None = None
-    for rows in batches:
-        part = compute(sequences.select(rows))
-        out = part.new_zeros(planes, *sequences.mask.shape) if out is None else out
+    """Runs a per-token computation batch by batch; results (planes, B, R) in the order of the rows.
+
+    Each process takes a share of the batches.
+    """
+    parts = [(rows, compute(sequences.select(rows))) for rows in distributed.share(batches)]
+    dtype = parts[0][1].dtype if parts else torch.float32
+    out = torch.zeros(planes, *sequences.mask.shape, dtype=dtype, device=sequences.mask.device)
+    for rows, part in parts:
         out[:, rows, : part.shape[2]] = part
-    assert out is not None
-    return out
+    return distributed.total(out)

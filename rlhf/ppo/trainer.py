@@ -9,13 +9,13 @@ import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, StopStringCriteria
 
-from rlhf import checkpoint, optim
+from rlhf import checkpoint, distributed, optim
 from rlhf.config import PPOConfig
 from rlhf.errors import UserError
 from rlhf.interrupt import StopRequest
@@ -117,9 +117,11 @@ class PPOTrainer:
                 bar.update(
                     1, score=metrics["objective/score"], kl=metrics["objective/kl"], length=metrics["response/length"]
                 )
-                if stop.requested or self.updates_done % c.save_steps == 0 or self.updates_done == c.num_updates:
+                stopping = distributed.any_true(stop.requested, self.models.compute.device)
+                if stopping or self.updates_done % c.save_steps == 0 or self.updates_done == c.num_updates:
                     self.save()
-                stop.raise_if_requested()
+                if stopping:
+                    stop.raise_if_requested()
 
     def step(self) -> dict[str, float]:
         """One rollout and the optimiser updates made from it."""
@@ -168,7 +170,8 @@ class PPOTrainer:
         schedule.base_lrs = [lr * scale for lr in self.learning_rates]
         for group, lr, course in zip(self.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
             group["lr"] = lr * course(schedule.last_epoch)
-        checkpoint.discard_after(self.folder, self.updates_done)
+        if distributed.rank() == 0:
+            checkpoint.discard_after(self.folder, self.updates_done)
         self.save()  # so that a resumed run goes on with the smaller steps
         print(f"KL {kl:.3g} passed max_kl {c.max_kl}: back to update {self.updates_done}, step size halved", flush=True)
         return self.updates_done - reached
@@ -231,6 +234,7 @@ class PPOTrainer:
                 if not totals.early_stop:
                     tokens = int(rollout.mask[minibatch].sum())
                     approx_kl = self._accumulate(rollout, advantages, returns, microbatches, tokens, totals)
+                    approx_kl = float(distributed.total(torch.tensor(approx_kl)))
                     totals.early_stop = c.max_approx_kl is not None and approx_kl > c.max_approx_kl
                 if not totals.early_stop:
                     if c.ptx_coef > 0 and self.updates_done >= c.value_warmup_updates:
@@ -238,6 +242,7 @@ class PPOTrainer:
                     self._update(totals)
                 self.optimizer.zero_grad(set_to_none=True)
                 self.scheduler.step()  # also where updates are left out: the schedule keeps pace with the rollouts
+        totals.add_up()
         return totals.figures() | {"ppo/lr": self.optimizer.param_groups[0]["lr"], "ppo/roll_backs": self.roll_backs}
 
     def minibatches(self, lengths: Tensor, epoch: int) -> list[tuple[Tensor, list[Tensor]]]:
@@ -265,7 +270,7 @@ class PPOTrainer:
         """Gradients of one minibatch; returns its approx_kl. Divided by its real tokens, so every split into microbatches
         gives the same gradient."""
         c, first, kl = self.config, totals.steps == 0, 0.0
-        for rows in microbatches:
+        for rows in distributed.share(microbatches):
             batch = rollout.select(rows)
             if self.models.shared_trunk:
                 logprobs, values = forward.logprobs_and_values(self.models, batch, c.temperature)
@@ -320,13 +325,14 @@ class PPOTrainer:
         texts = Sequences(prompts=prompts, prompt_mask=prompt_mask, responses=answers, mask=mask)
         texts = texts.to(self.models.compute.device)
         tokens = int(mask.sum())
-        for part in length_sorted_batches(texts.lengths, c.microbatch_size):
+        for part in distributed.share(length_sorted_batches(texts.lengths, c.microbatch_size)):
             nll = -forward.token_logprobs(self.models, "policy", texts.select(part), temperature=1.0).sum() / tokens
             (c.ptx_coef * nll).backward()
             totals.add_text(nll)
 
     def _update(self, totals: Totals) -> None:
         """Clips and applies the gradients. Policy and value are separate models, so each has its own norm."""
+        distributed.add_up(cast(Tensor, p.grad) for p in self._gradients())
         norms = [
             float(torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm))
             for parameters in (self.policy_parameters, self.value_parameters)
@@ -341,6 +347,17 @@ class PPOTrainer:
         if self.config.ema_decay is not None:
             for name, parameter in self.models.trainable("policy").items():
                 self.average[name].lerp_(parameter.detach(), 1 - self.config.ema_decay)
+
+    def _gradients(self) -> Iterator[nn.Parameter]:
+        """The parameters that are about to change. A process without a microbatch has no gradient yet: it adds zero."""
+        trained = [*self.policy_parameters, *self.value_parameters]
+        if self.updates_done < self.config.value_warmup_updates:
+            trained = self.value_parameters
+        for parameter in trained:
+            if distributed.size() > 1 and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            if parameter.grad is not None:
+                yield parameter
 
     @contextlib.contextmanager
     def averaged_policy(self) -> Iterator[None]:
@@ -377,10 +394,13 @@ class PPOTrainer:
             self.tracker.log_samples(rows, self.updates_done)
 
     def save(self) -> Path:
-        """A checkpoint from which `resume` goes on as if nothing had happened."""
+        """A checkpoint from which `resume` goes on as if nothing had happened; process 0 writes it."""
+        if distributed.rank() > 0:
+            distributed.wait()
+            return self.folder
         moments, rest = checkpoint.pack_optimizer(self.optimizer)
         weights: dict[str, Tensor] = {**self.models.trainable("policy"), **self.models.trainable("value")}
-        return checkpoint.save(
+        path = checkpoint.save(
             self.folder,
             self.updates_done,
             {"weights": weights, "optimizer": moments, **({"average": self.average} if self.average else {})},
@@ -392,6 +412,8 @@ class PPOTrainer:
                 "roll_backs": self.roll_backs,
             },
         )
+        distributed.wait()
+        return path
 
     def resume(self) -> int:
         """Loads the newest checkpoint, if there is one; returns the number of updates done."""

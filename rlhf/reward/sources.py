@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from urllib3.util import Retry
 
+from rlhf import distributed
 from rlhf.config import PPOConfig, require, reward_kind
 from rlhf.errors import UserError
 from rlhf.models import Compute, RoleModels
@@ -62,7 +63,8 @@ class Reward:
     def __call__(self, responses: Responses) -> tuple[Tensor, dict[str, Tensor]]:
         """The sum (B,), and each source's own scores by name, unweighted."""
         device = responses.sequences.mask.device
-        parts = {name: source(responses).to(device) for name, source in self.sources.items()}
+        # All processes ask, so that all fail together; the answers of process 0 count, should they differ.
+        parts = {name: distributed.from_main(source(responses).to(device)) for name, source in self.sources.items()}
         total = sum(weight * part for weight, part in zip(self.weights, parts.values(), strict=True))
         assert isinstance(total, Tensor)
         return total, parts
@@ -77,8 +79,11 @@ class AdapterReward:
     @torch.no_grad()
     def __call__(self, responses: Responses) -> Tensor:
         sequences = responses.sequences
-        scores = [forward.sequence_scores(self.models, sequences.select(rows)) for rows in responses.batches]
-        return torch.cat(scores)[torch.argsort(torch.cat(list(responses.batches)))]
+        dtype = self.models.reward_head.weight.dtype
+        scores = torch.zeros(len(sequences), dtype=dtype, device=sequences.mask.device)
+        for rows in distributed.share(responses.batches):
+            scores[rows] = forward.sequence_scores(self.models, sequences.select(rows)).to(dtype)
+        return distributed.total(scores)
 
 
 class FunctionReward:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +22,7 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState, set_seed
 from transformers.utils import logging as transformers_logging
 
-from rlhf import checkpoint, optim
+from rlhf import checkpoint, distributed, optim
 from rlhf.config import StageConfig, TrainingLength
 from rlhf.data_prep.loading import Loaded
 from rlhf.errors import UserError
@@ -62,6 +64,10 @@ class Run:
     ) -> Artifact:
         """Registers what the stage made, with its figures, seconds and phases, under the run's name or another."""
 
+        if distributed.rank() > 0:
+            distributed.wait()
+            return self.registry.get(f"{self.stage}/{name or self.config.name}")
+
         def write_all(folder: Path) -> None:
             write(folder)
             tokenizer.save_pretrained(folder)
@@ -89,6 +95,7 @@ class Run:
             },
             wandb_run_id=self.tracker.run_id,
         )
+        distributed.wait()
         self.tracker.log_artifact(artifact.reference, artifact.path, metrics)
         print(f"registered {artifact.reference} in {self.registry.root}", flush=True)
         return artifact
@@ -113,19 +120,23 @@ def open_run(
 ) -> Iterator[Run]:
     """Seeds, chooses device and type, opens the tracker; the run's folder is `output_dir/STAGE`."""
     _quiet()
+    distributed.start()
     set_seed(config.seed)
     compute = Compute.choose(config)
     folder = Path(config.output_dir) / stage
     folder.mkdir(parents=True, exist_ok=True)
-    _claim_checkpoints(folder / "checkpoints", config, parents, data)
-    print(f"{stage}: {config.name} on {compute}; data {data['rows']}; logs in {folder}", flush=True)
+    if distributed.rank() == 0:
+        _claim_checkpoints(folder / "checkpoints", config, parents, data)
+        processes = f" in {distributed.size()} processes" if distributed.size() > 1 else ""
+        print(f"{stage}: {config.name} on {compute}{processes}; data {data['rows']}; logs in {folder}", flush=True)
+    distributed.wait()
     tracker = Tracker(
-        folder,
+        folder if distributed.rank() == 0 else tempfile.mkdtemp(),  # only the first process leaves logs
         stage=stage,
         name=f"{config.name}-{stage}",
         group=config.wandb_group or config.name,
         config=dataclasses.asdict(config),
-        wandb_mode=config.wandb_mode,
+        wandb_mode=config.wandb_mode if distributed.rank() == 0 else "disabled",
         wandb_project=config.wandb_project,
         resume=config.resume,
     )
@@ -133,6 +144,12 @@ def open_run(
         for parent in parents:
             tracker.use_artifact(parent.reference, parent.hash)
         yield Run(stage, config, folder, Registry(config.registry), compute, tracker, parents, data, recipe)
+
+
+def require_one_process(stage: str) -> None:
+    """Refuses a launcher's several processes: their gradients would not be added up."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(f"the {stage} stage runs in one process; only ppo can be started with torchrun")
 
 
 def _quiet() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from rlhf import distributed
 from rlhf.config import PPOConfig, parse_config, require, reward_kind
 from rlhf.data_prep.loading import Loaded, load_rows
 from rlhf.errors import UserError, run_command
@@ -89,7 +90,7 @@ def run(config: PPOConfig, *, reuse: bool = False) -> Artifact:
 
         def publish(name: str) -> Artifact:
             after = _evaluate(run, models, tokenizer, held_out_ids, held_out.rows, reward_sum, gold, reference=False)
-            if name == config.name:
+            if name == config.name and distributed.rank() == 0:
                 texts = [last_user_text(row["prompt"]) for row in held_out.rows]
                 _write_comparison(run.folder / "comparison.jsonl", texts, before, after)
             return run.publish(

@@ -22,7 +22,15 @@ from rlhf.registry import Artifact, Registry
 from rlhf.reward.evaluate import comparison_figures, load_function, prompt_numbers, score_tokens
 from rlhf.reward.ranking import RankingCollator, RankingTrainer
 from rlhf.sampling import SAMPLED_AT_ONCE, sample
-from rlhf.stages.common import describe_data, finished_already, open_run, stage_recipe, train, trainer_arguments
+from rlhf.stages.common import (
+    describe_data,
+    finished_already,
+    open_run,
+    require_one_process,
+    stage_recipe,
+    train,
+    trainer_arguments,
+)
 from rlhf.tokenization import encode_prompt, encode_response, load_tokenizer, pad, stop_token_ids
 
 #: Responses whose scores set the zero and the unit of the reward.
@@ -40,6 +48,7 @@ def run(config: RewardConfig, *, reuse: bool = False) -> Artifact:
         return artifact
     gold = load_function(config.gold) if config.gold else None
 
+    require_one_process("reward")
     with open_run("reward", config, [policy], data, recipe) as run:
         tokenizer = load_tokenizer(str(policy.path))
         base = load_policy(policy, config, run.compute)

@@ -27,6 +27,7 @@ from rlhf.stages.common import (
     describe_data,
     finished_already,
     open_run,
+    require_one_process,
     stage_recipe,
     train,
     trainer_arguments,
@@ -43,6 +44,7 @@ def run(config: SFTConfig, *, reuse: bool = False) -> Artifact:
     if reuse and (artifact := finished_already("sft", config, recipe)):
         return artifact
 
+    require_one_process("sft")
     with open_run("sft", config, [], data, recipe) as run:
         tokenizer = load_tokenizer(
             resolve_model(config.model_name_or_path),
