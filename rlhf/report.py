@@ -246,7 +246,9 @@ def _stage_cards(results: Results, card: Mapping[str, Any]) -> list[dict[str, An
 
 
 def _data_box(card: Mapping[str, Any], results: Results) -> dict[str, Any]:
-    counts = [(name, value) for name, value in _flatten(card) if value.replace(",", "").isdigit()][:4]
+    rows = {str(name): _number(count) for name, count in _section(card, "rows").items()}
+    counts = [(name.removesuffix("/train"), f"{n:,.0f}") for name, n in rows.items() if name.endswith("/train") and n]
+    counts = counts or [(name, value) for name, value in _flatten(card) if value.replace(",", "").isdigit()][:4]
     pairs = _number(_section(results, "reward").get("pairs"))
     if not counts and pairs is not None:
         counts = [("preference pairs", f"{pairs:,.0f}")]
