@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -227,7 +228,8 @@ def test_ppo_with_a_function_alone_needs_no_reward_model(
     write: Callable[[str], str],
 ) -> None:
     """Catches: a value model that cannot start without a reward adapter, and a run that hides which scores it was given."""
-    words = ["--config", toy_config / "ppo.yaml", "--registry", finished[0], "--policy", "sft/toy"]
+    shutil.copytree(finished[0], tmp_path / "registry")
+    words = ["--config", toy_config / "ppo.yaml", "--registry", tmp_path / "registry", "--policy", "sft/toy"]
     name = write("return [float(len(r)) for r in responses]")
     done = call("rlhf.stages.ppo", *words, "--reward", name, "--name", "length", "--output_dir", tmp_path / "out")
     assert done.code == 0, done.err[-3000:]
