@@ -54,8 +54,7 @@ def run(config: PPOConfig, *, reuse: bool = False) -> Artifact:
         train_ids = encode_prompts(prompts, tokenizer, config.max_prompt_length)
         held_out_ids = encode_prompts(held_out, tokenizer, config.max_prompt_length)
         models, reward_sum = build_models(config, run.compute, policy, rewards)
-        context = context_length(models.causal)
-        check_context(context, [*train_ids, *held_out_ids], config.response_length)
+        context = checked_context(models, [*train_ids, *held_out_ids], config.response_length)
         trainer = PPOTrainer(
             models,
             train_ids,
@@ -142,14 +141,15 @@ def encode_prompts(data: Loaded, tokenizer: PreTrainedTokenizerBase, max_length:
     return encoded
 
 
-def check_context(context: float, prompts: list[list[int]], response_length: int) -> None:
-    """Refuses prompts that leave no room for a whole response in the model's context, all in tokens."""
-    longest = max(map(len, prompts))
+def checked_context(models: RoleModels, prompts: list[list[int]], response_length: int) -> float:
+    """Length of the model's context; refuses prompts that leave no room in it for a whole response. All in tokens."""
+    context, longest = context_length(models.causal), max(map(len, prompts))
     require(
         longest + response_length <= context,
         f"a prompt of {longest} tokens with response_length={response_length} does not fit into the model's context of "
         f"{context} tokens; lower response_length or drop such prompts",
     )
+    return context
 
 
 def encode_texts(
