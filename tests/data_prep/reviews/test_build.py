@@ -14,17 +14,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from rlhf.config import build, parse_config
-from rlhf.data_prep import DataConfig, prepare
-from rlhf.data_prep import build as build_module
 from rlhf.data_prep.loading import load_rows
+from rlhf.data_prep.reviews import ReviewsConfig, prepare_reviews
+from rlhf.data_prep.reviews import build as build_module
 from rlhf.errors import UserError
 
 MakeArchive = Callable[..., Path]
 FILES = {f"{k}/{s}.parquet" for k in ("demonstrations", "comparisons", "prompts") for s in ("train", "validation")}
 
 
-def config(tmp_path: Path, **options: Any) -> DataConfig:
-    return DataConfig(output_dir=str(tmp_path / "out" / "data"), evaluation_share=0.3, **options)
+def config(tmp_path: Path, **options: Any) -> ReviewsConfig:
+    return ReviewsConfig(output_dir=str(tmp_path / "out" / "data"), evaluation_share=0.3, **options)
 
 
 def files_in(folder: Path) -> set[str]:
@@ -33,7 +33,7 @@ def files_in(folder: Path) -> set[str]:
 
 def test_folder_is_complete_and_readable(tmp_path: Path, make_archive: MakeArchive) -> None:
     """Bug: a set without a file, or with columns that the stages do not read."""
-    folder = prepare(config(tmp_path), make_archive())
+    folder = prepare_reviews(config(tmp_path), make_archive())
     assert files_in(folder) == FILES | {"card.json", "card.md"}
     card = json.loads((folder / "card.json").read_text())
     assert {name: pq.read_metadata(folder / f"{name}.parquet").num_rows for name in card["rows"]} == card["rows"]
@@ -48,7 +48,7 @@ def test_folder_is_complete_and_readable(tmp_path: Path, make_archive: MakeArchi
 def test_an_empty_set_still_has_a_file_with_columns(tmp_path: Path, make_archive: MakeArchive) -> None:
     """Bug: a table without rows is written without a schema, and readers fail on it."""
     archive = make_archive(b"1\t1.5\tThe film\n", b"1\t1.5\t.5\t[1, 2]\n")
-    folder = prepare(config(tmp_path), archive)
+    folder = prepare_reviews(config(tmp_path), archive)
     assert "responses" in pq.read_schema(folder / "comparisons" / "train.parquet").names
     with pytest.raises(UserError, match="is empty"):
         load_rows(folder, "train", kind="comparisons")
@@ -56,7 +56,7 @@ def test_an_empty_set_still_has_a_file_with_columns(tmp_path: Path, make_archive
 
 def test_same_recipe_makes_the_same_files(tmp_path: Path, make_archive: MakeArchive) -> None:
     """Bug: rows in the order of a set, or a date in the files."""
-    folders = [prepare(config(tmp_path / name), make_archive()) for name in "ab"]
+    folders = [prepare_reviews(config(tmp_path / name), make_archive()) for name in "ab"]
     for name in FILES | {"card.json"}:
         assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes(), name
 
@@ -64,16 +64,16 @@ def test_same_recipe_makes_the_same_files(tmp_path: Path, make_archive: MakeArch
 def test_a_second_run_skips(tmp_path: Path, make_archive: MakeArchive, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bug: each pipeline run builds the data anew."""
     archive = make_archive()
-    folder = prepare(config(tmp_path), archive)
+    folder = prepare_reviews(config(tmp_path), archive)
     monkeypatch.setattr(build_module, "_build", None)
-    assert prepare(config(tmp_path), archive) == folder
+    assert prepare_reviews(config(tmp_path), archive) == folder
 
 
 @pytest.mark.parametrize("change", ["seed", "altered file", "missing file", "broken card"])
 def test_other_recipe_or_damage_builds_again(tmp_path: Path, make_archive: MakeArchive, change: str) -> None:
     """Bug: data of another seed, or a damaged file, is taken for what was asked."""
     archive = make_archive()
-    folder = prepare(config(tmp_path), archive)
+    folder = prepare_reviews(config(tmp_path), archive)
     damaged = folder / "prompts" / "train.parquet"
     before = (folder / "demonstrations" / "train.parquet").read_bytes()
     if change == "altered file":
@@ -82,7 +82,7 @@ def test_other_recipe_or_damage_builds_again(tmp_path: Path, make_archive: MakeA
         damaged.unlink()
     elif change == "broken card":
         (folder / "card.json").write_text("{")
-    prepare(config(tmp_path, seed=int(change == "seed")), archive)
+    prepare_reviews(config(tmp_path, seed=int(change == "seed")), archive)
     assert files_in(folder) == FILES | {"card.json", "card.md"}
     assert ((folder / "demonstrations" / "train.parquet").read_bytes() == before) == (change != "seed")
     assert len(load_rows(folder, "train", kind="prompts").rows) > 0
@@ -99,13 +99,13 @@ def test_interrupted_build_leaves_nothing(
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(build_module, "render", interrupted)
-        prepare(config(tmp_path), archive)
+        prepare_reviews(config(tmp_path), archive)
     assert not list((tmp_path / "out").iterdir())
 
-    folder = prepare(config(tmp_path), archive)
+    folder = prepare_reviews(config(tmp_path), archive)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(build_module, "render", interrupted)
-        prepare(config(tmp_path, seed=1), archive)
+        prepare_reviews(config(tmp_path, seed=1), archive)
     assert list((tmp_path / "out").iterdir()) == [folder]
     assert json.loads((folder / "card.json").read_text())["recipe"]["seed"] == 0
 
@@ -116,7 +116,7 @@ def test_a_folder_with_other_files_is_not_touched(tmp_path: Path, make_archive: 
     folder.mkdir(parents=True)
     (folder / "thesis.tex").write_text("years of work")
     with pytest.raises(UserError, match=r"holds other files \(thesis.tex\)"):
-        prepare(config(tmp_path), make_archive())
+        prepare_reviews(config(tmp_path), make_archive())
     assert (folder / "thesis.tex").read_text() == "years of work"
 
 
@@ -131,16 +131,16 @@ def test_a_folder_with_other_files_is_not_touched(tmp_path: Path, make_archive: 
 def test_bad_options(options: dict[str, Any], message: str) -> None:
     """Bug: an impossible option is found out minutes later, or never."""
     with pytest.raises(UserError, match=message):
-        DataConfig(**options)
+        ReviewsConfig(**options)
 
 
 def test_unknown_key_names_the_nearest(tmp_path: Path) -> None:
     """Bug: a misspelt key is ignored and the default used."""
     with pytest.raises(UserError, match=r"unknown key 'response_per_prompt' \(did you mean 'responses_per_prompt'\?\)"):
-        build(DataConfig, {"response_per_prompt": 4}, "data.yaml")
+        build(ReviewsConfig, {"response_per_prompt": 4}, "data.yaml")
     file = tmp_path / "data.yaml"
     file.write_text("source: movie_reviews\nseed: 3\n")
-    assert parse_config(DataConfig, ["--config", str(file), "--responses_per_prompt", "4"]) == DataConfig(
+    assert parse_config(ReviewsConfig, ["--config", str(file), "--responses_per_prompt", "4"]) == ReviewsConfig(
         seed=3, responses_per_prompt=4
     )
 
@@ -148,7 +148,7 @@ def test_unknown_key_names_the_nearest(tmp_path: Path) -> None:
 def test_archive_without_usable_sentences(tmp_path: Path, make_archive: MakeArchive) -> None:
     """Bug: six empty files and no word."""
     with pytest.raises(UserError, match=r"no usable sentence.*not 3 tab"):
-        prepare(config(tmp_path), make_archive(b"nothing here\n", b"nothing\n"))
+        prepare_reviews(config(tmp_path), make_archive(b"nothing here\n", b"nothing\n"))
 
 
 def test_real_data(real_reviews: Path, tmp_path: Path) -> None:
