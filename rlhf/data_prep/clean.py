@@ -197,19 +197,18 @@ def _mended(record: Record, step: str, tally: Tally) -> Record:
     changed = next((i for i, (old, new) in enumerate(zip(before, after, strict=True)) if old != new), None)
     if changed is None:
         return record
-    # the card must not repeat what was taken out of the rows
-    shown = "" if step == "personal" else _difference(before[changed], after[changed])
-    tally.changed(step, f"{record.place}: {shown}")
+    tally.changed(step, f"{record.place}: {_difference(before[changed], after[changed], step)}")
     turns = len(record.prompt)
     prompt = [{**m, "content": text} for m, text in zip(record.prompt, after[:turns], strict=True)]
     return replace(record, prompt=prompt, responses=after[turns:])
 
 
-def _difference(old: str, new: str) -> str:
-    """The first place where two texts differ, with a little around it."""
+def _difference(old: str, new: str, step: str) -> str:
+    """The first place where two texts differ, with a little around it; what was personal is not shown."""
     at = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
     start = max(0, at - 15)
-    return f"{old[start : at + 25]!r} -> {new[start : at + 25]!r}"
+    shown = "" if step == "personal" else f"{old[start : at + 25]!r}"
+    return f"{shown} -> {new[start : at + 25]!r}"
 
 
 def check_language(record: Record, languages: Sequence[str]) -> None:

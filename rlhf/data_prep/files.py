@@ -62,11 +62,11 @@ def source_files(source: Source) -> list[Path]:
             raise UserError(f"no data at {source.path} (source {source.name})")
         return []
     if place.is_file():
-        if _suffix(place) not in TEXT_SUFFIXES + BINARY_SUFFIXES:
+        if not is_readable(place):
             endings = ", ".join((*TEXT_SUFFIXES, *BINARY_SUFFIXES))
             raise UserError(f"cannot read {place}: its name must end in one of {endings} (or .jsonl.gz and the like)")
         return [place]
-    found = sorted(p for p in place.rglob("*") if p.is_file() and _is_data(p))
+    found = sorted(p for p in place.rglob("*") if p.is_file() and is_data(p))
     if source.split:
         found = [p for p in found if source.split in (p.name.split(".")[0].split("-")[0], p.parent.name)]
     if not found:
@@ -75,10 +75,15 @@ def source_files(source: Source) -> list[Path]:
     return found
 
 
-def _is_data(file: Path) -> bool:
+def is_data(file: Path) -> bool:
     """Data, and no note about data: cards, and the state of a dataset saved by `datasets`."""
     notes = ("card.json", "rejected.jsonl", "state.json", "dataset_info.json", "dataset_dict.json")
-    return _suffix(file) in TEXT_SUFFIXES + BINARY_SUFFIXES and file.name not in notes
+    return is_readable(file) and file.name not in notes
+
+
+def is_readable(file: Path) -> bool:
+    """Whether the name of a file says that it holds data."""
+    return _suffix(file) in TEXT_SUFFIXES + BINARY_SUFFIXES
 
 
 def _suffix(file: Path) -> str:

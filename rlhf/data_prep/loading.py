@@ -12,9 +12,7 @@ Texts are lists of `{role, content}` messages, plain strings, or transcripts as 
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 import math
 from collections import Counter
@@ -24,9 +22,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from datasets import Dataset
 
+from rlhf.data_prep.files import is_data, is_readable, read_file
 from rlhf.data_prep.folder import prepared_fingerprint
 from rlhf.data_prep.rows import (
     Malformed,
@@ -52,8 +50,9 @@ NEEDED = {
     "comparisons": "'prompt' + 'chosen' + 'rejected', or 'prompt' + 'responses' + 'ratings' (or 'ranks')",
     "prompts": "'prompt', or 'messages'",
 }
-_TEXT_COLUMNS = ("prompt", "completion", "chosen", "rejected")
-_SUFFIXES = (".parquet", ".jsonl", ".json", ".csv")
+_SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".json", ".csv", ".tsv")
+#: Bytes of a row, far above any that fits a model.
+_LONGEST_ROW = 16_000_000
 _OTHER_NAMES = {"train": ("train",), "validation": ("validation", "test", "eval", "dev")}
 #: More rows than this take long enough for a progress bar.
 _MANY_ROWS = 20_000
@@ -148,7 +147,7 @@ def _looks_local(path: str, place: Path) -> bool:
     return (
         path.startswith((".", "/", "~"))
         or path.endswith("/")
-        or place.suffix in _SUFFIXES
+        or is_readable(place)
         or len(place.parts) != 2
         or place.parent.is_dir()
     )
@@ -159,9 +158,7 @@ def _file_in_folder(folder: Path, split: str, kind: str) -> Path:
     candidates += [folder / f"{split}{suffix}" for suffix in _SUFFIXES]
     found = next((file for file in candidates if file.is_file()), None)
     if found is None:
-        there = sorted(
-            str(p.relative_to(folder)) for p in folder.rglob("*") if p.suffix in _SUFFIXES and p.stem != "card"
-        )
+        there = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if is_data(p))
         raise UserError(
             f"no {kind} for {split} in {folder}: expected {kind}/{split}.parquet (or .jsonl, .json, .csv); "
             f"there are {', '.join(there[:8]) or 'no data files'}{did_you_mean(f'{kind}/{split}.parquet', there)}"
@@ -171,67 +168,18 @@ def _file_in_folder(folder: Path, split: str, kind: str) -> Path:
 
 def _read_file(file: Path) -> list[tuple[int, Row]]:
     """Numbered rows of a file: lines from 1 in .jsonl, rows from 1 elsewhere."""
-    if file.suffix not in _SUFFIXES:
+    if not is_readable(file):
         raise UserError(f"cannot read {file}: its name must end in one of {', '.join(_SUFFIXES)}")
-    if file.suffix == ".parquet":
-        try:
-            return list(enumerate(pq.read_table(file).to_pylist(), start=1))
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-            raise UserError(f"{file} is not a readable Parquet file: {str(error).splitlines()[0]}") from error
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
-    if file.suffix == ".csv":
-        return _read_csv(file, text)
-    return _read_json_array(file, text) if text.lstrip().startswith("[") else _read_json_lines(file, text)
-
-
-def _read_csv(file: Path, text: str) -> list[tuple[int, Row]]:
-    """Cells that hold a JSON list become lists; in a column of texts only a list of messages, "[1]" may be a text."""
-
-    def cell(name: str, value: Any) -> Any:
-        if not isinstance(value, str) or not value.lstrip().startswith("["):
-            return value
-        try:
-            values = json.loads(value)
-        except ValueError:
-            return value
-        return values if name not in _TEXT_COLUMNS or all(isinstance(v, dict) for v in values) else value
-
-    # newline="": newlines are left to csv, which knows those inside quotes
-    reader = csv.DictReader(io.StringIO(text, newline=""))
-    try:
-        return [(i, {str(k): cell(str(k), v) for k, v in row.items()}) for i, row in enumerate(reader, start=1)]
-    except csv.Error as error:
-        raise UserError(f"{file} is not a readable CSV file: {error} (line {reader.line_num})") from error
-
-
-def _read_json_array(file: Path, text: str) -> list[tuple[int, Row]]:
-    try:
-        rows = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{file} is not valid JSON: {error}") from error
-    return [(i, _object(row, file, i)) for i, row in enumerate(rows, start=1)]
-
-
-def _read_json_lines(file: Path, text: str) -> list[tuple[int, Row]]:
     rows = []
-    # not splitlines(): it also breaks at characters such as U+2028, which JSON allows inside a string
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            rows.append((number, _object(json.loads(line), file, number)))
-        except ValueError as error:
-            raise UserError(f"{file}, line {number} is not valid JSON: {error}") from error
+    for line in read_file(file, _LONGEST_ROW):
+        if line.problem:
+            raise UserError(f"{file}, row {line.number}: {line.problem}; python -m rlhf.data_prep leaves bad rows out")
+        if not isinstance(line.value, dict):
+            raise UserError(
+                f"{file}, row {line.number} must be an object with named columns, got {show_value(line.value)}"
+            )
+        rows.append((line.number, line.value))
     return rows
-
-
-def _object(row: Any, file: Path, number: int) -> Row:
-    if not isinstance(row, dict):
-        raise UserError(f"{file}, row {number} must be an object with named columns, got {show_value(row)}")
-    return row
 
 
 def _read_hub(name: str, split: str) -> _Raw:

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from rlhf.data_prep.personal import replace_personal_data
 from rlhf.data_prep.records import Record
 
 _EXAMPLES = 3
@@ -37,10 +38,10 @@ class Tally:
         self.changes[step] += 1
         self._example(step, "", example)
 
-    def rejected(self, step: str, reason: str, file: str, row: int, data: Any) -> None:
+    def rejected(self, step: str, reason: str, file: str, row: int, data: Any, example: str | None = None) -> None:
         """Counts a row, or what became of one, that is left out, and keeps it in the file."""
         self.drops[step][reason] += 1
-        self._example(step, reason, f"{file}, row {row}: {_short(data)}")
+        self._example(step, reason, f"{file}, row {row}: {_short(data) if example is None else example}")
         line = {"file": file, "row": row, "step": step, "reason": reason, "data": data}
         self._file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
 
@@ -49,7 +50,8 @@ class Tally:
         data = {
             k: v for k, v in dataclasses.asdict(record).items() if v not in (None, [], "") and k not in ("file", "row")
         }
-        self.rejected(step, reason, record.file, record.row, {"note": note, **data} if note else data)
+        whole = {"note": note, **data} if note else data
+        self.rejected(step, reason, record.file, record.row, whole, f"{_short(record.last_turn)[:80]} {note}".strip())
 
     def total(self, step: str) -> int:
         """Rows left out by a step."""
@@ -72,7 +74,8 @@ class Tally:
 
     def _example(self, step: str, reason: str, example: str) -> None:
         if len(self.examples[step, reason]) < _EXAMPLES:
-            self.examples[step, reason].append(example[:_EXAMPLE_LENGTH])
+            # the card is made to be passed on; rejected.jsonl, with whole rows, is not
+            self.examples[step, reason].append(replace_personal_data(example)[:_EXAMPLE_LENGTH])
 
 
 def _short(data: Any) -> str:

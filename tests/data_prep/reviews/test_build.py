@@ -56,7 +56,8 @@ def test_an_empty_set_still_has_a_file_with_columns(tmp_path: Path, make_archive
 
 def test_same_recipe_makes_the_same_files(tmp_path: Path, make_archive: MakeArchive) -> None:
     """Bug: rows in the order of a set, or a date in the files."""
-    folders = [prepare_reviews(config(tmp_path / name), make_archive()) for name in "ab"]
+    archive = make_archive()  # one for both: a .tar.gz holds the second it was made in
+    folders = [prepare_reviews(config(tmp_path / name), archive) for name in "ab"]
     for name in FILES | {"card.json"}:
         assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes(), name
 
