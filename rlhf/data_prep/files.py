@@ -130,13 +130,14 @@ def read_file(file: Path, max_row_bytes: int) -> Iterator[Line]:
         for line in read(file, max_row_bytes):
             number = line.number
             yield line
+        after = _identity(file)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(
             f"{file} ends in the middle of its compressed data after row {number} ({error}); download it again"
         ) from error
     except FileNotFoundError as error:
         raise UserError(f"{file} was removed while it was read; copy it first, and run again") from error
-    if _identity(file) != before:
+    if after != before:
         raise UserError(f"{file} was changed while it was read; wait until it is written, or copy it, and run again")
     if number == 0:
         raise UserError(f"{file} is empty: it holds no rows")

@@ -6,6 +6,7 @@
 | validation / test | refused |
 | training of one stage / training of another | refused, unless `stages: shared` |
 | validation of one stage / validation of another | allowed: nothing is trained there |
+| any / held-out comparisons, with `split_by: rater` | allowed: other raters judge the same; raters are checked instead |
 """
 
 from __future__ import annotations
@@ -60,12 +61,9 @@ def forbidden_pairs(names: list[str], config: DataConfig) -> Iterator[tuple[str,
         (kind, split), (other_kind, other_split) = one.split("/"), other.split("/")
         if split == other_split and (split != "train" or config.stages == "shared"):
             continue
-        # Where splits are made of raters, their prompts are the same on purpose.
-        if config.split_by == "rater" and split != other_split and "train" in (split, other_split):
-            held_out_kind = kind if other_split == "train" else other_kind
-            if held_out_kind == "comparisons":
-                continue
-        if config.split_by == "rater" and split != other_split and kind == other_kind == "comparisons":
+        # Where splits are made of raters, held-out comparisons are of the same prompts on purpose.
+        compared = {s for k, s in ((kind, split), (other_kind, other_split)) if k == "comparisons" and s != "train"}
+        if config.split_by == "rater" and compared:
             continue
         # test before validation before train
         yield (one, other) if _worth(split) >= _worth(other_split) else (other, one)

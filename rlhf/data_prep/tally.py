@@ -75,7 +75,8 @@ class Tally:
     def _example(self, step: str, reason: str, example: str) -> None:
         if len(self.examples[step, reason]) < _EXAMPLES:
             # the card is made to be passed on; rejected.jsonl, with whole rows, is not
-            self.examples[step, reason].append(replace_personal_data(example)[:_EXAMPLE_LENGTH])
+            shown = replace_personal_data(example)[:_EXAMPLE_LENGTH]
+            self.examples[step, reason].append(shown.encode("utf-8", "backslashreplace").decode())
 
 
 def _short(data: Any) -> str:

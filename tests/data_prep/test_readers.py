@@ -258,7 +258,10 @@ def test_a_deleted_message_is_no_answer() -> None:
         ),
         ("messages", {"messages": [assistant("a")]}, Untrainable, "empty prompt"),
         ("sharegpt", {"conversations": [{"from": "robot", "value": "a"}]}, Malformed, "a turn from 'robot'; known: human"),
-        ("tldr_comparisons", {"info": POST, "summaries": [{"text": "a"}, {"text": "b"}], "choice": 2}, Malformed, "0 or 1, got int 2"),
+        (
+            "tldr_comparisons", {"info": POST, "summaries": [{"text": "a"}, {"text": "b"}], "choice": 2},
+            Malformed, "0 or 1, got int 2",
+        ),
         ("alpaca", {"instruction": "a", "output": None}, Malformed, "'output' must be a text, got NoneType"),
         ("alpaca", {"instruction": "a"}, Malformed, "no column 'output'; this row has instruction"),
         ("alpaca", ["a"], Malformed, "must be an object with named columns"),
