@@ -330,7 +330,7 @@ def _columns(row: Row) -> Iterator[Record]:
             raise Untrainable("chosen and rejected do not answer the same prompt")
         texts, ratings = [chosen[0]["content"], rejected[0]["content"]], [1.0, 0.0]
         rater = _name(row, "rater")
-        raters = {"raters": [rater], "rater_ratings": [[1.0], [0.0]]} if rater else {}
+        raters: dict[str, Any] = {"raters": [rater], "rater_ratings": [[1.0], [0.0]]} if rater else {}
         yield Record(prompt=prompt, responses=texts, ratings=ratings, **raters, **about)
     elif row.get("rating") is not None:
         rating, rater = _number(row, "rating"), _name(row, "rater") or "unnamed"
