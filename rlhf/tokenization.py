@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,8 @@ TEMPLATES = {
         "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     ),
 }
+#: Rows of a data set whose loss mask a stage checks before it trains.
+CHECKED_ROWS = 8
 _PAD_CANDIDATES = (
     "<|pad|>",
     "<pad>",
@@ -197,13 +201,23 @@ def check_encoding(
     while said.rstrip().endswith(str(tokenizer.eos_token)):
         said = said.rstrip().removesuffix(str(tokenizer.eos_token))
     read = str(tokenizer.decode(tail[:-1], skip_special_tokens=False))
-    # white space is left out: templates strip it, and some decoders add a space in front
-    if "".join(said.split()) not in "".join(read.split()):
+    if _bare(said) not in _bare(read):
         raise UserError(
             f"the trained tokens read {read[:80]!r}, which is not the answer {said[:80]!r}: the chat template changes it, or "
             "the tokenizer cannot write it; give another --chat_template or tokenizer"
         )
     return head, tail
+
+
+def check_rows(tokenizer: PreTrainedTokenizerBase, rows: Iterable[tuple[Sequence[Message], Sequence[Message]]]) -> None:
+    """`check_encoding` of the first few (prompt, answer) of a data set: a wrong template shows in every row."""
+    for prompt, answer in islice(rows, CHECKED_ROWS):
+        check_encoding(tokenizer, prompt, answer)
+
+
+def _bare(text: str) -> str:
+    """Without what templates and tokenizers may change: white space, and compatible forms of a character."""
+    return "".join(unicodedata.normalize("NFKC", text).split())
 
 
 def _show(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
