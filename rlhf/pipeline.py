@@ -85,12 +85,12 @@ def _prepare_data(folder: Path, overrides: dict[str, Any]) -> dict[str, Any]:
     file = folder / "data.yaml"
     if not file.is_file():
         return {}
-    from rlhf.data_prep import DataConfig, prepare
+    from rlhf.data_prep import prepare, read_recipe
 
     values = read_yaml(file)
     if "output_dir" in overrides:
         values["output_dir"] = str(Path(overrides["output_dir"]) / "data")
-    return {"dataset": str(prepare(build(DataConfig, values, str(file))))}
+    return {"dataset": str(prepare(read_recipe(values, str(file))))}
 
 
 def _stage_config(file: Path, config_type: Any, overrides: dict[str, Any]) -> Any:

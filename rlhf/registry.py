@@ -138,7 +138,7 @@ class Manifest:
     reward_std: float | None = None
     """Standard deviation of raw scores, by which scores are divided; None unless a reward model."""
     data: dict[str, Any]
-    """`fingerprint` of the data that went in, and row counts: used, and dropped by reason."""
+    """`fingerprint` of the data that went in, those of its data cards (`prepared`), row counts: used, and dropped by reason."""
     config: dict[str, Any]
     """The stage's options as resolved: defaults, file and command line."""
     recipe: str

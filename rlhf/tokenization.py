@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,8 @@ TEMPLATES = {
         "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     ),
 }
+#: Rows of a data set whose loss mask a stage checks before it trains.
+CHECKED_ROWS = 8
 _PAD_CANDIDATES = (
     "<|pad|>",
     "<pad>",
@@ -171,3 +175,51 @@ def tokenizer_hashes(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
         "tokenizer_hash": hashlib.sha256(vocabulary.encode()).hexdigest(),
         "chat_template_hash": hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest(),
     }
+
+
+def check_encoding(
+    tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message], response: Sequence[Message]
+) -> tuple[list[int], list[int]]:
+    """Token ids of a prompt and its answer, after looking at them the way a person would.
+
+    Raises:
+        UserError: two BOS tokens, no stop token at the end or a second one, or trained tokens that do not read as the
+            answer: a loss on them would teach something else.
+    """
+    head, tail = encode_prompt(tokenizer, prompt), encode_response(tokenizer, prompt, response)
+    bos, stops = tokenizer.bos_token_id, set(stop_token_ids(tokenizer))
+    if bos is not None and bos not in stops and head[:2] == [bos, bos]:
+        raise UserError(
+            "the prompt begins with two BOS tokens: the chat template writes one, and the text holds another"
+        )
+    ends = [token for token in tail if token in stops]
+    if len(ends) != 1 or tail[-1] != ends[0]:
+        raise UserError(
+            f"the answer must end in one stop token and hold no other; it holds {len(ends)}: {_show(tokenizer, tail)}"
+        )
+    said = "".join(message["content"] for message in response)
+    while said.rstrip().endswith(str(tokenizer.eos_token)):
+        said = said.rstrip().removesuffix(str(tokenizer.eos_token))
+    read = str(tokenizer.decode(tail[:-1], skip_special_tokens=False))
+    if _bare(said) not in _bare(read):
+        raise UserError(
+            f"the trained tokens read {read[:80]!r}, which is not the answer {said[:80]!r}: the chat template changes it, or "
+            "the tokenizer cannot write it; give another --chat_template or tokenizer"
+        )
+    return head, tail
+
+
+def check_rows(tokenizer: PreTrainedTokenizerBase, rows: Iterable[tuple[Sequence[Message], Sequence[Message]]]) -> None:
+    """`check_encoding` of the first few (prompt, answer) of a data set: a wrong template shows in every row."""
+    for prompt, answer in islice(rows, CHECKED_ROWS):
+        check_encoding(tokenizer, prompt, answer)
+
+
+def _bare(text: str) -> str:
+    """Without what templates and tokenizers may change: white space, and compatible forms of a character."""
+    return "".join(unicodedata.normalize("NFKC", text).split())
+
+
+def _show(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
+    text = str(tokenizer.decode(list(tokens)))
+    return repr(text if len(text) <= 80 else text[:77] + "...")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -292,3 +293,18 @@ def test_bad_input(here: Run, name: str, words: list[object], complaint: str) ->
     """Catches: a slip in an option that shows only after the first runs."""
     with pytest.raises(UserError, match=complaint):
         here(name, *words)
+
+
+def test_dedup_and_prepare(tmp_path: Path) -> None:
+    """A figure renamed, or a method that no longer runs, would break the tables of docs/data.md."""
+    root = Path(__file__).parents[1]
+    for name, figures in (("dedup", {"precision", "recall"}), ("prepare", {"used"})):
+        out = tmp_path / f"{name}.json"
+        words = [str(root / "benchmarks" / f"{name}.py"), "--sizes", "400", "--out", str(out)]
+        environment = {**os.environ, "PYTHONPATH": str(root)}
+        done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=600, env=environment)
+        assert done.returncode == 0, done.stderr[-3000:]
+        runs = json.loads(out.read_text())
+        assert all(run.keys() >= {"rows", "processor_microseconds_a_row", "memory_megabytes", *figures} for run in runs)
+    ours = json.loads((tmp_path / "dedup.json").read_text())[0]
+    assert ours["precision"] == 1.0 and ours["recall"] >= 0.9 and ours["near_duplicates"] > 10

@@ -13,12 +13,15 @@ import pytest
 
 import rlhf
 from rlhf.config import PPOConfig, RewardConfig, SFTConfig, StageConfig, TrainingLength, build, parse_config, read_yaml
-from rlhf.data_prep import DataConfig
+from rlhf.data_prep import ReviewsConfig, read_recipe
+from rlhf.data_prep.recipe import Options, Source
+from rlhf.data_prep.show import ShowConfig
 from rlhf.errors import UserError
 
 PACKAGE = Path(rlhf.__file__).parent
 CONFIGS = PACKAGE.parent / "configs"
-TYPES: dict[str, Any] = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig, "data": DataConfig}
+TYPES: dict[str, Any] = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig, "data": ReviewsConfig}
+MORE: dict[str, Any] = {"data options": Options, "data source": Source, "show": ShowConfig}
 SFT = ["--dataset", "d", "--model_name_or_path", "m"]
 PPO = ["--dataset", "d", "--policy", "sft/a", "--reward", "reward/a"]
 
@@ -39,8 +42,12 @@ def test_shipped_config_loads(file: Path) -> None:
     """A shipped file with a key that was renamed since fails on the first user, not here."""
     kind = TYPES.get(file.stem)
     assert kind is not None, f"{file} is named after no stage: nothing would ever load it"
-    config = build(kind, read_yaml(file), str(file))
-    for key, value in read_yaml(file).items():
+    values = read_yaml(file)
+    config = read_recipe(values, str(file)) if kind is ReviewsConfig else build(kind, values, str(file))
+    for key, value in values.items():
+        if key == "sources":  # each a mapping, or a path
+            assert [source.path for source in config.sources] == [v if isinstance(v, str) else v["path"] for v in value]
+            continue
         got = getattr(config, key)
         assert got == value or got == [value] or str(got) == str(value) or float(got) == float(value), key
 
@@ -89,7 +96,7 @@ def unread(config_type: Any, read: set[str]) -> list[str]:
     return [f.name for f in dataclasses.fields(config_type) if f.name not in read]
 
 
-@pytest.mark.parametrize("config_type", TYPES.values(), ids=TYPES.keys())
+@pytest.mark.parametrize("config_type", [*TYPES.values(), *MORE.values()], ids=[*TYPES, *MORE])
 def test_every_option_is_read_somewhere(config_type: Any) -> None:
     """TRL had a `max_grad_norm` that was accepted and never used."""
     assert unread(config_type, attributes_read(PACKAGE, without=("config.py",))) == []
@@ -105,7 +112,7 @@ def test_an_option_that_nobody_reads_is_found() -> None:
     assert unread(More, attributes_read(PACKAGE, without=("config.py",))) == ["no_such_option_anywhere"]
 
 
-@pytest.mark.parametrize("config_type", TYPES.values(), ids=TYPES.keys())
+@pytest.mark.parametrize("config_type", [*TYPES.values(), *MORE.values()], ids=[*TYPES, *MORE])
 def test_every_option_has_a_help_text(config_type: Any) -> None:
     """An option without a word in --help."""
     assert [f.name for f in dataclasses.fields(config_type) if not f.metadata.get("help")] == []

@@ -1,5 +1,19 @@
-"""Raw rows -> validated rows, with counts of what was dropped and why; and the demo's data and base model."""
+"""People's feedback, in whatever shape -> checked demonstrations, comparisons and prompts; and the demo's data and base model."""
 
-from rlhf.data_prep.build import DataConfig, prepare
+from __future__ import annotations
 
-__all__ = ["DataConfig", "prepare"]
+from pathlib import Path
+
+from rlhf.data_prep.recipe import AnyConfig, DataConfig, Source, read_recipe
+from rlhf.data_prep.reviews import ReviewsConfig, prepare_reviews
+
+__all__ = ["DataConfig", "ReviewsConfig", "Source", "prepare", "read_recipe"]
+
+
+def prepare(config: AnyConfig) -> Path:
+    """Makes the data folder of a recipe and returns it; one that is there, made by the same recipe, is left as it is."""
+    if isinstance(config, ReviewsConfig):
+        return prepare_reviews(config)
+    from rlhf.data_prep.build import prepare_sources  # it needs libraries that the demo does not
+
+    return prepare_sources(config)

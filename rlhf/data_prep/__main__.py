@@ -1,15 +1,26 @@
-"""`python -m rlhf.data_prep --config FILE` or `--output_dir DIR`: makes the demo's data."""
+"""`python -m rlhf.data_prep --config FILE`: prepares data; without a file the demo's, with `--output_dir DIR`.
+
+`python -m rlhf.data_prep show --config FILE --n 5`: rows as the model will see them.
+"""
 
 from __future__ import annotations
 
-from rlhf.config import parse_config
-from rlhf.data_prep.build import DataConfig, prepare
+import sys
+
+from rlhf.data_prep import prepare
+from rlhf.data_prep.recipe import parse_recipe
 from rlhf.errors import run_command
 
 
 def main() -> None:
-    """Command line; prints the folder."""
-    print(prepare(parse_config(DataConfig)))
+    """Command line; prints the folder, or the rows."""
+    words = sys.argv[1:]
+    if words[:1] == ["show"]:
+        from rlhf.data_prep.show import main as show
+
+        show(words[1:])
+    else:
+        print(prepare(parse_recipe(words)))
 
 
 if __name__ == "__main__":

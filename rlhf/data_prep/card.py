@@ -1,118 +1,204 @@
-"""The data card: where the data is from, what went in, what came out, what was dropped and why."""
+"""The data card: what went in, what came out, every drop with its reason and examples, lengths, splits, sources, hashes."""
 
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import combinations
-from statistics import mean, median
-from typing import Any
+import unicodedata
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from rlhf.data_prep.sentiment import Parsed, Row, Tables
+import numpy as np
 
-PAIR_DIFFERENCE = 1.0
-"""Pairs are counted when their mean ratings (all raters) differ by at least this; closer ones are mostly noise."""
+from rlhf.data_prep.dedup import band_rows
+from rlhf.data_prep.plan import Plan
+from rlhf.data_prep.recipe import DataConfig
+from rlhf.data_prep.splits import Prompts
+from rlhf.data_prep.tally import Tally
+from rlhf.data_prep.write import Written
+
+if TYPE_CHECKING:
+    from rlhf.data_prep.build import SourceReport
+
+#: Libraries whose version can change a row.
+LIBRARIES = (
+    "datasets", "ftfy", "ijson", "opencc", "phonenumberslite", "pyarrow", "py3langid", "rensa", "tokenizers", "transformers",
+)  # fmt: skip
 
 
-def rows_fingerprint(tables: Mapping[str, Iterable[Row]], recipe: Mapping[str, Any]) -> str:
-    """sha256 over recipe and rows: the same data has the same fingerprint on every machine."""
-    digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode())
-    for name, rows in sorted(tables.items()):
-        digest.update(f"\n{name}\n".encode())
-        for row in rows:
-            digest.update(json.dumps(row, sort_keys=True).encode() + b"\n")
-    return digest.hexdigest()
+def versions() -> dict[str, str]:
+    """Version of each of `LIBRARIES`, and of Unicode."""
+    return {**{name: importlib.metadata.version(name) for name in LIBRARIES}, "unicode": unicodedata.unidata_version}
+
+
+def fingerprint(recipe: Mapping[str, Any], libraries: Mapping[str, str], rows: Mapping[str, str]) -> str:
+    """sha256 of the recipe, the libraries' versions and the sha256 of the rows of each set."""
+    content = {"recipe": recipe, "libraries": libraries, "rows": rows}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def make_card(
-    parsed: Parsed, tables: Tables, *, source: Mapping[str, Any], recipe: Mapping[str, Any]
+    config: DataConfig,
+    recipe: dict[str, Any],
+    reports: Sequence[SourceReport],
+    tally: Tally,
+    plan: Plan,
+    prompts: Prompts,
+    written: Mapping[str, Written],
+    *,
+    records: int,
+    mixed: dict[str, Any],
+    leaks: dict[str, Any],
 ) -> dict[str, Any]:
-    """The content of `card.json`, less the sha256 of the files."""
-    comparisons = {split: tables.rows[f"comparisons/{split}"] for split in ("train", "validation")}
+    """The content of `card.json`, less the sha256 of the files.
+
+    Args:
+        records: records that passed reading and cleaning.
+    """
+    libraries = versions()
+    row_hashes = {name: of.digest.hexdigest() for name, of in written.items()}
+    group = prompts.group[plan.rows]
+    _, sizes = np.unique(group, return_counts=True)
+    bands, band = band_rows(config.similarity)
     return {
-        "source": dict(source),
-        "sentences_read": parsed.rows_in,
-        "rows": {name: len(rows) for name, rows in tables.rows.items()},
-        "sentences_used": {name: len(texts) for name, texts in _texts(tables).items()},
-        "pairs_rated_at_least_1_apart": {split: sum(map(_clear_pairs, rows)) for split, rows in comparisons.items()},
-        "dropped": {
-            "sentences": {**parsed.dropped.as_dict(), **tables.dropped_sentences.as_dict()},
-            "ratings": parsed.dropped_ratings.as_dict(),
-            "prompts": tables.dropped_prompts.as_dict(),
+        "sources": [_source(report) for report in reports],
+        "rows_read": sum(report.rows for report in reports),
+        "records": records,
+        "records_used": len(plan.rows),
+        "rows": {name: of.rows for name, of in written.items()},
+        "rows_by_source": {name: dict(sorted(of.sources.items())) for name, of in written.items()},
+        "steps": tally.as_dict(),
+        "lengths": {
+            name: {what: _spread(values) for what, values in of.lengths.items()} for name, of in written.items()
         },
-        "words_per_sentence": {
-            name: _spread([len(t.split()) for t in texts]) for name, texts in _texts(tables).items()
-        },
-        "raters_per_sentence": _spread([len(s.ratings) for s in parsed.sentences]),
-        "sentences_by_rounded_mean_rating": _histogram(round(mean(s.ratings)) for s in parsed.sentences),
         "comparisons_by_number_of_responses": {
-            split: _histogram(len(row["responses"]) for row in rows) for split, rows in comparisons.items()
+            name: {str(k): n for k, n in sorted(of.responses.items())} for name, of in written.items() if of.responses
         },
-        "recipe": dict(recipe),
-        "fingerprint": rows_fingerprint(tables.rows, recipe),
+        "splits": {
+            "by": config.split_by,
+            "groups_of_prompts": len(sizes),
+            "largest_group": int(sizes.max()),
+            "similarity": config.similarity,
+            "probability_to_find_a_pair_of_this_similarity": round(1 - (1 - config.similarity**band) ** bands, 4),
+        },
+        "stages": config.stages,
+        "mix": mixed,
+        "leaks": leaks,
+        "recipe": recipe,
+        "libraries": libraries,
+        "row_hashes": row_hashes,
+        "fingerprint": fingerprint(recipe, libraries, row_hashes),
+    }
+
+
+def _source(report: SourceReport) -> dict[str, Any]:
+    source = report.source
+    place = {k: getattr(source, k) for k in ("subset", "revision", "split") if getattr(source, k)}
+    return {
+        "name": source.name,
+        **({} if report.files else {"hub": source.path}),
+        **place,
+        "licence": source.licence,
+        "reader": report.reader,
+        "evidence": report.evidence,
+        "uses": source.uses,
+        "rows": report.rows,
+        "malformed": report.malformed,
+        "records": report.records,
+        "files": report.files,
+    }
+
+
+def _spread(values: Sequence[int]) -> dict[str, float]:
+    numbers = np.asarray(values)
+    middle, high = np.percentile(numbers, (50, 95))
+    return {
+        "min": int(numbers.min()),
+        "median": float(middle),
+        "mean": round(float(numbers.mean()), 2),
+        "p95": float(high),
+        "max": int(numbers.max()),
     }
 
 
 def render(card: Mapping[str, Any]) -> str:
     """The card as Markdown."""
-    source = card["source"]
-    lines = [
-        "# Data card: movie reviews",
-        "",
-        f"Made from {source['data']} in {source['package']}; {source['licence']}; sha256 {source['sha256']}.",
-        f"Please cite: {source['cite']}",
-        "",
-        f"{card['sentences_read']:,} rated sentences read. Fingerprint {card['fingerprint']}.",
-        "",
-        "| set | rows | sentences | words (median, max) |",
-        "|---|---|---|---|",
-    ]
-    for name, count in card["rows"].items():
-        words = card["words_per_sentence"].get(name)
-        length = f"{words['median']:g}, {words['max']}" if words else ""
-        lines.append(f"| {name} | {count:,} | {card['sentences_used'].get(name, '')} | {length} |")
-    lines += ["", f"Pairs whose mean ratings differ by at least 1: {_inline(card['pairs_rated_at_least_1_apart'])}."]
-    for split, histogram in card["comparisons_by_number_of_responses"].items():
-        lines.append(f"Responses per comparison ({split}): {_inline(histogram)}.")
-    lines.append(f"Raters per sentence: {_inline(card['raters_per_sentence'])}.")
-    lines.append(f"Sentences by rounded mean rating: {_inline(card['sentences_by_rounded_mean_rating'])}.")
-    lines += ["", "## Left out", "", "| what | why | count | examples |", "|---|---|---|---|"]
-    for what, reasons in card["dropped"].items():
-        for reason, entry in reasons.items():
-            examples = "; ".join(entry["examples"]).replace("|", "\\|").replace("\t", " ")
-            lines.append(f"| {what} | {reason} | {entry['count']:,} | {examples} |")
+    lines = ["# Data card", "", f"Fingerprint {card['fingerprint']}.", "", *_render_sources(card), *_render_sets(card)]
+    lines += _render_steps(card)
+    lines += ["", "## Splits and leaks", ""]
+    splits, leaks = card["splits"], card["leaks"]
+    lines.append(
+        f"Split by {splits['by']}; {splits['groups_of_prompts']:,} groups of prompts, the largest of "
+        f"{splits['largest_group']:,} rows; near-duplicates from a Jaccard similarity of {splits['similarity']:g} on (a pair "
+        f"just there is found with probability {splits['probability_to_find_a_pair_of_this_similarity']}). "
+        f"Stages: {card['stages']}."
+    )
+    lines.append(f"The leak gate checked {leaks['pairs_checked']} borders between splits and stages.")
+    lines += [
+        f"- {pair}: {o['exact']:,} prompts alike, {o['near']:,} nearly ({'no leak' if o['allowed'] else 'LEAK, let pass'})"
+        for pair, o in leaks["overlaps"].items()
+    ] or ["No prompt, and no near-duplicate of one, is in two sets."]
+    if card["mix"]:
+        lines += ["", "## Mix", "", "| training rows of | " + " | ".join(next(iter(card["mix"].values()))) + " |"]
+        lines.append("|---" * (1 + len(next(iter(card["mix"].values())))) + "|")
+        lines += [
+            f"| {kind} | " + " | ".join(f"{n:,}" for n in counts.values()) + " |"
+            for kind, counts in card["mix"].items()
+        ]
+    lines += ["", "## Files", "", "| file | sha256 of its rows |", "|---|---|"]
+    lines += [f"| {name}.parquet | {digest} |" for name, digest in card["row_hashes"].items()]
+    lines += ["", "Libraries: " + ", ".join(f"{name} {version}" for name, version in card["libraries"].items()) + "."]
     return "\n".join(lines) + "\n"
 
 
-def _texts(tables: Tables) -> dict[str, list[str]]:
-    """The sentences in each set of demonstrations and comparisons."""
-    return {
-        name: [
-            message["content"]
-            for row in rows
-            for answer in (row["responses"] if "responses" in row else [row["completion"]])
-            for message in answer
-        ]
-        for name, rows in tables.rows.items()
-        if not name.startswith("prompts")
-    }
+def _render_sources(card: Mapping[str, Any]) -> list[str]:
+    lines = ["## Sources", "", "| source | licence | read as | rows | malformed | records | sha256 |", "|---" * 7 + "|"]
+    for source in card["sources"]:
+        hashes = ", ".join(digest[:16] for digest in source["files"].values()) or f"hub {source.get('hub')}"
+        cells = [source["name"], source["licence"], f"{source['reader']} ({source['evidence']})"]
+        counts = [f"{source[k]:,}" for k in ("rows", "malformed", "records")]
+        lines.append("| " + " | ".join(_cell(c) for c in [*cells, *counts, hashes]) + " |")
+    return [
+        *lines,
+        "",
+        f"{card['rows_read']:,} rows read, {card['records']:,} records made, {card['records_used']:,} used.",
+        "",
+    ]
 
 
-def _clear_pairs(row: Row) -> int:
-    return sum(abs(a - b) >= PAIR_DIFFERENCE for a, b in combinations(row["ratings_all"], 2))
+def _render_sets(card: Mapping[str, Any]) -> list[str]:
+    lines = [
+        "## Sets",
+        "",
+        "| set | rows | prompt, median and longest | response, median and longest |",
+        "|---|---|---|---|",
+    ]
+    for name, count in card["rows"].items():
+        lengths = card["lengths"][name]
+        cells = [_length(lengths, "prompt"), _length(lengths, "response")]
+        lines.append(f"| {name} | {count:,} | " + " | ".join(cells) + " |")
+    return lines
 
 
-def _spread(values: Sequence[int]) -> dict[str, float]:
-    if not values:
-        return {}
-    return {"min": min(values), "mean": round(mean(values), 2), "median": median(values), "max": max(values)}
+def _length(lengths: Mapping[str, Any], what: str) -> str:
+    return "; ".join(
+        f"{lengths[f'{what}_{unit}']['median']:g}, {lengths[f'{what}_{unit}']['max']:,} {unit}"
+        for unit in ("characters", "tokens")
+        if f"{what}_{unit}" in lengths
+    )
 
 
-def _histogram(values: Iterable[int]) -> dict[str, int]:
-    return {str(value): count for value, count in sorted(Counter(values).items())}
+def _render_steps(card: Mapping[str, Any]) -> list[str]:
+    lines = ["", "## Changed and left out", "", "| step | what | rows | examples |", "|---|---|---|---|"]
+    for step, entry in card["steps"].items():
+        if entry["changed"]:
+            lines.append(f"| {step} | changed | {entry['changed']:,} | {_cell('; '.join(entry['examples']))} |")
+        for reason, drop in entry["dropped"].items():
+            examples = "; ".join(drop["examples"])
+            lines.append(f"| {step} | left out: {_cell(reason)} | {drop['count']:,} | {_cell(examples)} |")
+    return [*lines, "", "Every row that was left out is in rejected.jsonl."]
 
 
-def _inline(mapping: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key}: {value:,}" for key, value in mapping.items())
+def _cell(text: str) -> str:
+    return " ".join(str(text).split()).replace("|", "\\|")

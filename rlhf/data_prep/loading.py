@@ -12,12 +12,9 @@ Texts are lists of `{role, content}` messages, plain strings, or transcripts as 
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -25,28 +22,38 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from datasets import Dataset
 
+from rlhf.data_prep.files import is_data, is_readable, read_file
+from rlhf.data_prep.folder import prepared_fingerprint
+from rlhf.data_prep.rows import (
+    Malformed,
+    Row,
+    Untrainable,
+    as_prompt,
+    as_response,
+    at_last_answer,
+    conversation,
+    is_number,
+    prompt_and_answer,
+    show_value,
+)
 from rlhf.errors import UserError, did_you_mean
 from rlhf.progress import progress
 
 Kind = Literal["demonstrations", "comparisons", "prompts"]
-Row = dict[str, Any]
-Messages = list[dict[str, str]]
 
 #: Share of prompts that validation gets where the data has no validation split of its own.
 VALIDATION_SHARE = 0.1
-ROLES = ("system", "user", "assistant", "tool")
 NEEDED = {
     "demonstrations": "'prompt' + 'completion', or 'messages'",
     "comparisons": "'prompt' + 'chosen' + 'rejected', or 'prompt' + 'responses' + 'ratings' (or 'ranks')",
     "prompts": "'prompt', or 'messages'",
 }
-_TEXT_COLUMNS = ("prompt", "completion", "chosen", "rejected")
-_SUFFIXES = (".parquet", ".jsonl", ".json", ".csv")
+_SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".json", ".csv", ".tsv")
+#: Bytes of a row, far above any that fits a model.
+_LONGEST_ROW = 16_000_000
 _OTHER_NAMES = {"train": ("train",), "validation": ("validation", "test", "eval", "dev")}
-_TURN = re.compile(r"\n\n(Human|Assistant):")
 #: More rows than this take long enough for a progress bar.
 _MANY_ROWS = 20_000
 
@@ -59,11 +66,13 @@ class Loaded:
         rows: columns as in the table above.
         dropped: reason -> rows left out. Of data without splits, those of the whole data.
         fingerprint: sha256 of the rows.
+        prepared: fingerprint on the card of the folder that `rlhf.data_prep` made; None for other data.
     """
 
     rows: Dataset
     dropped: dict[str, int]
     fingerprint: str
+    prepared: str | None = None
 
 
 @dataclass(frozen=True)
@@ -75,14 +84,7 @@ class _Raw:
     """(line or row number from 1, row)"""
     has_split: bool
     """False: these are all rows, and train and validation have to be told apart by a hash of the prompt."""
-
-
-class _Untrainable(Exception):
-    """A well-formed row that nothing can be learned from; the text is the reason it is counted under."""
-
-
-class _Malformed(Exception):
-    """A row of a wrong type; the text says what is wrong."""
+    prepared: str | None = None
 
 
 def load_rows(path: str | Path, split: str, *, kind: Kind) -> Loaded:
@@ -118,7 +120,7 @@ def load_rows(path: str | Path, split: str, *, kind: Kind) -> Loaded:
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
-    return Loaded(_to_dataset(rows), dict(dropped), digest.hexdigest())
+    return Loaded(_to_dataset(rows), dict(dropped), digest.hexdigest(), raw.prepared)
 
 
 # Reading
@@ -130,7 +132,7 @@ def _read(path: str, split: str, kind: str) -> _Raw:
         return _Raw(path, _read_file(place), has_split=False)
     if place.is_dir():
         file = _file_in_folder(place, split, kind)
-        return _Raw(str(file), _read_file(file), has_split=True)
+        return _Raw(str(file), _read_file(file), has_split=True, prepared=prepared_fingerprint(file))
     if _looks_local(path, place):
         siblings = [str(p) for p in place.parent.iterdir()] if place.parent.is_dir() else []
         near = did_you_mean(str(place), siblings)
@@ -145,7 +147,7 @@ def _looks_local(path: str, place: Path) -> bool:
     return (
         path.startswith((".", "/", "~"))
         or path.endswith("/")
-        or place.suffix in _SUFFIXES
+        or is_readable(place)
         or len(place.parts) != 2
         or place.parent.is_dir()
     )
@@ -156,9 +158,7 @@ def _file_in_folder(folder: Path, split: str, kind: str) -> Path:
     candidates += [folder / f"{split}{suffix}" for suffix in _SUFFIXES]
     found = next((file for file in candidates if file.is_file()), None)
     if found is None:
-        there = sorted(
-            str(p.relative_to(folder)) for p in folder.rglob("*") if p.suffix in _SUFFIXES and p.stem != "card"
-        )
+        there = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if is_data(p))
         raise UserError(
             f"no {kind} for {split} in {folder}: expected {kind}/{split}.parquet (or .jsonl, .json, .csv); "
             f"there are {', '.join(there[:8]) or 'no data files'}{did_you_mean(f'{kind}/{split}.parquet', there)}"
@@ -168,67 +168,18 @@ def _file_in_folder(folder: Path, split: str, kind: str) -> Path:
 
 def _read_file(file: Path) -> list[tuple[int, Row]]:
     """Numbered rows of a file: lines from 1 in .jsonl, rows from 1 elsewhere."""
-    if file.suffix not in _SUFFIXES:
+    if not is_readable(file):
         raise UserError(f"cannot read {file}: its name must end in one of {', '.join(_SUFFIXES)}")
-    if file.suffix == ".parquet":
-        try:
-            return list(enumerate(pq.read_table(file).to_pylist(), start=1))
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-            raise UserError(f"{file} is not a readable Parquet file: {str(error).splitlines()[0]}") from error
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
-    if file.suffix == ".csv":
-        return _read_csv(file, text)
-    return _read_json_array(file, text) if text.lstrip().startswith("[") else _read_json_lines(file, text)
-
-
-def _read_csv(file: Path, text: str) -> list[tuple[int, Row]]:
-    """Cells that hold a JSON list become lists; in a column of texts only a list of messages, "[1]" may be a text."""
-
-    def cell(name: str, value: Any) -> Any:
-        if not isinstance(value, str) or not value.lstrip().startswith("["):
-            return value
-        try:
-            values = json.loads(value)
-        except ValueError:
-            return value
-        return values if name not in _TEXT_COLUMNS or all(isinstance(v, dict) for v in values) else value
-
-    # newline="": newlines are left to csv, which knows those inside quotes
-    reader = csv.DictReader(io.StringIO(text, newline=""))
-    try:
-        return [(i, {str(k): cell(str(k), v) for k, v in row.items()}) for i, row in enumerate(reader, start=1)]
-    except csv.Error as error:
-        raise UserError(f"{file} is not a readable CSV file: {error} (line {reader.line_num})") from error
-
-
-def _read_json_array(file: Path, text: str) -> list[tuple[int, Row]]:
-    try:
-        rows = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{file} is not valid JSON: {error}") from error
-    return [(i, _object(row, file, i)) for i, row in enumerate(rows, start=1)]
-
-
-def _read_json_lines(file: Path, text: str) -> list[tuple[int, Row]]:
     rows = []
-    # not splitlines(): it also breaks at characters such as U+2028, which JSON allows inside a string
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            rows.append((number, _object(json.loads(line), file, number)))
-        except ValueError as error:
-            raise UserError(f"{file}, line {number} is not valid JSON: {error}") from error
+    for line in read_file(file, _LONGEST_ROW):
+        if line.problem:
+            raise UserError(f"{file}, row {line.number}: {line.problem}; python -m rlhf.data_prep leaves bad rows out")
+        if not isinstance(line.value, dict):
+            raise UserError(
+                f"{file}, row {line.number} must be an object with named columns, got {show_value(line.value)}"
+            )
+        rows.append((line.number, line.value))
     return rows
-
-
-def _object(row: Any, file: Path, number: int) -> Row:
-    if not isinstance(row, dict):
-        raise UserError(f"{file}, row {number} must be an object with named columns, got {_show(row)}")
-    return row
 
 
 def _read_hub(name: str, split: str) -> _Raw:
@@ -259,9 +210,9 @@ def _normalise_all(raw: _Raw, normalise: Callable[[Row], Row], kind: str) -> tup
     for number, row in progress(numbered, f"reading {kind}", len(raw.rows)) if len(raw.rows) > _MANY_ROWS else numbered:
         try:
             rows.append(normalise(row))
-        except _Untrainable as reason:
+        except Untrainable as reason:
             dropped[str(reason)] += 1
-        except _Malformed as error:
+        except Malformed as error:
             raise UserError(f"{raw.source}, row {number}: {error}") from error
     return rows, dropped
 
@@ -288,57 +239,57 @@ def _normaliser(kind: Kind, columns: set[str], source: str) -> Callable[[Row], R
 
 
 def _demonstration(row: Row) -> Row:
-    prompt, completion = _prompt(row.get("prompt")), _response(row.get("completion"), "completion")
+    prompt, completion = as_prompt(row.get("prompt")), as_response(row.get("completion"), "completion")
     return {"prompt": prompt, "completion": completion, **_others(row, "prompt", "completion")}
 
 
 def _demonstration_of_messages(row: Row) -> Row:
-    prompt, answer = _at_last_answer(_conversation(row.get("messages"), "messages"))
+    prompt, answer = at_last_answer(conversation(row.get("messages"), "messages"))
     return {"prompt": prompt, "completion": answer, **_others(row, "messages", "prompt", "completion")}
 
 
 def _demonstration_of_chosen(row: Row) -> Row:
-    prompt, chosen = _prompt_and_answer(row, "chosen")
+    prompt, chosen = prompt_and_answer(row, "chosen")
     return {"prompt": prompt, "completion": chosen, **_others(row, "prompt", "chosen", "rejected")}
 
 
 def _prompt_row(row: Row) -> Row:
     name = "prompt" if row.get("prompt") is not None else "messages"
-    return {"prompt": _prompt(row.get(name), name), **_others(row, "prompt", "messages")}
+    return {"prompt": as_prompt(row.get(name), name), **_others(row, "prompt", "messages")}
 
 
 def _prompt_of_chosen(row: Row) -> Row:
-    return {"prompt": _prompt_and_answer(row, "chosen")[0], **_others(row, "prompt", "chosen", "rejected")}
+    return {"prompt": prompt_and_answer(row, "chosen")[0], **_others(row, "prompt", "chosen", "rejected")}
 
 
 def _pair(row: Row) -> Row:
-    prompt, chosen = _prompt_and_answer(row, "chosen")
-    other_prompt, rejected = _prompt_and_answer(row, "rejected")
+    prompt, chosen = prompt_and_answer(row, "chosen")
+    other_prompt, rejected = prompt_and_answer(row, "rejected")
     if prompt != other_prompt:
-        raise _Untrainable("chosen and rejected do not answer the same prompt")
+        raise Untrainable("chosen and rejected do not answer the same prompt")
     if chosen == rejected:
-        raise _Untrainable("chosen and rejected are the same")
+        raise Untrainable("chosen and rejected are the same")
     others = _others(row, "prompt", "chosen", "rejected")
     return {"prompt": prompt, "responses": [chosen, rejected], "ratings": [1.0, 0.0], **others}
 
 
 def _ranking(row: Row) -> Row:
-    prompt, values = _prompt(row.get("prompt")), row.get("responses")
+    prompt, values = as_prompt(row.get("prompt")), row.get("responses")
     if not isinstance(values, list):
-        raise _Malformed(f"'responses' must be a list, got {_show(values)}")
+        raise Malformed(f"'responses' must be a list, got {show_value(values)}")
     name, sign = ("ratings", 1.0) if row.get("ratings") is not None else ("ranks", -1.0)
     numbers = row.get(name)
-    if not isinstance(numbers, list) or not all(_is_number(v) for v in numbers):
-        raise _Malformed(f"'{name}' must be a list of numbers, got {_show(numbers)}")
+    if not isinstance(numbers, list) or not all(is_number(v) for v in numbers):
+        raise Malformed(f"'{name}' must be a list of numbers, got {show_value(numbers)}")
     if len(numbers) != len(values):
-        raise _Malformed(f"{len(values)} responses but {len(numbers)} {name}")
+        raise Malformed(f"{len(values)} responses but {len(numbers)} {name}")
     if len(values) < 2:
-        raise _Untrainable("fewer than two responses")
+        raise Untrainable("fewer than two responses")
     if not all(v is not None and math.isfinite(v) for v in numbers):
-        raise _Untrainable(f"{name} that are missing or not finite")
+        raise Untrainable(f"{name} that are missing or not finite")
     if min(numbers) == max(numbers):
-        raise _Untrainable("all responses are rated the same")
-    responses = [_response(value, f"responses[{i}]") for i, value in enumerate(values)]
+        raise Untrainable("all responses are rated the same")
+    responses = [as_response(value, f"responses[{i}]") for i, value in enumerate(values)]
     ratings = [sign * v for v in numbers]
     return {
         "prompt": prompt,
@@ -350,106 +301,6 @@ def _ranking(row: Row) -> Row:
 
 def _others(row: Row, *used: str) -> Row:
     return {name: value for name, value in row.items() if name not in (*used, "prompt")}
-
-
-# Texts
-
-
-def _prompt_and_answer(row: Row, column: str) -> tuple[Messages, Messages]:
-    """Prompt and answer of a preference: an answer beside `prompt`, or a conversation that includes its prompt."""
-    value, prompt = row.get(column), row.get("prompt")
-    if isinstance(value, str) and not _is_transcript(value):
-        if prompt is None:
-            raise _Malformed(f"'{column}' is an answer without its prompt; add a 'prompt' column")
-        # transcripts have a blank between "Assistant:" and the answer
-        return _prompt(prompt), _response(value.strip() if _is_transcript(prompt) else value, column)
-    messages = _conversation(value, column)
-    if messages[0]["role"] == "assistant" and prompt is not None:
-        messages = _prompt(prompt) + messages
-    if messages[-1]["role"] != "assistant":
-        raise _Untrainable("the conversation does not end with an answer")
-    return _at_last_answer(messages)
-
-
-def _at_last_answer(messages: Messages) -> tuple[Messages, Messages]:
-    """A conversation cut at its last assistant turn; what follows is left out."""
-    last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=None)
-    if last is None:
-        raise _Untrainable("no assistant turn")
-    return _checked_prompt(messages[:last]), _checked_response([messages[last]])
-
-
-def _prompt(value: Any, name: str = "prompt") -> Messages:
-    """A prompt as messages, without answers after it."""
-    if isinstance(value, str) and not _is_transcript(value):
-        return _checked_prompt([{"role": "user", "content": value}])
-    messages = _conversation(value, name)
-    while messages and messages[-1]["role"] == "assistant":
-        messages = messages[:-1]
-    return _checked_prompt(messages)
-
-
-def _response(value: Any, name: str) -> Messages:
-    if isinstance(value, str):
-        return _checked_response([{"role": "assistant", "content": value}])
-    messages = _conversation(value, name)
-    if len(messages) != 1 or messages[0]["role"] != "assistant":
-        raise _Malformed(
-            f"'{name}' must be a string or one assistant message, got roles {[m['role'] for m in messages]}"
-        )
-    return _checked_response(messages)
-
-
-def _checked_prompt(messages: Messages) -> Messages:
-    if not any(message["role"] != "system" and message["content"].strip() for message in messages):
-        raise _Untrainable("empty prompt")
-    return messages
-
-
-def _checked_response(messages: Messages) -> Messages:
-    if not messages[0]["content"].strip():
-        raise _Untrainable("empty response")
-    return messages
-
-
-def _conversation(value: Any, name: str) -> Messages:
-    """Messages with a known role and a text; nothing else of them is kept."""
-    if isinstance(value, str) and _is_transcript(value):
-        return _transcript(value)
-    if not isinstance(value, list):
-        raise _Malformed(f"'{name}' must be a string or a list of {{role, content}} messages, got {_show(value)}")
-    messages = []
-    for message in value:
-        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            raise _Malformed(f"'{name}' must hold messages with the texts 'role' and 'content', got {_show(message)}")
-        if message["role"] not in ROLES:
-            near = did_you_mean(message["role"], ROLES)
-            raise _Malformed(f"'{name}' has a message of role '{message['role']}'{near}; known: {', '.join(ROLES)}")
-        messages.append({"role": message["role"], "content": message["content"]})
-    if not messages:
-        raise _Untrainable("empty conversation")
-    return messages
-
-
-def _is_transcript(value: Any) -> bool:
-    return isinstance(value, str) and value.lstrip().startswith("Human:")
-
-
-def _transcript(text: str) -> Messages:
-    r"""Messages of `\n\nHuman: ...\n\nAssistant: ...`."""
-    parts = _TURN.split("\n\n" + text.strip())[1:]
-    roles = {"Human": "user", "Assistant": "assistant"}
-    return [{"role": roles[who], "content": said.strip()} for who, said in zip(parts[::2], parts[1::2], strict=True)]
-
-
-def _is_number(value: Any) -> bool:
-    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
-
-
-def _show(value: Any) -> str:
-    """A short view of a wrong value."""
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
 
 
 # Results

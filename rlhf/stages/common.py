@@ -199,10 +199,11 @@ def _claim_checkpoints(folder: Path, config: StageConfig, parents: list[Artifact
 
 
 def describe_data(sets: dict[str, Loaded]) -> dict[str, Any]:
-    """Rows, drops and one fingerprint of the data sets of a stage, for its manifest."""
+    """Rows, drops and one fingerprint of the data sets of a stage, for its manifest; and the fingerprints of their data cards."""
     fingerprint = recipe_hash({name: loaded.fingerprint for name, loaded in sets.items()}, [], None)
     return {
         "fingerprint": fingerprint,
+        "prepared": {name: loaded.prepared for name, loaded in sets.items() if loaded.prepared},
         "rows": {name: len(loaded.rows) for name, loaded in sets.items()},
         "dropped": {name: loaded.dropped for name, loaded in sets.items() if loaded.dropped},
     }

@@ -31,7 +31,7 @@ from rlhf.stages.common import (
     train,
     trainer_arguments,
 )
-from rlhf.tokenization import encode_prompt, encode_response, load_tokenizer, pad, stop_token_ids
+from rlhf.tokenization import check_rows, encode_prompt, encode_response, load_tokenizer, pad, stop_token_ids
 
 #: Responses whose scores set the zero and the unit of the reward.
 NORMALIZATION_SAMPLES = 256
@@ -97,6 +97,7 @@ def run(config: RewardConfig, *, reuse: bool = False) -> Artifact:
 
 def tokenize(data: Loaded, tokenizer: PreTrainedTokenizerBase, max_length: int, *, min_responses: int = 2) -> Dataset:
     """Rankings with `input_ids`: K token lists (prompt and response) a row; too long or too small ones are left out."""
+    check_rows(tokenizer, ((row["prompt"], response) for row in data.rows for response in row["responses"]))
     rows: list[dict[str, Any]] = []
     for row in data.rows:
         prompt = encode_prompt(tokenizer, row["prompt"])

@@ -32,7 +32,7 @@ from rlhf.stages.common import (
     train,
     trainer_arguments,
 )
-from rlhf.tokenization import encode_prompt, encode_response, load_tokenizer
+from rlhf.tokenization import check_rows, encode_prompt, encode_response, load_tokenizer
 
 
 def run(config: SFTConfig, *, reuse: bool = False) -> Artifact:
@@ -91,6 +91,7 @@ def run(config: SFTConfig, *, reuse: bool = False) -> Artifact:
 
 def tokenize(data: Loaded, tokenizer: PreTrainedTokenizerBase, max_length: int, limit: int | None = None) -> Dataset:
     """Demonstrations as `input_ids` and `labels` (-100 on the prompt). Longer ones than `max_length` tokens are left out."""
+    check_rows(tokenizer, ((row["prompt"], row["completion"]) for row in data.rows))
     rows: list[dict[str, Any]] = []
     for row in data.rows:
         prompt = encode_prompt(tokenizer, row["prompt"])

