@@ -22,7 +22,7 @@ from rlhf.registry import sha256_file
 
 SOURCES = ("movie_reviews",)
 #: Raised when the rows made from the same options change.
-_RECIPE_VERSION = 1
+_RECIPE_VERSION = 2
 _OURS = {"demonstrations", "comparisons", "prompts", "card.json", "card.md"}
 _DATA = "movieReviewSnippets"
 
@@ -169,6 +169,7 @@ def _write_parquet(file: Path, rows: list[dict[str, Any]]) -> None:
             "ratings_held_out": numbers,
             "ratings_all": numbers,
             "rater_ratings": List(List(Value("int64"))),
+            "rater_ratings_held_out": List(List(Value("int64"))),
         },
         "prompts": {"prompt": messages},
     }

@@ -3,11 +3,15 @@
 | kind | columns after loading | accepted |
 |---|---|---|
 | demonstrations | `prompt`, `completion` | `prompt` + `completion`; `messages`; preference data, of which the chosen answer is taken |
-| comparisons | `prompt`, `responses`, `ratings` | `prompt` + `responses` + `ratings` (or `ranks`, 1 is best); `prompt` + `chosen` + `rejected`; `chosen` + `rejected` conversations that share their beginning |
+| comparisons | `prompt`, `responses`, `ratings` | `prompt` + `responses` + `ratings` (or `ranks`, 1 is best, or `rater_ratings`); `prompt` + `chosen` + `rejected`; `chosen` + `rejected` conversations that share their beginning |
 | prompts | `prompt` | `prompt`; `messages`; preference data, of which the prompt is taken |
 
 Texts are lists of `{role, content}` messages, plain strings, or transcripts as in Anthropic/hh-rlhf
 (`\\n\\nHuman: ...\\n\\nAssistant: ...`). After loading they are lists of messages. Other columns are kept.
+
+`rater_ratings` holds, for each response, the numbers of its raters, null where one gave none. In place of `ratings` it is
+split: raters at even places are trained on (`ratings`, their means, and `rater_ratings`), raters at odd places are held out
+(`ratings_held_out`, `rater_ratings_held_out`). So a rater who has the same place in every row is in one half only.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -15,12 +19,13 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import itertools
 import json
 import math
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +38,8 @@ from rlhf.progress import progress
 
 Kind = Literal["demonstrations", "comparisons", "prompts"]
 Row = dict[str, Any]
+#: A row with its line or row number in the source, from 1.
+Numbered = tuple[int, Row]
 Messages = list[dict[str, str]]
 
 #: Share of prompts that validation gets where the data has no validation split of its own.
@@ -40,7 +47,7 @@ VALIDATION_SHARE = 0.1
 ROLES = ("system", "user", "assistant", "tool")
 NEEDED = {
     "demonstrations": "'prompt' + 'completion', or 'messages'",
-    "comparisons": "'prompt' + 'chosen' + 'rejected', or 'prompt' + 'responses' + 'ratings' (or 'ranks')",
+    "comparisons": "'prompt' + 'chosen' + 'rejected', or 'prompt' + 'responses' + 'ratings' (or 'ranks', or 'rater_ratings')",
     "prompts": "'prompt', or 'messages'",
 }
 _TEXT_COLUMNS = ("prompt", "completion", "chosen", "rejected")
@@ -49,6 +56,8 @@ _OTHER_NAMES = {"train": ("train",), "validation": ("validation", "test", "eval"
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 #: More rows than this take long enough for a progress bar.
 _MANY_ROWS = 20_000
+#: Rows that are named for each reason to leave rows out.
+NAMED_ROWS = 20
 
 
 @dataclass(frozen=True)
@@ -59,11 +68,15 @@ class Loaded:
         rows: columns as in the table above.
         dropped: reason -> rows left out. Of data without splits, those of the whole data.
         fingerprint: sha256 of the rows.
+        numbers: line or row number in the source of each of the rows.
+        dropped_rows: reason -> numbers of the first rows left out.
     """
 
     rows: Dataset
     dropped: dict[str, int]
     fingerprint: str
+    numbers: list[int] = field(default_factory=list)
+    dropped_rows: dict[str, list[int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -71,8 +84,7 @@ class _Raw:
     """Rows as they were read."""
 
     source: str
-    rows: Sequence[tuple[int, Row]]
-    """(line or row number from 1, row)"""
+    rows: Sequence[Numbered]
     has_split: bool
     """False: these are all rows, and train and validation have to be told apart by a hash of the prompt."""
 
@@ -106,19 +118,28 @@ def load_rows(path: str | Path, split: str, *, kind: Kind) -> Loaded:
     columns = set().union(*(row.keys() for _, row in raw.rows))
     normalise = _normaliser(kind, columns, raw.source)
     rows, dropped = _normalise_all(raw, normalise, kind)
+    if kind == "comparisons":
+        rows = _without_contradictions(rows, dropped)
     if rows and not raw.has_split:
         rows = _hash_split(rows, split)
         if not rows:
             raise UserError(
                 f"{raw.source} has a single prompt, too few to hold some out; give a folder with train and validation"
             )
+    counts = {reason: len(numbers) for reason, numbers in dropped.items()}
     if not rows:
-        reasons = "; ".join(f"{reason}: {count}" for reason, count in dropped.items())
+        reasons = "; ".join(f"{reason}: {count}" for reason, count in counts.items())
         raise UserError(f"no row of {raw.source} can be used as {kind} ({reasons})")
     digest = hashlib.sha256()
-    for row in rows:
+    for _, row in rows:
         digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
-    return Loaded(_to_dataset(rows), dict(dropped), digest.hexdigest())
+    return Loaded(
+        _to_dataset([row for _, row in rows]),
+        counts,
+        digest.hexdigest(),
+        numbers=[number for number, _ in rows],
+        dropped_rows={reason: numbers[:NAMED_ROWS] for reason, numbers in dropped.items()},
+    )
 
 
 # Reading
@@ -166,7 +187,7 @@ def _file_in_folder(folder: Path, split: str, kind: str) -> Path:
     return found
 
 
-def _read_file(file: Path) -> list[tuple[int, Row]]:
+def _read_file(file: Path) -> list[Numbered]:
     """Numbered rows of a file: lines from 1 in .jsonl, rows from 1 elsewhere."""
     if file.suffix not in _SUFFIXES:
         raise UserError(f"cannot read {file}: its name must end in one of {', '.join(_SUFFIXES)}")
@@ -184,7 +205,7 @@ def _read_file(file: Path) -> list[tuple[int, Row]]:
     return _read_json_array(file, text) if text.lstrip().startswith("[") else _read_json_lines(file, text)
 
 
-def _read_csv(file: Path, text: str) -> list[tuple[int, Row]]:
+def _read_csv(file: Path, text: str) -> list[Numbered]:
     """Cells that hold a JSON list become lists; in a column of texts only a list of messages, "[1]" may be a text."""
 
     def cell(name: str, value: Any) -> Any:
@@ -204,7 +225,7 @@ def _read_csv(file: Path, text: str) -> list[tuple[int, Row]]:
         raise UserError(f"{file} is not a readable CSV file: {error} (line {reader.line_num})") from error
 
 
-def _read_json_array(file: Path, text: str) -> list[tuple[int, Row]]:
+def _read_json_array(file: Path, text: str) -> list[Numbered]:
     try:
         rows = json.loads(text)
     except ValueError as error:
@@ -212,7 +233,7 @@ def _read_json_array(file: Path, text: str) -> list[tuple[int, Row]]:
     return [(i, _object(row, file, i)) for i, row in enumerate(rows, start=1)]
 
 
-def _read_json_lines(file: Path, text: str) -> list[tuple[int, Row]]:
+def _read_json_lines(file: Path, text: str) -> list[Numbered]:
     rows = []
     # not splitlines(): it also breaks at characters such as U+2028, which JSON allows inside a string
     for number, line in enumerate(text.split("\n"), start=1):
@@ -252,15 +273,18 @@ def _read_hub(name: str, split: str) -> _Raw:
 # Rows
 
 
-def _normalise_all(raw: _Raw, normalise: Callable[[Row], Row], kind: str) -> tuple[list[Row], Counter[str]]:
-    rows: list[Row] = []
-    dropped: Counter[str] = Counter()
-    numbered: Iterable[tuple[int, Row]] = raw.rows
+def _normalise_all(
+    raw: _Raw, normalise: Callable[[Row], Row], kind: str
+) -> tuple[list[Numbered], dict[str, list[int]]]:
+    """The rows that can be used, and by reason the numbers of the others."""
+    rows: list[Numbered] = []
+    dropped: defaultdict[str, list[int]] = defaultdict(list)
+    numbered: Iterable[Numbered] = raw.rows
     for number, row in progress(numbered, f"reading {kind}", len(raw.rows)) if len(raw.rows) > _MANY_ROWS else numbered:
         try:
-            rows.append(normalise(row))
+            rows.append((number, normalise(row)))
         except _Untrainable as reason:
-            dropped[str(reason)] += 1
+            dropped[str(reason)].append(number)
         except _Malformed as error:
             raise UserError(f"{raw.source}, row {number}: {error}") from error
     return rows, dropped
@@ -277,6 +301,7 @@ def _normaliser(kind: Kind, columns: set[str], source: str) -> Callable[[Row], R
         "comparisons": [
             ({"prompt", "responses", "ratings"}, _ranking),
             ({"prompt", "responses", "ranks"}, _ranking),
+            ({"prompt", "responses", "rater_ratings"}, _ranking_by_raters),
             ({"chosen", "rejected"}, _pair),
         ],
         "prompts": [({"prompt"}, _prompt_row), ({"messages"}, _prompt_row), ({"chosen"}, _prompt_of_chosen)],
@@ -318,7 +343,7 @@ def _pair(row: Row) -> Row:
         raise _Untrainable("chosen and rejected do not answer the same prompt")
     if chosen == rejected:
         raise _Untrainable("chosen and rejected are the same")
-    others = _others(row, "prompt", "chosen", "rejected")
+    others = {**_others(row, "prompt", "chosen", "rejected"), **_single_ratings(row, 2)}
     return {"prompt": prompt, "responses": [chosen, rejected], "ratings": [1.0, 0.0], **others}
 
 
@@ -327,25 +352,91 @@ def _ranking(row: Row) -> Row:
     if not isinstance(values, list):
         raise _Malformed(f"'responses' must be a list, got {_show(values)}")
     name, sign = ("ratings", 1.0) if row.get("ratings") is not None else ("ranks", -1.0)
+    ratings = [sign * v for v in _ratings(row, name, len(values))]
+    held_out = _ratings(row, "ratings_held_out", len(values)) if row.get("ratings_held_out") is not None else ratings
+    if len(values) < 2:
+        raise _Untrainable("fewer than two responses")
+    if min(ratings) == max(ratings) and min(held_out) == max(held_out):
+        raise _Untrainable("all responses are rated the same")
+    responses = [_response(value, f"responses[{i}]") for i, value in enumerate(values)]
+    rated = {(answer[0]["content"], rating) for answer, rating in zip(responses, ratings, strict=True)}
+    if len(rated) > len({text for text, _ in rated}):
+        raise _Untrainable("the same response is rated twice, differently")
+    others = {**_others(row, "responses", "ratings", "ranks"), **_single_ratings(row, len(values))}
+    return {"prompt": prompt, "responses": responses, "ratings": ratings, **others}
+
+
+def _ratings(row: Row, name: str, count: int) -> list[float]:
+    """A number for each of `count` responses."""
     numbers = row.get(name)
     if not isinstance(numbers, list) or not all(_is_number(v) for v in numbers):
         raise _Malformed(f"'{name}' must be a list of numbers, got {_show(numbers)}")
-    if len(numbers) != len(values):
-        raise _Malformed(f"{len(values)} responses but {len(numbers)} {name}")
-    if len(values) < 2:
-        raise _Untrainable("fewer than two responses")
+    if len(numbers) != count:
+        raise _Malformed(f"{count} responses but {len(numbers)} {name}")
     if not all(v is not None and math.isfinite(v) for v in numbers):
         raise _Untrainable(f"{name} that are missing or not finite")
-    if min(numbers) == max(numbers):
-        raise _Untrainable("all responses are rated the same")
-    responses = [_response(value, f"responses[{i}]") for i, value in enumerate(values)]
-    ratings = [sign * v for v in numbers]
-    return {
-        "prompt": prompt,
-        "responses": responses,
-        "ratings": ratings,
-        **_others(row, "responses", "ratings", "ranks"),
-    }
+    return numbers
+
+
+def _ranking_by_raters(row: Row) -> Row:
+    """A row whose ratings are the means of one half of its raters; the other half is held out."""
+    values = row.get("responses")
+    raters = _rater_ratings(row, len(values) if isinstance(values, list) else 0)
+    halves = [[_given(inner[half::2]) for inner in raters] for half in (0, 1)]
+    if not all(inner for half in halves for inner in half):
+        raise _Untrainable("a response without a rating in one half of the raters")
+    trained, held_out = ([sum(inner) / len(inner) for inner in half] for half in halves)
+    split = {"ratings_held_out": held_out, "rater_ratings_held_out": halves[1]}
+    return _ranking({**row, "ratings": trained, "rater_ratings": halves[0], **split})
+
+
+def _single_ratings(row: Row, count: int) -> Row:
+    """The column of the single raters' numbers, if the row has it."""
+    if row.get("rater_ratings") is None:
+        return {}
+    return {"rater_ratings": [_given(inner) for inner in _rater_ratings(row, count)]}
+
+
+def _rater_ratings(row: Row, count: int) -> list[list[float | None]]:
+    raters = row["rater_ratings"]
+    if not isinstance(raters, list) or not all(
+        isinstance(inner, list) and all(_is_number(v) for v in inner) for inner in raters
+    ):
+        raise _Malformed(f"'rater_ratings' must be a list of numbers for each response, got {_show(raters)}")
+    if len(raters) != count:
+        raise _Malformed(f"{count} responses but {len(raters)} lists of rater_ratings")
+    if not all(_given(inner) and all(math.isfinite(v) for v in _given(inner)) for inner in raters):
+        raise _Untrainable("rater_ratings that are missing or not finite")
+    return raters
+
+
+def _given(ratings: Sequence[float | None]) -> list[float]:
+    """The ratings that are there."""
+    return [float(v) for v in ratings if v is not None]
+
+
+def _without_contradictions(rows: list[Numbered], dropped: dict[str, list[int]]) -> list[Numbered]:
+    """Leaves out rows that order two responses to a prompt one way where another row orders them the other way.
+
+    All of them: nothing says which is right. Raters who disagree belong into one row, as `rater_ratings`.
+    """
+    of_prompt: defaultdict[str, list[Numbered]] = defaultdict(list)
+    for number, row in rows:
+        of_prompt[json.dumps(row["prompt"], sort_keys=True)].append((number, row))
+    bad: set[int] = set()
+    for members in of_prompt.values():
+        says: defaultdict[tuple[str, str], set[int]] = defaultdict(set)  # (better, worse) -> rows that say so
+        for number, row in members if len(members) > 1 else []:
+            texts = [answer[0]["content"] for answer in row["responses"]]
+            for i, j in itertools.permutations(range(len(texts)), 2):
+                if row["ratings"][i] > row["ratings"][j]:
+                    says[texts[i], texts[j]].add(number)
+        for (better, worse), numbers in says.items():
+            if (worse, better) in says:
+                bad |= numbers
+    if bad:
+        dropped["contradicts another row"] = sorted(bad)
+    return [(number, row) for number, row in rows if number not in bad]
 
 
 def _others(row: Row, *used: str) -> Row:
@@ -455,9 +546,9 @@ def _show(value: Any) -> str:
 # Results
 
 
-def _hash_split(rows: list[Row], split: str) -> list[Row]:
+def _hash_split(rows: list[Numbered], split: str) -> list[Numbered]:
     """Train or validation by a hash of the prompt; the lowest hash is always validation, so that there is one."""
-    hashes = [hashlib.sha256(json.dumps(row["prompt"], sort_keys=True).encode()).hexdigest() for row in rows]
+    hashes = [hashlib.sha256(json.dumps(row["prompt"], sort_keys=True).encode()).hexdigest() for _, row in rows]
     limit = max(f"{int(VALIDATION_SHARE * 16**8):08x}", min(hashes))
     return [row for row, digest in zip(rows, hashes, strict=True) if (digest <= limit) == (split == "validation")]
 
