@@ -22,7 +22,8 @@ from rlhf.models import Compute, RoleModels, SharedModels, load_policy, lora_con
 from rlhf.ppo.trainer import PPOTrainer, sampling_options
 from rlhf.registry import Artifact, Registry
 from rlhf.reward.evaluate import GoldFunction, load_function
-from rlhf.reward.sources import AdapterReward, Reward, open_sources, source_name
+from rlhf.reward.scorer import open_scorer
+from rlhf.reward.sources import AdapterReward, ModelReward, Reward, open_sources, source_name
 from rlhf.stages.common import Run, describe_data, finished_already, open_run, stage_recipe
 from rlhf.tokenization import encode_prompt, encode_response, last_user_text, load_tokenizer
 
@@ -106,7 +107,13 @@ def build_models(
         models = SeparateModels(base, compute, shared_trunk=shared)
     else:
         models = SharedModels(base, lora, compute, shared_trunk=shared)
-    if rewards:
+    if rewards and rewards[0].manifest.kind == "full" and config.finetuning == "lora":
+        # Its trunk is not the policy's, so there is no adapter that values could start from.
+        registry = Registry(config.registry)
+        scorer = open_scorer(rewards[0], registry, config, compute, config.microbatch_size)
+        sources[rewards[0].name] = ModelReward(scorer)
+        models.fresh_value(lora)
+    elif rewards:
         manifest = rewards[0].manifest
         models.load_reward(rewards[0].path, float(manifest.reward_mean or 0.0), float(manifest.reward_std or 1.0))
         sources[rewards[0].name] = AdapterReward(models)
