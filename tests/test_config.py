@@ -12,13 +12,29 @@ from typing import Any
 import pytest
 
 import rlhf
-from rlhf.config import PPOConfig, RewardConfig, SFTConfig, StageConfig, TrainingLength, build, parse_config, read_yaml
+from rlhf.config import (
+    PPOConfig,
+    RewardCardConfig,
+    RewardConfig,
+    SFTConfig,
+    StageConfig,
+    TrainingLength,
+    build,
+    parse_config,
+    read_yaml,
+)
 from rlhf.data_prep import DataConfig
 from rlhf.errors import UserError
 
 PACKAGE = Path(rlhf.__file__).parent
 CONFIGS = PACKAGE.parent / "configs"
-TYPES: dict[str, Any] = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig, "data": DataConfig}
+TYPES: dict[str, Any] = {
+    "sft": SFTConfig,
+    "reward": RewardConfig,
+    "ppo": PPOConfig,
+    "data": DataConfig,
+    "card": RewardCardConfig,
+}
 SFT = ["--dataset", "d", "--model_name_or_path", "m"]
 PPO = ["--dataset", "d", "--policy", "sft/a", "--reward", "reward/a"]
 
