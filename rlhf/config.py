@@ -37,7 +37,7 @@ PLACE_OPTIONS = {
     "sampler",
 }
 #: Options that name an input by place; a recipe holds the input's hash instead.
-INPUT_OPTIONS = {"dataset", "policy", "reward", "ptx_dataset"}
+INPUT_OPTIONS = {"dataset", "policy", "reward", "ptx_dataset", "selection_reward"}
 
 
 def option(help: str, default: Any = dataclasses.MISSING) -> Any:
@@ -47,13 +47,10 @@ def option(help: str, default: Any = dataclasses.MISSING) -> Any:
 
 
 @dataclass(kw_only=True)
-class StageConfig:
-    """What the three stages have in common."""
+class RunConfig:
+    """Where a run computes, in which form, and where it is recorded."""
 
-    name: str = option("name under which the result is registered: STAGE/NAME", "demo")
     registry: str = option("folder of the model registry", "registry")
-    output_dir: str = option("folder of the run: logs, checkpoints, samples (a subfolder a stage)", "outputs/demo")
-    dataset: str = option("prepared data: folder made by rlhf.data_prep, a data file, or a hub name")
     seed: int = option("seed of data order, initialisation and sampling", 0)
     device: Literal["auto", "cpu", "cuda"] = option("where to compute; auto takes CUDA if there is one", "auto")
     dtype: Literal["auto", "bfloat16", "float32", "float64"] = option(
@@ -64,9 +61,19 @@ class StageConfig:
         "attention code; auto computes nothing on padding, and once what rows begin with alike; sdpa where a model forbids it",
         "auto",
     )
-    gradient_checkpointing: bool = option(
-        "compute activations again in the backward pass: less memory, about a third more time", False
+    wandb_mode: Literal["auto", "online", "offline", "disabled"] = option(
+        "Weights & Biases; auto is online with a key and offline without", "auto"
     )
+    wandb_project: str = option("W&B project", "rlhf")
+
+
+@dataclass(kw_only=True)
+class StageConfig(RunConfig):
+    """What the three stages have in common."""
+
+    name: str = option("name under which the result is registered: STAGE/NAME", "demo")
+    output_dir: str = option("folder of the run: logs, checkpoints, samples (a subfolder a stage)", "outputs/demo")
+    dataset: str = option("prepared data: folder made by rlhf.data_prep, a data file, or a hub name")
     lora_r: int = option("rank of the adapters", 16)
     lora_alpha: int = option("scale of the adapters: the update is multiplied by lora_alpha / lora_r", 32)
     lora_dropout: float = option("dropout on the adapters' input (always off in PPO)", 0.0)
@@ -76,6 +83,9 @@ class StageConfig:
     )
     use_rslora: bool = option("scale adapters by lora_alpha / sqrt(lora_r): steadier at high ranks (rsLoRA)", False)
     use_dora: bool = option("train the length of each weight column apart from its direction (DoRA); slower", False)
+    gradient_checkpointing: bool = option(
+        "compute activations again in the backward pass: less memory, about a third more time", False
+    )
     optim: Literal["adamw_8bit", "adamw_torch"] = option(
         "optimiser; adamw_8bit keeps its states in 8 bits", "adamw_8bit"
     )
@@ -97,10 +107,6 @@ class StageConfig:
     save_steps: int = option("updates between checkpoints", 20)
     logging_steps: int = option("updates between log lines", 1)
     resume: bool = option("go on from the last checkpoint in output_dir", False)
-    wandb_mode: Literal["auto", "online", "offline", "disabled"] = option(
-        "Weights & Biases; auto is online with a key and offline without", "auto"
-    )
-    wandb_project: str = option("W&B project", "rlhf")
     wandb_group: str | None = option("W&B group of the runs of one pipeline; default: the name", None)
 
     def __post_init__(self) -> None:
@@ -121,7 +127,9 @@ class TrainingLength:
     per_device_train_batch_size: int = option("examples a forward pass (of a reward model: prompts)", 16)
     gradient_accumulation_steps: int = option("forward passes an update", 4)
     per_device_eval_batch_size: int = option("examples a forward pass in evaluation", 32)
-    num_train_epochs: float = option("passes over the data", 1.0)
+    num_train_epochs: float = option(
+        "passes over the data; one, as a second makes reward models overfit (InstructGPT, appendix C.2)", 1.0
+    )
     max_steps: int = option("updates; above 0 it overrides num_train_epochs", -1)
     max_length: int = option("longest prompt + response, tokens; longer examples are dropped and counted", 1024)
     eval_steps: int = option("updates between evaluations on held-out data", 20)
@@ -135,6 +143,8 @@ class SFTConfig(TrainingLength, StageConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         divides("eval_steps", self.eval_steps, "save_steps", self.save_steps)
+        for size in ("selection_samples", "response_length"):
+            require(getattr(self, size) >= 1, f"{size} must be at least 1, got {getattr(self, size)}")
 
     model_name_or_path: str = option("base model: hub name, folder, or pypi:smollm2-135m-instruct")
     model_revision: str | None = option("revision of a hub model", None)
@@ -142,27 +152,98 @@ class SFTConfig(TrainingLength, StageConfig):
         "chat template: the model's own if not given, 'chatml', 'plain', or a file", None
     )
     trust_remote_code: bool = option("run code that comes with a hub model", False)
+    selection_reward: str | None = option(
+        "reward model by whose mean score of sampled answers the checkpoint is chosen, in place of the held-out loss "
+        "(InstructGPT, section 3.5): reward/NAME or reward/NAME@VERSION",
+        None,
+    )
+    selection_samples: int = option("answers to held-out prompts sampled at each evaluation for selection_reward", 64)
+    response_length: int = option("longest answer sampled for selection_reward, tokens", 48)
 
 
 @dataclass(kw_only=True)
-class RewardConfig(TrainingLength, StageConfig):
+class CardConfig:
+    """What the report card of a reward model measures. The parts that cost forward passes of their own are limited."""
+
+    eval_rating_difference: float = option("accuracy is measured on pairs whose ratings differ by at least this", 1.0)
+    slice_columns: list[str] = field(
+        default_factory=lambda: ["source", "prompt_group"],
+        metadata={"help": "columns of the data, where it has them, by whose values accuracy is listed"},
+    )
+    card_policy_samples: int = option(
+        "responses of the SFT policy whose scores are compared with those of twice as many training responses", 64
+    )
+    card_likelihood_responses: int = option("held-out responses on which the SFT model's likelihood is the rival", 256)
+    card_probe_answers: int = option("held-out answers that each hack probe is tried on", 24)
+    response_length: int = option("longest response sampled from the SFT policy, tokens", 48)
+    gold: str | None = option(
+        "an independent scorer to compare with: package.module:function(responses) -> scores", None
+    )
+
+    def check_card(self) -> None:
+        """Raises `UserError` for sizes that measure nothing."""
+        for size in ("card_policy_samples", "card_likelihood_responses", "card_probe_answers", "response_length"):
+            require(getattr(self, size) >= 1, f"{size} must be at least 1, got {getattr(self, size)}")
+
+
+@dataclass(kw_only=True)
+class RewardConfig(CardConfig, TrainingLength, StageConfig):
     """A reward model on the SFT policy, trained on rankings of K responses to a prompt."""
 
     policy: str = option("the SFT policy it starts from: sft/NAME or sft/NAME@VERSION")
+    finetuning: Literal["lora", "full"] = option(
+        "lora: an adapter and a head on the frozen policy; full: all weights, in fp32, with about a tenth of the step size",
+        "lora",
+    )
     min_rating_difference: float = option(
         "pairs whose ratings differ by less are left out as ties, in units of the ratings", 0.0
     )
     min_responses: int = option("rankings of fewer responses are left out of training, 2 keeps all", 2)
-    eval_rating_difference: float = option("accuracy is measured on pairs whose ratings differ by at least this", 1.0)
+    margin_per_rating: float = option(
+        "scores must differ by this for each unit that the ratings differ (Llama 2, section 3.2.2); 0 asks for order only",
+        0.0,
+    )
+    label_smoothing: float = option("share of pairs taken to be labelled the wrong way round, below 0.5", 0.0)
+    center_rewards_coefficient: float = option(
+        "weight of the squared sum of a pair's scores, which keeps scores near 0 (TRL; Eisenstein et al. 2023: 0.01)",
+        0.0,
+    )
+    weight_by_agreement: bool = option(
+        "weigh a pair by how much its raters agree, 1 all and 0 half and half; the data needs rater_ratings", False
+    )
     normalize_on: Literal["demonstrations", "policy"] = option(
         "responses whose mean score becomes 0: demonstrations (InstructGPT), or the SFT policy's own (Ziegler et al. 2019)",
         "demonstrations",
     )
     normalize_std: bool = option("scale scores to standard deviation 1 on those responses, too", True)
-    response_length: int = option("longest response sampled for normalize_on policy, tokens", 48)
-    gold: str | None = option(
-        "an independent scorer to compare with: package.module:function(responses) -> scores", None
-    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_card()
+        require(
+            0 <= self.label_smoothing < 0.5, f"label_smoothing must be from 0 to below 0.5, got {self.label_smoothing}"
+        )
+        for name in ("min_rating_difference", "margin_per_rating", "center_rewards_coefficient"):
+            require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
+        require(self.min_responses >= 2, f"min_responses must be at least 2, got {self.min_responses}")
+        require(
+            self.finetuning == "lora" or self.quantization == "none",
+            f"finetuning full cannot train weights that are held in {self.quantization}; use finetuning lora",
+        )
+
+
+@dataclass(kw_only=True)
+class RewardCardConfig(CardConfig, RunConfig):
+    """The report card of a registered reward model on any comparisons."""
+
+    model: str = option("the reward model: reward/NAME or reward/NAME@VERSION")
+    data: str = option("comparisons: folder, data file or hub name; their train split feeds the baselines")
+    output_dir: str = option("folder for card.json, scores.jsonl and report.html", "outputs/reward_card")
+    per_device_eval_batch_size: int = option("responses a forward pass", 32)
+    max_length: int = option("longest prompt + response, tokens; longer rankings are left out and counted", 1024)
+
+    def __post_init__(self) -> None:
+        self.check_card()
 
 
 #: Responses that reward whitening takes its spread from, at least (lm-human-preferences, train_policy.py).

@@ -14,10 +14,11 @@ from typing import Any, Literal
 
 import torch
 from peft import LoraConfig
-from torch import nn
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from rlhf.models import Compute, Role, RoleModels, SharedModels, check_plain_head
+from rlhf.errors import UserError
+from rlhf.models import ADAPTER_FILE, Compute, Role, RoleModels, SharedModels, backbone, check_plain_head
 
 
 class SeparateModels(RoleModels):
@@ -68,17 +69,16 @@ class SeparateModels(RoleModels):
         return named
 
     def load_reward(self, folder: Path, mean: float, std: float) -> None:
-        """The reference with a trained reward adapter merged in, and its head; the value model starts as a copy.
+        """The reference with a trained reward adapter merged in, or with the weights of a whole reward model, and its
+        head; the value model starts as a copy.
 
         Raises:
             UserError: the folder holds no score head, or was made for another model.
         """
         base = self.models["reference"]
         assert isinstance(base, PreTrainedModel)
-        adapted = SharedModels(copy.deepcopy(base), LoraConfig(r=1, target_modules="all-linear"), self.compute)
-        adapted.load_reward(folder, mean, std)
-        head = adapted.reward_head.weight.detach().clone()
-        self.models["reward"] = adapted.merged_reward().requires_grad_(False)
+        reward, head = self._adapted(base, folder) if (folder / ADAPTER_FILE).is_file() else _replaced(base, folder)
+        self.models["reward"] = reward.requires_grad_(False)
         if not self.shared_trunk:
             self.models["value"] = copy.deepcopy(self.models["reward"]).requires_grad_(True)
             self._start_value_head(head, mean, std)
@@ -86,6 +86,11 @@ class SeparateModels(RoleModels):
             self.reward_head.weight.copy_(head)
         self.reward_mean, self.reward_std = mean, std
         self._ready()
+
+    def _adapted(self, base: PreTrainedModel, folder: Path) -> tuple[PreTrainedModel, Tensor]:
+        adapted = SharedModels(copy.deepcopy(base), LoraConfig(r=1, target_modules="all-linear"), self.compute)
+        adapted.load_reward(folder, mean=0.0, std=1.0)
+        return adapted.merged_reward(), adapted.reward_head.weight.detach().clone()
 
     def fresh_value(self, config: LoraConfig) -> None:
         """A value model that starts as the SFT model with a head of 0."""
@@ -103,3 +108,14 @@ class SeparateModels(RoleModels):
     def _ready(self) -> None:
         self.to(self.compute.device)
         self._no_dropout()
+
+
+def _replaced(base: PreTrainedModel, folder: Path) -> tuple[PreTrainedModel, Tensor]:
+    """A copy of the base with the trunk of the whole reward model in the folder, and that model's head."""
+    saved: Any = AutoModelForSequenceClassification.from_pretrained(folder, dtype=base.dtype)
+    reward = copy.deepcopy(base)
+    try:
+        backbone(reward).load_state_dict(backbone(saved).state_dict())
+    except RuntimeError as error:
+        raise UserError(f"{folder} was made for another model: {str(error).splitlines()[-1].strip()}") from error
+    return reward, saved.score.weight.detach()

@@ -10,6 +10,7 @@ import abc
 import contextlib
 import copy
 import re
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig, PreTrainedModel
 
-from rlhf.config import StageConfig
+from rlhf.config import RewardConfig, RunConfig, StageConfig
 from rlhf.data_prep.assets import resolve_model
 from rlhf.errors import UserError
 from rlhf.packing import pack_rows
@@ -50,7 +51,7 @@ class Compute:
     dtype: torch.dtype
 
     @classmethod
-    def choose(cls, config: StageConfig) -> Compute:
+    def choose(cls, config: RunConfig) -> Compute:
         """CUDA bf16 if there is a GPU; on a CPU bf16 where it has bf16 instructions (AMX or AVX512), else fp32."""
         device = (
             torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -89,7 +90,7 @@ class Compute:
 
 def load_base(
     name_or_path: str,
-    config: StageConfig,
+    config: RunConfig,
     compute: Compute,
     *,
     revision: str | None = None,
@@ -119,7 +120,7 @@ def load_base(
     return model
 
 
-def _quantization(config: StageConfig, compute: Compute) -> BitsAndBytesConfig | None:
+def _quantization(config: RunConfig, compute: Compute) -> BitsAndBytesConfig | None:
     if config.quantization == "4bit":
         return BitsAndBytesConfig(
             load_in_4bit=True,
@@ -130,7 +131,7 @@ def _quantization(config: StageConfig, compute: Compute) -> BitsAndBytesConfig |
     return BitsAndBytesConfig(load_in_8bit=True) if config.quantization == "8bit" else None
 
 
-def load_policy(artifact: Artifact, config: StageConfig, compute: Compute) -> PreTrainedModel:
+def load_policy(artifact: Artifact, config: RunConfig, compute: Compute) -> PreTrainedModel:
     """The policy of an `sft` artefact as a plain causal model: its base with the adapter merged in memory.
 
     A quantised base is merged in full precision first and quantised afterwards: merging into 4-bit weights would round the
@@ -147,7 +148,7 @@ def load_policy(artifact: Artifact, config: StageConfig, compute: Compute) -> Pr
         return load_base(folder, config, compute).requires_grad_(False)
 
 
-def _without_quantization(config: StageConfig) -> StageConfig:
+def _without_quantization(config: RunConfig) -> RunConfig:
     plain = copy.copy(config)
     plain.quantization = "none"
     return plain
@@ -217,9 +218,9 @@ def backbone(causal: PreTrainedModel) -> nn.Module:
     return getattr(causal, causal.base_model_prefix)
 
 
-def context_length(causal: PreTrainedModel) -> float:
-    """Tokens that the model has positions for; infinite where it says nothing (ALiBi)."""
-    return getattr(causal.config.get_text_config(), "max_position_embeddings", float("inf"))
+def context_length(model: PreTrainedModel) -> int:
+    """Tokens that the model has positions for; as good as endless where its config names no limit (ALiBi)."""
+    return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize)
 
 
 def save_adapter(model: PeftModel, folder: Path, *, adapter: str, base_model: str) -> None:
@@ -233,6 +234,73 @@ def save_adapter(model: PeftModel, folder: Path, *, adapter: str, base_model: st
         config.save_pretrained(str(folder))
     finally:
         config.inference_mode, config.base_model_name_or_path = was
+
+
+def trainable_reward_model(
+    base: PreTrainedModel, config: RewardConfig, pad_token_id: int
+) -> PreTrainedModel | PeftModel:
+    """The SFT policy as a reward model to be trained: an adapter and a head on it, or all of its weights, in fp32.
+
+    The policy is used up: its weights are shared, and change in full fine-tuning.
+    """
+    if config.finetuning == "lora":
+        classifier = sequence_classifier(base, pad_token_id, seed=config.seed)
+        return with_adapter(classifier, lora_config(config, "SEQ_CLS"))
+    whole: Any = nn.Module.to(base, torch.promote_types(base.dtype, torch.float32))
+    return sequence_classifier(whole, pad_token_id, seed=config.seed).requires_grad_(True)
+
+
+def save_reward_model(model: PreTrainedModel | PeftModel, folder: Path, *, base_model: str) -> None:
+    """The adapter with its head as plain peft opens it, or the whole model as plain transformers opens it."""
+    if isinstance(model, PeftModel):
+        save_adapter(model, folder, adapter="default", base_model=base_model)
+    else:
+        model.save_pretrained(folder)
+
+
+def load_reward_model(
+    folder: Path, policy: Artifact, config: RunConfig, compute: Compute, pad_token_id: int
+) -> PreTrainedModel | PeftModel:
+    """A saved reward model, frozen: the adapter and head of the folder on the SFT policy, or the whole model in it.
+
+    Raises:
+        UserError: the folder holds no score head, or no model.
+    """
+    if not (folder / ADAPTER_FILE).is_file():
+        return _load_whole_reward_model(folder, config, compute)
+    read_score_head(folder)
+    classifier = sequence_classifier(load_policy(policy, config, compute), pad_token_id, seed=0)
+    return PeftModel.from_pretrained(classifier, str(folder)).to(compute.device).eval().requires_grad_(False)
+
+
+def _load_whole_reward_model(folder: Path, config: RunConfig, compute: Compute) -> PreTrainedModel:
+    dtype = torch.promote_types(compute.dtype, torch.float32)
+    attention = "sdpa" if config.attn_implementation == "auto" else config.attn_implementation
+    try:
+        model: Any = AutoModelForSequenceClassification.from_pretrained(
+            folder, dtype=dtype, attn_implementation=attention
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load the reward model in {folder}: {str(error).splitlines()[0]}") from error
+    head = ScalarHead(model.score.in_features, bias=False, dtype=dtype)
+    head.load_state_dict(model.score.state_dict())
+    model.score = head
+    model.to(compute.device)
+    if config.attn_implementation == "auto":
+        pack_rows(model)
+    return model.eval().requires_grad_(False)
+
+
+def read_score_head(folder: Path) -> Tensor:
+    """The score head (1, d) that was saved with a reward adapter.
+
+    Raises:
+        UserError: there is none (a reward model saved without it scores at random).
+    """
+    state = load_file(folder / ADAPTER_FILE)
+    if _SCORE_KEY not in state:
+        raise UserError(f"{folder} holds no score head ({_SCORE_KEY}); train the reward model again")
+    return state[_SCORE_KEY]
 
 
 class ScalarHead(nn.Linear):
@@ -379,10 +447,8 @@ class SharedModels(RoleModels):
         Raises:
             UserError: the folder holds no score head (a reward model saved without it scores at random).
         """
-        state = load_file(folder / ADAPTER_FILE)
-        if _SCORE_KEY not in state:
-            raise UserError(f"{folder} holds no score head ({_SCORE_KEY}); train the reward model again")
-        head = state.pop(_SCORE_KEY)
+        head = read_score_head(folder)
+        state = {key: tensor for key, tensor in load_file(folder / ADAPTER_FILE).items() if key != _SCORE_KEY}
         saved = LoraConfig.from_pretrained(str(folder))
         for name in ("reward",) if self.shared_trunk else ("reward", "value"):
             config = LoraConfig(

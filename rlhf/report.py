@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import base64
 import gzip
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -121,7 +122,9 @@ def write_report(output_dir: str | Path) -> Path:
             missing.append(f"results.json has nothing about {stage}")
     charts = [drawn for chart in CHARTS if (drawn := _draw(chart, metrics))]
     timing = _timing_charts(results)
+    reward_card = _card_section(_read_card(output_dir / "reward" / "card.json", missing))
     page = _template().render(
+        title="RLHF report",
         results=results,
         headline=_headline(results),
         stages=_stage_cards(results, card),
@@ -133,15 +136,34 @@ def write_report(output_dir: str | Path) -> Path:
         artifacts=_section(results, "artifacts"),
         charts=charts,
         timing=timing,
-        plots=charts + timing,
+        reward_card=reward_card,
+        plots=charts + timing + reward_card.get("charts", []),
         missing=missing,
-        plotly=_plotly_gzip_base64() if charts or timing else "",
+        plotly=_plotly_gzip_base64() if charts or timing or reward_card else "",
     )
-    report = output_dir / "report.html"
-    partial = report.with_suffix(".partial")
+    return _write_page(page, output_dir / "report.html")
+
+
+def write_card_page(card: Mapping[str, Any], file: Path) -> Path:
+    """A page of a reward model's report card alone, which opens from disk without a network."""
+    section = _card_section(card)
+    page = _template().render(
+        title="Report card of a reward model",
+        results={},
+        reward_card=section,
+        charts=[],
+        timing=[],
+        plots=section["charts"],
+        plotly=_plotly_gzip_base64(),
+    )
+    return _write_page(page, file)
+
+
+def _write_page(page: str, file: Path) -> Path:
+    partial = file.with_suffix(".partial")
     partial.write_text(page, encoding="utf-8")
-    partial.replace(report)
-    return report
+    partial.replace(file)
+    return file
 
 
 def print_results(results: Results) -> None:
@@ -212,9 +234,9 @@ def _read_card(file: Path, missing: list[str]) -> dict[str, Any]:
     try:
         card = json.loads(file.read_text(encoding="utf-8"), parse_constant=lambda _: None)
     except FileNotFoundError:
-        return {}  # not missing: a run on the user's own files has no data card
+        return {}  # not missing: a run on the user's own files has no data card, and one of an older version no report card
     except (json.JSONDecodeError, UnicodeDecodeError):
-        missing.append("data/card.json is not readable as JSON")
+        missing.append(f"{file.parent.name}/{file.name} is not readable as JSON")
         return {}
     return card if isinstance(card, dict) else {}
 
@@ -362,6 +384,144 @@ def _pick_samples(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "ppo": str(row.get("ppo_response") or "").strip(), "sft_score": before, "ppo_score": after, "gain": gain,
         })  # fmt: skip
     return picked
+
+
+# --- The reward model's report card ---------------------------------------------------------------------------------
+
+
+def _card_section(card: Mapping[str, Any]) -> dict[str, Any]:
+    """What the page shows of a report card, numbers as text and plots as traces; nothing of a card that is not there."""
+    if not card:
+        return {}
+    probes = [
+        {
+            **probe,
+            **_section(probe, "example"),
+            "gain": _number(probe.get("gain")),
+            "raised": _percent(_number(probe.get("raised"))),
+        }
+        for probe in _list(card, "probes")
+    ]
+    left_out = [
+        f"{split}: {entry.get('count')} {reason} (rows {', '.join(map(str, entry.get('rows', [])[:5]))})"
+        for split, reasons in _section(card, "left_out").items()
+        for reason, entry in reasons.items()
+    ]
+    charts = [
+        _accuracy_chart(card),
+        _slices_chart(card),
+        _calibration_chart(card),
+        _length_chart(card),
+        _samples_chart(card),
+    ]
+    return {
+        "verdict": str(card.get("verdict", "")),
+        "flags": _list(card, "flags"),
+        "facts": _card_facts(card),
+        "probes": probes,
+        "examples": _list(_section(card, "samples"), "examples"),
+        "left_out": left_out,
+        "charts": [chart for chart in charts if chart],
+    }
+
+
+def _card_facts(card: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    calibration, length, samples = (_section(card, name) for name in ("calibration", "length", "samples"))
+    facts = [
+        ("Calibration error", _percent(_number(calibration.get("ece"))),
+         "Distance of its probabilities from how often it is right."),
+        ("Temperature", _text(_number(calibration.get("temperature"))),
+         "1 is calibrated. Above 1: it is too sure of itself."),
+        ("Length and score", _text(_number(length.get("correlation"))), "Rank correlation within a prompt."),
+        ("Length and rating", _text(_number(length.get("label_correlation"))), "The same of what people think."),
+        ("Responses outside", _percent(_number(samples.get("outside"))),
+         "Of the SFT policy's own: beyond the scores of 98% of the training responses."),
+    ]  # fmt: skip
+    return [fact for fact in facts if fact[1] != NO_FIGURE]
+
+
+def _accuracy_chart(card: Mapping[str, Any]) -> dict[str, Any] | None:
+    length = _section(card, "length")
+    lines = [
+        ("held-out pairs", card.get("accuracy")),
+        ("new prompts", card.get("accuracy_held_out_prompts")),
+        ("raters it never saw", card.get("accuracy_held_out_raters")),
+        ("human ceiling", card.get("human_ceiling")),
+        ("balanced by length", length.get("balanced_accuracy")),
+        ("independent scorer", card.get("gold_accuracy")),
+        *((str(line.get("name")), line.get("accuracy")) for line in _list(card, "rivals")),
+    ]
+    return _intervals(
+        "Accuracy, and what to hold it against", lines, "The bar is the 95% interval over prompts. 0.5 is a coin."
+    )
+
+
+def _slices_chart(card: Mapping[str, Any]) -> dict[str, Any] | None:
+    lines = [(f"{line.get('slice')}: {line.get('kind')}", line) for line in _list(card, "slices")]
+    return _intervals("Accuracy by kind of pair", lines, "Where it is right, and where it guesses.")
+
+
+def _intervals(title: str, lines: Sequence[tuple[str, Any]], note: str) -> dict[str, Any] | None:
+    """Shares with their intervals, one below the other."""
+    known = [
+        (label, line) for label, line in lines if isinstance(line, Mapping) and _number(line.get("value")) is not None
+    ]
+    if not known:
+        return None
+
+    def reach(line: Mapping[str, Any], end: str) -> float:
+        value, bound = float(line["value"]), _number(line.get(end))
+        return 0.0 if bound is None else round(abs(bound - value), 4)
+
+    trace = {
+        "name": title,
+        "x": [round(float(line["value"]), 4) for _, line in known],
+        "y": [label for label, _ in known],
+        "above": [reach(line, "high") for _, line in known],
+        "below": [reach(line, "low") for _, line in known],
+    }
+    return {"title": title, "unit": "", "note": note, "kind": "intervals", "traces": [trace]}
+
+
+def _calibration_chart(card: Mapping[str, Any]) -> dict[str, Any] | None:
+    bins = _list(_section(card, "calibration"), "bins")
+    if not bins:
+        return None
+    traces = [
+        {"name": "model", "x": [b["confidence"] for b in bins], "y": [b["right"] for b in bins]},
+        {"name": "calibrated", "x": [0.5, 1.0], "y": [0.5, 1.0]},
+    ]
+    note = "Across: the probability it gives the answer it prefers. Up: how often people prefer it. Below the line: too sure."
+    return {"title": "Reliability", "unit": "", "note": note, "kind": "lines", "traces": traces}
+
+
+def _length_chart(card: Mapping[str, Any]) -> dict[str, Any] | None:
+    curve = _list(_section(card, "length"), "curve")
+    if not curve:
+        return None
+    lengths = [point["length"] for point in curve]
+    traces = [{"name": name, "x": lengths, "y": [point[name] for point in curve]} for name in ("score", "rating")]
+    note = "Across: tokens. Up: standard deviations. A score that climbs where ratings do not is a taste for length."
+    return {"title": "Score and rating by length", "unit": "", "note": note, "kind": "lines", "traces": traces}
+
+
+def _samples_chart(card: Mapping[str, Any]) -> dict[str, Any] | None:
+    histogram = _section(_section(card, "samples"), "histogram")
+    edges = histogram.get("edges")
+    if not edges:
+        return None
+    middles = [(low + high) / 2 for low, high in itertools.pairwise(edges)]
+    traces = [
+        {"name": name, "x": middles, "y": histogram[key]}
+        for name, key in (("SFT policy's own", "samples"), ("training responses", "training"))
+    ]
+    note = "Where the two do not overlap, PPO starts outside of what the reward model has seen."
+    return {"title": "Scores of responses", "unit": "share by score", "note": note, "kind": "lines", "traces": traces}
+
+
+def _list(tree: Mapping[str, Any], name: str) -> list[Any]:
+    entry = tree.get(name)
+    return entry if isinstance(entry, list) else []
 
 
 # --- Plots ----------------------------------------------------------------------------------------------------------

@@ -116,6 +116,16 @@ class Tracker:
             if self._run is not None:
                 self._add_to_table(rows, step)
 
+    def log_table(self, name: str, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+        """Sends rows to W&B as a table of their own, with the columns of the first; the caller keeps the local record."""
+        with self._survives(f"log the table {name}"):
+            if self._run is not None and rows:
+                import wandb
+
+                columns: list[str | int] = list(rows[0])
+                data = [[row.get(str(column)) for column in columns] for row in rows]
+                self._run.log({name: wandb.Table(columns=columns, data=data, allow_mixed_types=True)}, step=int(step))
+
     def use_artifact(self, reference: str, hash: str) -> None:
         """Says that this run starts from an artifact, e.g. `sft/demo@2`.
 

@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -297,14 +298,99 @@ def test_bad_input(here: Run, name: str, words: list[object], complaint: str) ->
 
 def test_dedup_and_prepare(tmp_path: Path) -> None:
     """A figure renamed, or a method that no longer runs, would break the tables of docs/data.md."""
-    root = Path(__file__).parents[1]
     for name, figures in (("dedup", {"precision", "recall"}), ("prepare", {"used"})):
         out = tmp_path / f"{name}.json"
-        words = [str(root / "benchmarks" / f"{name}.py"), "--sizes", "400", "--out", str(out)]
-        environment = {**os.environ, "PYTHONPATH": str(root)}
+        words = [str(BENCHMARKS / f"{name}.py"), "--sizes", "400", "--out", str(out)]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=600, env=environment)
         assert done.returncode == 0, done.stderr[-3000:]
         runs = json.loads(out.read_text())
         assert all(run.keys() >= {"rows", "processor_microseconds_a_row", "memory_megabytes", *figures} for run in runs)
     ours = json.loads((tmp_path / "dedup.json").read_text())[0]
     assert ours["precision"] == 1.0 and ours["recall"] >= 0.9 and ours["near_duplicates"] > 10
+
+
+@pytest.fixture
+def reward_card(
+    load: Callable[[str], Any],
+    finished: tuple[Path, Path],
+    toy_config: Path,
+    toy_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[..., dict[str, Any]]:
+    """`reward_card("speed", ...)` runs benchmarks/reward_card.py in this process, beside a finished toy policy."""
+    script = load("reward_card")
+    shutil.copytree(finished[0] / "sft", tmp_path / "registry" / "sft")
+
+    def run(command: str, *words: object) -> dict[str, Any]:
+        places = ["--registry", tmp_path / "registry", "--folder", tmp_path / "runs", "--out", tmp_path / "out.json"]
+        toy = ["--policy", "sft/toy", "--dataset", toy_data, "--config", toy_config / "reward.yaml"]
+        more = ["--", "--wandb_mode", "disabled", "--lora_r", 4, "--card_policy_samples", 4, "--response_length", 6]
+        given = ["reward_card.py", command, *places, *toy, *words, *more, "--card_probe_answers", 2]
+        monkeypatch.setattr(sys, "argv", [str(word) for word in given])
+        script.main()
+        return json.loads((tmp_path / "out.json").read_text())
+
+    return run
+
+
+def test_reward_card_flags(reward_card: Callable[..., dict[str, Any]]) -> None:
+    """Labels that are spoilt in the held-out rows too, so that the card has nothing to compare with, or not spoilt at all."""
+    found = reward_card("flags")
+    for name in ("length", "shuffled"):
+        assert found[name]["flags"] and "FALLS SHORT" in found[name]["verdict"]
+    assert found["length"]["accuracy"] != found["shuffled"]["accuracy"]
+
+
+def test_reward_card_pandalm(
+    reward_card: Callable[..., dict[str, Any]], toy_base: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Prompts that are in two folds, a held-out annotator that was trained on, pairs compared across folds, ties as wins."""
+    verdicts = [(1, 1, 1), (2, 2, 2), (1, 0, 1), (2, 1, 2), (1, 2, 2), (0, 1, 0)]
+    rows = [
+        {
+            "instruction": f"Say {i}", "input": "" if i % 2 else "please", "response1": f"good film {i}",
+            "response2": f"bad plot {i} {i}", "cmp_key": "a_b", "motivation_app": "app",
+            **{f"annotator{n + 1}": verdict for n, verdict in enumerate(verdicts[i % len(verdicts)])},
+        }
+        for i in range(24)
+    ]  # fmt: skip
+    (tmp_path / "testset.json").write_text(json.dumps(rows))
+    found = reward_card("pandalm", "--file", tmp_path / "testset.json", "--base", toy_base("llama"), "--folds", 2)
+    # Annotators 1 and 3 are trained on: they tie on (1, 2, 2) and (0, 1, 0). Annotator 2 is held out: undecided on (1, 0, 1).
+    assert found["accuracy"]["pairs"] == found["accuracy"]["prompts"] == 16
+    assert found["accuracy_held_out_rater"]["pairs"] == 20
+    # Of those 20 verdicts the others share (1, 1, 1) and (2, 2, 2), oppose (2, 1, 2), and tie on two kinds.
+    assert found["human_ceiling"]["value"] == (4 + 4 + 0 + 4 * 0.5 + 4 * 0.5) / 20
+    assert [line["name"] for line in found["rivals"]] == ["length", "bag of words", "likelihood of the SFT model"]
+
+
+@pytest.mark.skipif("RLHF_PANDALM" not in os.environ, reason="RLHF_PANDALM does not name PandaLM's testset-v1.json")
+def test_the_real_file_of_pandalm(load: Callable[[str], Any], tmp_path: Path) -> None:
+    """The real file differs from the one made up above: verdicts in another order, answers that are no texts, prompts that
+    are in many rows and so must not be in two folds. The ceiling was also worked out apart from this code: .942 on all 999."""
+    script = load("reward_card")
+    rows = script.pandalm_rows(Path(os.environ["RLHF_PANDALM"]))
+    assert len(rows) == 999 and len({row["prompt"] for row in rows}) == 170
+    sizes = [sum(script.fold_of(row, 5) == fold for row in rows) for fold in range(5)]
+    assert sum(sizes) == 999 and min(sizes) > 100
+    script.write_data(tmp_path, "comparisons", {"train": rows})
+    loaded = load_rows(tmp_path, "train", kind="comparisons")
+    assert loaded.dropped == {"empty response": 53, "all responses are rated the same": 85} and len(loaded.rows) == 861
+    agreed = [
+        0.5 + 0.5 * ((a[0] > a[1]) - (a[0] < a[1])) * (1 if b[0] > b[1] else -1)
+        for a, b in zip(loaded.rows["ratings"], loaded.rows["ratings_held_out"], strict=True)
+        if b[0] != b[1]
+    ]
+    assert 0.93 < sum(agreed) / len(agreed) < 0.95
+
+
+def test_reward_card_speed_and_equal_compute(reward_card: Callable[..., dict[str, Any]]) -> None:
+    """Rates of other pairs on the two sides, or a comparison in which one side sees more responses an update."""
+    found = reward_card("speed", "--responses", 8, "--repeats", 1)
+    assert found["K=4"]["pairs"] == 12 and found["K=4"]["ratio"] > 0 and "K=9" not in found
+    assert set(found["K=4"]["pairs_per_second"]) == {"rankings", "single pairs"}
+    found = reward_card("equal_compute", "--responses", 8)
+    assert found["single pairs"]["rows"] == 6 * found["rankings of 4"]["rows"] > 0
+    assert found["machine"]["cores"] >= 1

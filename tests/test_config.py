@@ -12,7 +12,17 @@ from typing import Any
 import pytest
 
 import rlhf
-from rlhf.config import PPOConfig, RewardConfig, SFTConfig, StageConfig, TrainingLength, build, parse_config, read_yaml
+from rlhf.config import (
+    PPOConfig,
+    RewardCardConfig,
+    RewardConfig,
+    SFTConfig,
+    StageConfig,
+    TrainingLength,
+    build,
+    parse_config,
+    read_yaml,
+)
 from rlhf.data_prep import ReviewsConfig, read_recipe
 from rlhf.data_prep.recipe import Options, Source
 from rlhf.data_prep.show import ShowConfig
@@ -20,7 +30,13 @@ from rlhf.errors import UserError
 
 PACKAGE = Path(rlhf.__file__).parent
 CONFIGS = PACKAGE.parent / "configs"
-TYPES: dict[str, Any] = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig, "data": ReviewsConfig}
+TYPES: dict[str, Any] = {
+    "sft": SFTConfig,
+    "reward": RewardConfig,
+    "ppo": PPOConfig,
+    "data": ReviewsConfig,
+    "card": RewardCardConfig,
+}
 MORE: dict[str, Any] = {"data options": Options, "data source": Source, "show": ShowConfig}
 SFT = ["--dataset", "d", "--model_name_or_path", "m"]
 PPO = ["--dataset", "d", "--policy", "sft/a", "--reward", "reward/a"]

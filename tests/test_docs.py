@@ -1,4 +1,4 @@
-"""docs/ppo.md against the code: what it says there is has to be there, and what there is has to be said."""
+"""docs/ppo.md and docs/reward.md against the code: what they say there is has to be there, and what there is to be said."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from typing import Any
 
 import pytest
 
-from rlhf.config import PPOConfig
+from rlhf.config import PPOConfig, RewardConfig, StageConfig, TrainingLength
 from rlhf.ppo.types import METRICS
+from rlhf.reward import card, probes
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "ppo.md").read_text(encoding="utf-8")
 CITATION = re.compile(r"(tests/[\w/]+\.py)::(\w+)")
 
 
-def table(heading: str) -> list[list[str]]:
+def table(heading: str, page: str = PAGE) -> list[list[str]]:
     """The cells of the last table below a heading, its head left out."""
-    section = PAGE.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    section = page.split(f"\n## {heading}\n")[1].split("\n## ")[0]
     lines = [line for line in section.splitlines() if line.startswith("|")]
     last_head = max(i for i, line in enumerate(lines) if set(line) <= set("|-"))
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[last_head + 1 :]]
@@ -69,3 +70,23 @@ def test_the_review_has_its_25_rows_each_with_a_proof_or_the_lack_of_one() -> No
     rows = table("What an expert checks")
     assert [row[0] for row in rows] == [str(number) for number in range(1, 26)]
     assert [row[0] for row in rows if not CITATION.search(row[3]) and "no test yet" not in row[3]] == []
+
+
+REWARD_PAGE = (ROOT / "docs" / "reward.md").read_text(encoding="utf-8")
+
+
+def test_every_option_of_the_reward_models_training_is_explained() -> None:
+    """Catches: an option of the loss that was added or renamed without a word about it."""
+    named = set(re.findall(r"`(\w+)`", " ".join(row[0] for row in table("Training", REWARD_PAGE))))
+    own = {name for name in RewardConfig.__annotations__ if name not in ("policy", "min_responses")}
+    shared = {field.name for kind in (StageConfig, TrainingLength) for field in dataclasses.fields(kind)}
+    assert own <= named <= own | shared
+
+
+def test_thresholds_of_the_card_are_those_of_the_code() -> None:
+    """Catches: a flag that was made stricter, and a page that promises the old one."""
+    flagged = {row[0]: row[2] for row in table("The card", REWARD_PAGE)}
+    assert f"{card.LENGTH_BIAS:.0%} more pairs" in flagged["length"]
+    assert f"above {card.POOR_CALIBRATION:.0%}" in flagged["calibration"]
+    assert f"more than {card.OUTSIDE:.0%}" in flagged["samples"]
+    assert f"gains {probes.FLAGGED_GAIN} standard deviations" in flagged["hack probes"]

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from rlhf.errors import UserError
-from rlhf.report import POINTS_PER_CURVE, STAGES, print_results, read_jsonl, write_report
+from rlhf.report import POINTS_PER_CURVE, STAGES, print_results, read_jsonl, write_card_page, write_report
 
 ATTACK = '<script>document.title="owned"</script><img src=x onerror=alert(1)>'
 BROWSER = next(
@@ -49,6 +49,39 @@ def made_up_results() -> dict[str, Any]:
         ],
         "machine": {"cpu": "2 cores", "memory_gb": 7.8, "gpu": None, "python": "3.11.7", "torch": "2.9"},
         "created": "2026-11-21 10:02", "seed": 7,
+    }  # fmt: skip
+
+
+def made_up_card() -> dict[str, Any]:
+    def share(value: float, width: float = 0.02) -> dict[str, Any]:
+        return {"value": value, "low": value - width, "high": value + width, "pairs": 480, "prompts": 60}
+
+    probe = {
+        "name": "thanks",
+        "gain": 0.61,
+        "raised": 0.8,
+        "tried": 24,
+        "flagged": True,
+        "finding": "scores higher",
+        "example": {"prompt": "p", "answer": ATTACK, "answer_score": 0.1, "probe": "Thank you", "probe_score": 0.9},
+    }
+    return {
+        "model": "reward/demo@1", "verdict": "reward/demo@1 is right in 71.3% of 480 held-out pairs",
+        "flags": [{"name": "probe", "message": "thanks: scores 0.61 standard deviations higher"}],
+        "accuracy": share(0.713), "accuracy_held_out_prompts": share(0.702), "accuracy_held_out_raters": share(0.694),
+        "human_ceiling": share(0.762), "gold_accuracy": None,
+        "rivals": [{"name": "bag of words", "accuracy": share(0.655), "gain": share(0.05), "beaten": True}],
+        "calibration": {"bins": [{"confidence": 0.6, "right": 0.58, "pairs": 200},
+                                 {"confidence": 0.9, "right": 0.8, "pairs": 280}],
+                        "ece": 0.063, "temperature": 1.4, "nll": 0.6, "nll_fitted": 0.58, "pairs": 480},
+        "slices": [{"slice": "length", "kind": "better one longer", **share(0.74)},
+                   {"slice": "prompt", "kind": "new", "value": 0.7, "low": None, "high": None, "pairs": 3, "prompts": 1}],
+        "length": {"correlation": 0.21, "label_correlation": 0.05, "balanced_accuracy": share(0.7),
+                   "curve": [{"length": 4.0, "score": -0.2, "rating": 0.1}, {"length": 30.0, "score": 0.3, "rating": 0.1}]},
+        "probes": [probe, {**probe, "name": "filler", "gain": -0.2, "flagged": False}],
+        "samples": {"outside": 0.03, "histogram": {"edges": [-2.0, 0.0, 2.0], "samples": [0.4, 0.6], "training": [0.5, 0.5]},
+                    "examples": [{"prompt": "p", "response": "low one", "score": -1.5}]},
+        "left_out": {"train": {"empty response": {"count": 2, "rows": [3, 9]}}},
     }  # fmt: skip
 
 
@@ -140,6 +173,42 @@ def test_the_page_shows_every_part(run: Path) -> None:
     assert [len(plot["traces"]) for plot in plots_of(page)] == [2, 2, 1, 2, 1, 1, 2, 2, 1, 1]
     assert page.count('class="sample"') == 20
     assert "Missing from this report" not in page
+
+
+def test_the_report_card_is_a_section_of_the_page(run: Path) -> None:
+    """Bug: a part of the card that is computed and not shown, or an interval drawn about 0 instead of about its value."""
+    plain = len(plots_of(write_report(run).read_text(encoding="utf-8")))
+    (run / "reward" / "card.json").write_text(json.dumps(made_up_card()), encoding="utf-8")
+    page = write_report(run).read_text(encoding="utf-8")
+    for text in (
+        "is right in 71.3% of 480 held-out pairs", "thanks: scores 0.61 standard deviations higher", "flagged", "passed",
+        "6.3%", "1.4", "low one", "train: 2 empty response (rows 3, 9)",
+    ):  # fmt: skip
+        assert text in page, text
+    assert ATTACK not in page
+    plots = plots_of(page)[plain:]
+    assert [plot["kind"] for plot in plots] == ["intervals", "intervals", "lines", "lines", "lines"]
+    assert [int(number) for number in re.findall(r'data-plot="(\d+)"', page)] != []
+    shown = sorted(int(number) for number in re.findall(r'data-plot="(\d+)"', page))
+    assert shown == list(range(plain + 5)), "each plot has its place, and each place its plot"
+    (trace,) = plots[0]["traces"]
+    assert trace["y"] == ["held-out pairs", "new prompts", "raters it never saw", "human ceiling", "balanced by length",
+                          "bag of words"]  # fmt: skip
+    assert trace["x"][0] == 0.713 and trace["above"][0] == trace["below"][0] == 0.02
+    assert plots[1]["traces"][0]["above"] == [0.02, 0.0], "one prompt has no interval"
+    (run / "reward" / "card.json").write_text('{"verdict": ')
+    assert "reward/card.json is not readable as JSON" in write_report(run).read_text(encoding="utf-8")
+
+
+def test_the_report_card_has_a_page_of_its_own(tmp_path: Path) -> None:
+    """Bug: `python -m rlhf.evaluation.reward` leaves a page that speaks of stages which never ran."""
+    page = write_card_page(made_up_card(), tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Report card of a reward model" in page and "is right in 71.3%" in page
+    body = without_plotly(page)
+    assert "The chain" not in body and "Missing from this report" not in body and "How to read it" not in body
+    assert (
+        sorted(map(int, re.findall(r'data-plot="(\d+)"', page))) == list(range(len(plots_of(page)))) == [0, 1, 2, 3, 4]
+    )
 
 
 def test_the_page_needs_no_network_and_is_small(run: Path) -> None:
@@ -251,6 +320,7 @@ def test_print_results_shows_figures_and_skips_what_is_absent(capsys: pytest.Cap
 @pytest.mark.skipif(BROWSER is None, reason="no chromium or chrome on this machine")
 def test_a_browser_draws_every_plot_without_complaint(run: Path, tmp_path: Path) -> None:
     """Bug: a script error, a blocked resource or a plotly option that is gone leaves the page without its plots."""
+    (run / "reward" / "card.json").write_text(json.dumps(made_up_card()), encoding="utf-8")
     page = write_report(run)
     flags = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
              "--disable-component-update --disable-sync --enable-logging=stderr --v=0 "
@@ -261,7 +331,7 @@ def test_a_browser_draws_every_plot_without_complaint(run: Path, tmp_path: Path)
     )
     complaints = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     assert not complaints
-    assert 'data-drawn="10"' in done.stdout
+    assert 'data-drawn="15"' in done.stdout
     assert "<title>owned" not in done.stdout
     # one path a curve and one a bar: empty axes would also count as a drawn plot
     assert done.stdout.count("js-line") >= 13 and done.stdout.count('class="point"') >= 18

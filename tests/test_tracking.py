@@ -395,3 +395,21 @@ def test_phases_add_up_and_see_the_peak_of_their_own_block() -> None:
     assert 0.05 <= rollout["seconds"] < 1.0 and optimise["seconds"] > 0
     assert optimise["peak_rss_gb"] > before + 0.1
     assert 0 < rollout["peak_rss_gb"] <= before + 0.05
+
+
+def test_a_table_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A card's tables that never reach W&B, or rows whose cells are in another column."""
+    sent: dict[str, Any] = {}
+    with make(tmp_path, wandb_mode="offline") as tracker:
+        monkeypatch.setattr(tracker._run, "log", lambda content, step: sent.update(content, step=step))
+        tracker.log_table("card/probes", [{"name": "thanks", "gain": 0.5}, {"gain": -1.0, "name": "filler"}], 7)
+        tracker.log_table("card/flags", [], 7)
+    assert set(sent) == {"card/probes", "step"} and sent["step"] == 7, "an empty table has no columns"
+    assert sent["card/probes"].columns == ["name", "gain"]
+    assert sent["card/probes"].data == [["thanks", 0.5], ["filler", -1.0]]
+
+
+def test_a_table_without_wandb_is_no_error(tmp_path: Path) -> None:
+    """A disabled run that fails at its end because there is no W&B to send the card to."""
+    with make(tmp_path) as tracker:
+        tracker.log_table("card/flags", [{"name": "coin"}], 0)

@@ -3,21 +3,26 @@
 | kind | columns after loading | accepted |
 |---|---|---|
 | demonstrations | `prompt`, `completion` | `prompt` + `completion`; `messages`; preference data, of which the chosen answer is taken |
-| comparisons | `prompt`, `responses`, `ratings` | `prompt` + `responses` + `ratings` (or `ranks`, 1 is best); `prompt` + `chosen` + `rejected`; `chosen` + `rejected` conversations that share their beginning |
+| comparisons | `prompt`, `responses`, `ratings` | `prompt` + `responses` + `ratings` (or `ranks`, 1 is best, or `rater_ratings`); `prompt` + `chosen` + `rejected`; `chosen` + `rejected` conversations that share their beginning |
 | prompts | `prompt` | `prompt`; `messages`; preference data, of which the prompt is taken |
 
 Texts are lists of `{role, content}` messages, plain strings, or transcripts as in Anthropic/hh-rlhf
 (`\\n\\nHuman: ...\\n\\nAssistant: ...`). After loading they are lists of messages. Other columns are kept.
+
+`rater_ratings` holds, for each response, the numbers of its raters, null where one gave none. In place of `ratings` it is
+split: raters at even places are trained on (`ratings`, their means, and `rater_ratings`), raters at odd places are held out
+(`ratings_held_out`, `rater_ratings_held_out`). So a rater who has the same place in every row is in one half only.
 """  # noqa: E501
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,12 +47,14 @@ from rlhf.errors import UserError, did_you_mean
 from rlhf.progress import progress
 
 Kind = Literal["demonstrations", "comparisons", "prompts"]
+#: A row with its line or row number in the source, from 1.
+Numbered = tuple[int, Row]
 
 #: Share of prompts that validation gets where the data has no validation split of its own.
 VALIDATION_SHARE = 0.1
 NEEDED = {
     "demonstrations": "'prompt' + 'completion', or 'messages'",
-    "comparisons": "'prompt' + 'chosen' + 'rejected', or 'prompt' + 'responses' + 'ratings' (or 'ranks')",
+    "comparisons": "'prompt' + 'chosen' + 'rejected', or 'prompt' + 'responses' + 'ratings' (or 'ranks', or 'rater_ratings')",
     "prompts": "'prompt', or 'messages'",
 }
 _SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".json", ".csv", ".tsv")
@@ -56,6 +63,8 @@ _LONGEST_ROW = 16_000_000
 _OTHER_NAMES = {"train": ("train",), "validation": ("validation", "test", "eval", "dev")}
 #: More rows than this take long enough for a progress bar.
 _MANY_ROWS = 20_000
+#: Rows that are named for each reason to leave rows out.
+NAMED_ROWS = 20
 
 
 @dataclass(frozen=True)
@@ -67,12 +76,16 @@ class Loaded:
         dropped: reason -> rows left out. Of data without splits, those of the whole data.
         fingerprint: sha256 of the rows.
         prepared: fingerprint on the card of the folder that `rlhf.data_prep` made; None for other data.
+        numbers: line or row number in the source of each of the rows.
+        dropped_rows: reason -> numbers of the first rows left out.
     """
 
     rows: Dataset
     dropped: dict[str, int]
     fingerprint: str
     prepared: str | None = None
+    numbers: list[int] = field(default_factory=list)
+    dropped_rows: dict[str, list[int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -80,8 +93,7 @@ class _Raw:
     """Rows as they were read."""
 
     source: str
-    rows: Sequence[tuple[int, Row]]
-    """(line or row number from 1, row)"""
+    rows: Sequence[Numbered]
     has_split: bool
     """False: these are all rows, and train and validation have to be told apart by a hash of the prompt."""
     prepared: str | None = None
@@ -108,19 +120,29 @@ def load_rows(path: str | Path, split: str, *, kind: Kind) -> Loaded:
     columns = set().union(*(row.keys() for _, row in raw.rows))
     normalise = _normaliser(kind, columns, raw.source)
     rows, dropped = _normalise_all(raw, normalise, kind)
+    if kind == "comparisons":
+        rows = _without_contradictions(rows, dropped)
     if rows and not raw.has_split:
         rows = _hash_split(rows, split)
         if not rows:
             raise UserError(
                 f"{raw.source} has a single prompt, too few to hold some out; give a folder with train and validation"
             )
+    counts = {reason: len(numbers) for reason, numbers in dropped.items()}
     if not rows:
-        reasons = "; ".join(f"{reason}: {count}" for reason, count in dropped.items())
+        reasons = "; ".join(f"{reason}: {count}" for reason, count in counts.items())
         raise UserError(f"no row of {raw.source} can be used as {kind} ({reasons})")
     digest = hashlib.sha256()
-    for row in rows:
+    for _, row in rows:
         digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
-    return Loaded(_to_dataset(rows), dict(dropped), digest.hexdigest(), raw.prepared)
+    return Loaded(
+        _to_dataset([row for _, row in rows]),
+        counts,
+        digest.hexdigest(),
+        raw.prepared,
+        numbers=[number for number, _ in rows],
+        dropped_rows={reason: numbers[:NAMED_ROWS] for reason, numbers in dropped.items()},
+    )
 
 
 # Reading
@@ -166,7 +188,7 @@ def _file_in_folder(folder: Path, split: str, kind: str) -> Path:
     return found
 
 
-def _read_file(file: Path) -> list[tuple[int, Row]]:
+def _read_file(file: Path) -> list[Numbered]:
     """Numbered rows of a file: lines from 1 in .jsonl, rows from 1 elsewhere."""
     if not is_readable(file):
         raise UserError(f"cannot read {file}: its name must end in one of {', '.join(_SUFFIXES)}")
@@ -203,15 +225,18 @@ def _read_hub(name: str, split: str) -> _Raw:
 # Rows
 
 
-def _normalise_all(raw: _Raw, normalise: Callable[[Row], Row], kind: str) -> tuple[list[Row], Counter[str]]:
-    rows: list[Row] = []
-    dropped: Counter[str] = Counter()
-    numbered: Iterable[tuple[int, Row]] = raw.rows
+def _normalise_all(
+    raw: _Raw, normalise: Callable[[Row], Row], kind: str
+) -> tuple[list[Numbered], dict[str, list[int]]]:
+    """The rows that can be used, and by reason the numbers of the others."""
+    rows: list[Numbered] = []
+    dropped: defaultdict[str, list[int]] = defaultdict(list)
+    numbered: Iterable[Numbered] = raw.rows
     for number, row in progress(numbered, f"reading {kind}", len(raw.rows)) if len(raw.rows) > _MANY_ROWS else numbered:
         try:
-            rows.append(normalise(row))
+            rows.append((number, normalise(row)))
         except Untrainable as reason:
-            dropped[str(reason)] += 1
+            dropped[str(reason)].append(number)
         except Malformed as error:
             raise UserError(f"{raw.source}, row {number}: {error}") from error
     return rows, dropped
@@ -228,6 +253,7 @@ def _normaliser(kind: Kind, columns: set[str], source: str) -> Callable[[Row], R
         "comparisons": [
             ({"prompt", "responses", "ratings"}, _ranking),
             ({"prompt", "responses", "ranks"}, _ranking),
+            ({"prompt", "responses", "rater_ratings"}, _ranking_by_raters),
             ({"chosen", "rejected"}, _pair),
         ],
         "prompts": [({"prompt"}, _prompt_row), ({"messages"}, _prompt_row), ({"chosen"}, _prompt_of_chosen)],
@@ -269,7 +295,7 @@ def _pair(row: Row) -> Row:
         raise Untrainable("chosen and rejected do not answer the same prompt")
     if chosen == rejected:
         raise Untrainable("chosen and rejected are the same")
-    others = _others(row, "prompt", "chosen", "rejected")
+    others = {**_others(row, "prompt", "chosen", "rejected"), **_single_ratings(row, 2)}
     return {"prompt": prompt, "responses": [chosen, rejected], "ratings": [1.0, 0.0], **others}
 
 
@@ -278,25 +304,92 @@ def _ranking(row: Row) -> Row:
     if not isinstance(values, list):
         raise Malformed(f"'responses' must be a list, got {show_value(values)}")
     name, sign = ("ratings", 1.0) if row.get("ratings") is not None else ("ranks", -1.0)
+    ratings = [sign * v for v in _ratings(row, name, len(values))]
+    if not all(map(math.isfinite, ratings)):
+        raise Untrainable(f"{name} that are missing or not finite")
+    if len(values) < 2:
+        raise Untrainable("fewer than two responses")
+    # Not finite where no rater is held out: no pair of them is ordered.
+    held_out = _ratings(row, "ratings_held_out", len(values)) if row.get("ratings_held_out") is not None else []
+    if len(set(ratings)) == 1 and len(set(filter(math.isfinite, held_out))) < 2:
+        raise Untrainable("all responses are rated the same")
+    responses = [as_response(value, f"responses[{i}]") for i, value in enumerate(values)]
+    rated = {(answer[0]["content"], rating) for answer, rating in zip(responses, ratings, strict=True)}
+    if len(rated) > len({text for text, _ in rated}):
+        raise Untrainable("the same response is rated twice, differently")
+    others = {**_others(row, "responses", "ratings", "ranks"), **_single_ratings(row, len(values))}
+    return {"prompt": prompt, "responses": responses, "ratings": ratings, **others}
+
+
+def _ratings(row: Row, name: str, count: int) -> list[float]:
+    """A number for each of `count` responses; NaN where there is none."""
     numbers = row.get(name)
     if not isinstance(numbers, list) or not all(is_number(v) for v in numbers):
         raise Malformed(f"'{name}' must be a list of numbers, got {show_value(numbers)}")
-    if len(numbers) != len(values):
-        raise Malformed(f"{len(values)} responses but {len(numbers)} {name}")
-    if len(values) < 2:
-        raise Untrainable("fewer than two responses")
-    if not all(v is not None and math.isfinite(v) for v in numbers):
-        raise Untrainable(f"{name} that are missing or not finite")
-    if min(numbers) == max(numbers):
-        raise Untrainable("all responses are rated the same")
-    responses = [as_response(value, f"responses[{i}]") for i, value in enumerate(values)]
-    ratings = [sign * v for v in numbers]
-    return {
-        "prompt": prompt,
-        "responses": responses,
-        "ratings": ratings,
-        **_others(row, "responses", "ratings", "ranks"),
-    }
+    if len(numbers) != count:
+        raise Malformed(f"{count} responses but {len(numbers)} {name}")
+    return [math.nan if v is None else v for v in numbers]
+
+
+def _ranking_by_raters(row: Row) -> Row:
+    """A row whose ratings are the means of one half of its raters; the other half is held out."""
+    values = row.get("responses")
+    raters = _rater_ratings(row, len(values) if isinstance(values, list) else 0)
+    halves = [[_given(inner[half::2]) for inner in raters] for half in (0, 1)]
+    if not all(inner for half in halves for inner in half):
+        raise Untrainable("a response without a rating in one half of the raters")
+    trained, held_out = ([sum(inner) / len(inner) for inner in half] for half in halves)
+    split = {"ratings_held_out": held_out, "rater_ratings_held_out": halves[1]}
+    return _ranking({**row, "ratings": trained, "rater_ratings": halves[0], **split})
+
+
+def _single_ratings(row: Row, count: int) -> Row:
+    """The column of the single raters' numbers, if the row has any."""
+    if not row.get("rater_ratings"):
+        return {"rater_ratings": None} if "rater_ratings" in row else {}
+    return {"rater_ratings": [_given(inner) for inner in _rater_ratings(row, count)]}
+
+
+def _rater_ratings(row: Row, count: int) -> list[list[float | None]]:
+    raters = row["rater_ratings"]
+    if not isinstance(raters, list) or not all(
+        isinstance(inner, list) and all(is_number(v) for v in inner) for inner in raters
+    ):
+        raise Malformed(f"'rater_ratings' must be a list of numbers for each response, got {show_value(raters)}")
+    if len(raters) != count:
+        raise Malformed(f"{count} responses but {len(raters)} lists of rater_ratings")
+    if not all(_given(inner) and all(math.isfinite(v) for v in _given(inner)) for inner in raters):
+        raise Untrainable("rater_ratings that are missing or not finite")
+    return raters
+
+
+def _given(ratings: Sequence[float | None]) -> list[float]:
+    """The ratings that are there."""
+    return [float(v) for v in ratings if v is not None]
+
+
+def _without_contradictions(rows: list[Numbered], dropped: dict[str, list[int]]) -> list[Numbered]:
+    """Leaves out rows that order two responses to a prompt one way where another row orders them the other way.
+
+    All of them: nothing says which is right. Raters who disagree belong into one row, as `rater_ratings`.
+    """
+    of_prompt: defaultdict[str, list[Numbered]] = defaultdict(list)
+    for number, row in rows:
+        of_prompt[json.dumps(row["prompt"], sort_keys=True)].append((number, row))
+    bad: set[int] = set()
+    for members in of_prompt.values():
+        says: defaultdict[tuple[str, str], set[int]] = defaultdict(set)  # (better, worse) -> rows that say so
+        for number, row in members if len(members) > 1 else []:
+            texts = [answer[0]["content"] for answer in row["responses"]]
+            for i, j in itertools.permutations(range(len(texts)), 2):
+                if row["ratings"][i] > row["ratings"][j]:
+                    says[texts[i], texts[j]].add(number)
+        for (better, worse), numbers in says.items():
+            if (worse, better) in says:
+                bad |= numbers
+    if bad:
+        dropped["contradicts another row"] = sorted(bad)
+    return [(number, row) for number, row in rows if number not in bad]
 
 
 def _others(row: Row, *used: str) -> Row:
@@ -306,9 +399,9 @@ def _others(row: Row, *used: str) -> Row:
 # Results
 
 
-def _hash_split(rows: list[Row], split: str) -> list[Row]:
+def _hash_split(rows: list[Numbered], split: str) -> list[Numbered]:
     """Train or validation by a hash of the prompt; the lowest hash is always validation, so that there is one."""
-    hashes = [hashlib.sha256(json.dumps(row["prompt"], sort_keys=True).encode()).hexdigest() for row in rows]
+    hashes = [hashlib.sha256(json.dumps(row["prompt"], sort_keys=True).encode()).hexdigest() for _, row in rows]
     limit = max(f"{int(VALIDATION_SHARE * 16**8):08x}", min(hashes))
     return [row for row, digest in zip(rows, hashes, strict=True) if (digest <= limit) == (split == "validation")]
 

@@ -109,10 +109,18 @@ def resolve(record: Record, rule: str, held_out_share: float, seed: int) -> Reco
     """
     if not record.raters:
         return record
-    held_out = [a for a, rater in enumerate(record.raters) if unit(seed, "held-out rater", rater) < held_out_share]
-    ratings = rated_by(record, [a for a in range(len(record.raters)) if a not in held_out], rule)
-    others = rated_by(record, held_out, rule)
-    return replace(record, ratings=ratings, ratings_held_out=others)
+    trained_on, held_out = halves(record, held_out_share, seed)
+    return replace(
+        record, ratings=rated_by(record, trained_on, rule), ratings_held_out=rated_by(record, held_out, rule)
+    )
+
+
+def halves(record: Record, held_out_share: float, seed: int) -> tuple[list[int], list[int]]:
+    """Columns of the raters trained on, and of those held out: a rater is the one or the other in all records."""
+    columns: tuple[list[int], list[int]] = ([], [])
+    for a, rater in enumerate(record.raters):
+        columns[unit(seed, "held-out rater", rater) < held_out_share].append(a)
+    return columns
 
 
 def rated_by(record: Record, raters: Sequence[int], rule: str) -> list[float] | None:

@@ -18,7 +18,7 @@ from datasets import Features, List, Value
 
 from rlhf.data_prep.lengths import Lengths
 from rlhf.data_prep.plan import Plan
-from rlhf.data_prep.ratings import clear_pairs
+from rlhf.data_prep.ratings import clear_pairs, halves
 from rlhf.data_prep.recipe import DataConfig
 from rlhf.data_prep.records import Record, ranks_of
 from rlhf.data_prep.rows import Messages
@@ -50,6 +50,12 @@ _SCHEMAS: dict[str, dict[str, Any]] = {
         **_ABOUT,
     },
     "prompts": {"prompt": _MESSAGES, **_ABOUT},
+}
+#: Columns of rankings some of whose raters are held out.
+_HELD_OUT = {
+    "ratings_held_out": List(_NUMBER),
+    "raters_held_out": List(_TEXT),
+    "rater_ratings_held_out": List(List(_NUMBER)),
 }
 
 
@@ -89,7 +95,7 @@ def _write(file: Path, records: Iterator[Record], kind: str, config: DataConfig,
     form = config.comparison_form if kind == "comparisons" else kind
     columns = dict(_SCHEMAS[form])
     if form == "rankings" and config.held_out_raters > 0:
-        columns["ratings_held_out"] = List(_NUMBER)
+        columns |= _HELD_OUT
     schema = Features(columns).arrow_schema
     result = Written()
     with pq.ParquetWriter(file, schema) as writer:
@@ -135,16 +141,23 @@ def _demonstration(record: Record, _: DataConfig) -> Iterator[dict[str, Any]]:
 
 def _ranking(record: Record, config: DataConfig) -> Iterator[dict[str, Any]]:
     assert record.ratings is not None
-    held_out = record.ratings_held_out or [float("nan")] * len(record.ratings)  # NaN: no pair of them is ordered
+    means = record.ratings_held_out or [float("nan")] * len(record.ratings)  # NaN: no pair of them is ordered
+    trained_on, held_out = halves(record, config.held_out_raters, config.seed)
+
+    def of(columns: list[int], suffix: str = "") -> dict[str, Any]:
+        return {
+            f"raters{suffix}": [record.raters[a] for a in columns],
+            f"rater_ratings{suffix}": [[row[a] for a in columns] for row in record.rater_ratings],
+        }
+
     yield {
         "prompt": record.prompt,
         "responses": [_answer(response) for response in record.responses],
         "ratings": None if record.ranked else record.ratings,
         "ranks": ranks_of(record.ratings),
-        "raters": record.raters,
-        "rater_ratings": record.rater_ratings,
+        **of(trained_on),
         "confidence": record.confidence,
-        **({"ratings_held_out": held_out} if config.held_out_raters > 0 else {}),
+        **({"ratings_held_out": means, **of(held_out, "_held_out")} if config.held_out_raters > 0 else {}),
         **_about(record),
     }
 

@@ -1,91 +1,105 @@
-"""What a reward model is worth: accuracy on held-out pairs and raters, beside the human ceiling and a free baseline."""
+"""What a reward model is compared with: independent scorers, and the SFT policy's own answers and likelihoods."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.errors import UserError
+from rlhf.models import Compute, backbone
 from rlhf.packing import prompt_batches
-from rlhf.ppo.types import length_sorted_batches
-from rlhf.reward.ranking import ordered_pairs, score_rows
-from rlhf.tokenization import pad
+from rlhf.ppo.functional import sequence_logprobs
+from rlhf.sampling import SAMPLED_AT_ONCE, sample
+from rlhf.tokenization import Message, encode_prompt, pad, stop_token_ids
 
 #: A scorer of texts that nothing was trained on.
 GoldFunction = Callable[[Sequence[str]], list[float]]
-
-
-@torch.no_grad()
-def score_tokens(
-    model: torch.nn.Module,
-    rows: Sequence[Sequence[int]],
-    pad_token_id: int,
-    batch_size: int,
-    *,
-    prompt: Tensor | None = None,
-) -> Tensor:
-    """Raw scores (M,) of token rows (prompt and response); `prompt` (M,) says which prompt each row answers, if known."""
-    ids, mask = pad(rows, pad_token_id, side="right")
-    device = next(model.parameters()).device
-    batches = (
-        length_sorted_batches(mask.sum(dim=1), batch_size) if prompt is None else prompt_batches(prompt, batch_size)
-    )
-    return score_rows(model, ids.to(device), mask.to(device), [rows.to(device) for rows in batches]).cpu()
-
-
-def pair_accuracy(scores: Tensor, verdict: Tensor, prompt: Tensor, min_difference: float) -> float | None:
-    """Share of pairs that the scores order as the verdict does; a tie of scores counts half. None when there are no pairs.
-
-    Pairs answer one prompt and differ by at least `min_difference` in the verdict.
-
-    Args:
-        scores, verdict: (M,).
-        prompt: (M,) int64.
-    """
-    pairs = ordered_pairs(verdict, prompt, min_difference=min_difference)
-    if len(pairs.better) == 0:
-        return None
-    predicted = torch.sign(scores[pairs.better] - scores[pairs.worse])
-    return float(((predicted + 1) / 2).mean())
-
-
-def comparison_figures(
-    rows: Mapping[str, Sequence[Any]], scores: Tensor, min_difference: float, gold: GoldFunction | None
-) -> dict[str, Any]:
-    """The accuracies of a reward model on held-out comparisons.
-
-    Args:
-        rows: columns `responses` and `ratings` (by the raters trained on), and where raters were split in two halves
-            `ratings_held_out`.
-        scores: (M,) scores of the responses, row after row.
-    """
-    prompt = prompt_numbers(rows["ratings"])
-    trained = _flat(rows["ratings"])
-    figures: dict[str, Any] = {
-        "accuracy": pair_accuracy(scores, trained, prompt, min_difference),
-        "pairs": len(ordered_pairs(trained, prompt, min_difference=min_difference).better),
-        "accuracy_held_out_raters": None,
-        "human_ceiling": None,
-        "gold_accuracy": None,
-    }
-    if "ratings_held_out" in rows:
-        others = _flat(rows["ratings_held_out"])
-        figures["accuracy_held_out_raters"] = pair_accuracy(scores, others, prompt, min_difference)
-        # How well the raters trained on predict the other half: no model of the first half can be expected to do better.
-        figures["human_ceiling"] = pair_accuracy(trained, others, prompt, min_difference)
-    if gold is not None:
-        texts = [response[-1]["content"] for responses in rows["responses"] for response in responses]
-        figures["gold_accuracy"] = pair_accuracy(torch.tensor(gold(texts)), trained, prompt, min_difference)
-    return figures
+#: Positions whose logits are made together.
+_TOKENS_AT_ONCE = 128
 
 
 def prompt_numbers(nested: Sequence[Sequence[Any]]) -> Tensor:
     """(M,) int64: which prompt each response answers, for responses that are listed prompt by prompt."""
     return torch.tensor([i for i, inner in enumerate(nested) for _ in inner])
+
+
+@torch.no_grad()
+def own_responses(
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[Message]],
+    *,
+    response_length: int,
+    seed: int,
+) -> list[tuple[list[int], list[int]]]:
+    """Token ids (prompt, response) of one response to each prompt, sampled at temperature 1.
+
+    Args:
+        response_length: longest response, tokens.
+    """
+    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    generator = torch.Generator().manual_seed(seed)
+    answered: list[tuple[list[int], list[int]]] = []
+    for first in range(0, len(encoded), SAMPLED_AT_ONCE):
+        part = encoded[first : first + SAMPLED_AT_ONCE]
+        ids, mask = pad(part, int(tokenizer.pad_token_id), side="left")
+        sampled = sample(
+            policy,
+            ids.to(policy.device),
+            mask.to(policy.device),
+            max_new_tokens=response_length,
+            temperature=1.0,
+            stop_token_ids=stop_token_ids(tokenizer),
+            pad_token_id=int(tokenizer.pad_token_id),
+            generator=generator,
+        )
+        answers = [row[m].tolist() for row, m in zip(sampled.responses, sampled.mask, strict=True)]
+        answered += list(zip(part, answers, strict=True))
+    return answered
+
+
+@torch.no_grad()
+def mean_logprobs(
+    policy: PreTrainedModel,
+    rows: Sequence[Sequence[int]],
+    prompt_lengths: Sequence[int],
+    prompt: Tensor,
+    *,
+    pad_token_id: int,
+    compute: Compute,
+    batch_size: int,
+) -> Tensor:
+    """(M,) mean log-likelihood a token of each response, nats: a sum would only rank by length.
+
+    Args:
+        rows: token ids of prompt and response.
+        prompt_lengths: tokens of the prompt in each row.
+        prompt: (M,) int64, which prompt each row answers; what the rows of a prompt share is computed once.
+    """
+    means = torch.zeros(len(rows))
+    for numbers in prompt_batches(prompt, batch_size):
+        ids, mask = pad([rows[i] for i in numbers], pad_token_id, side="right")
+        column = torch.arange(ids.shape[1] - 1)
+        starts = torch.tensor([prompt_lengths[i] for i in numbers])
+        answer = (mask[:, 1:] & (column >= starts[:, None] - 1)).to(compute.device)
+        ids, mask = ids.to(compute.device), mask.to(compute.device)
+        with compute.autocast():
+            hidden = backbone(policy)(input_ids=ids, attention_mask=mask.long(), use_cache=False).last_hidden_state[
+                :, :-1
+            ][answer]  # (N, d): from the state before each response token
+            head, tokens = policy.get_output_embeddings(), ids[:, 1:][answer]
+            parts = [
+                sequence_logprobs(head(states), target, temperature=1.0)
+                for states, target in zip(hidden.split(_TOKENS_AT_ONCE), tokens.split(_TOKENS_AT_ONCE), strict=True)
+            ]
+        logprobs = torch.zeros(answer.shape, device=compute.device).masked_scatter(answer, torch.cat(parts).float())
+        means[numbers] = (logprobs.sum(dim=1) / answer.sum(dim=1)).cpu()
+    return means
 
 
 def load_function(path: str) -> Callable[..., Any]:
@@ -98,7 +112,3 @@ def load_function(path: str) -> Callable[..., Any]:
     if not callable(function):
         raise UserError(f"'{path}' is no function (expected package.module:function)")
     return function
-
-
-def _flat(nested: Sequence[Sequence[float]]) -> Tensor:
-    return torch.tensor([value for inner in nested for value in inner], dtype=torch.float64)

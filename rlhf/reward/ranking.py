@@ -27,52 +27,101 @@ class Pairs:
     worse: Tensor
     """(n,) int64: rows of the responses they are compared with."""
     weight: Tensor
-    """(n,) 1 / C(K, 2) of the pair's prompt, so every prompt counts alike however many responses it has."""
+    """(n,) 1 / C(K, 2) of the pair's prompt, so every prompt counts alike however many responses it has; times the
+    confidence in the pair, if it is known."""
+    difference: Tensor
+    """(n,) above 0: by how much the better one is rated higher, in units of the ratings."""
 
 
-def ordered_pairs(ratings: Tensor, prompt: Tensor, *, min_difference: float = 0.0) -> Pairs:
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """What the ranking loss asks for besides the order of scores. The defaults ask for nothing else (InstructGPT)."""
+
+    min_difference: float = 0.0
+    """Pairs whose ratings differ by less are ties."""
+    margin_per_rating: float = 0.0
+    """Scores have to differ by this for each unit of the ratings (Touvron et al. 2023, Llama 2, equation 2)."""
+    label_smoothing: float = 0.0
+    """Share of pairs that are taken to be labelled the wrong way round."""
+    center_rewards_coefficient: float = 0.0
+    """Weight of (sum of a pair's scores)^2, which fixes the zero that differences leave open (Eisenstein et al. 2023)."""
+
+
+def ordered_pairs(
+    ratings: Tensor, prompt: Tensor, *, min_difference: float = 0.0, confidence: Tensor | None = None
+) -> Pairs:
     """All pairs of one prompt whose ratings differ by at least `min_difference`; equal ratings are ties and left out.
 
     Args:
         ratings: (M,) higher is better.
         prompt: (M,) int64, which prompt each response answers.
+        confidence: (M, M) in [0, 1], how sure it is that the row's response is better than the column's; None: 1.
     """
     gap = ratings[:, None] - ratings[None, :]
-    pair = (prompt[:, None] == prompt[None, :]) & (gap > 0) & (gap >= min_difference)
-    better, worse = pair.nonzero(as_tuple=True)
-    count = (prompt[:, None] == prompt[None, :]).sum(dim=1).to(torch.float32)
-    return Pairs(better, worse, (2.0 / (count * (count - 1)).clamp_min(1.0))[better])
+    same = prompt[:, None] == prompt[None, :]
+    better, worse = (same & (gap > 0) & (gap >= min_difference)).nonzero(as_tuple=True)
+    count = same.sum(dim=1).to(torch.float32)
+    weight = (2.0 / (count * (count - 1)).clamp_min(1.0))[better]
+    if confidence is not None:
+        weight = weight * confidence[better, worse]
+    return Pairs(better, worse, weight, gap[better, worse])
 
 
-def ranking_loss(scores: Tensor, pairs: Pairs, num_prompts: int) -> Tensor:
+def agreement(ratings: Sequence[Sequence[float]]) -> Tensor:
+    """(K, K) in [0, 1]: 1 where all raters put the row's response above the column's, 0 where half of them do, or fewer.
+
+    It is 2 P(i above j) - 1 over all pairs of one rating of each, ties counted half: the common-language effect size
+    (McGraw & Wong 1992) on a scale from a coin to certainty.
+
+    Args:
+        ratings: K lists of the ratings that a response got; not all need have the same raters.
+    """
+    values = [torch.tensor(list(inner), dtype=torch.float32) for inner in ratings]
+    rows = [torch.stack([torch.sign(i[:, None] - j[None, :]).mean() for j in values]) for i in values]
+    return torch.stack(rows).clamp_min(0.0)
+
+
+def ranking_loss(scores: Tensor, pairs: Pairs, num_prompts: int, objective: Objective | None = None) -> Tensor:
     """Mean over prompts of 1/C(K,2) * sum over its pairs of -log sigmoid(score of the better - score of the worse).
+
+    With an objective, d is that difference less the margin, and a pair costs
+    -(1 - e) log sigmoid(d) - e log sigmoid(-d) + c (sum of its two scores)^2, e the smoothing and c the centring.
 
     Args:
         scores: (M,) fp32 scores.
         num_prompts: prompts in the batch, those without any pair included.
     """
-    margins = scores.float()[pairs.better] - scores.float()[pairs.worse]
-    return (pairs.weight * -F.logsigmoid(margins)).sum() / num_prompts
+    objective = objective or Objective()
+    better, worse = scores.float()[pairs.better], scores.float()[pairs.worse]
+    margin = better - worse - objective.margin_per_rating * pairs.difference
+    wrong = objective.label_smoothing
+    loss = -(1 - wrong) * F.logsigmoid(margin) - wrong * F.logsigmoid(-margin)
+    loss = loss + objective.center_rewards_coefficient * (better + worse).square()
+    return (pairs.weight * loss).sum() / num_prompts
 
 
 class RankingCollator:
     """Rows with K responses each -> one flat batch.
 
-    Rows hold `input_ids`, a list of K token lists (prompt and response), and `ratings`, K numbers.
+    Rows hold `input_ids`, a list of K token lists (prompt and response), and `ratings`, K numbers; with
+    `weight_by_agreement` also `rater_ratings`, K lists of the single raters' numbers.
     """
 
-    def __init__(self, pad_token_id: int) -> None:
-        self.pad_token_id = pad_token_id
+    def __init__(self, pad_token_id: int, *, weight_by_agreement: bool = False) -> None:
+        self.pad_token_id, self.weight_by_agreement = pad_token_id, weight_by_agreement
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         ids, mask = pad([tokens for row in rows for tokens in row["input_ids"]], self.pad_token_id, side="right")
         prompt = [i for i, row in enumerate(rows) for _ in row["input_ids"]]
-        return {
+        batch = {
             "input_ids": ids,
             "attention_mask": mask,
             "prompt": torch.tensor(prompt),
             "ratings": torch.tensor([r for row in rows for r in row["ratings"]], dtype=torch.float32),
         }
+        if self.weight_by_agreement:
+            batch["confidence"] = torch.block_diag(*(agreement(row["rater_ratings"]) for row in rows))
+        return batch
 
 
 def score_rows(model: torch.nn.Module, input_ids: Tensor, attention_mask: Tensor, batches: Sequence[Tensor]) -> Tensor:
@@ -91,8 +140,9 @@ def score_rows(model: torch.nn.Module, input_ids: Tensor, attention_mask: Tensor
 class RankingTrainer(RewardTrainer):
     """`trl.RewardTrainer` on rankings: only the data and the loss are different."""
 
-    def __init__(self, *args: Any, min_difference: float = 0.0, forward_batch_size: int = 32, **kwargs: Any) -> None:
-        self.min_difference, self.forward_batch_size = min_difference, forward_batch_size
+    def __init__(self, *args: Any, objective: Objective, forward_batch_size: int, **kwargs: Any) -> None:
+        self.objective: Objective = objective
+        self.forward_batch_size: int = forward_batch_size
         super().__init__(*args, **kwargs)
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
@@ -104,8 +154,13 @@ class RankingTrainer(RewardTrainer):
         """The ranking loss of a batch from `RankingCollator`."""
         batches = prompt_batches(inputs["prompt"], self.forward_batch_size)
         scores = score_rows(model, inputs["input_ids"], inputs["attention_mask"], batches)
-        pairs = ordered_pairs(inputs["ratings"], inputs["prompt"], min_difference=self.min_difference)
-        loss = ranking_loss(scores, pairs, int(inputs["prompt"].max()) + 1)
+        pairs = ordered_pairs(
+            inputs["ratings"],
+            inputs["prompt"],
+            min_difference=self.objective.min_difference,
+            confidence=inputs.get("confidence"),
+        )
+        loss = ranking_loss(scores, pairs, int(inputs["prompt"].max()) + 1, self.objective)
         self._record("train" if model.training else "eval", scores.detach(), pairs)
         return (loss, {"scores": scores}) if return_outputs else loss
 

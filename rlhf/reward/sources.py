@@ -26,6 +26,7 @@ from rlhf.models import Compute, RoleModels
 from rlhf.ppo import forward
 from rlhf.ppo.types import Sequences
 from rlhf.reward.evaluate import load_function
+from rlhf.reward.scorer import Scorer
 from rlhf.tokenization import last_user_text
 
 #: Times that a request is repeated, with waits of 0.5, 1 and 2 seconds between.
@@ -84,6 +85,18 @@ class AdapterReward:
         for rows in distributed.share(responses.batches):
             scores[rows] = forward.sequence_scores(self.models, sequences.select(rows)).to(dtype)
         return distributed.total(scores)
+
+
+class ModelReward:
+    """A whole reward model beside the policy, read and normalised as the adapter is."""
+
+    def __init__(self, scorer: Scorer) -> None:
+        self.scorer = scorer
+
+    def __call__(self, responses: Responses) -> Tensor:
+        sequences = responses.sequences
+        ids, mask = sequences.input_ids, sequences.attention_mask
+        return self.scorer([row[real].tolist() for row, real in zip(ids, mask, strict=True)])
 
 
 class FunctionReward:

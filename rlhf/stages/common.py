@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from rlhf import checkpoint, distributed, memory, optim
 from rlhf.config import StageConfig, TrainingLength
-from rlhf.data_prep.loading import Loaded
+from rlhf.data_prep.loading import NAMED_ROWS, Loaded
 from rlhf.errors import UserError
 from rlhf.interrupt import StopRequest
 from rlhf.models import Compute
@@ -206,7 +206,17 @@ def describe_data(sets: dict[str, Loaded]) -> dict[str, Any]:
         "prepared": {name: loaded.prepared for name, loaded in sets.items() if loaded.prepared},
         "rows": {name: len(loaded.rows) for name, loaded in sets.items()},
         "dropped": {name: loaded.dropped for name, loaded in sets.items() if loaded.dropped},
+        "dropped_rows": {name: loaded.dropped_rows for name, loaded in sets.items() if loaded.dropped_rows},
     }
+
+
+def add_dropped(data: dict[str, Any], name: str, dropped: dict[str, list[int]]) -> None:
+    """Adds what was left out after loading to `describe_data`'s result: reason -> line or row numbers."""
+    if dropped:
+        data["rows"][name] -= sum(map(len, dropped.values()))
+        data["dropped"].setdefault(name, {}).update({reason: len(numbers) for reason, numbers in dropped.items()})
+        named = {reason: numbers[:NAMED_ROWS] for reason, numbers in dropped.items()}
+        data["dropped_rows"].setdefault(name, {}).update(named)
 
 
 def trainer_arguments(run: Run, length: TrainingLength) -> dict[str, Any]:

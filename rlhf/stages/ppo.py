@@ -24,7 +24,8 @@ from rlhf.models import Compute, RoleModels, SharedModels, context_length, load_
 from rlhf.ppo.trainer import PPOTrainer, sampling_options
 from rlhf.registry import Artifact, Registry
 from rlhf.reward.evaluate import GoldFunction, load_function
-from rlhf.reward.sources import AdapterReward, Reward, open_sources, source_name
+from rlhf.reward.scorer import open_scorer
+from rlhf.reward.sources import AdapterReward, ModelReward, Reward, open_sources, source_name
 from rlhf.sampling import fits_loop
 from rlhf.stages.common import Run, describe_data, finished_already, open_run, stage_recipe
 from rlhf.tokenization import encode_prompt, encode_response, last_user_text, load_tokenizer
@@ -113,7 +114,13 @@ def build_models(
         models = SeparateModels(base, compute, shared_trunk=shared)
     else:
         models = SharedModels(base, lora, compute, shared_trunk=shared, offload=config.offload_base)
-    if rewards:
+    if rewards and rewards[0].manifest.kind == "full" and config.finetuning == "lora":
+        # Its trunk is not the policy's, so there is no adapter that values could start from.
+        registry = Registry(config.registry)
+        scorer = open_scorer(rewards[0], registry, config, compute, config.microbatch_size)
+        sources[rewards[0].name] = ModelReward(scorer)
+        models.fresh_value(lora)
+    elif rewards:
         manifest = rewards[0].manifest
         models.load_reward(rewards[0].path, float(manifest.reward_mean or 0.0), float(manifest.reward_std or 1.0))
         sources[rewards[0].name] = AdapterReward(models)
@@ -159,7 +166,7 @@ def encode_prompts(data: Loaded, tokenizer: PreTrainedTokenizerBase, max_length:
     return encoded
 
 
-def check_lengths(config: PPOConfig, models: RoleModels, train: list[list[int]], held_out: list[list[int]]) -> float:
+def check_lengths(config: PPOConfig, models: RoleModels, train: list[list[int]], held_out: list[list[int]]) -> int:
     """The model's context in tokens; refuses prompts that leave no room in it for a whole response, and rollouts that the
     memory cannot hold."""
     context, longest = context_length(models.causal), max(map(len, [*train, *held_out]))
@@ -179,7 +186,7 @@ def check_lengths(config: PPOConfig, models: RoleModels, train: list[list[int]],
 
 
 def encode_texts(
-    data: Loaded, tokenizer: PreTrainedTokenizerBase, config: PPOConfig, context: float
+    data: Loaded, tokenizer: PreTrainedTokenizerBase, config: PPOConfig, context: int
 ) -> list[tuple[list[int], list[int]]]:
     """Token ids (prompt, answer) of the texts of PPO-ptx; those longer than an episode can be are left out."""
     longest = min(config.max_prompt_length + config.response_length, context)

@@ -1,28 +1,54 @@
 """Stage 2: a reward model on the SFT policy. `python -m rlhf.stages.reward --config FILE --policy sft/NAME`
 
-An adapter and a score head on the merged SFT policy, trained on rankings of K responses a prompt; scores are normalised so
-that demonstrations (or the policy's own responses) score 0; registers the adapter as reward/NAME.
+An adapter and a score head on the merged SFT policy (or all of its weights), trained on rankings of K responses a prompt.
+What was saved is loaded again, has to score as it did in memory, gets its zero and unit and its report card, and is
+registered as reward/NAME.
 """
 
 from __future__ import annotations
 
+import gc
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from datasets import Dataset
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import RewardConfig as TrlRewardConfig
 
+from rlhf import checkpoint
 from rlhf.config import RewardConfig, parse_config, require
 from rlhf.data_prep.loading import Loaded, load_rows
 from rlhf.errors import UserError, run_command
-from rlhf.models import direct_casting, load_policy, lora_config, save_adapter, sequence_classifier, with_adapter
+from rlhf.evaluation.reward import (
+    PolicyEvidence,
+    figures,
+    log_card,
+    make_card,
+    policy_evidence,
+    print_card,
+    save_card,
+)
+from rlhf.models import (
+    context_length,
+    direct_casting,
+    load_policy,
+    load_reward_model,
+    save_reward_model,
+    trainable_reward_model,
+)
 from rlhf.registry import Artifact, Registry
-from rlhf.reward.evaluate import comparison_figures, load_function, prompt_numbers, score_tokens
-from rlhf.reward.ranking import RankingCollator, RankingTrainer
-from rlhf.sampling import SAMPLED_AT_ONCE, sample
+from rlhf.reward.evaluate import load_function, own_responses
+from rlhf.reward.parity import PARITY_TEXTS, require_parity
+from rlhf.reward.ranking import Objective, RankingCollator, RankingTrainer
+from rlhf.reward.rankings import Encoded, encode_rankings
+from rlhf.reward.scorer import Scorer
 from rlhf.stages.common import (
+    Run,
+    add_dropped,
     describe_data,
     finished_already,
     open_run,
@@ -31,10 +57,30 @@ from rlhf.stages.common import (
     train,
     trainer_arguments,
 )
-from rlhf.tokenization import check_rows, encode_prompt, encode_response, load_tokenizer, pad, stop_token_ids
+from rlhf.tokenization import encode_prompt, encode_response, load_tokenizer
 
 #: Responses whose scores set the zero and the unit of the reward.
 NORMALIZATION_SAMPLES = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """What is known before the training."""
+
+    tokenizer: PreTrainedTokenizerBase
+    training: Encoded
+    validation: Encoded
+    limit: int
+    """Longest prompt and response together, tokens."""
+    evidence: PolicyEvidence
+    zero: list[list[int]]
+    """Token rows whose scores become 0 on average."""
+
+    @property
+    def texts(self) -> list[list[int]]:
+        """Held-out token rows by which the saved model is compared with the trained one."""
+        rows = self.validation.rows.select(range(min(PARITY_TEXTS, len(self.validation.rows))))
+        return [ids for row in rows["input_ids"] for ids in row][:PARITY_TEXTS]
 
 
 def run(config: RewardConfig, *, reuse: bool = False) -> Artifact:
@@ -46,90 +92,149 @@ def run(config: RewardConfig, *, reuse: bool = False) -> Artifact:
     recipe = stage_recipe(config, [policy], data)
     if reuse and (artifact := finished_already("reward", config, recipe)):
         return artifact
-    gold = load_function(config.gold) if config.gold else None
+    if config.gold:
+        load_function(config.gold)  # a slip in its name must not show after the training
 
     require_one_process("reward")
-    with open_run("reward", config, [policy], data, recipe) as run:
-        tokenizer = load_tokenizer(str(policy.path))
+    with (
+        open_run("reward", config, [policy], data, recipe) as run,
+        tempfile.TemporaryDirectory(dir=run.folder) as place,
+    ):
         base = load_policy(policy, config, run.compute)
-        classifier = sequence_classifier(base, int(tokenizer.pad_token_id), seed=config.seed)
-        model = with_adapter(classifier, lora_config(config, "SEQ_CLS"))
-        validation = tokenize(held_out, tokenizer, config.max_length)
-        trainer = RankingTrainer(
-            model=model,
-            args=TrlRewardConfig(**trainer_arguments(run, config), prediction_loss_only=True),
-            data_collator=RankingCollator(int(tokenizer.pad_token_id)),
-            train_dataset=tokenize(comparisons, tokenizer, config.max_length, min_responses=config.min_responses),
-            eval_dataset=validation.select(range(min(len(validation), config.max_eval_samples))),
-            processing_class=tokenizer,
-            min_difference=config.min_rating_difference,
-            forward_batch_size=config.per_device_eval_batch_size,
+        prepared = prepare(run, config, base, policy, comparisons, held_out)
+        trained, steps = train_and_save(run, config, base, policy, prepared, Path(place))
+        del base  # what was saved takes its place
+        gc.collect()
+        return finish(run, config, policy, prepared, Path(place), trained, steps)
+
+
+def prepare(
+    run: Run, config: RewardConfig, base: PreTrainedModel, policy: Artifact, comparisons: Loaded, held_out: Loaded
+) -> Prepared:
+    """Token rows, and what only the SFT policy can tell, which the training uses up."""
+    tokenizer = load_tokenizer(str(policy.path))
+    limit = min(config.max_length, context_length(base))
+    training = encode_rankings(
+        comparisons,
+        tokenizer,
+        limit,
+        min_responses=config.min_responses,
+        min_rating_difference=config.min_rating_difference,
+    )
+    validation = encode_rankings(held_out, tokenizer, limit)
+    for name, encoded in (("train", training), ("validation", validation)):
+        add_dropped(run.data, name, encoded.dropped)
+        complete = "rater_ratings" in encoded.rows.column_names and None not in list(encoded.rows["rater_ratings"])
+        require(
+            complete or not config.weight_by_agreement,
+            f"weight_by_agreement needs 'rater_ratings' in every row of {config.dataset} ({name}): for each response, "
+            "the numbers of its raters",
         )
-        with direct_casting(model, run.compute):
-            train(trainer, run)
-            model.eval()
-            with run.timer.phase("evaluate"), run.compute.autocast():
-                flat = [ids for row in validation["input_ids"] for ids in row]
-                scores = score_tokens(
-                    model,
-                    flat,
-                    int(tokenizer.pad_token_id),
-                    config.per_device_eval_batch_size,
-                    prompt=prompt_numbers(validation["input_ids"]),
-                )
-                columns: dict[str, Any] = {name: validation[name] for name in validation.column_names}
-                figures = comparison_figures(columns, scores, config.eval_rating_difference, gold)
-                mean, std = _normalization(config, model, base, tokenizer, comparisons)
-
-        def write(folder: Path) -> None:
-            save_adapter(model, folder, adapter="default", base_model=policy.manifest.base_model)
-
-        return run.publish(
-            write,
-            base_model=policy.manifest.base_model,
-            base_model_revision=policy.manifest.base_model_revision,
+    with run.timer.phase("evaluate"):
+        return Prepared(
             tokenizer=tokenizer,
-            metrics={**figures, "steps": trainer.state.global_step},
-            reward_mean=mean,
-            reward_std=std,
+            training=training,
+            validation=validation,
+            limit=limit,
+            evidence=policy_evidence(base, tokenizer, run.compute, config, training, validation),
+            zero=normalizing_rows(config, base, tokenizer, comparisons),
         )
 
 
-def tokenize(data: Loaded, tokenizer: PreTrainedTokenizerBase, max_length: int, *, min_responses: int = 2) -> Dataset:
-    """Rankings with `input_ids`: K token lists (prompt and response) a row; too long or too small ones are left out."""
-    check_rows(tokenizer, ((row["prompt"], response) for row in data.rows for response in row["responses"]))
-    rows: list[dict[str, Any]] = []
-    for row in data.rows:
-        prompt = encode_prompt(tokenizer, row["prompt"])
-        ids = [prompt + encode_response(tokenizer, row["prompt"], response) for response in row["responses"]]
-        if max(map(len, ids)) <= max_length and len(ids) >= min_responses:
-            rows.append({**row, "input_ids": ids})
-    require(bool(rows), f"no comparison has {min_responses} responses that fit into max_length={max_length} tokens")
-    return Dataset.from_list(rows)
+def train_and_save(
+    run: Run, config: RewardConfig, base: PreTrainedModel, policy: Artifact, prepared: Prepared, folder: Path
+) -> tuple[Tensor, int]:
+    """Trains the policy into a reward model and saves it; its raw scores of `prepared.texts`, and the updates made."""
+    model = trainable_reward_model(base, config, int(prepared.tokenizer.pad_token_id))
+    trainer = make_trainer(run, config, model, prepared)
+    with direct_casting(model, run.compute):
+        train(trainer, run)
+    scorer = Scorer(model, prepared.tokenizer, run.compute, config.per_device_eval_batch_size)
+    try:
+        save_reward_model(model, folder, base_model=policy.manifest.base_model)
+    except Exception as error:
+        if checkpoint.is_storage_failure(error):
+            raise checkpoint.not_written(folder, error) from error
+        raise
+    return scorer.raw(prepared.texts), trainer.state.global_step
 
 
-@torch.no_grad()
-def _normalization(
-    config: RewardConfig,
-    model: Any,
-    base: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    comparisons: Loaded,
-) -> tuple[float, float]:
-    """Mean and spread of raw scores on the responses that `normalize_on` names."""
-    if config.normalize_on == "policy":
-        with model.disable_adapter():
-            ids = _own_responses(config, base, tokenizer)
-    else:
-        ids = _demonstrations(config, tokenizer, comparisons)
-    scores = score_tokens(model, ids, int(tokenizer.pad_token_id), config.per_device_eval_batch_size)
+def finish(
+    run: Run, config: RewardConfig, policy: Artifact, prepared: Prepared, saved: Path, trained: Tensor, steps: int
+) -> Artifact:
+    """Loads what was saved, compares it with what was trained, normalises and judges it, and registers those files."""
+    with run.timer.phase("evaluate"):
+        model = load_reward_model(saved, policy, config, run.compute, int(prepared.tokenizer.pad_token_id))
+        scorer = Scorer(model, prepared.tokenizer, run.compute, config.per_device_eval_batch_size)
+        difference = require_parity(trained, scorer, prepared.texts)
+        scorer.mean, scorer.std = normalization(config, scorer, prepared.zero)
+        card, rows = make_card(
+            scorer,
+            f"reward/{config.name}",
+            prepared.training,
+            prepared.validation,
+            prepared.evidence,
+            config,
+            prepared.limit,
+        )
+    save_card(card, rows, run.folder)
+    log_card(card, run.tracker, steps)
+    print_card(card)
+
+    def write(folder: Path) -> None:
+        shutil.copytree(saved, folder, dirs_exist_ok=True)
+        shutil.copy(run.folder / "card.json", folder)
+
+    return run.publish(
+        write,
+        base_model=policy.manifest.base_model,
+        base_model_revision=policy.manifest.base_model_revision,
+        tokenizer=prepared.tokenizer,
+        metrics={**figures(card), "steps": steps, "reload_difference": difference},
+        kind="full" if config.finetuning == "full" else "adapter",
+        reward_mean=scorer.mean,
+        reward_std=scorer.std,
+    )
+
+
+def make_trainer(run: Run, config: RewardConfig, model: Any, prepared: Prepared) -> RankingTrainer:
+    """TRL's reward trainer on rankings."""
+    pad_token_id, held_out = int(prepared.tokenizer.pad_token_id), prepared.validation.rows
+    return RankingTrainer(
+        model=model,
+        args=TrlRewardConfig(**trainer_arguments(run, config), prediction_loss_only=True),
+        data_collator=RankingCollator(pad_token_id, weight_by_agreement=config.weight_by_agreement),
+        train_dataset=prepared.training.rows,
+        eval_dataset=held_out.select(range(min(len(held_out), config.max_eval_samples))),
+        processing_class=prepared.tokenizer,
+        objective=Objective(
+            min_difference=config.min_rating_difference,
+            margin_per_rating=config.margin_per_rating,
+            label_smoothing=config.label_smoothing,
+            center_rewards_coefficient=config.center_rewards_coefficient,
+        ),
+        forward_batch_size=config.per_device_eval_batch_size,
+    )
+
+
+def normalization(config: RewardConfig, scorer: Scorer, rows: Sequence[Sequence[int]]) -> tuple[float, float]:
+    """Mean and spread of raw scores on these token rows."""
+    scores = scorer.raw(rows)
     std = float(scores.std()) if config.normalize_std and len(scores) > 1 else 1.0
     require(std > 0, "the reward model gives every response the same score; it has learned nothing")
     return float(scores.mean()), std
 
 
-def _demonstrations(config: RewardConfig, tokenizer: PreTrainedTokenizerBase, comparisons: Loaded) -> list[list[int]]:
-    """Token rows of demonstrations; where there are none, of the best response of each ranking."""
+def normalizing_rows(
+    config: RewardConfig, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, comparisons: Loaded
+) -> list[list[int]]:
+    """Token rows of the responses that `normalize_on` names: the SFT policy's own; or demonstrations, and where there are
+    none, the best response of each ranking."""
+    if config.normalize_on == "policy":
+        rows = load_rows(config.dataset, "train", kind="prompts").rows
+        prompts = [rows[i % len(rows)]["prompt"] for i in range(NORMALIZATION_SAMPLES)]
+        answers = own_responses(base, tokenizer, prompts, response_length=config.response_length, seed=config.seed)
+        return [prompt + response for prompt, response in answers]
     try:
         rows = load_rows(config.dataset, "train", kind="demonstrations").rows
         pairs = [
@@ -139,30 +244,6 @@ def _demonstrations(config: RewardConfig, tokenizer: PreTrainedTokenizerBase, co
         rows = comparisons.rows.select(range(min(len(comparisons.rows), NORMALIZATION_SAMPLES)))
         pairs = [(row["prompt"], row["responses"][row["ratings"].index(max(row["ratings"]))]) for row in rows]
     return [encode_prompt(tokenizer, p) + encode_response(tokenizer, p, a) for p, a in pairs]
-
-
-def _own_responses(config: RewardConfig, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Token rows of prompts with responses that the SFT policy samples to them."""
-    rows = load_rows(config.dataset, "train", kind="prompts").rows
-    prompts = [encode_prompt(tokenizer, rows[i % len(rows)]["prompt"]) for i in range(NORMALIZATION_SAMPLES)]
-    generator = torch.Generator().manual_seed(config.seed)
-    answered: list[list[int]] = []
-    for first in range(0, len(prompts), SAMPLED_AT_ONCE):
-        part = prompts[first : first + SAMPLED_AT_ONCE]
-        ids, mask = pad(part, int(tokenizer.pad_token_id), side="left")
-        sampled = sample(
-            base,
-            ids.to(base.device),
-            mask.to(base.device),
-            max_new_tokens=config.response_length,
-            temperature=1.0,
-            stop_token_ids=stop_token_ids(tokenizer),
-            pad_token_id=int(tokenizer.pad_token_id),
-            generator=generator,
-        )
-        answers = [row[m].tolist() for row, m in zip(sampled.responses, sampled.mask, strict=True)]
-        answered += [prompt + answer for prompt, answer in zip(part, answers, strict=True)]
-    return answered
 
 
 def main() -> None:

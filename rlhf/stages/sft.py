@@ -1,7 +1,7 @@
 """Stage 1: supervised fine-tuning on demonstrations. `python -m rlhf.stages.sft --config FILE`
 
 Loss on the answers only, an adapter on every linear layer, 8-bit AdamW, evaluation before and after, the best checkpoint
-kept; registers the adapter as sft/NAME.
+kept, by held-out loss or by a reward model's score; registers the adapter as sft/NAME.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from datasets import Dataset
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 from trl import SFTConfig as TrlSFTConfig
 from trl import SFTTrainer
 
@@ -21,8 +21,11 @@ from rlhf.data_prep.loading import Loaded, load_rows
 from rlhf.errors import run_command
 from rlhf.models import backbone, direct_casting, load_base, lora_config, save_adapter, with_adapter
 from rlhf.ppo.functional import sequence_logprobs
-from rlhf.registry import Artifact
+from rlhf.registry import Artifact, Registry
+from rlhf.reward.evaluate import own_responses
+from rlhf.reward.scorer import open_scorer
 from rlhf.stages.common import (
+    Run,
     SortedStepSampler,
     describe_data,
     finished_already,
@@ -32,7 +35,10 @@ from rlhf.stages.common import (
     train,
     trainer_arguments,
 )
-from rlhf.tokenization import check_rows, encode_prompt, encode_response, load_tokenizer
+from rlhf.tokenization import check_rows, decode_response, encode_prompt, encode_response, load_tokenizer
+
+#: The reward model's score among the figures of an evaluation.
+SELECTION_METRIC = "eval_score"
 
 
 def run(config: SFTConfig, *, reuse: bool = False) -> Artifact:
@@ -40,12 +46,14 @@ def run(config: SFTConfig, *, reuse: bool = False) -> Artifact:
     demonstrations = load_rows(config.dataset, "train", kind="demonstrations")
     held_out = load_rows(config.dataset, "validation", kind="demonstrations")
     data = describe_data({"train": demonstrations, "validation": held_out})
-    recipe = stage_recipe(config, [], data)
+    registry = Registry(config.registry)
+    rewards = [registry.get(config.selection_reward, expect_stage="reward")] if config.selection_reward else []
+    recipe = stage_recipe(config, rewards, data)
     if reuse and (artifact := finished_already("sft", config, recipe)):
         return artifact
 
     require_one_process("sft")
-    with open_run("sft", config, [], data, recipe) as run:
+    with open_run("sft", config, rewards, data, recipe) as run:
         tokenizer = load_tokenizer(
             resolve_model(config.model_name_or_path),
             chat_template=config.chat_template,
@@ -60,22 +68,23 @@ def run(config: SFTConfig, *, reuse: bool = False) -> Artifact:
             trust_remote_code=config.trust_remote_code,
         )
         model = with_adapter(base, lora_config(config, "CAUSAL_LM"))
+        selection = [Selection(config, run, tokenizer, held_out, reward) for reward in rewards]
         trainer = _Trainer(
             model=model,
             args=TrlSFTConfig(
                 **trainer_arguments(run, config),
                 dataset_kwargs={"skip_prepare_dataset": True},
                 load_best_model_at_end=True,
-                metric_for_best_model="eval_loss",
-                greater_is_better=False,
+                metric_for_best_model=SELECTION_METRIC if rewards else "eval_loss",
+                greater_is_better=bool(rewards),
             ),
             train_dataset=tokenize(demonstrations, tokenizer, config.max_length),
             eval_dataset=tokenize(held_out, tokenizer, config.max_length, limit=config.max_eval_samples),
             processing_class=tokenizer,
+            selection=selection[0] if rewards else None,
         )
         with direct_casting(model, run.compute):
             train(trainer, run)
-        losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
 
         def write(folder: Path) -> None:
             save_adapter(model, folder, adapter="default", base_model=config.model_name_or_path)
@@ -85,8 +94,46 @@ def run(config: SFTConfig, *, reuse: bool = False) -> Artifact:
             base_model=config.model_name_or_path,
             base_model_revision=config.model_revision,
             tokenizer=tokenizer,
-            metrics={"eval_loss_before": losses[0], "eval_loss_after": min(losses), "steps": trainer.state.global_step},
+            metrics={**_figures(trainer.state), "steps": trainer.state.global_step},
         )
+
+
+def _figures(state: TrainerState) -> dict[str, float]:
+    """Held-out figures before training and of the checkpoint that was kept."""
+    figures: dict[str, float] = {}
+    for name in ("eval_loss", SELECTION_METRIC):
+        at = {entry["step"]: entry[name] for entry in state.log_history if name in entry}
+        if at:
+            kept = at[state.best_global_step] if state.best_global_step in at else at[max(at)]
+            figures |= {f"{name}_before": at[min(at)], f"{name}_after": kept}
+    return figures
+
+
+class Selection:
+    """Mean score of answers sampled to held-out prompts: what InstructGPT chose its SFT checkpoint by (section 3.5).
+
+    Each evaluation draws the same random numbers. The reward model reads the answers as texts, through its own tokenizer.
+    """
+
+    def __init__(
+        self, config: SFTConfig, run: Run, tokenizer: PreTrainedTokenizerBase, held_out: Loaded, reward: Artifact
+    ) -> None:
+        self.config, self.compute, self.tokenizer = config, run.compute, tokenizer
+        self.prompts = held_out.rows.select(range(min(config.selection_samples, len(held_out.rows))))["prompt"]
+        self.scorer = open_scorer(reward, run.registry, config, run.compute, config.per_device_eval_batch_size)
+
+    def __call__(self, policy: PreTrainedModel) -> float:
+        with self.compute.autocast():
+            answers = own_responses(
+                policy,
+                self.tokenizer,
+                self.prompts,
+                response_length=self.config.response_length,
+                seed=self.config.seed,
+            )
+        texts = [decode_response(self.tokenizer, response) for _, response in answers]
+        rows = [self.scorer.encode(prompt, text) for prompt, text in zip(self.prompts, texts, strict=True)]
+        return float(self.scorer(rows).mean())
 
 
 def tokenize(data: Loaded, tokenizer: PreTrainedTokenizerBase, max_length: int, limit: int | None = None) -> Dataset:
@@ -107,7 +154,22 @@ def tokenize(data: Loaded, tokenizer: PreTrainedTokenizerBase, max_length: int, 
 
 
 class _Trainer(SFTTrainer):
-    """`trl.SFTTrainer` whose microbatches hold answers of similar length, and which wastes no work on prompts on a CPU."""
+    """`trl.SFTTrainer` whose microbatches hold answers of similar length, and which wastes no work on prompts on a CPU.
+
+    With a selection, each evaluation has its score as well.
+    """
+
+    def __init__(self, *args: Any, selection: Selection | None = None, **kwargs: Any) -> None:
+        self.selection = selection
+        super().__init__(*args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """TRL's evaluation, and the score of the selection."""
+        metrics: dict[str, float] = super().evaluate(*args, **kwargs)
+        if self.selection is not None:
+            metrics[SELECTION_METRIC] = self.selection(self.accelerator.unwrap_model(self.model).get_base_model())
+            self.log({SELECTION_METRIC: metrics[SELECTION_METRIC]})
+        return metrics
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SortedStepSampler:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset

@@ -118,6 +118,55 @@ def test_prompts(tmp_path: Path, row: Any, prompt: Any) -> None:
     assert loaded == {"prompt": prompt}
 
 
+def test_raters_are_split_in_two_halves(tmp_path: Path) -> None:
+    """Bug: a rater whose verdict is trained on is also held out, a rater who changes halves from row to row, or a missing
+    verdict read as 0."""
+    rows = [
+        {"prompt": "p", "responses": ["a", "b"], "rater_ratings": [[3, 1, 1], [0, 1, 2]]},
+        {"prompt": "q", "responses": ["a", "b"], "rater_ratings": [[3, 1, None, 2], [0, 5, 2]]},
+    ]
+    first, second = load(tmp_path, "comparisons", *rows).rows
+    assert first["ratings"] == [2.0, 1.0] and first["ratings_held_out"] == [1.0, 1.0]
+    assert first["rater_ratings"] == [[3, 1], [0, 2]] and first["rater_ratings_held_out"] == [[1], [1]]
+    assert second["ratings"] == [3.0, 1.0] and second["ratings_held_out"] == [1.5, 5.0]
+    given = {**rows[0], "ratings": [0.0, 1.0]}
+    (kept,) = load(tmp_path, "comparisons", given).rows
+    assert kept["ratings"] == [0.0, 1.0] and kept["rater_ratings"] == [[3, 1, 1], [0, 1, 2]], "given ratings stay"
+    assert "ratings_held_out" not in kept
+
+
+def test_a_tie_of_one_half_is_kept_for_the_other(tmp_path: Path) -> None:
+    """Bug: pairs on which the raters trained on are undecided are left out, and the human ceiling rises for it."""
+    row = {"prompt": "p", "responses": ["a", "b"], "rater_ratings": [[1, 1, 0], [0, 0, 1]]}
+    (kept,) = load(tmp_path, "comparisons", row).rows
+    assert kept["ratings"] == [0.5, 0.5] and kept["ratings_held_out"] == [1.0, 0.0]
+    tied = {**row, "rater_ratings": [[1, 1, 0], [0, 1, 1]]}
+    assert load(tmp_path, "comparisons", row, tied).dropped == {"all responses are rated the same": 1}
+
+
+def test_rows_that_contradict_each_other_are_left_out(tmp_path: Path) -> None:
+    """Bug: the model is trained on a pair in both orders, which teaches it nothing and counts as data; or a row goes that
+    only repeats another, or answers another prompt."""
+    rows = [
+        pair("a", "b"),
+        pair("b", "a"),  # against the first
+        pair("a", "b"),  # as the first says
+        {**pair("b", "a"), "prompt": "q"},  # of another prompt
+        pair("a", "c"),
+        ranked(["x", "y", "z"], [1, 2, 3]) | {"prompt": "r"},
+    ]
+    loaded = load(tmp_path, "comparisons", *rows[:5])
+    assert [row["responses"][0][0]["content"] + row["responses"][1][0]["content"] for row in loaded.rows] == [
+        "ba",
+        "ac",
+    ]
+    assert loaded.dropped == {"contradicts another row": 3}
+    assert loaded.dropped_rows == {"contradicts another row": [1, 2, 3]} and loaded.numbers == [4, 5]
+    lists = [ranked(["x", "y", "z"], [1, 2, 3]), ranked(["z", "w", "x"], [1, 1, 2]), ranked(["x", "y"], [0, 2])]
+    loaded = load(tmp_path, "comparisons", *lists)  # x and z are in both orders, x and y in one
+    assert loaded.dropped_rows == {"contradicts another row": [1, 2]} and loaded.numbers == [3]
+
+
 def test_other_columns_are_kept(tmp_path: Path) -> None:
     """Bug: the held-out ratings are lost, or a column of mixed types that nobody needs stops the run."""
     row = {"prompt": "p", "responses": ["a", "b"], "ratings": [0, 1], "ratings_held_out": [0.5, 1.5]}
@@ -134,6 +183,13 @@ def test_other_columns_are_kept(tmp_path: Path) -> None:
         ("comparisons", ranked(["a", " "], [1, 2]), "empty response"),
         ("comparisons", ranked(["a", "b"], [1, float("nan")]), "ratings that are missing or not finite"),
         ("comparisons", ranked(["a", "b"], [1, None]), "ratings that are missing or not finite"),
+        ("comparisons", ranked(["a", "b"], [1, float("inf")]), "ratings that are missing or not finite"),
+        ("comparisons", ranked(["a", "b", "a"], [1, 2, 3]), "the same response is rated twice, differently"),
+        (
+            "comparisons",
+            {**ranked(["a", "b"], [1, 2]), "rater_ratings": [[1], [None]]},
+            "rater_ratings that are missing or not finite",
+        ),
         ("comparisons", pair("a", "a"), "chosen and rejected are the same"),
         ("comparisons", {**pair("a", "b"), "prompt": ""}, "empty prompt"),
         (
@@ -165,6 +221,7 @@ def test_rows_without_a_lesson_are_dropped_and_counted(tmp_path: Path, kind: str
     loaded = load(tmp_path, kind, good, row, row)
     assert len(loaded.rows) == 1
     assert loaded.dropped == {reason: 2}
+    assert loaded.dropped_rows == {reason: [2, 3]} and loaded.numbers == [1]
     with pytest.raises(UserError, match=rf"no row of .*train.jsonl can be used as {kind} \({reason}: 1\)"):
         load(tmp_path, kind, row)
 
@@ -185,6 +242,17 @@ def test_rows_without_a_lesson_are_dropped_and_counted(tmp_path: Path, kind: str
         ("comparisons", ranked("ab", [1, 2]), r"row 2: 'responses' must be a list, got str 'ab'"),
         ("comparisons", ranked(["a", "b"], [1]), r"row 2: 2 responses but 1 ratings"),
         ("comparisons", ranked(["a", "b"], ["1", "2"]), r"row 2: 'ratings' must be a list of numbers"),
+        (
+            "comparisons",
+            {**ranked(["a", "b"], [1, 2]), "rater_ratings": [[1], ["x"]]},
+            r"row 2: 'rater_ratings' must be",
+        ),
+        (
+            "comparisons",
+            {**ranked(["a", "b"], [1, 2]), "rater_ratings": [[1]]},
+            r"row 2: 2 responses but 1 lists of rater",
+        ),
+        ("comparisons", {**ranked(["a", "b"], [1, 2]), "ratings_held_out": [1]}, r"2 responses but 1 ratings_held_out"),
         ("comparisons", ranked(["a", "b"], [True, False]), r"row 2: 'ratings' must be a list of numbers"),
     ],
 )

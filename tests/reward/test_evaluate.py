@@ -1,4 +1,4 @@
-"""What a reward model is worth: accuracies worked out by hand, and a toy model that learns."""
+"""What a reward model is compared with, and a toy model that learns."""
 
 from __future__ import annotations
 
@@ -7,88 +7,48 @@ from pathlib import Path
 
 import pytest
 import torch
-from toys import Call
+from toys import FAMILIES, Call, build_model
 
 from rlhf.errors import UserError
 from rlhf.evaluation.gold import vader
+from rlhf.models import Compute
+from rlhf.packing import pack_rows
 from rlhf.registry import Registry
-from rlhf.reward.evaluate import comparison_figures, load_function, pair_accuracy
+from rlhf.reward.evaluate import load_function, mean_logprobs, own_responses
+from rlhf.tokenization import encode_prompt, load_tokenizer
 
 
-def accuracy(scores: list[float], verdict: list[float], prompt: list[int], minimum: float = 0.0) -> float | None:
-    return pair_accuracy(torch.tensor(scores), torch.tensor(verdict), torch.tensor(prompt), minimum)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_mean_logprobs_are_those_of_single_rows(family: str) -> None:
+    """Read one token too late, over the prompt too, divided by the padded length, or summed: the baseline would rank by
+    length or by the prompt. The oracle takes one row at a time through the whole model."""
+    model = build_model(family, 60, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(1)
+    prompts = [[5, 6, 7, 8], [5, 6, 7, 8], [9, 10], [9, 10], [9, 10]]
+    responses = [torch.randint(3, 60, (n,), generator=generator).tolist() for n in (3, 9, 1, 5, 2)]
+    expected = []
+    for prompt, response in zip(prompts, responses, strict=True):
+        logprobs = model(torch.tensor([prompt + response])).logits[0].detach().log_softmax(dim=-1)
+        picked = [float(logprobs[len(prompt) - 1 + t, token]) for t, token in enumerate(response)]
+        expected.append(sum(picked) / len(picked))
+    rows = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+    lengths, prompt_of = [len(prompt) for prompt in prompts], torch.tensor([0, 0, 1, 1, 1])
+    for packed in (False, True):
+        assert not packed or pack_rows(model)
+        compute = Compute(torch.device("cpu"), torch.float64)
+        got = mean_logprobs(model, rows, lengths, prompt_of, pad_token_id=0, compute=compute, batch_size=3)
+        assert got.tolist() == pytest.approx(expected, abs=1e-4)
 
 
-def test_pair_accuracy_by_hand() -> None:
-    """Three answers, three pairs: (3,2) and (3,1) are right, (2,1) is wrong."""
-    assert accuracy([0.1, 0.0, 0.9], [1.0, 2.0, 3.0], [0, 0, 0]) == pytest.approx(2 / 3)
-    assert accuracy([1.0, 2.0, 3.0], [1.0, 2.0, 3.0], [0, 0, 0]) == 1.0
-    assert accuracy([3.0, 2.0, 1.0], [1.0, 2.0, 3.0], [0, 0, 0]) == 0.0
-
-
-def test_ties() -> None:
-    """A model that scores everything alike must get a half: as wins its accuracy would be perfect. Ties of the verdict
-    are no pairs at all."""
-    assert accuracy([1.0, 1.0, 1.0], [1.0, 2.0, 3.0], [0, 0, 0]) == 0.5
-    assert accuracy([0.0, 9.0, 1.0], [1.0, 1.0, 2.0], [0, 0, 0]) == 0.5
-    assert accuracy([0.0, 1.0], [1.0, 1.0], [0, 0]) is None
-
-
-def test_pairs_of_one_prompt_only() -> None:
-    """Scores of answers to different prompts are not compared: here all such pairs would be wrong."""
-    assert accuracy([0.0, 1.0, -9.0, -8.0], [0.0, 1.0, 2.0, 3.0], [0, 0, 1, 1]) == 1.0
-
-
-def test_minimum_difference() -> None:
-    """Pairs nearer than the minimum are noise; a difference of exactly the minimum counts."""
-    assert accuracy([2.0, 1.0, 3.0], [0.0, 0.5, 1.0], [0, 0, 0], 1.0) == 1.0
-    assert accuracy([2.0, 1.0, 3.0], [0.0, 0.5, 1.0], [0, 0, 0], 0.0) == pytest.approx(2 / 3)
-    assert accuracy([2.0, 1.0], [0.0, 0.5], [0, 0], 1.0) is None
-
-
-ROWS = {
-    "responses": [
-        [[{"role": "assistant", "content": text}] for text in ("bad", "good", "fine")],
-        [[{"role": "assistant", "content": text}] for text in ("dull", "great")],
-    ],
-    "ratings": [[0.0, 2.0, 1.0], [0.0, 2.0]],
-    # The other half of the raters: of the first half's pairs (good, bad), (good, fine), (fine, bad), (great, dull) they
-    # turn (good, fine) round.
-    "ratings_held_out": [[0.0, 1.0, 2.0], [0.0, 2.0]],
-}
-
-
-def test_comparison_figures_by_hand() -> None:
-    """Ceiling and accuracy mixed up: the ceiling is how the raters trained on predict the others, not how the model does."""
-    seen: list[str] = []
-
-    def gold(texts: list[str]) -> list[float]:
-        seen.extend(texts)
-        return [0.0, 1.0, 2.0, 1.0, 0.0]  # wrong on (good, fine) and on (great, dull)
-
-    scores = torch.tensor([0.0, -1.0, 1.0, 0.0, 1.0])  # right on (fine, bad) and (great, dull) of the first half
-    figures = comparison_figures(ROWS, scores, 1.0, gold)  # type: ignore[arg-type]
-    assert seen == ["bad", "good", "fine", "dull", "great"]
-    assert figures == {
-        "accuracy": 2 / 4,
-        "pairs": 4,
-        "accuracy_held_out_raters": 3 / 4,  # for them (fine, good) is right, and (good, bad) still wrong
-        "human_ceiling": 3 / 4,
-        "gold_accuracy": 2 / 4,
-    }
-
-
-def test_comparison_figures_without_second_raters_or_gold() -> None:
-    """Data with one set of ratings: the figures have to be there and empty, not missing, and not 0."""
-    rows = {name: column for name, column in ROWS.items() if name != "ratings_held_out"}
-    figures = comparison_figures(rows, torch.zeros(5), 1.0, None)  # type: ignore[arg-type]
-    assert figures == {
-        "accuracy": 0.5,
-        "pairs": 4,
-        "accuracy_held_out_raters": None,
-        "human_ceiling": None,
-        "gold_accuracy": None,
-    }
+def test_own_responses_answer_their_prompts(toy_base: Callable[[str], Path]) -> None:
+    """Prompts and answers that get out of step past the first batch of samples, padding kept, or no seed."""
+    tokenizer = load_tokenizer(str(toy_base("llama")), chat_template="chatml")
+    model = build_model("llama", len(tokenizer))
+    prompts = [[{"role": "user", "content": "good " * (i % 5 + 1)}] for i in range(70)]
+    first, again, other = (own_responses(model, tokenizer, prompts, response_length=6, seed=seed) for seed in (0, 0, 1))
+    assert [prompt for prompt, _ in first] == [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    assert all(1 <= len(response) <= 6 for _, response in first)
+    assert first == again != other
 
 
 def test_load_function() -> None:

@@ -11,11 +11,29 @@ from toys import build_model
 from transformers import AutoModelForSequenceClassification, LlamaConfig
 
 from rlhf.ppo.types import length_sorted_batches
-from rlhf.reward.ranking import RankingCollator, ordered_pairs, ranking_loss, score_rows
+from rlhf.reward.ranking import (
+    Objective,
+    RankingCollator,
+    agreement,
+    ordered_pairs,
+    ranking_loss,
+    score_rows,
+)
 
 
-def naive_loss(scores: list[float], ratings: list[float], prompt: list[int], min_difference: float) -> float:
-    """InstructGPT, equation 1, written as it stands: mean over prompts of 1/C(K,2) * sum over pairs of -log sigmoid."""
+def naive_loss(
+    scores: list[float],
+    ratings: list[float],
+    prompt: list[int],
+    min_difference: float,
+    *,
+    margin: float = 0.0,
+    smoothing: float = 0.0,
+    centring: float = 0.0,
+    confidence: dict[tuple[int, int], float] | None = None,
+) -> float:
+    """InstructGPT, equation 1, written as it stands: mean over prompts of 1/C(K,2) * sum over pairs of -log sigmoid; with
+    Llama 2's margin, the cross entropy with a share of wrong labels, TRL's centring term, and a weight for each pair."""
     total, prompts = 0.0, sorted(set(prompt))
     for p in prompts:
         rows = [i for i in range(len(prompt)) if prompt[i] == p]
@@ -23,7 +41,10 @@ def naive_loss(scores: list[float], ratings: list[float], prompt: list[int], min
         for i in rows:
             for j in rows:
                 if ratings[i] > ratings[j] and ratings[i] - ratings[j] >= min_difference:
-                    total += -math.log(1 / (1 + math.exp(-(scores[i] - scores[j])))) / pairs
+                    right = 1 / (1 + math.exp(-(scores[i] - scores[j] - margin * (ratings[i] - ratings[j]))))
+                    cost = -(1 - smoothing) * math.log(right) - smoothing * math.log(1 - right)
+                    cost += centring * (scores[i] + scores[j]) ** 2
+                    total += (confidence or {}).get((i, j), 1.0) * cost / pairs
     return total / len(prompts)
 
 
@@ -104,6 +125,68 @@ def test_gradient_raises_the_better_answer() -> None:
     scores = torch.zeros(2, requires_grad=True)
     ranking_loss(scores, ordered_pairs(torch.tensor([0.0, 1.0]), torch.tensor([0, 0])), 1).backward()
     assert scores.grad is not None and scores.grad.tolist() == pytest.approx([0.5, -0.5])
+
+
+# What the loss can ask for besides
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [{"margin": 0.7}, {"smoothing": 0.2}, {"centring": 0.05}, {"margin": 0.4, "smoothing": 0.1, "centring": 0.01}],
+    ids=lambda asked: "+".join(asked),
+)
+def test_margin_smoothing_and_centring_are_those_of_the_double_loop(asked: dict[str, float]) -> None:
+    """A margin with the wrong sign asks for less than the order; smoothing both terms alike asks for nothing; centring the
+    difference instead of the sum leaves the scores where they are."""
+    generator = torch.Generator().manual_seed(3)
+    prompt = [0, 0, 0, 1, 1, 2, 2, 2, 2]
+    scores = torch.randn(len(prompt), generator=generator).tolist()
+    ratings = (torch.randint(0, 6, (len(prompt),), generator=generator) / 2).tolist()
+    pairs = ordered_pairs(torch.tensor(ratings), torch.tensor(prompt), min_difference=0.5)
+    objective = Objective(
+        margin_per_rating=asked.get("margin", 0.0),
+        label_smoothing=asked.get("smoothing", 0.0),
+        center_rewards_coefficient=asked.get("centring", 0.0),
+    )
+    got = float(ranking_loss(torch.tensor(scores), pairs, 3, objective))
+    assert got == pytest.approx(naive_loss(scores, ratings, prompt, 0.5, **asked), abs=1e-5)
+    assert abs(got - naive_loss(scores, ratings, prompt, 0.5)) > 0.01, "the option changes nothing"
+
+
+def test_one_pair_is_the_loss_of_trl() -> None:
+    """Of K = 2 the centring term and the margin have to be those of `trl.RewardTrainer`, whose names the options bear."""
+    chosen, rejected, difference = torch.tensor([1.5]), torch.tensor([0.25]), 2.0
+    theirs = -torch.nn.functional.logsigmoid(chosen - rejected - 0.3 * difference) + 0.01 * (chosen + rejected) ** 2
+    pairs = ordered_pairs(torch.tensor([difference, 0.0]), torch.tensor([0, 0]))
+    objective = Objective(margin_per_rating=0.3, center_rewards_coefficient=0.01)
+    ours = ranking_loss(torch.cat([chosen, rejected]), pairs, 1, objective)
+    assert float(ours) == pytest.approx(float(theirs), abs=1e-6)
+
+
+def test_agreement_by_hand() -> None:
+    """Raters 2, 2, 2 against 1, 1, 1 agree wholly; 2, 0 against 1, 1 not at all; 3, 1 against 1, 0: 3 pairs of 4 for the
+    first and one tie, so P = 3.5 / 4 and the weight .75. Where the second is better on the whole the weight is 0, not
+    negative: such a pair would be trained the wrong way round."""
+    assert agreement([[2, 2, 2], [1, 1, 1]])[0, 1] == 1.0
+    assert agreement([[2, 0], [1, 1]])[0, 1] == 0.0
+    weights = agreement([[3, 1], [1, 0]])
+    assert weights.tolist() == [[0.0, 0.75], [0.0, 0.0]]
+    assert agreement([[1], [0, 0, 2]])[0, 1] == pytest.approx(1 / 3), "responses may have different raters"
+
+
+def test_confidence_weighs_each_pair_by_its_own_raters() -> None:
+    """The matrix read the other way round, or one prompt's raters applied to another's pairs."""
+    rows = [
+        {"input_ids": [[1], [2], [3]], "ratings": [2.0, 1.0, 0.5], "rater_ratings": [[2, 2], [2, 0], [1, 0]]},
+        {"input_ids": [[4], [5]], "ratings": [0.0, 1.0], "rater_ratings": [[0, 0, 0], [3, 0, 0]]},
+    ]
+    batch = RankingCollator(0, weight_by_agreement=True)(rows)
+    scores = [0.2, -0.4, 0.9, 0.3, 0.1]
+    pairs = ordered_pairs(batch["ratings"], batch["prompt"], confidence=batch["confidence"])
+    confidence = {(0, 1): 0.5, (0, 2): 1.0, (1, 2): 0.25, (4, 3): 1 / 3}
+    expected = naive_loss(scores, batch["ratings"].tolist(), batch["prompt"].tolist(), 0.0, confidence=confidence)
+    assert float(ranking_loss(torch.tensor(scores), pairs, 2)) == pytest.approx(expected, abs=1e-6)
+    assert "confidence" not in RankingCollator(0)(rows)
 
 
 # Batches

@@ -23,7 +23,7 @@ from rlhf.data_prep.loading import load_rows
 from rlhf.models import ADAPTER_FILE, Compute, SharedModels, load_policy, lora_config, sequence_classifier
 from rlhf.ppo.types import METRICS
 from rlhf.registry import Artifact, Registry
-from rlhf.reward.evaluate import score_tokens
+from rlhf.reward.scorer import score_tokens
 from rlhf.stages import reward as reward_stage
 from rlhf.stages import sft
 from rlhf.tokenization import encode_prompt, encode_response, load_tokenizer
@@ -240,7 +240,7 @@ def test_own_responses_of_the_policy_can_score_zero_instead(
     config = RewardConfig(**reward.manifest.config)
     models = SharedModels(load_policy(policy, FP32, COMPUTE), lora_config(FP32, "CAUSAL_LM", dropout=0.0), COMPUTE)
     with models.role("reference"):
-        rows = reward_stage._own_responses(config, models.causal, load_tokenizer(str(policy.path)))
+        rows = reward_stage.normalizing_rows(config, models.causal, load_tokenizer(str(policy.path)), None)  # type: ignore[arg-type]
     assert len(rows) == 256 and len({tuple(row) for row in rows}) > 50
     mean, std = float(reward.manifest.reward_mean), float(reward.manifest.reward_std)
     scores = ppo_scores({"sft": policy, "reward": reward}, rows, mean, std)

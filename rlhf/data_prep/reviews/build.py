@@ -19,7 +19,7 @@ from rlhf.registry import sha256_file
 
 SOURCES = ("movie_reviews",)
 #: Raised when the rows made from the same options change.
-_RECIPE_VERSION = 1
+_RECIPE_VERSION = 2
 _DATA = "movieReviewSnippets"
 
 
@@ -131,6 +131,7 @@ def _write_parquet(file: Path, rows: list[dict[str, Any]]) -> None:
             "ratings_held_out": numbers,
             "ratings_all": numbers,
             "rater_ratings": List(List(Value("int64"))),
+            "rater_ratings_held_out": List(List(Value("int64"))),
         },
         "prompts": {"prompt": messages},
     }

@@ -263,7 +263,8 @@ def _comparison(word: str, group: Sequence[Sentence], seed: int) -> Row:
         "ratings": [_mean(a) for a, _ in halves],
         "ratings_held_out": [_mean(b) for _, b in halves],
         "ratings_all": [_mean(sentence.ratings) for sentence in group],
-        "rater_ratings": [list(sentence.ratings) for sentence in group],
+        "rater_ratings": [a for a, _ in halves],
+        "rater_ratings_held_out": [b for _, b in halves],
     }
 
 

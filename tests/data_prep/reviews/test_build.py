@@ -42,6 +42,7 @@ def test_folder_is_complete_and_readable(tmp_path: Path, make_archive: MakeArchi
             assert len(load_rows(folder, split, kind=kind).rows) > 0  # type: ignore[arg-type]
     assert set(load_rows(folder, "train", kind="comparisons").rows.column_names) == {
         "prompt", "responses", "ratings", "ratings_held_out", "ratings_all", "rater_ratings",
+        "rater_ratings_held_out",
     }  # fmt: skip
 
 
@@ -160,6 +161,6 @@ def test_real_data(real_reviews: Path, tmp_path: Path) -> None:
     assert done.stdout.splitlines() == [str(tmp_path / "data")]
     card = json.loads((tmp_path / "data" / "card.json").read_text())
     assert card["sentences_read"] == 10_605
-    assert card["fingerprint"].startswith("85bd83010ee42685")
+    assert card["fingerprint"].startswith("8ad76fb6591da966")
     wrong = subprocess.run([*command, "--sede", "1"], capture_output=True, text=True)
     assert wrong.returncode == 2 and wrong.stderr == "error: unknown option --sede (did you mean 'seed'?)\n"

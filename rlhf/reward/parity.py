@@ -1,0 +1,61 @@
+"""Whether a saved reward model is the one that was trained, and scores a text the same in whatever company."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rlhf.errors import UserError
+from rlhf.reward.scorer import Scorer
+
+PARITY_TEXTS = 64
+"""Held-out texts that are compared."""
+PADDINGS = ((0, 16), (9, 0), (5, 7))
+"""Padding tokens left and right of the longest text."""
+RELOADED = 1e-3
+"""Largest difference that saving may make, as a share of the scores' root mean square: the same numbers in the same order."""
+REORDERED = {torch.bfloat16: 0.05, torch.float32: 1e-3, torch.float64: 1e-5}
+"""Largest difference that other batches may make, likewise: sums in another order round differently."""
+
+
+def require_parity(trained: Tensor, saved: Scorer, rows: Sequence[Sequence[int]]) -> float:
+    """Compares the scores of texts in memory with those of the saved files, together, alone, and with padding.
+
+    A score head that was not saved, an adapter saved under another name, a score read at a padding token, or one that sees
+    its neighbours all look well in training, and are off by about the spread of the scores here.
+
+    Args:
+        trained: (M,) raw scores of the model in memory.
+        saved: the model that was loaded from the saved files.
+        rows: M token rows.
+
+    Returns:
+        The largest difference found, as a share of the scores' root mean square.
+
+    Raises:
+        UserError: a score is not finite, or a difference is more than rounding.
+    """
+    if not bool(torch.isfinite(trained).all()):
+        raise UserError("the reward model gives scores that are not finite; try a smaller learning_rate")
+    scale = max(float(trained.double().square().mean().sqrt()), 1e-12)
+    reordered = REORDERED[saved.compute.dtype]
+    checks = [("together", RELOADED, saved.raw(rows))]
+    checks.append(("alone", reordered, torch.cat([saved.raw([row]) for row in rows])))
+    checks += [
+        (f"with {left} padding tokens before and {right} after", reordered, saved.raw_padded(rows, left, right))
+        for left, right in PADDINGS
+    ]
+    worst = 0.0
+    for how, allowed, scores in checks:
+        difference = (scores - trained).abs().nan_to_num(nan=torch.inf)
+        text = int(difference.argmax())
+        if float(difference[text]) > allowed * scale:
+            raise UserError(
+                f"the saved reward model is not the trained one: text {text + 1} of {len(rows)}, scored {how}, gets "
+                f"{float(scores[text]):.4g} from the saved files and {float(trained[text]):.4g} in memory; nothing was "
+                "registered, please report this with the command and the model's name"
+            )
+        worst = max(worst, float(difference[text]) / scale)
+    return worst

@@ -1,0 +1,97 @@
+"""A finished reward model as its readers use it: token rows or texts in, normalised scores out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.config import RunConfig
+from rlhf.models import Compute, direct_casting, load_reward_model
+from rlhf.packing import prompt_batches
+from rlhf.ppo.types import length_sorted_batches
+from rlhf.registry import Artifact, Registry
+from rlhf.reward.ranking import score_rows
+from rlhf.tokenization import Message, encode_prompt, encode_response, load_tokenizer, pad
+
+
+class Scorer:
+    """Scores of a reward model, less the mean and over the spread that its manifest holds.
+
+    Args:
+        model: gives raw scores as the logits of token ids and a mask.
+        batch_size: responses a forward pass.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        compute: Compute,
+        batch_size: int,
+        *,
+        mean: float = 0.0,
+        std: float = 1.0,
+    ) -> None:
+        self.model, self.tokenizer, self.compute, self.batch_size = model.eval(), tokenizer, compute, batch_size
+        self.mean, self.std = mean, std
+
+    def __call__(self, rows: Sequence[Sequence[int]], prompt: Tensor | None = None) -> Tensor:
+        """Normalised scores (M,), fp32, of token rows (prompt and response): 0 is the mean of the demonstrations.
+
+        Args:
+            prompt: (M,) int64, which prompt each row answers, neighbours together; what they share is computed once.
+        """
+        return (self.raw(rows, prompt) - self.mean) / self.std
+
+    @torch.no_grad()
+    def raw(self, rows: Sequence[Sequence[int]], prompt: Tensor | None = None) -> Tensor:
+        """Scores (M,) as the model gives them; their differences are log-odds that one response is the better one."""
+        with direct_casting(self.model, self.compute), self.compute.autocast():
+            return score_tokens(self.model, rows, int(self.tokenizer.pad_token_id), self.batch_size, prompt=prompt)
+
+    @torch.no_grad()
+    def raw_padded(self, rows: Sequence[Sequence[int]], left: int, right: int) -> Tensor:
+        """The same of rows in batches as they come, with so many padding tokens more on both sides of the longest."""
+        pad_id, parts = int(self.tokenizer.pad_token_id), []
+        for first in range(0, len(rows), self.batch_size):
+            ids, mask = pad(rows[first : first + self.batch_size], pad_id, side="right")
+            ids = nn.functional.pad(ids, (left, right), value=pad_id).to(self.compute.device)
+            attention = nn.functional.pad(mask, (left, right)).long().to(self.compute.device)
+            positions = (attention.cumsum(dim=1) - 1).clamp_min(0)
+            with direct_casting(self.model, self.compute), self.compute.autocast():
+                output = self.model(
+                    input_ids=ids, attention_mask=attention, position_ids=positions, use_cache=False
+                ).logits
+            parts.append(output.squeeze(-1).float().cpu())
+        return torch.cat(parts)
+
+    def encode(self, prompt: Sequence[Message], answer: str) -> list[int]:
+        """Token row of a prompt and the text of an answer to it."""
+        response = [{"role": "assistant", "content": answer}]
+        return encode_prompt(self.tokenizer, prompt) + encode_response(self.tokenizer, prompt, response)
+
+
+def open_scorer(artifact: Artifact, registry: Registry, config: RunConfig, compute: Compute, batch_size: int) -> Scorer:
+    """The registered reward model, on the SFT policy that it was trained on where it is an adapter."""
+    tokenizer = load_tokenizer(str(artifact.path))
+    parent = next(p for p in artifact.manifest.parents if p.stage == "sft")
+    policy = registry.get(parent.reference)
+    model = load_reward_model(artifact.path, policy, config, compute, int(tokenizer.pad_token_id))
+    mean, std = float(artifact.manifest.reward_mean or 0.0), float(artifact.manifest.reward_std or 1.0)
+    return Scorer(model, tokenizer, compute, batch_size, mean=mean, std=std)
+
+
+@torch.no_grad()
+def score_tokens(
+    model: nn.Module, rows: Sequence[Sequence[int]], pad_token_id: int, batch_size: int, *, prompt: Tensor | None = None
+) -> Tensor:
+    """Raw scores (M,) of token rows (prompt and response); `prompt` (M,) says which prompt each row answers, if known."""
+    ids, mask = pad(rows, pad_token_id, side="right")
+    device = next(model.parameters()).device
+    batches = (
+        length_sorted_batches(mask.sum(dim=1), batch_size) if prompt is None else prompt_batches(prompt, batch_size)
+    )
+    return score_rows(model, ids.to(device), mask.to(device), [rows.to(device) for rows in batches]).cpu()

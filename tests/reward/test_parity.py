@@ -1,0 +1,114 @@
+"""A saved reward model that is not the trained one is refused, whatever is wrong with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_models import PAD, VOCAB, ppo_config, reward_model
+from torch import nn
+from toys import FAMILIES, build_model
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.errors import UserError
+from rlhf.models import ADAPTER_FILE, Compute, read_score_head
+from rlhf.packing import pack_rows
+from rlhf.reward.parity import require_parity
+from rlhf.reward.scorer import Scorer
+from rlhf.tokenization import load_tokenizer
+
+COMPUTE = Compute(torch.device("cpu"), torch.float64)
+
+
+def token_rows(count: int = 12) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(2)
+    return [torch.randint(1, VOCAB, (3 + i % 7,), generator=generator).tolist() for i in range(count)]
+
+
+@pytest.fixture
+def tokenizer(toy_base: Callable[[str], Path]) -> PreTrainedTokenizerBase:
+    made = load_tokenizer(str(toy_base("llama")), chat_template="chatml")
+    made.pad_token = made.convert_ids_to_tokens(PAD)
+    return made
+
+
+def scorer(model: nn.Module, tokenizer: PreTrainedTokenizerBase, **options: Any) -> Scorer:
+    return Scorer(model, tokenizer, COMPUTE, 5, **options)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_sound_model_passes(family: str, packed: bool, tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """A check that fails good models: positions that start at the padding, or a score read before it."""
+    base = build_model(family, VOCAB, dtype=torch.float64)
+    assert not packed or pack_rows(base)
+    model = scorer(reward_model(family, tmp_path, ppo_config(), base=base), tokenizer)
+    worst = require_parity(model.raw(token_rows()), model, token_rows())
+    assert 0 <= worst < 1e-5
+
+
+class _Faulty(nn.Module):
+    """A model whose scores are spoiled in a way that training never shows."""
+
+    def __init__(self, model: nn.Module, fault: str) -> None:
+        super().__init__()
+        self.model, self.fault = model, fault
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **kwargs: Any) -> Any:
+        output = self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        if self.fault == "padding":  # a score that is read at the last column
+            output.logits = output.logits + 0.3 * (1 - attention_mask[:, -1:])
+        if self.fault == "neighbours":
+            output.logits = output.logits + 0.3 * (len(input_ids) > 1)
+        if self.fault == "head":
+            output.logits = -output.logits
+        if self.fault == "nan":
+            output.logits = output.logits * torch.nan
+        return output
+
+
+@pytest.mark.parametrize(
+    "fault, told",
+    [("padding", "padding tokens"), ("neighbours", "scored alone"), ("head", "scored together"), ("nan", "together")],
+)
+def test_each_fault_is_found_and_told(
+    fault: str, told: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """A comparison that is made of one batch only, or of the sorted scores, or that NaN passes."""
+    sound = reward_model("llama", tmp_path, ppo_config())
+    rows = sorted(token_rows(), key=len)[-5:]
+    rows = [row[: len(rows[0])] for row in rows]  # of one length: no padding but what the check adds
+    expected = scorer(sound if fault != "neighbours" else _Faulty(sound, fault), tokenizer).raw(rows)
+    with pytest.raises(UserError, match=told) as error:
+        require_parity(expected, scorer(_Faulty(sound, fault), tokenizer), rows)
+    assert "nothing was registered" in str(error.value)
+
+
+def test_scores_in_memory_that_are_not_finite(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """A diverged model, all of whose scores are NaN, is equal to nothing and would be called badly saved."""
+    sound = scorer(reward_model("llama", tmp_path, ppo_config()), tokenizer)
+    with pytest.raises(UserError, match="not finite; try a smaller learning_rate"):
+        require_parity(torch.full((12,), torch.nan), sound, token_rows())
+
+
+def test_an_adapter_without_its_head_is_refused(tmp_path: Path) -> None:
+    """peft gives such an adapter a fresh head at random, with a warning that nobody reads."""
+    reward_model("gpt2", tmp_path, ppo_config())
+    state = load_file(tmp_path / ADAPTER_FILE)
+    save_file({name: tensor for name, tensor in state.items() if "score" not in name}, tmp_path / ADAPTER_FILE)
+    with pytest.raises(UserError, match="holds no score head"):
+        read_score_head(tmp_path)
+
+
+def test_scores_are_normalised_once(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """The bias added instead of taken off, or applied to the raw scores that probabilities come from."""
+    model = reward_model("llama", tmp_path, ppo_config())
+    raw = scorer(model, tokenizer).raw(token_rows())
+    normalised = scorer(model, tokenizer, mean=0.5, std=2.0)
+    torch.testing.assert_close(normalised(token_rows()), (raw - 0.5) / 2.0)
+    torch.testing.assert_close(normalised.raw(token_rows()), raw)
+    assert raw.std() > 0.01, "scores that are all alike would hide a wrong scale"
