@@ -553,8 +553,8 @@ def _file_problem(artifact: Artifact) -> str:
     listed = artifact.manifest.files
     for relative, expected in listed.items():
         path = artifact.path / relative
-        if Path(relative).is_absolute() or ".." in Path(relative).parts:
-            return f"its manifest names a file outside of it ({relative})"
+        if path.suffix.lower() not in ALLOWED_SUFFIXES or Path(relative).is_absolute() or ".." in Path(relative).parts:
+            return f"its manifest lists {relative}, which no artefact may hold"
         try:
             if not path.is_file():
                 return f"{relative} is missing"
