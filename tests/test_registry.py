@@ -303,8 +303,8 @@ def test_versions_are_readable_by_others(registry: Registry) -> None:
 
 def test_a_parent_that_is_needed_stays(registry: Registry) -> None:
     """Catches: a reward model and a policy that can never be loaded again, because their SFT policy was cleaned up."""
-    sft, reward, ppo = chain(registry)
-    with pytest.raises(UserError, match=r"sft/demo@1 is needed by ppo/demo@1, reward/demo@1.*--force"):
+    _, _, ppo = chain(registry)
+    with pytest.raises(UserError, match=r"sft/demo@1 is needed by reward/demo@1, ppo/demo@1.*--force"):
         registry.delete("sft/demo@1")
     assert registry.get("ppo/demo") == ppo
     registry.delete("ppo/demo@1")
