@@ -178,7 +178,7 @@ def left_by(place: Place) -> dict[str, Any]:
     left: dict[str, Any] = {}
     for manifest in sorted((place.registry / place.stage).glob("*/v*/manifest.json")):
         name = f"{manifest.parent.parent.name}/{manifest.parent.name}"
-        left |= {f"registry: {name}/{k}": v for k, v in hashes(manifest.parent, "manifest.json", "card.json").items()}
+        left |= {f"registry: {name}/{k}": v for k, v in hashes(manifest.parent, "manifest.json").items()}
         content = plain(json.loads(manifest.read_text()))
         run_id = json.loads((place.output / "tracking.json").read_text())["run_id"]
         left[f"registry: {name} is of this run"] = content.pop("wandb_run_id") == run_id

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -220,6 +220,7 @@ class Tracker:
             self.wandb_mode = "offline"
         if self.wandb_mode == "online":
             with self._survives("reach the server; the run is kept offline"):
+                _knock()
                 self._run = self._init_wandb("online")
             if self._run is None:
                 self.wandb_mode = "offline"
@@ -328,6 +329,15 @@ def _has_wandb_key() -> bool:
         if any(entries.authenticators(host) for host in hosts):
             return True
     return False
+
+
+def _knock() -> None:
+    """Raises when nobody answers at the W&B server: wandb's own attempts at one that is silent have no common end."""
+    import requests
+
+    # An answer of any kind will do, a broken certificate too: what to make of it is wandb's to say.
+    with suppress(requests.exceptions.SSLError):
+        requests.head(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai", timeout=INIT_TIMEOUT_SECONDS)
 
 
 def split_reference(reference: str) -> tuple[str, str, str]:

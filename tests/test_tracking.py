@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import math
+import socket
 import struct
 import subprocess
 import sys
@@ -32,6 +33,9 @@ from rlhf.tracking import (
 )
 
 
+KNOCK = tracking._knock
+
+
 @pytest.fixture(autouse=True)
 def no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No test may find a key of the person who runs it, reach a server, or inherit another test's W&B settings."""
@@ -39,6 +43,7 @@ def no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_DATA_DIR", "WANDB_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setattr(tracking, "_knock", lambda: None)
 
 
 def make(run_dir: Path, **options: Any) -> Tracker:
@@ -267,6 +272,24 @@ def test_an_unreachable_server_leaves_an_offline_run(
     with make(tmp_path, wandb_mode="online") as tracker:
         tracker.log({"sft/loss": 1.0}, 1)
     assert any(record.WhichOneof("record_type") == "history" for record in wandb_records(tmp_path))
+    assert len([r for r in caplog.records if r.name == "rlhf.tracking" and r.levelno >= logging.WARNING]) == 1
+
+
+def test_a_silent_server_leaves_an_offline_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Bug: behind a firewall that swallows packets the start of a training waits for minutes, or for ever."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setattr(tracking, "INIT_TIMEOUT_SECONDS", 0.5)
+        monkeypatch.setattr(tracking, "_knock", KNOCK)
+        modes: list[str] = []
+        monkeypatch.setattr(wandb, "init", lambda mode, **_: (modes.append(mode), BrokenRun())[1])
+        start = time.monotonic()
+        with make(tmp_path, wandb_mode="online") as tracker:
+            assert tracker.wandb_mode == "offline" and modes == ["offline"]
+        assert time.monotonic() - start < 20
     assert len([r for r in caplog.records if r.name == "rlhf.tracking" and r.levelno >= logging.WARNING]) == 1
 
 

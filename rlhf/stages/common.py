@@ -29,7 +29,7 @@ from rlhf.errors import UserError
 from rlhf.interrupt import StopRequest
 from rlhf.models import Compute
 from rlhf.redaction import redact
-from rlhf.registry import Artifact, Registry, recipe_hash
+from rlhf.registry import Artifact, Reference, Registry, recipe_hash
 from rlhf.resumable import STATE_FILE
 from rlhf.tokenization import stop_token_ids, tokenizer_hashes
 from rlhf.tracking import RUN_FILE, MetricsCallback, PhaseTimer, ProgressCallback, Tracker
@@ -126,6 +126,7 @@ def open_run(
     stage: str, config: StageConfig, parents: list[Artifact], data: dict[str, Any], recipe: str
 ) -> Iterator[Run]:
     """Seeds, chooses device and type, opens the tracker; the run's folder is `output_dir/STAGE`."""
+    Reference(stage, config.name)  # a name that cannot be registered must not show after the training
     _quiet()
     distributed.start()
     set_seed(config.seed)
