@@ -32,7 +32,6 @@ from rlhf.tracking import (
     split_reference,
 )
 
-
 KNOCK = tracking._knock
 
 
