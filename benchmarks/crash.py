@@ -182,7 +182,12 @@ def left_by(place: Place) -> dict[str, Any]:
         content = plain(json.loads(manifest.read_text()))
         run_id = json.loads((place.output / "tracking.json").read_text())["run_id"]
         left[f"registry: {name} is of this run"] = content.pop("wandb_run_id") == run_id
-        for own in ("checksum", "created", "files"):  # of the manifest, the moment, and of the files that were compared
+        for own in (
+            "checksum",
+            "created",
+            "code_commit",
+            "files",
+        ):  # its own, the clock's, the checkout's, and compared above
             content.pop(own)
         left[f"registry: {name}/manifest"] = content
     names = place.checkpoints()

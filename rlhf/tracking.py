@@ -71,7 +71,7 @@ class Tracker:
         resume: bool = False,
     ) -> None:
         self.run_dir = Path(run_dir).absolute()
-        self.stage, self.name, self.group = stage, name, group
+        self.stage, self.name, self.group = stage, redact(name), redact(group)
         self.config = redact(config)
         self.wandb_mode = resolve_wandb_mode(wandb_mode)
         self.wandb_project = wandb_project
