@@ -37,15 +37,24 @@ class ResumableTrainer:
     _metrics: dict[str, Any]
     _tr_loss: torch.Tensor
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+    def best_checkpoint(self) -> Path | None:
+        """The saved checkpoint, or the one that is about to be, of the best evaluation; the folder may have been moved."""
         state, folder = self.state, Path(self.args.output_dir)
-        best = folder / f"checkpoint-{state.best_global_step}" if state.best_global_step else None
-        if best and (best.is_dir() or state.best_global_step == state.global_step):
-            state.best_model_checkpoint = str(best)
+        best = folder / f"checkpoint-{state.best_global_step}"
+        if state.best_global_step and (best.is_dir() or state.best_global_step == state.global_step):
+            return best
+        before = (
+            folder / Path(state.best_model_checkpoint or "none").name
+        )  # evaluations may come more often than checkpoints
+        return before if before.is_dir() else None
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        state, best = self.state, self.best_checkpoint()
+        state.best_model_checkpoint = str(best) if best else None
         moments, groups = checkpoint.pack_optimizer(self.optimizer)
         generators, rest = checkpoint.pack_generators()
         checkpoint.save(
-            folder,
+            Path(self.args.output_dir),
             state.global_step,
             {"weights": dict(self._trained()), "optimizer": moments, "generators": generators},
             {
@@ -74,6 +83,8 @@ class ResumableTrainer:
                 self.optimizer, checkpoint.load_tensors(Path(folder), "optimizer"), state["optimizer"]
             )
             self.lr_scheduler.load_state_dict(state["scheduler"])
+            best = self.best_checkpoint()
+            self.state.best_model_checkpoint = str(best) if best else None
 
     def _load_rng_state(self, folder: str | None) -> None:
         """The last thing that the trainer loads, when the data is where it was and its sums are set to zero."""

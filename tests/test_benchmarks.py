@@ -438,7 +438,7 @@ def test_crash_sees_what_differs(load: Callable[[str], Any], tmp_path: Path) -> 
     changes: dict[str, tuple[str, Callable[[str], str]]] = {
         "registry: toy/v1/weights.safetensors": ("registry/sft/toy/v1/weights.safetensors", str.upper),
         "registry: toy/v1/manifest": ("registry/sft/toy/v1/manifest.json", lambda text: text.replace("1.0", "1.1")),
-        "registry: toy/v1 is of this run": ("out/sft/tracking.json", lambda text: text.replace("run", "nur", 2)),
+        "registry: toy/v1 is of this run": ("out/sft/tracking.json", lambda text: text.replace('"run ', '"nur ')),
         "checkpoints: weights.safetensors": ("out/sft/checkpoints/checkpoint-2/weights.safetensors", str.upper),
         "checkpoints: state": ("out/sft/checkpoints/checkpoint-2/state.json", lambda text: text.replace("0.1", "0.2")),
         "logs: metrics.jsonl": ("out/sft/metrics.jsonl", lambda text: text + text.splitlines()[-1] + "\n"),

@@ -246,7 +246,6 @@ def trainer_arguments(run: Run, length: TrainingLength) -> dict[str, Any]:
         "eval_on_start": True,
         "save_strategy": "steps",
         "save_steps": c.save_steps,
-        "save_total_limit": 2,
         "logging_steps": c.logging_steps,
         "learning_rate": c.learning_rate,
         "weight_decay": c.weight_decay,
@@ -308,9 +307,9 @@ def _take_finished(trainer: Any, last: Path) -> bool:
     state = TrainerState.load_from_json(str(last / STATE_FILE))
     if state.global_step < state.max_steps:
         return False
-    best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
-    trainer._load_from_checkpoint(best if best and Path(best).is_dir() else str(last))
     trainer.state = state
+    best = trainer.best_checkpoint() if trainer.args.load_best_model_at_end else None
+    trainer._load_from_checkpoint(str(best or last))
     return True
 
 
