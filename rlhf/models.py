@@ -108,7 +108,8 @@ def load_base(
             use_safetensors=True,  # nothing else: a pickle can run code
         )
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot load the model '{name_or_path}': {str(error).splitlines()[0]}") from error
+        allow = "; if you have read it and trust it: --trust_remote_code true" if "custom code" in str(error) else ""
+        raise UserError(f"cannot load the model '{name_or_path}': {str(error).splitlines()[0]}{allow}") from error
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # bitsandbytes would repack 4-bit weights for a CPU kernel that has no backward pass: gradients silently wrong.

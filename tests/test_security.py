@@ -157,9 +157,9 @@ def test_code_of_a_model_runs_only_when_allowed(
 
 
 def poisoned(value: Any) -> Any:
-    """The same data with the attack at the end of every text in it, keys of free choice included."""
+    """The same data with the attack at the end of every text in it."""
     if isinstance(value, dict):
-        return {k: poisoned(v) for k, v in value.items()} | {f"x{ATTACK}": ATTACK}
+        return {k: poisoned(v) for k, v in value.items()}
     if isinstance(value, list):
         return [poisoned(entry) for entry in value]
     return value + ATTACK if isinstance(value, str) else value
