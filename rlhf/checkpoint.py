@@ -1,79 +1,109 @@
-"""Checkpoints of PPO: written beside, renamed into place, safetensors and JSON only; the last two are kept."""
+"""Checkpoints: written beside, synced, renamed into place; safetensors and JSON only; the last two are kept."""
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import json
-import os
+import random
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rlhf import storage
 from rlhf.errors import UserError
 
 _KEEP = 2
 
 
-def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> Path:
+def save(
+    folder: Path,
+    step: int,
+    tensors: dict[str, dict[str, Tensor]],
+    state: dict[str, Any],
+    *,
+    texts: Mapping[str, str] | None = None,
+    keep: Path | None = None,
+) -> Path:
     """Writes `folder/checkpoint-STEP` with one safetensors file for each group of tensors, and `state.json`.
 
     Tensors are cloned: the optimiser states of bitsandbytes share their quantisation maps, which safetensors refuses.
 
+    Args:
+        texts: further files, by name.
+        keep: an older checkpoint to be kept as well as the last two.
+
     Raises:
-        UserError: the disk is full or the folder cannot be written; earlier checkpoints are untouched.
+        UserError: the disk is full or gone, or the folder cannot be written; earlier checkpoints are untouched.
     """
     target, partial = folder / f"checkpoint-{step}", folder / f".partial-{step}"
-    replaced = folder / f".replaced-{step}"
     try:
-        shutil.rmtree(partial, ignore_errors=True)
+        clear(folder)
         partial.mkdir(parents=True)
         for name, group in tensors.items():
             save_file(
                 {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in group.items()},
                 partial / f"{name}.safetensors",
             )
-        (partial / "state.json").write_text(json.dumps({**state, "step": step}), encoding="utf-8")
-        for file in partial.iterdir():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
-        if target.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
-            target.rename(replaced)
-        try:
-            partial.rename(target)
-        except OSError:
-            if replaced.exists():
-                replaced.rename(target)
-            raise
-        shutil.rmtree(replaced, ignore_errors=True)
+        for name, text in {**(texts or {}), "state.json": json.dumps({**state, "step": step})}.items():
+            (partial / name).write_text(text, encoding="utf-8")
+        storage.sync(*partial.iterdir(), partial)
+        _put(partial, target)
     except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError) or is_storage_failure(error):
+        if isinstance(error, OSError) or storage.is_failure(error):
             raise not_written(target, error) from error
         raise
     for old in _all(folder)[:-_KEEP]:
-        shutil.rmtree(old, ignore_errors=True)
+        if old != keep:
+            with contextlib.suppress(OSError):  # one too many is no failure
+                _remove(old)
     return target
 
 
-def is_storage_failure(error: Exception) -> bool:
-    """Whether the system refused to write: an OSError of that kind, or what safetensors and torch.save make of it."""
-    if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES)
-    told = ("Error while serializing", "I/O error", "PytorchStreamWriter", "unexpected pos")
-    return any(words in str(error) for words in told)
+def _put(partial: Path, target: Path) -> None:
+    """Renames into place; what is there is set aside until then, and comes back if that fails."""
+    replaced = target.with_name(f".replaced-{_step(target)}")
+    if target.exists():
+        target.rename(replaced)
+    try:
+        partial.rename(target)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(target)
+        raise
+    storage.sync(target.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    """Renamed first: killed half-way, a deletion must not leave what looks like a checkpoint."""
+    removed = path.with_name(f".removed-{_step(path)}")
+    path.rename(removed)
+    shutil.rmtree(removed, ignore_errors=True)
+
+
+def clear(folder: Path) -> None:
+    """Removes what killed processes left half-written or half-deleted; what one had set aside goes back to its place."""
+    for path in folder.glob(".replaced-*"):
+        target = folder / f"checkpoint-{_step(path)}"
+        if not target.exists():
+            path.rename(target)
+    for pattern in (".partial-*", ".replaced-*", ".removed-*"):
+        for path in folder.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def not_written(target: Path, error: Exception) -> UserError:
     """The complaint about a checkpoint that could not be written."""
-    free = shutil.disk_usage(next(p for p in target.absolute().parents if p.exists())).free / 1e9
-    reason = str(error).splitlines()[0]
     return UserError(
-        f"cannot write checkpoint {target} ({free:.1f} GB free): {reason}; free some space, then --resume true"
+        f"cannot write checkpoint {target} ({storage.free(target)}): {storage.reason(error)}; "
+        "what was saved before is intact: mend the disk or free some space, then --resume true"
     )
 
 
@@ -93,18 +123,58 @@ def discard_after(folder: Path, step: int) -> None:
     """Removes the checkpoints of later steps."""
     for path in _all(folder):
         if _step(path) > step:
-            shutil.rmtree(path)
+            _remove(path)
 
 
 def load(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """What `save` was given."""
+    return {file.stem: load_tensors(path, file.stem) for file in sorted(path.glob("*.safetensors"))}, load_state(path)
+
+
+def load_tensors(path: Path, group: str) -> dict[str, Tensor]:
+    """One group of the tensors that `save` was given."""
     try:
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        return {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}, state
+        return load_file(path / f"{group}.safetensors")
     except Exception as error:
-        raise UserError(
-            f"checkpoint {path} cannot be read ({error}); delete it to resume from the one before"
-        ) from error
+        raise _damaged(path, error) from error
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """The state that `save` was given, and its `step`."""
+    try:
+        state: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        return state
+    except Exception as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    return UserError(f"checkpoint {path} cannot be read ({error}); delete it to resume from the one before")
+
+
+def pack_generators() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """States of the random generators of Python, numpy and torch as tensors and a JSON-able rest."""
+    version, words, python_gauss = random.getstate()
+    name, keys, *numpy_rest = np.random.get_state(legacy=True)
+    tensors = {
+        "python": torch.tensor(words, dtype=torch.int64),
+        "numpy": torch.from_numpy(np.asarray(keys).astype(np.int64)),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        tensors["cuda"] = torch.cuda.get_rng_state()
+    return tensors, {"python": [version, python_gauss], "numpy": [name, *numpy_rest]}
+
+
+def unpack_generators(tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
+    """Puts back what `pack_generators` took."""
+    version, python_gauss = rest["python"]
+    random.setstate((version, tuple(tensors["python"].tolist()), python_gauss))
+    name, *numpy_rest = rest["numpy"]
+    np.random.set_state((name, tensors["numpy"].numpy().astype(np.uint32), *numpy_rest))
+    torch.set_rng_state(tensors["torch"])
+    if "cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["cuda"])
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
+from types import TracebackType
+
+from rlhf.redaction import redact
 
 
 class UserError(Exception):
@@ -21,8 +25,10 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 def run_command(main: Callable[[], object]) -> None:
     """Runs a command-line entry point: `UserError` and full disks become one line and exit code 2, Ctrl-C exit code 130.
 
-    SIGTERM is turned into `SystemExit(143)`, so that `finally` blocks run and nothing is left half-written.
+    SIGTERM is turned into `SystemExit(143)`, so that `finally` blocks run and nothing is left half-written. What is printed of
+    an error holds no secrets.
     """
+    sys.excepthook = _print_redacted
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -39,5 +45,9 @@ def run_command(main: Callable[[], object]) -> None:
 
 
 def _complain(message: str) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {redact(' '.join(message.split()))}", file=sys.stderr)
     return 2
+
+
+def _print_redacted(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    print(redact("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)

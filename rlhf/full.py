@@ -112,7 +112,9 @@ class SeparateModels(RoleModels):
 
 def _replaced(base: PreTrainedModel, folder: Path) -> tuple[PreTrainedModel, Tensor]:
     """A copy of the base with the trunk of the whole reward model in the folder, and that model's head."""
-    saved: Any = AutoModelForSequenceClassification.from_pretrained(folder, dtype=base.dtype)
+    saved: Any = AutoModelForSequenceClassification.from_pretrained(
+        folder, dtype=base.dtype, use_safetensors=True, trust_remote_code=False
+    )
     reward = copy.deepcopy(base)
     try:
         backbone(reward).load_state_dict(backbone(saved).state_dict())

@@ -105,9 +105,11 @@ def load_base(
             attn_implementation="sdpa" if config.attn_implementation == "auto" else config.attn_implementation,
             quantization_config=_quantization(config, compute),
             trust_remote_code=trust_remote_code,
+            use_safetensors=True,  # nothing else: a pickle can run code
         )
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot load the model '{name_or_path}': {str(error).splitlines()[0]}") from error
+        allow = "; if you have read it and trust it: --trust_remote_code true" if "custom code" in str(error) else ""
+        raise UserError(f"cannot load the model '{name_or_path}': {str(error).splitlines()[0]}{allow}") from error
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # bitsandbytes would repack 4-bit weights for a CPU kernel that has no backward pass: gradients silently wrong.
@@ -278,7 +280,7 @@ def _load_whole_reward_model(folder: Path, config: RunConfig, compute: Compute) 
     attention = "sdpa" if config.attn_implementation == "auto" else config.attn_implementation
     try:
         model: Any = AutoModelForSequenceClassification.from_pretrained(
-            folder, dtype=dtype, attn_implementation=attention
+            folder, dtype=dtype, attn_implementation=attention, use_safetensors=True, trust_remote_code=False
         )
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load the reward model in {folder}: {str(error).splitlines()[0]}") from error

@@ -7,6 +7,7 @@ same recipe (options, data, parents) is skipped, so the command can be repeated 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
 import importlib
@@ -14,13 +15,18 @@ import json
 import multiprocessing
 import os
 import platform
+import signal
 import sys
+import threading
 import time
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator, Sequence
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
+from rlhf import storage
 from rlhf.config import PPOConfig, RewardConfig, SFTConfig, build, read_yaml, reward_kind
 from rlhf.errors import UserError, did_you_mean, run_command
 
@@ -58,9 +64,7 @@ def run(folder: Path, overrides: dict[str, Any]) -> dict[str, Any]:
     output = Path(configs["ppo"].output_dir)
     results = _results(artifacts, configs["ppo"].seed, time.perf_counter() - started)
     output.mkdir(parents=True, exist_ok=True)
-    partial = output / ".results.json"
-    partial.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    partial.replace(output / "results.json")
+    storage.write_text(output / "results.json", json.dumps(results, indent=2) + "\n")
     print_results(results)
     print(f"report: {write_report(output)}")
     return results
@@ -69,15 +73,76 @@ def run(folder: Path, overrides: dict[str, Any]) -> dict[str, Any]:
 def _run_stage(stage: str, config: Any) -> str:
     """Runs a stage in a process of its own, so that the next one starts with all memory free; returns what it registered.
 
-    Ctrl-C reaches both processes: the stage finishes its update and saves, and this one waits for it.
+    Ctrl-C and SIGTERM are passed on: the stage finishes its update and saves, and this process waits for it and ends as a
+    single stage would. A stage whose pipeline is gone (kill -9, a closed terminal) does the same.
     """
-    with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_stage_process, stage, config).result()
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_stage_process, args=(stage, config, sender))
+    with _started(process) as signals:
+        sender.close()
+        try:
+            reference = str(receiver.recv())
+        except EOFError:
+            reference = ""  # it has ended without a result, and said why
+        process.join()
+    if signals:
+        sys.exit(128 + signals[0])
+    if process.exitcode is not None and process.exitcode < 0:
+        raise UserError(
+            f"the {stage} stage was killed by signal {-process.exitcode} (9: often by the system, for want of memory); "
+            "what it saved is intact, go on with --resume true"
+        )
+    if not reference:
+        sys.exit(process.exitcode)
+    return reference
 
 
-def _stage_process(stage: str, config: Any) -> str:
-    artifact: Any = importlib.import_module(f"rlhf.stages.{stage}").run(config, reuse=True)
-    return str(artifact.reference)
+@contextlib.contextmanager
+def _started(process: BaseProcess) -> Iterator[list[int]]:
+    """Starts the process; inside, SIGINT and SIGTERM are passed on to it, both as SIGTERM. Yields the list of those that came."""
+    signals: list[int] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        signals.append(number)
+        process.terminate()
+
+    # Inherited: while it imports, a Ctrl-C on the terminal must reach it through here alone. A SIGTERM that comes before there
+    # is somebody to pass it on to ends this process, and so the other.
+    before = {
+        signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN),
+        signal.SIGTERM: signal.signal(signal.SIGTERM, signal.SIG_DFL),
+    }
+    try:
+        process.start()
+        for number in before:
+            signal.signal(number, pass_on)
+        yield signals
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _stage_process(stage: str, config: Any, sender: Connection) -> None:
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()  # from here on as well
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+    def work() -> None:
+        sender.send(str(importlib.import_module(f"rlhf.stages.{stage}").run(config, reuse=True).reference))
+
+    try:
+        run_command(work)
+    except Exception:
+        sys.excepthook(*sys.exc_info())  # multiprocessing has a printer of its own
+        sys.exit(1)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _prepare_data(folder: Path, overrides: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ A version is a folder `ROOT/STAGE/NAME/v1` of plain files (safetensors, JSON, te
 checksum of each of them. The folder is written beside its place and renamed into it, manifest last, so that a version
 exists either whole or not at all. An artefact is verified when it is loaded, and so is everything it was made from.
 
-`python -m rlhf.registry list | show REF | verify [REF] [--registry DIR]`
+`python -m rlhf.registry list | show REF | verify [REF] | delete REF [--force] [--registry DIR]`
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import importlib.metadata
 import json
 import math
 import numbers
-import os
 import re
 import shlex
 import shutil
@@ -31,8 +30,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from filelock import FileLock
-from safetensors import SafetensorError
 
+from rlhf import storage
 from rlhf.errors import UserError, did_you_mean, run_command
 
 if TYPE_CHECKING:
@@ -250,6 +249,7 @@ class Registry:
             UserError: a bad name, a file that is not safetensors, JSON or text, a full disk, a read-only folder.
             TypeError: a manifest field is missing, unknown, or not plain data; raised before `write` is called.
         """
+        parents = list(parents)
         draft = Manifest(
             stage=Reference(stage, name).stage,
             name=name,
@@ -268,19 +268,21 @@ class Registry:
             _remove_stale(folder)
             write(partial)
             files = _check_in(partial)
-            with FileLock(folder / ".lock"):
+            with self._lock():
+                for parent in parents:
+                    if not (parent.path / MANIFEST).exists():
+                        raise UserError(f"{parent.reference} was deleted while {stage}/{name} was made from it")
                 version = max(_version_folders(folder), default=0) + 1
                 manifest = dataclasses.replace(draft, version=version, files=files)
                 (partial / MANIFEST).write_bytes(manifest.to_json().encode())
-                _sync(partial / MANIFEST, *_folders(partial))
+                storage.sync(partial / MANIFEST, *_folders(partial))
                 target = partial.rename(folder / f"v{version}")
-                _sync(folder)
+                storage.sync(folder, folder.parent, self.root, self.root.absolute().parent)
         except BaseException as error:  # Ctrl-C and SIGTERM too
             shutil.rmtree(partial, ignore_errors=True)
-            if _is_storage_failure(error):
-                free = f"{_free_gigabytes(folder):.2f} GB free"
+            if storage.is_failure(error):
                 raise UserError(
-                    f"cannot register {stage}/{name}: {_reason(error)} ({folder}, {free}), "
+                    f"cannot register {stage}/{name}: {storage.reason(error)} ({folder}, {storage.free(folder)}), "
                     "nothing was registered; free some space or make the folder writable, then run again"
                 ) from error
             raise
@@ -324,7 +326,7 @@ class Registry:
         except UserError as error:
             raise UserError(f"{error}; {self._remake(exact)}") from error
         except OSError as error:
-            raise UserError(f"{path / MANIFEST} cannot be read: {_reason(error)}") from error
+            raise UserError(f"{path / MANIFEST} cannot be read: {storage.reason(error)}") from error
         artifact = Artifact(path, manifest)
         if artifact.reference != str(exact):
             raise UserError(
@@ -342,6 +344,39 @@ class Registry:
             except UserError:
                 continue  # a broken version saves no work; an older one still may
         return None
+
+    def delete(self, reference: str | Reference, *, force: bool = False) -> None:
+        """Deletes one version; its number is never given again. With `force` also one that others were made from.
+
+        Raises:
+            UserError: no version is named, it is not there, or others in this registry need it.
+        """
+        if isinstance(reference, str):
+            reference = parse_reference(reference)
+        versions = self.versions(reference.stage, reference.name)
+        if reference.version is None and versions:
+            raise UserError(f"say which version of {reference} to delete, e.g. {reference}@{versions[-1]}")
+        if reference.version not in versions:
+            raise UserError(self._missing(reference, versions))
+        with self._lock():
+            children = [str(a.reference) for a in self.list() if reference in [p.reference for p in a.manifest.parents]]
+            if children and not force:
+                raise UserError(
+                    f"{reference} is needed by {', '.join(children)}, which cannot be loaded without it; "
+                    "delete those first, or all the same with --force"
+                )
+            folder = self.root / reference.stage / reference.name / f"v{reference.version}"
+            try:
+                (folder / MANIFEST).unlink()  # first: from here on it is no version, whatever happens
+                # The empty folder stays, and with it the number: no later version is taken for this one.
+                for path in folder.iterdir():
+                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            except OSError as error:
+                raise UserError(f"cannot delete {reference}: {storage.reason(error)} ({error.filename})") from error
+
+    def _lock(self) -> FileLock:
+        """Held for the moment in which versions appear or disappear."""
+        return FileLock(self.root / ".lock")
 
     def versions(self, stage: str, name: str) -> Sequence[int]:
         """The complete versions, oldest first."""
@@ -507,7 +542,7 @@ def _check_in(folder: Path) -> dict[str, str]:
                 f"{relative} cannot be registered; plain files only, of type {' '.join(sorted(ALLOWED_SUFFIXES))}"
             )
         files[relative] = sha256_file(path)
-        _sync(path)
+        storage.sync(path)
     if not files:
         raise ValueError(f"nothing was written into {folder}")
     return files
@@ -518,13 +553,15 @@ def _file_problem(artifact: Artifact) -> str:
     listed = artifact.manifest.files
     for relative, expected in listed.items():
         path = artifact.path / relative
+        if path.suffix.lower() not in ALLOWED_SUFFIXES or Path(relative).is_absolute() or ".." in Path(relative).parts:
+            return f"its manifest lists {relative}, which no artefact may hold"
         try:
             if not path.is_file():
                 return f"{relative} is missing"
             if sha256_file(path) != expected:
                 return f"{relative} is corrupt (its sha256 is not the one in the manifest)"
         except OSError as error:
-            return f"{relative} cannot be read ({_reason(error)})"
+            return f"{relative} cannot be read ({storage.reason(error)})"
     # A stray chat_template.jinja or tokenizer file would be loaded with the rest. Hidden files (.DS_Store) never are.
     for path in artifact.path.rglob("*"):
         relative = path.relative_to(artifact.path).as_posix()
@@ -556,32 +593,6 @@ def _folders(folder: Path) -> Iterator[Path]:
     yield from (p for p in folder.rglob("*") if p.is_dir())
 
 
-def _sync(*paths: Path) -> None:
-    """Waits until the disk holds them: after a power cut a renamed folder must not be one of empty files."""
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _is_storage_failure(error: BaseException) -> bool:
-    """Whether the system refused to write. safetensors wraps this in its own type; a bare OSError is a library's."""
-    if isinstance(error, SafetensorError):
-        return "I/O error" in str(error)
-    return isinstance(error, OSError) and error.errno is not None
-
-
-def _reason(error: BaseException) -> str:
-    return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
-
-
-def _free_gigabytes(folder: Path) -> float:
-    existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-    return shutil.disk_usage(existing).free / 1e9
-
-
 def _altered(parent: Parent) -> str:
     return f"{parent.reference} was altered since (its manifest is not the one with hash {parent.hash[:12]})"
 
@@ -592,8 +603,12 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(prog="python -m rlhf.registry", description="List, show and verify artefacts.", allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="list | show REF | verify [REF]")
+    parser = _Parser(
+        prog="python -m rlhf.registry", description="List, show, verify and delete artefacts.", allow_abbrev=False
+    )
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="list | show REF | verify [REF] | delete REF"
+    )
     lister = commands.add_parser("list", help="all artefacts", allow_abbrev=False)
     show = commands.add_parser("show", help="manifest and lineage of one artefact", allow_abbrev=False)
     show.add_argument("reference", metavar="REF", help="e.g. sft/demo (the latest version) or sft/demo@2")
@@ -601,9 +616,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "verify", help="check the files and parents of all artefacts, or of one", allow_abbrev=False
     )
     verify.add_argument("reference", metavar="REF", nargs="?", help="default: all")
+    delete = commands.add_parser("delete", help="delete one version", allow_abbrev=False)
+    delete.add_argument("reference", metavar="REF", help="e.g. sft/demo@2")
+    delete.add_argument("--force", action="store_true", help="also one that others were made from")
     # Before or after the command; SUPPRESS keeps the second parser's default from undoing what the first one read.
     parser.add_argument("--registry", default="registry", metavar="DIR", help="default: registry")
-    for command in (lister, show, verify):
+    for command in (lister, show, verify, delete):
         command.add_argument("--registry", default=argparse.SUPPRESS, metavar="DIR", help="default: registry")
     return parser.parse_args(argv)
 
@@ -675,6 +693,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         _print_list(registry, console)
     elif arguments.command == "show":
         _print_artifact(registry, registry.read(arguments.reference), console)
+    elif arguments.command == "delete":
+        registry.delete(arguments.reference, force=arguments.force)
+        console.print(f"deleted {arguments.reference}")
     else:
         chosen = [parse_reference(arguments.reference)] if arguments.reference else registry.references()
         _verify_all(registry, chosen, console)

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -26,13 +26,17 @@ from urllib.parse import urlsplit
 import psutil
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from rlhf import storage
 from rlhf.errors import UserError, did_you_mean
 from rlhf.progress import Progress
-from rlhf.report import read_jsonl
+from rlhf.redaction import redact
 
 logger = logging.getLogger(__name__)
 
 WANDB_MODES = ("auto", "online", "offline", "disabled")
+RUN_FILE = "tracking.json"
+"""Holds the id of the run, by which a resumed run is known as the same."""
+
 INIT_TIMEOUT_SECONDS = 30.0
 """How long a start waits for the W&B server before the run is kept offline instead."""
 
@@ -67,7 +71,7 @@ class Tracker:
         resume: bool = False,
     ) -> None:
         self.run_dir = Path(run_dir).absolute()
-        self.stage, self.name, self.group = stage, name, group
+        self.stage, self.name, self.group = stage, redact(name), redact(group)
         self.config = redact(config)
         self.wandb_mode = resolve_wandb_mode(wandb_mode)
         self.wandb_project = wandb_project
@@ -84,7 +88,9 @@ class Tracker:
     def __enter__(self) -> Tracker:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         if self.resume:
-            self.truncate(math.inf)  # a killed run may have left half a line, which the next line would be glued to
+            for file in (self._metrics_file, self._samples_file):
+                if file.exists():
+                    _cut(file, file.stat().st_size)  # a killed run may have left half a line
         else:
             for file in (self._metrics_file, self._samples_file):
                 if file.exists():
@@ -159,17 +165,20 @@ class Tracker:
                 artifact.add_reference(Path(path).absolute().as_uri())
                 self._run.log_artifact(artifact, aliases=[version] if version else None)
 
-    def truncate(self, step: float) -> None:
-        """Forgets what was logged after `step`: the run goes on from a checkpoint made there and will log it again.
+    def position(self) -> dict[str, int]:
+        """Where the logs end, in bytes by file name; what lies before is on the disk. For a checkpoint, and for `rewind`."""
+        there = [file for file in (self._metrics_file, self._samples_file) if file.exists()]
+        storage.sync(*there)
+        return {file.name: file.stat().st_size for file in there}
+
+    def rewind(self, position: Mapping[str, int]) -> None:
+        """Forgets what was logged after `position`: the run goes on from a checkpoint made there and will log it again.
 
         The history in W&B cannot be shortened; it ignores steps that it has already seen, so none appears twice there.
         """
         for file in (self._metrics_file, self._samples_file):
             if file.exists():
-                partial = file.with_suffix(".partial")
-                partial.unlink(missing_ok=True)
-                _append_lines(partial, [row for row in read_jsonl(file)[0] if row.get("step", 0) <= step])
-                partial.replace(file)
+                _cut(file, position.get(file.name, 0))
 
     def finish(self, exit_code: int = 0) -> None:
         """Ends the W&B run. The local files need no ending; a second call does nothing."""
@@ -211,6 +220,7 @@ class Tracker:
             self.wandb_mode = "offline"
         if self.wandb_mode == "online":
             with self._survives("reach the server; the run is kept offline"):
+                _knock()
                 self._run = self._init_wandb("online")
             if self._run is None:
                 self.wandb_mode = "offline"
@@ -260,16 +270,14 @@ class Tracker:
         self._run.log({f"{self.stage}/samples": self._table}, step=int(step))
 
     def _load_or_make_run_id(self) -> str:
-        file = self.run_dir / "tracking.json"
+        file = self.run_dir / RUN_FILE
         if self.resume and file.exists():
             try:
                 return str(json.loads(file.read_text(encoding="utf-8"))["run_id"])
             except (json.JSONDecodeError, KeyError, TypeError):
                 self._warn(f"{file} is not readable; a new W&B run is started")
         run_id = secrets.token_hex(4)
-        partial = file.with_suffix(".partial")
-        partial.write_text(json.dumps({"run_id": run_id, "stage": self.stage, "name": self.name}), encoding="utf-8")
-        partial.replace(file)
+        storage.write_text(file, json.dumps({"run_id": run_id, "stage": self.stage, "name": self.name}))
         return run_id
 
     @contextmanager
@@ -323,52 +331,38 @@ def _has_wandb_key() -> bool:
     return False
 
 
+def _knock() -> None:
+    """Raises when nobody answers at the W&B server: wandb's own attempts at one that is silent have no common end."""
+    import requests
+
+    # An answer of any kind will do, a broken certificate too: what to make of it is wandb's to say.
+    with suppress(requests.exceptions.SSLError):
+        requests.head(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai", timeout=INIT_TIMEOUT_SECONDS)
+
+
 def split_reference(reference: str) -> tuple[str, str, str]:
     """`sft/demo@2` -> (`sft`, `sft-demo`, `2`): type, name and alias of a W&B artifact, in the characters it allows."""
     path, _, version = reference.partition("@")
     return path.split("/")[0], re.sub(r"[^A-Za-z0-9_.-]+", "-", path), re.sub(r"[^A-Za-z0-9_.-]+", "-", version)
 
 
-# Names that hold a secret. `token` alone does, `pad_token` or `num_tokens` do not.
-_SECRET_NAME = re.compile(
-    r"(^|[_.-])(api_?key|secret|password|passwd|authorization|credentials?|(access|auth|api|hf|bearer)_token)$|^token$",
-    re.I,
-)
-_SECRET_VARIABLE = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD)$")
-
-
-def redact(value: Any) -> Any:
-    """A copy of `value`, in plain JSON types, without secrets.
-
-    Blanked are entries whose name says so, user names and passwords in URLs, and the values of environment variables
-    such as WANDB_API_KEY wherever they appear.
-    """
-    hidden = [v for k, v in os.environ.items() if _SECRET_VARIABLE.search(k.upper()) and len(v) >= 8]
-    return _redact(value, hidden)
-
-
-def _redact(value: Any, hidden: list[str]) -> Any:
-    if isinstance(value, Mapping):
-        return {
-            str(name): "***" if entry and _SECRET_NAME.search(str(name)) else _redact(entry, hidden)
-            for name, entry in value.items()
-        }
-    if isinstance(value, list | tuple | set | frozenset):
-        return [_redact(entry, hidden) for entry in value]
-    if value is None or isinstance(value, bool | int | float):
-        return value
-    text = re.sub(r"://[^/\s@]+@", "://***@", str(value))
-    for secret in hidden:
-        text = text.replace(secret, "***")
-    return text
-
-
 def _append_lines(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """One strict JSON object a line. Opened and closed each time, so a killed run loses nothing that was logged."""
-    with file.open("a", encoding="utf-8") as stream:
-        stream.writelines(
-            json.dumps(_finite(row), ensure_ascii=False, allow_nan=False, default=str) + "\n" for row in rows
-        )
+    lines = [json.dumps(_finite(row), ensure_ascii=False, allow_nan=False, default=str) + "\n" for row in rows]
+    try:
+        with file.open("a", encoding="utf-8") as stream:
+            stream.writelines(lines)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {file} ({storage.free(file)}): {storage.reason(error)}; "
+            "the last checkpoint is intact: mend the disk or free some space, then --resume true"
+        ) from error
+
+
+def _cut(file: Path, size: int) -> None:
+    """Shortens a file to the whole lines within its first `size` bytes."""
+    with file.open("r+b") as stream:
+        stream.truncate(stream.read(size).rfind(b"\n") + 1)
 
 
 def _finite(value: Any) -> Any:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import random
+import shutil
 from pathlib import Path
 from typing import Any
 
 import bitsandbytes
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from rlhf import checkpoint
+from rlhf import checkpoint, storage
 from rlhf.errors import UserError
 from rlhf.optim import forget_overrides
 
@@ -131,6 +135,79 @@ def test_other_errors_are_not_called_a_full_disk(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         checkpoint.save(tmp_path, 1, {}, {"state": object()})
     assert checkpoint.latest(tmp_path) is None and names(tmp_path) == []
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EROFS, errno.EACCES])
+def test_a_drive_that_is_gone(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches: a traceback, or a second error from asking the drive for its free space, when a network drive vanishes or
+    turns read-only."""
+    good = save(tmp_path, 1)
+
+    def gone(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", gone)
+        patch.setattr(shutil, "disk_usage", gone)
+        with pytest.raises(UserError, match=rf"checkpoint-2.*{os.strerror(number)}.*saved before is intact"):
+            save(tmp_path, 2)
+    assert checkpoint.latest(tmp_path) == good and names(tmp_path) == ["checkpoint-1"]
+
+
+def test_all_is_on_the_disk_before_it_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches: a rename that overtakes the data, so that a power cut leaves a checkpoint of empty files."""
+    events: list[str] = []
+    rename = Path.rename
+    monkeypatch.setattr(storage, "sync", lambda *paths: events.extend(f"sync {path.name}" for path in paths))
+    monkeypatch.setattr(Path, "rename", lambda self, to: (events.append(f"rename {self.name}"), rename(self, to))[1])
+    save(tmp_path, 1)
+    synced = ["sync weights.safetensors", "sync optimizer.safetensors", "sync state.json", "sync .partial-1"]
+    assert sorted(events[:4]) == sorted(synced)
+    assert events[4:] == ["rename .partial-1", f"sync {tmp_path.name}"]
+
+
+def test_killed_between_two_renames(tmp_path: Path) -> None:
+    """Catches: the only checkpoint lost while it was being replaced, and half-deleted ones taken for whole."""
+    save(tmp_path, 1)
+    (tmp_path / "checkpoint-1").rename(tmp_path / ".replaced-1")
+    (tmp_path / ".removed-0").mkdir()
+    assert checkpoint.latest(tmp_path) is None
+    checkpoint.clear(tmp_path)
+    assert checkpoint.latest(tmp_path) == tmp_path / "checkpoint-1" and names(tmp_path) == ["checkpoint-1"]
+
+
+def test_deleting_starts_with_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches: a deletion that is killed half-way and leaves a checkpoint without its weights as the one to go back to."""
+    for step in (1, 2):
+        save(tmp_path, step)
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)  # killed before the first file
+    save(tmp_path, 3)
+    assert checkpoint.last_before(tmp_path, 2) is None
+    assert names(tmp_path) == [".removed-1", "checkpoint-2", "checkpoint-3"]
+
+
+def test_one_more_is_kept_when_asked_for(tmp_path: Path) -> None:
+    """Catches: the best checkpoint deleted because it is old."""
+    best = save(tmp_path, 1)
+    for step in (2, 3, 4):
+        checkpoint.save(tmp_path, step, {}, {}, keep=best, texts={"note.json": str(step)})
+    assert names(tmp_path) == ["checkpoint-1", "checkpoint-3", "checkpoint-4"]
+    assert (tmp_path / "checkpoint-4" / "note.json").read_text() == "4"
+
+
+def test_random_generators_come_back(tmp_path: Path) -> None:
+    """Catches: a generator left out, or one whose state changes on its way through JSON: dropout would draw other numbers."""
+
+    def draws() -> list[float]:
+        return [random.random(), random.gauss(0, 1), float(np.random.rand()), np.random.randn(), float(torch.rand(()))]
+
+    draws()  # an odd number of normal draws: their generators keep one in hand
+    tensors, rest = checkpoint.pack_generators()
+    path = checkpoint.save(tmp_path, 1, {"generators": tensors}, {"generators": rest})
+    expected = draws()
+    loaded, state = checkpoint.load(path)
+    checkpoint.unpack_generators(loaded["generators"], state["generators"])
+    assert draws() == expected
 
 
 # ---- optimisers -----------------------------------------------------------------------------------------------------

@@ -298,7 +298,94 @@ def test_versions_are_readable_by_others(registry: Registry) -> None:
         os.umask(previous)
 
 
+# --- delete ---
+
+
+def test_a_parent_that_is_needed_stays(registry: Registry) -> None:
+    """Catches: a reward model and a policy that can never be loaded again, because their SFT policy was cleaned up."""
+    _, _, ppo = chain(registry)
+    with pytest.raises(UserError, match=r"sft/demo@1 is needed by reward/demo@1, ppo/demo@1.*--force"):
+        registry.delete("sft/demo@1")
+    assert registry.get("ppo/demo") == ppo
+    registry.delete("ppo/demo@1")
+    registry.delete("reward/demo@1")
+    registry.delete("sft/demo@1")
+    assert registry.list() == []
+    assert publish(registry).version == 2, "a child elsewhere would take a new sft/demo@1 for its parent"
+
+
+def test_delete_takes_the_named_version_only(registry: Registry) -> None:
+    """Catches: the wrong version gone, an unnamed one taken for the latest, and other files of the name lost."""
+    made = [publish(registry, metrics={"n": n}) for n in range(3)]
+    with pytest.raises(UserError, match=r"which version.*sft/demo@3"):
+        registry.delete("sft/demo")
+    with pytest.raises(UserError, match="no artefact 'sft/demo@4'"):
+        registry.delete("sft/demo@4")
+    registry.delete("sft/demo@2")
+    assert registry.list() == [made[0], made[2]] and registry.get("sft/demo@1") == made[0]
+
+
+def test_delete_by_force_is_told_by_the_children(registry: Registry) -> None:
+    """Catches: a child that loads without its parent, unverified."""
+    chain(registry)
+    registry.delete("sft/demo@1", force=True)
+    with pytest.raises(UserError, match=r"needs its parent sft/demo@1.*no artefact"):
+        registry.get("reward/demo")
+
+
+def test_a_deletion_that_is_killed_half_way_leaves_no_version(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches: files deleted before the manifest, which then vouches for what is not there."""
+    artifact = publish(registry)
+    unlink = Path.unlink
+
+    def killed(self: Path, *args: Any) -> None:
+        unlink(self, *args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "unlink", killed)
+        registry.delete("sft/demo@1")
+    assert registry.list() == [] and artifact.path.is_dir()
+    assert publish(registry).version == 2
+
+
+def test_a_parent_deleted_in_the_meantime(registry: Registry) -> None:
+    """Catches: hours of training registered on top of a policy that somebody has deleted, broken from the start."""
+    sft = publish(registry)
+
+    def delete_and_write(folder: Path) -> None:
+        registry.delete("sft/demo@1")
+        write(folder)
+
+    with pytest.raises(UserError, match="sft/demo@1 was deleted while reward/demo was made"):
+        registry.publish("reward", "demo", delete_and_write, parents=[sft], **FIELDS)
+    assert registry.list() == []
+
+
+def test_cli_delete(registry: Registry, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches: `--force` that is not passed on, and a refusal that ends with success."""
+    chain(registry)
+    place = ["--registry", str(registry.root)]
+    assert exit_code(["delete", "sft/demo@1", *place], monkeypatch) == 2
+    assert "needed by" in capsys.readouterr().err and registry.versions("sft", "demo") == [1]
+    assert exit_code(["delete", "sft/demo@1", "--force", *place], monkeypatch) == 0
+    assert capsys.readouterr().out.strip() == "deleted sft/demo@1" and registry.versions("sft", "demo") == []
+
+
 # --- verification ---
+
+
+@pytest.mark.parametrize("name", ["../../outside.json", "adapter_model.bin"])
+def test_a_manifest_that_lists_what_it_must_not(registry: Registry, name: str) -> None:
+    """Catches: a registry from elsewhere, in order by its own checksums, that brings a pickle or reaches out of its folder."""
+    artifact = publish(registry)
+    file = artifact.path / name
+    file.write_bytes(b"x")
+    rewrite_manifest(artifact, files={**artifact.manifest.files, name: sha256_file(file)})
+    with pytest.raises(UserError, match=f"lists {name}, which no artefact may hold"):
+        registry.get("sft/demo")
 
 
 def test_any_flipped_byte_is_detected(registry: Registry) -> None:
@@ -306,7 +393,7 @@ def test_any_flipped_byte_is_detected(registry: Registry) -> None:
     artifact = publish(registry)
     files = sorted(p for p in artifact.path.rglob("*") if p.is_file())
     generator = random.Random(0)
-    for trial in range(30):
+    for trial in range(200):
         file = files[trial % len(files)]
         good = file.read_bytes()
         at = generator.randrange(len(good))

@@ -302,7 +302,7 @@ def _read_hub(source: Source) -> Iterator[Line]:
         rows: Any = datasets.load_dataset(
             source.path, source.subset, split=split, revision=source.revision, streaming=True
         )
-        for number, row in enumerate(rows, start=1):
+        for number, row in enumerate(without_media(rows), start=1):
             yield Line(place, number, dict(row))
     except Exception as error:  # hub, network, script and parsing errors have no common type
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -312,3 +312,12 @@ def _read_hub(source: Source) -> Iterator[Line]:
         ) from error
     if number == 0:
         raise UserError(f"{place} is empty: it holds no rows")
+
+
+def without_media(rows: Any) -> Any:
+    """A data set of the hub without its columns of images, sound and the like: their cells may hold paths, and reading one would
+    open that file of this machine."""
+    from datasets.features.features import require_decoding
+
+    media = [name for name, feature in (rows.features or {}).items() if require_decoding(feature)]
+    return rows.remove_columns(media) if media else rows

@@ -29,7 +29,7 @@ from typing import Any, Literal
 import pyarrow as pa
 from datasets import Dataset
 
-from rlhf.data_prep.files import is_data, is_readable, read_file
+from rlhf.data_prep.files import is_data, is_readable, read_file, without_media
 from rlhf.data_prep.folder import prepared_fingerprint
 from rlhf.data_prep.rows import (
     Malformed,
@@ -219,7 +219,7 @@ def _read_hub(name: str, split: str) -> _Raw:
     if own is None and (split == "train" or "train" not in splits):
         raise UserError(f"dataset '{name}' has no {split} split; it has {', '.join(splits)}")
     chosen = own or "train"
-    return _Raw(f"{name} ({chosen})", list(enumerate(splits[chosen], start=1)), has_split=has_validation)
+    return _Raw(f"{name} ({chosen})", list(enumerate(without_media(splits[chosen]), start=1)), has_split=has_validation)
 
 
 # Rows

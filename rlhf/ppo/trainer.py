@@ -426,6 +426,7 @@ class PPOTrainer:
                 "kl_coef": self.kl_coef,
                 "learning_rate_scale": self.learning_rate_scale,
                 "roll_backs": self.roll_backs,
+                "log": self.tracker.position(),
             },
         )
         distributed.wait()
@@ -436,6 +437,8 @@ class PPOTrainer:
         path = checkpoint.latest(self.folder)
         if path is not None:
             self._load(path)
+        else:
+            self.tracker.rewind({})  # killed before its first checkpoint: all of it comes again
         return self.updates_done
 
     def _load(self, path: Path) -> None:
@@ -448,7 +451,7 @@ class PPOTrainer:
         self.scheduler.load_state_dict(state["scheduler"])
         self.kl_coef, self.updates_done = state["kl_coef"], state["step"]
         self.learning_rate_scale, self.roll_backs = state["learning_rate_scale"], state["roll_backs"]
-        self.tracker.truncate(self.updates_done)
+        self.tracker.rewind(state["log"])
 
     def _texts(self, rollout: Sequences) -> list[str]:
         return [

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from trl import RewardTrainer
 
 from rlhf.packing import prompt_batches
+from rlhf.resumable import ResumableTrainer
 from rlhf.tokenization import pad
 
 
@@ -137,7 +138,7 @@ def score_rows(model: torch.nn.Module, input_ids: Tensor, attention_mask: Tensor
     return torch.cat(parts)[torch.argsort(torch.cat(list(batches)))]
 
 
-class RankingTrainer(RewardTrainer):
+class RankingTrainer(ResumableTrainer, RewardTrainer):
     """`trl.RewardTrainer` on rankings: only the data and the loss are different."""
 
     def __init__(self, *args: Any, objective: Objective, forward_batch_size: int, **kwargs: Any) -> None:

@@ -132,8 +132,11 @@ class ClassifierReward:
     def __init__(self, name_or_path: str, compute: Compute, batch_size: int) -> None:
         self.batch_size = batch_size
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-            model = AutoModelForSequenceClassification.from_pretrained(name_or_path, dtype=compute.dtype)
+            # Told to, because asked neither way transformers asks the terminal whether to run a model's code.
+            self.tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+            model = AutoModelForSequenceClassification.from_pretrained(
+                name_or_path, dtype=compute.dtype, use_safetensors=True, trust_remote_code=False
+            )
         except (OSError, ValueError) as error:
             raise UserError(
                 f"no reward source '{name_or_path}': it is no reward/NAME, no URL, no package.module:function, and no "

@@ -22,15 +22,17 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState, set_seed
 from transformers.utils import logging as transformers_logging
 
-from rlhf import checkpoint, distributed, memory, optim
+from rlhf import checkpoint, distributed, memory, optim, storage
 from rlhf.config import StageConfig, TrainingLength
 from rlhf.data_prep.loading import NAMED_ROWS, Loaded
 from rlhf.errors import UserError
 from rlhf.interrupt import StopRequest
 from rlhf.models import Compute
-from rlhf.registry import Artifact, Registry, recipe_hash
+from rlhf.redaction import redact
+from rlhf.registry import Artifact, Reference, Registry, recipe_hash
+from rlhf.resumable import STATE_FILE
 from rlhf.tokenization import stop_token_ids, tokenizer_hashes
-from rlhf.tracking import MetricsCallback, PhaseTimer, ProgressCallback, Tracker
+from rlhf.tracking import RUN_FILE, MetricsCallback, PhaseTimer, ProgressCallback, Tracker
 
 
 @dataclass
@@ -72,7 +74,7 @@ class Run:
             write(folder)
             tokenizer.save_pretrained(folder)
 
-        artifact = self.registry.publish(
+        artifact = self._registered(name or self.config.name) or self.registry.publish(
             self.stage,
             name or self.config.name,
             write_all,
@@ -86,7 +88,7 @@ class Run:
             reward_mean=reward_mean,
             reward_std=reward_std,
             data=self.data,
-            config=dataclasses.asdict(self.config),
+            config=redact(dataclasses.asdict(self.config)),
             recipe=self.recipe,
             metrics={
                 **metrics,
@@ -99,6 +101,11 @@ class Run:
         self.tracker.log_artifact(artifact.reference, artifact.path, metrics)
         print(f"registered {artifact.reference} in {self.registry.root}", flush=True)
         return artifact
+
+    def _registered(self, name: str) -> Artifact | None:
+        """What this very run registered before it was killed and resumed, if it came so far."""
+        made = self.registry.find(self.stage, name, self.recipe) if self.config.resume else None
+        return made if made and made.manifest.wandb_run_id == self.tracker.run_id else None
 
 
 def stage_recipe(config: StageConfig, parents: Sequence[Artifact], data: dict[str, Any]) -> str:
@@ -119,6 +126,7 @@ def open_run(
     stage: str, config: StageConfig, parents: list[Artifact], data: dict[str, Any], recipe: str
 ) -> Iterator[Run]:
     """Seeds, chooses device and type, opens the tracker; the run's folder is `output_dir/STAGE`."""
+    Reference(stage, config.name)  # a name that cannot be registered must not show after the training
     _quiet()
     distributed.start()
     set_seed(config.seed)
@@ -181,12 +189,16 @@ def _claim_checkpoints(folder: Path, config: StageConfig, parents: list[Artifact
         UserError: with `resume`, when the checkpoints there were made with other options, data or parents.
     """
     inputs = {"dataset": data["fingerprint"], **{parent.stage: parent.hash for parent in parents}}
-    made_of, mark = {**config.recipe(), **inputs}, folder / "made_of.json"
-    if folder.exists() and not config.resume:
-        previous = folder.with_name("checkpoints.previous")
-        shutil.rmtree(previous, ignore_errors=True)
-        folder.rename(previous)
-    elif folder.exists():
+    made_of, mark = redact({**config.recipe(), **inputs}), folder / "made_of.json"
+    if not config.resume:
+        # The id goes first: killed between these lines, a resumed run must not take the results of the run before for its own.
+        (folder.parent / RUN_FILE).unlink(missing_ok=True)
+        if folder.exists():
+            previous = folder.with_name("checkpoints.previous")
+            shutil.rmtree(previous, ignore_errors=True)
+            folder.rename(previous)
+    checkpoint.clear(folder)
+    if mark.is_file() or checkpoint.latest(folder):
         before = json.loads(mark.read_text(encoding="utf-8")) if mark.is_file() else {}
         if changed := sorted(k for k, v in made_of.items() if k not in before or before[k] != v):
             raise UserError(
@@ -194,8 +206,8 @@ def _claim_checkpoints(folder: Path, config: StageConfig, parents: list[Artifact
                 "use the same ones again, or start anew without --resume"
             )
         return
-    folder.mkdir()
-    mark.write_text(json.dumps(made_of, indent=2), encoding="utf-8")
+    folder.mkdir(exist_ok=True)
+    storage.write_text(mark, json.dumps(made_of, indent=2))
 
 
 def describe_data(sets: dict[str, Loaded]) -> dict[str, Any]:
@@ -234,7 +246,6 @@ def trainer_arguments(run: Run, length: TrainingLength) -> dict[str, Any]:
         "eval_on_start": True,
         "save_strategy": "steps",
         "save_steps": c.save_steps,
-        "save_total_limit": 2,
         "logging_steps": c.logging_steps,
         "learning_rate": c.learning_rate,
         "weight_decay": c.weight_decay,
@@ -280,36 +291,27 @@ def train(trainer: Any, run: Run) -> None:
         trainer.add_callback(MetricsCallback(run.tracker, run.stage))
         trainer.add_callback(_StopCallback(stop))
         folder = Path(trainer.args.output_dir)
-        last = _last_checkpoint(folder) if run.config.resume else None
+        last = checkpoint.latest(folder) if run.config.resume else None
+        if run.config.resume:
+            run.tracker.rewind(checkpoint.load_state(last)["log"] if last else {})
         if last is not None:
-            run.tracker.truncate(int(last.name.rsplit("-", 1)[1]))
             trainer.args.eval_on_start = False  # that evaluation is in the checkpoint's history already
+        trainer.log_position = run.tracker.position
         with run.timer.phase("train"):
-            try:
-                if last is None or not _take_finished(trainer, last):
-                    trainer.train(resume_from_checkpoint=str(last) if last else None)
-            except Exception as error:
-                if checkpoint.is_storage_failure(error):
-                    raise checkpoint.not_written(folder / f"checkpoint-{trainer.state.global_step}", error) from error
-                raise
+            if last is None or not _take_finished(trainer, last):
+                trainer.train(resume_from_checkpoint=str(last) if last else None)
         stop.raise_if_requested()
 
 
 def _take_finished(trainer: Any, last: Path) -> bool:
     """Whether the checkpoint holds all updates, and if so, takes it as the result: the trainer would make one more update."""
-    state = TrainerState.load_from_json(str(last / "trainer_state.json"))
+    state = TrainerState.load_from_json(str(last / STATE_FILE))
     if state.global_step < state.max_steps:
         return False
-    best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
-    trainer._load_from_checkpoint(best if best and Path(best).is_dir() else str(last))
     trainer.state = state
+    best = trainer.best_checkpoint() if trainer.args.load_best_model_at_end else None
+    trainer._load_from_checkpoint(str(best or last))
     return True
-
-
-def _last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that is complete: the trainer writes its state last."""
-    found = [p for p in folder.glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
-    return max(found, key=lambda p: int(p.name.rsplit("-", 1)[1]), default=None)
 
 
 class SortedStepSampler(Sampler[int]):

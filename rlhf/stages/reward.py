@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import RewardConfig as TrlRewardConfig
 
-from rlhf import checkpoint
+from rlhf import checkpoint, storage
 from rlhf.config import RewardConfig, parse_config, require
 from rlhf.data_prep.loading import Loaded, load_rows
 from rlhf.errors import UserError, run_command
@@ -59,6 +59,8 @@ from rlhf.stages.common import (
 )
 from rlhf.tokenization import encode_prompt, encode_response, load_tokenizer
 
+#: How the folder begins in which the trained model waits until it is registered.
+SCRATCH = ".trained-"
 #: Responses whose scores set the zero and the unit of the reward.
 NORMALIZATION_SAMPLES = 256
 
@@ -96,9 +98,11 @@ def run(config: RewardConfig, *, reuse: bool = False) -> Artifact:
         load_function(config.gold)  # a slip in its name must not show after the training
 
     require_one_process("reward")
+    for left in Path(config.output_dir, "reward").glob(f"{SCRATCH}*"):  # of a run that was killed
+        shutil.rmtree(left, ignore_errors=True)
     with (
         open_run("reward", config, [policy], data, recipe) as run,
-        tempfile.TemporaryDirectory(dir=run.folder) as place,
+        tempfile.TemporaryDirectory(dir=run.folder, prefix=SCRATCH) as place,
     ):
         base = load_policy(policy, config, run.compute)
         prepared = prepare(run, config, base, policy, comparisons, held_out)
@@ -153,7 +157,7 @@ def train_and_save(
     try:
         save_reward_model(model, folder, base_model=policy.manifest.base_model)
     except Exception as error:
-        if checkpoint.is_storage_failure(error):
+        if storage.is_failure(error):
             raise checkpoint.not_written(folder, error) from error
         raise
     return scorer.raw(prepared.texts), trainer.state.global_step

@@ -22,6 +22,7 @@ from rlhf.errors import run_command
 from rlhf.models import backbone, direct_casting, load_base, lora_config, save_adapter, with_adapter
 from rlhf.ppo.functional import sequence_logprobs
 from rlhf.registry import Artifact, Registry
+from rlhf.resumable import ResumableTrainer
 from rlhf.reward.evaluate import own_responses
 from rlhf.reward.scorer import open_scorer
 from rlhf.stages.common import (
@@ -153,7 +154,7 @@ def tokenize(data: Loaded, tokenizer: PreTrainedTokenizerBase, max_length: int, 
     return Dataset.from_list(rows)
 
 
-class _Trainer(SFTTrainer):
+class _Trainer(ResumableTrainer, SFTTrainer):
     """`trl.SFTTrainer` whose microbatches hold answers of similar length, and which wastes no work on prompts on a CPU.
 
     With a selection, each evaluation has its score as well.

@@ -366,8 +366,8 @@ def test_one_file_is_split_by_prompt(tmp_path: Path) -> None:
 
 def test_hub_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bug: a dataset whose held-out split is called test is evaluated on its training rows."""
-    rows = [{"prompt": f"p{i}", "chosen": "a", "rejected": "b"} for i in range(50)]
-    hub: dict[str, Any] = {"train": rows, "test": rows[:3]}
+    rows = datasets.Dataset.from_list([{"prompt": f"p{i}", "chosen": "a", "rejected": "b"} for i in range(50)])
+    hub: dict[str, Any] = {"train": rows, "test": rows.select(range(3))}
     monkeypatch.setattr(datasets, "load_dataset", lambda name: hub)
     assert len(load_rows("owner/name", "train", kind="comparisons").rows) == 50
     assert len(load_rows("owner/name", "validation", kind="comparisons").rows) == 3
@@ -378,6 +378,23 @@ def test_hub_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub["default"] = rows
     with pytest.raises(UserError, match="'owner/name' has no train split; it has default"):
         load_rows("owner/name", "train", kind="comparisons")
+
+
+def test_hub_columns_of_images_are_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: a data set whose image column names a file of this machine, which is opened and read with the row."""
+    features = datasets.Features(
+        {
+            "prompt": datasets.Value("string"),
+            "pictures": datasets.List(datasets.Image()),
+            "score": datasets.Value("int64"),
+        }
+    )
+    secret = str(tmp_path / "secret.png")
+    rows = [{"prompt": f"p{i}", "pictures": [{"path": secret, "bytes": None}], "score": i} for i in range(4)]
+    hub = {"train": datasets.Dataset.from_list(rows, features=features)}
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: hub)
+    loaded = load_rows("owner/name", "train", kind="prompts").rows
+    assert "score" in loaded.column_names and "pictures" not in loaded.column_names
 
 
 def test_hub_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:

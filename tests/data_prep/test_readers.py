@@ -358,7 +358,8 @@ def test_hub_dataset_streams(build_data: Callable[..., Built], monkeypatch: pyte
 
     def load_dataset(*words: Any, **options: Any) -> Any:
         asked.append((words, options))
-        return iter([{"prompt": text(i), "completion": text(i + 500)} for i in range(40)])
+        rows = [{"prompt": text(i), "completion": text(i + 500)} for i in range(40)]
+        return datasets.Dataset.from_list(rows).to_iterable_dataset()
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     source = Source(path="owner/name", subset="small", split="first", revision="abc")
