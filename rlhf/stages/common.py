@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from rlhf import checkpoint, distributed, memory, optim
 from rlhf.config import StageConfig, TrainingLength
-from rlhf.data_prep.loading import NAMED_ROWS, Loaded
+from rlhf.data_prep.loading import NAMED_ROWS, Loaded, joint_fingerprint
 from rlhf.errors import UserError
 from rlhf.interrupt import StopRequest
 from rlhf.models import Compute
@@ -200,9 +200,8 @@ def _claim_checkpoints(folder: Path, config: StageConfig, parents: list[Artifact
 
 def describe_data(sets: dict[str, Loaded]) -> dict[str, Any]:
     """Rows, drops and one fingerprint of the data sets of a stage, for its manifest; and the fingerprints of their data cards."""
-    fingerprint = recipe_hash({name: loaded.fingerprint for name, loaded in sets.items()}, [], None)
     return {
-        "fingerprint": fingerprint,
+        "fingerprint": joint_fingerprint(sets),
         "prepared": {name: loaded.prepared for name, loaded in sets.items() if loaded.prepared},
         "rows": {name: len(loaded.rows) for name, loaded in sets.items()},
         "dropped": {name: loaded.dropped for name, loaded in sets.items() if loaded.dropped},
