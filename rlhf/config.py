@@ -108,7 +108,9 @@ class StageConfig(RunConfig):
     save_steps: int = option("updates between checkpoints", 20)
     logging_steps: int = option("updates between log lines", 1)
     resume: bool = option("go on from the last checkpoint in output_dir", False)
-    preflight: bool = option("check models, data and room before the training (seconds); a failed check ends the run", True)
+    preflight: bool = option(
+        "check models, data and room before the training (seconds); a failed check ends the run", True
+    )
     wandb_group: str | None = option("W&B group of the runs of one pipeline; default: the name", None)
 
     def __post_init__(self) -> None:

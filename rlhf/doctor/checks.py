@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rlhf import distributed
 from rlhf.errors import UserError
 
 
@@ -29,7 +30,7 @@ class Check:
 
 
 def require_all(checks: Sequence[Check], what: str) -> None:
-    """Prints a line for each check.
+    """Prints a line for each check, in the first of several processes.
 
     Args:
         what: word before each line.
@@ -37,7 +38,7 @@ def require_all(checks: Sequence[Check], what: str) -> None:
     Raises:
         UserError: checks failed; it lists them, each with what was measured and what to do.
     """
-    for check in checks:
+    for check in checks if distributed.rank() == 0 else ():
         print(f"{what} {check}", flush=True)
     failed = [check for check in checks if not check.passed]
     if failed:

@@ -25,6 +25,8 @@ from transformers.utils import logging as transformers_logging
 from rlhf import checkpoint, distributed, memory, optim
 from rlhf.config import StageConfig, TrainingLength
 from rlhf.data_prep.loading import NAMED_ROWS, Loaded, joint_fingerprint
+from rlhf.doctor.checks import Check, require_all
+from rlhf.doctor.preflight import Ground
 from rlhf.errors import UserError
 from rlhf.interrupt import StopRequest
 from rlhf.models import Compute
@@ -216,6 +218,34 @@ def add_dropped(data: dict[str, Any], name: str, dropped: dict[str, list[int]]) 
         data["dropped"].setdefault(name, {}).update({reason: len(numbers) for reason, numbers in dropped.items()})
         named = {reason: numbers[:NAMED_ROWS] for reason, numbers in dropped.items()}
         data["dropped_rows"].setdefault(name, {}).update(named)
+
+
+def preflight(
+    run: Run,
+    examine: Callable[[Ground], list[Check]],
+    tokenizer: PreTrainedTokenizerBase,
+    training: dict[str, Loaded],
+    validation: Loaded,
+) -> None:
+    """Runs a stage's checks, unless they are switched off.
+
+    Raises:
+        UserError: checks failed; nothing was trained.
+    """
+    if not run.config.preflight:
+        return
+    ground = Ground(
+        config=run.config,
+        compute=run.compute,
+        folder=run.folder,
+        registry=run.registry.root,
+        parents=run.parents,
+        tokenizer=tokenizer,
+        training=training,
+        validation=validation,
+    )
+    with run.timer.phase("preflight"):
+        require_all(examine(ground), "preflight")
 
 
 def trainer_arguments(run: Run, length: TrainingLength) -> dict[str, Any]:
