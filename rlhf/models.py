@@ -236,6 +236,11 @@ def save_adapter(model: PeftModel, folder: Path, *, adapter: str, base_model: st
         config.inference_mode, config.base_model_name_or_path = was
 
 
+def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
+    """The layers that adapters sit on, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
 def read_adapter(model: PeftModel, folder: Path, *, adapter: str) -> None:
     """Puts what `save_adapter` wrote in place of an adapter's tensors; those that the file lacks stay as they are."""
     set_peft_model_state_dict(model, load_file(folder / ADAPTER_FILE), adapter_name=adapter)
@@ -263,7 +268,7 @@ def added_to_base(layers: Sequence[LoraLayer], adapter: str) -> Iterator[None]:
 @contextlib.contextmanager
 def merged_adapter(model: PeftModel, adapter: str) -> Iterator[None]:
     """Inside, a model with one adapter computes with it merged in, as whoever loads it will."""
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    layers = list(lora_layers(model).values())
     try:
         for layer in layers:
             layer._disable_adapters = True
@@ -469,7 +474,7 @@ class SharedModels(RoleModels):
             self.to(compute.device)
         self._no_dropout()
         self._role: Role = "policy"
-        self._layers = [m for m in self.peft.modules() if isinstance(m, LoraLayer)]
+        self._layers = list(lora_layers(self.peft).values())
         check_plain_head(base)
 
     @property
@@ -529,7 +534,7 @@ class SharedModels(RoleModels):
         return cast(Any, self.peft).merge_and_unload(adapter_names=["reward"])
 
     def _adapters_added(self) -> None:
-        self._layers = [m for m in self.peft.modules() if isinstance(m, LoraLayer)]
+        self._layers = list(lora_layers(self.peft).values())
         for layer in self._layers:
             layer.set_adapter("policy")
         for name, parameter in self.peft.named_parameters():

@@ -184,9 +184,8 @@ def _sampler(ground: Ground, models: RoleModels, rollout: Rollout, temperature: 
     tokens, or drawn at a lower temperature, tokens surprise less.
     """
     mask = rollout.mask
-    merged = check_merged(
-        rollout.logprobs[mask], rollout.sampler_logprobs[mask], ground.compute, "log-probabilities, nats,"
-    )
+    said = (rollout.logprobs[mask], rollout.sampler_logprobs[mask], rollout.ref_logprobs[mask])
+    merged = check_merged(*said, ground.compute, "log-probabilities, nats,")
     with models.role("policy"):
         states = models.hidden(rollout.input_ids, rollout.attention_mask)[:, rollout.prompts.shape[1] - 1 : -1][mask]
         logprobs = torch.log_softmax(models.logits(states).double() / temperature, dim=-1)  # (N, V)

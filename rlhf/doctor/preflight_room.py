@@ -94,7 +94,7 @@ def check_memory(
 
 
 def _gb(count: float) -> str:
-    return f"{count / 1e9:.2f} GB"
+    return f"{count / 1e9:.3g} GB"
 
 
 class Kept:

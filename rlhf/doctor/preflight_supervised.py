@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -23,6 +22,7 @@ from rlhf.doctor.preflight_models import (
     check_optimizer,
     check_reload,
     check_trainable,
+    emptied,
     of_adapter,
     stirred,
     uncovered,
@@ -89,7 +89,7 @@ def reward(ground: Ground, trainer: Any, policy: PreTrainedModel) -> list[Check]
     """
     config, model, rows = cast(RewardConfig, ground.config), trainer.model, trainer.train_dataset
     lengths = [sum(map(len, responses)) for responses in rows["input_ids"]]
-    lora = isinstance(model, PeftModel)
+    lora = config.finetuning == "lora"
     classifier = model.get_base_model() if lora else model
     with untouched(model, ground.compute.device):
         loaded = check_policy(ground, policy)
@@ -172,7 +172,7 @@ def _gradients(
 
 
 def _saved(
-    ground: Ground, model: PeftModel, intended: Mapping[str, nn.Parameter], said: Callable[[], Tensor], what: str
+    ground: Ground, model: Any, intended: Mapping[str, nn.Parameter], said: Callable[[], Tensor], what: str
 ) -> list[Check]:
     """What saving, loading and merging the adapter change in what is said."""
 
@@ -186,8 +186,10 @@ def _saved(
         checks = [check_reload(intended, save, load, said, ground.folder)]
         if ground.config.quantization == "none" and not ground.config.use_dora:  # else it is merged in another way
             unmerged = said()
+            with emptied({name: p for name, p in intended.items() if ".lora_" in name}):
+                without = said()
             with merged_adapter(model, "default"):
-                checks.append(check_merged(unmerged, said(), ground.compute, what))
+                checks.append(check_merged(unmerged, said(), without, ground.compute, what))
     return checks
 
 

@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import RewardConfig as TrlRewardConfig
@@ -167,7 +166,7 @@ def ask_policy(
 def train_and_save(
     run: Run,
     config: RewardConfig,
-    model: PreTrainedModel | PeftModel,
+    model: Any,
     trainer: RankingTrainer,
     policy: Artifact,
     prepared: Prepared,
