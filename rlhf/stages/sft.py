@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
@@ -25,7 +25,7 @@ from rlhf.doctor.preflight_supervised import sft as check_sft
 from rlhf.doctor.probe import ROWS as PROBE_ROWS
 from rlhf.doctor.probe import Probe
 from rlhf.errors import run_command
-from rlhf.models import backbone, direct_casting, load_base, lora_config, save_adapter, with_adapter
+from rlhf.models import backbone, direct_casting, load_base, lora_config, merged_adapter, save_adapter, with_adapter
 from rlhf.ppo.functional import sequence_logprobs
 from rlhf.registry import Artifact, Registry
 from rlhf.reward.evaluate import mean_logprobs, own_responses
@@ -96,11 +96,12 @@ def run(config: SFTConfig, *, reuse: bool = False, only_preflight: bool = False)
             return None
         with direct_casting(model, run.compute):
             train(trainer, run)
-            probe = make_probe(trainer, run, int(tokenizer.pad_token_id))
+            probe = make_probe(trainer, run, config, int(tokenizer.pad_token_id))
 
         def write(folder: Path) -> None:
             save_adapter(model, folder, adapter="default", base_model=config.model_name_or_path)
-            probe.save(folder)
+            if probe is not None:
+                probe.save(folder)
 
         return run.publish(
             write,
@@ -111,21 +112,26 @@ def run(config: SFTConfig, *, reuse: bool = False, only_preflight: bool = False)
         )
 
 
-def make_probe(trainer: SFTTrainer, run: Run, pad_token_id: int) -> Probe:
-    """What the trained policy says of a few held-out answers, by which whoever loads it can tell that it is the same."""
-    rows: Any = trainer.eval_dataset
+def make_probe(trainer: SFTTrainer, run: Run, config: SFTConfig, pad_token_id: int) -> Probe | None:
+    """What the trained policy, merged as its readers load it, says of a few held-out answers: they can tell it by that.
+
+    None for what is merged in another way than by adding to the weights that were trained on.
+    """
+    if config.use_dora or config.quantization != "none":
+        return None
+    rows, policy = cast(Any, trainer.eval_dataset), cast(Any, trainer.model).eval()
     chosen = [rows[i] for i in few([len(ids) for ids in rows["input_ids"]], PROBE_ROWS)]
     ids, prompts = [row["input_ids"] for row in chosen], [row["labels"].count(-100) for row in chosen]
-    policy: Any = trainer.model
-    said = mean_logprobs(
-        policy.eval().get_base_model(),
-        ids,
-        prompts,
-        torch.arange(len(ids)),
-        pad_token_id=pad_token_id,
-        compute=run.compute,
-        batch_size=len(ids),
-    )
+    with merged_adapter(policy, "default"):
+        said = mean_logprobs(
+            policy.get_base_model(),
+            ids,
+            prompts,
+            torch.arange(len(ids)),
+            pad_token_id=pad_token_id,
+            compute=run.compute,
+            batch_size=len(ids),
+        )
     return Probe.of(ids, said, run.compute.dtype, prompts)
 
 

@@ -647,3 +647,14 @@ def test_few_rows_are_short_and_of_different_lengths() -> None:
     lengths = [50, 10, 40, 20, 30, 60, 70, 80]
     assert [lengths[i] for i in few(lengths, 2)] == [10, 30]
     assert few([5], 4) == [0]
+
+
+def test_the_page_has_every_check() -> None:
+    """A check that was added or renamed without a word about it."""
+    page = (CONFIGS.parent / "docs" / "doctor.md").read_text(encoding="utf-8")
+    rows = [line.split("|") for line in page.split("## Preflight")[1].splitlines() if line.startswith("| ")]
+    named = {row[1].strip(): row[2] for row in rows[1:]}
+    assert named.keys() == {name for names in ALL.values() for name in names}
+    for name, stages in named.items():
+        listed = {stage for stage in ALL if stage.lower() in stages.lower() or "all" in stages}
+        assert listed == {stage for stage, names in ALL.items() if name in names}, name
