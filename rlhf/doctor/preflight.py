@@ -32,6 +32,7 @@ from rlhf.models import Compute
 from rlhf.registry import Artifact
 from rlhf.reward.evaluate import mean_logprobs
 
+USAGE = "usage: python -m rlhf.doctor preflight --config FILE [--option value ...], FILE and options of a stage"
 STAGES: dict[str, Any] = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig}
 #: Rows of data among which a few are chosen.
 _AMONG = 64
@@ -132,7 +133,7 @@ def parse(argv: Sequence[str]) -> tuple[str, StageConfig]:
     """The stage and its config, from `--config FILE` and `--option value`."""
     files = [argv[i + 1] for i, word in enumerate(argv[:-1]) if word == "--config"]
     if not files:
-        raise UserError("usage: python -m rlhf.doctor preflight --config FILE [--option value ...], FILE of a stage")
+        raise UserError(USAGE)
     words = [word.removeprefix("--").split("=")[0] for word in argv if word.startswith("--")]
     stage = stage_of([*words, *(name for file in files for name in read_yaml(file))])
     return stage, parse_config(STAGES[stage], list(argv))
@@ -154,7 +155,10 @@ def run(stage: str, config: StageConfig) -> None:
 
 def main() -> None:
     """Command line."""
-    run(*parse(sys.argv[1:]))
+    if {"-h", "--help"} & set(sys.argv):
+        print(USAGE)
+    else:
+        run(*parse(sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf.data_prep.folder import CARD
 from rlhf.data_prep.loading import Kind, Loaded, joint_fingerprint, load_rows
 from rlhf.data_prep.staged import comparable
 from rlhf.doctor.checks import Check
@@ -83,7 +84,7 @@ def check_leaks(
         for name, loaded in training.items()
     }
     leaks = {name: texts for name, texts in shared.items() if texts}
-    known = sorted(name for name in leaks if _allowed(dataset, name))
+    known = sorted(name for name in leaks if _allowed(dataset, _kind(training[name]), _kind(validation)))
     told = [
         f"{len(texts)} of {len(held_out)} held-out {by}s are in {name}, first: {min(texts)[:_SHOWN]!r}"
         for name, texts in leaks.items()
@@ -115,12 +116,16 @@ def _digest(text: str) -> bytes:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
-def _allowed(dataset: str, training: str) -> bool:
-    """Whether the card of a prepared folder says that its recipe allows what is held out in this training set."""
+def _kind(loaded: Loaded) -> Kind:
+    columns = loaded.rows.column_names
+    return "comparisons" if "responses" in columns else "demonstrations" if "completion" in columns else "prompts"
+
+
+def _allowed(dataset: str, trained: Kind, held_out: Kind) -> bool:
+    """Whether the card of a prepared folder tells of an overlap of these sets: its leak gate has let it pass."""
     try:
-        card = json.loads((Path(dataset).expanduser() / "card.json").read_text(encoding="utf-8"))
-        overlaps = card["leaks"]["overlaps"]
+        card = json.loads((Path(dataset).expanduser() / CARD).read_text(encoding="utf-8"))
+        pairs = [set(pair.split(" / ")) for pair in card["leaks"]["overlaps"]]
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    kind = next((kind for kind in ("demonstrations", "comparisons", "prompts") if kind in training), "")
-    return any(f"{kind}/train" in pair and "/validation" in pair for pair in overlaps)
+    return {f"{trained}/train", f"{held_out}/validation"} in pairs

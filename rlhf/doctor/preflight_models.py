@@ -20,7 +20,6 @@ from transformers.pytorch_utils import Conv1D
 
 from rlhf.doctor.checks import Check
 from rlhf.models import Compute, lora_layers
-from rlhf.optim import MIN_8BIT_SIZE
 
 #: Differences that are rounding where the same weights are computed with again, in nats a token or units of a score.
 ROUNDING = {torch.float64: 1e-6, torch.float32: 2e-3, torch.bfloat16: 0.05}
@@ -195,7 +194,8 @@ def check_merged(unmerged: Tensor, merged: Tensor, without: Tensor, compute: Com
         without: what the base says; merged twice or not at all is as far off as this.
     """
     difference, effect = (float((unmerged - other).abs().mean()) for other in (merged, without))
-    limit = effect * ROUNDING_OF_MERGING[compute.dtype]
+    # Whole models have no adapter, and nothing is merged.
+    limit = effect * ROUNDING_OF_MERGING[compute.dtype] if effect else ROUNDING[compute.dtype]
     return Check(
         name="merged equals unmerged",
         passed=difference <= limit,
@@ -213,12 +213,14 @@ def check_probe(name: str, now: Tensor, then: Sequence[float], dtype: str, compu
         now: (n,) what it says here.
         then: what it said, in the compute type `dtype`.
     """
+    expected = torch.tensor(then, dtype=torch.float64)
     limit = ROUNDING[compute.dtype] if compute.dtype == getattr(torch, dtype) else ROUNDING_OF_TYPES
-    difference = _largest(now.double().cpu() - torch.tensor(then, dtype=torch.float64))
+    limit *= max(1.0, float(expected.square().mean().sqrt()))
+    difference = _largest(now.double().cpu() - expected)
     return Check(
         name=f"{name.split('/')[0]} model loads as it was trained",
         passed=difference <= limit,
-        measured=f"{name} answers {len(then)} rows with a difference of {difference:.2g} (limit {limit:g})",
+        measured=f"{name} answers {len(then)} rows with a difference of {difference:.2g} (limit {limit:.2g})",
         cause="its base model, adapter or head is not what it was trained with, or is applied twice or not at all",
         fix=f"see that base model and revision are those of `rlhf registry show {name}`, or train it again",
     )
@@ -228,8 +230,7 @@ def check_optimizer(
     parameters: Iterable[nn.Parameter],
     make: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
     *,
-    eight_bit: bool,
-    wide_heads: bool,
+    smallest: int | None,
 ) -> Check:
     """That the optimiser keeps its states in 8 bits where that was asked for, and in 32 where precision counts.
 
@@ -237,7 +238,7 @@ def check_optimizer(
 
     Args:
         make: the run's optimiser, of other parameters.
-        wide_heads: whether heads to one number have states of 32 bits however wide they are.
+        smallest: elements from which on states are to have 8 bits; None: 32 bits were asked for.
     """
     shapes = {p.shape: p for p in parameters if p.numel() <= _LARGEST_COPY}
     copies = [nn.Parameter(torch.zeros_like(p)) for p in shapes.values()]
@@ -247,15 +248,14 @@ def check_optimizer(
     optimizer.step()
     wrong, small = [], 0
     for copy in copies:
-        head = wide_heads and (copy.ndim < 2 or copy.shape[0] == 1)
-        expected = eight_bit and copy.numel() >= MIN_8BIT_SIZE and not head
+        expected = smallest is not None and copy.numel() >= smallest
         moments = [s for s in optimizer.state[copy].values() if isinstance(s, Tensor) and s.shape == copy.shape]
         kept = {str(moment.dtype).removeprefix("torch.") for moment in moments}
         small += expected
         if not moments or (kept == {"uint8"}) != expected:
             wrong.append(f"{tuple(copy.shape)} in {', '.join(sorted(kept)) or 'nothing'}")
-    asked = "8 bits" if eight_bit else "32 bits"
-    right = f"{asked} at {small if eight_bit else len(copies)} of {len(copies)} shapes that train"
+    asked = "32 bits" if smallest is None else f"8 bits from {smallest:,} elements on"
+    right = f"{asked}, so at {small} of {len(copies)} shapes that train" if smallest else asked
     return Check(
         name="optimiser states",
         passed=not wrong,

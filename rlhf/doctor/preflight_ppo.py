@@ -36,7 +36,7 @@ from rlhf.doctor.preflight_supervised import of_company
 from rlhf.doctor.preflight_text import check_rollout
 from rlhf.doctor.probe import read_probe
 from rlhf.models import RoleModels, SharedModels, read_adapter
-from rlhf.optim import build_optimizer
+from rlhf.optim import build_optimizer, smallest_8bit
 from rlhf.ppo import forward
 from rlhf.ppo import functional as F
 from rlhf.ppo.metrics import Totals
@@ -91,8 +91,7 @@ def ppo(ground: Ground, trainer: PPOTrainer) -> list[Check]:
             check_optimizer(
                 intended.values(),
                 lambda parameters: build_optimizer([{"params": parameters}], trainer.config),
-                eight_bit=trainer.config.optim == "adamw_8bit",
-                wide_heads=True,
+                smallest=smallest_8bit(intended.values()) if trainer.config.optim == "adamw_8bit" else None,
             ),
         ]
     return checks + _room(ground, trainer, intended, activations)
@@ -290,9 +289,8 @@ def _reward_loads(ground: Ground, trainer: PPOTrainer) -> list[Check]:
         if probe is None or ground.quantized or not isinstance(source, (AdapterReward, ModelReward)):
             continue
         mean, std = float(artifact.manifest.reward_mean or 0.0), float(artifact.manifest.reward_std or 1.0)
-        said = [(value - mean) / std for value in probe.values]
-        now = source(_responses(ground, trainer, probe.rows))
-        checks.append(check_probe(artifact.reference, now, said, probe.dtype, ground.compute))
+        raw = source(_responses(ground, trainer, probe.rows)) * std + mean
+        checks.append(check_probe(artifact.reference, raw, probe.values, probe.dtype, ground.compute))
     return checks
 
 

@@ -31,6 +31,7 @@ from rlhf.doctor.preflight_models import (
 from rlhf.doctor.preflight_room import Kept, check_disk, check_memory
 from rlhf.doctor.preflight_text import check_labels, check_rankings, fitting_pairs
 from rlhf.models import direct_casting, merged_adapter, read_adapter, save_adapter
+from rlhf.optim import MIN_8BIT_SIZE
 from rlhf.reward.parity import other_companies
 from rlhf.reward.ranking import ordered_pairs
 from rlhf.reward.scorer import Scorer
@@ -199,8 +200,7 @@ def _states(ground: Ground, trainer: Any, intended: Mapping[str, nn.Parameter]) 
     return check_optimizer(
         intended.values(),
         lambda parameters: kind(parameters, **settings),
-        eight_bit=ground.config.optim == "adamw_8bit",
-        wide_heads=False,
+        smallest=MIN_8BIT_SIZE if ground.config.optim == "adamw_8bit" else None,
     )
 
 

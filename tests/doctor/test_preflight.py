@@ -143,7 +143,10 @@ def test_a_sound_run_passes_every_check(examine: Examine, stage: str) -> None:
             "ppo",
             {"reward": ["rlhf.evaluation.gold:vader"], "value_warmup_updates": 1, "temperature": 0.7, "ptx_coef": 0.1},
         ),
-        ("ppo", {"use_rslora": True, "dtype": "float64", "whiten_rewards": True, "kl_coef": 0.0}),
+        (
+            "ppo",
+            {"use_rslora": True, "dtype": "float64", "optim": "adamw_torch", "whiten_rewards": True, "kl_coef": 0.0},
+        ),
     ],
 )
 def test_sound_runs_of_other_kinds_pass(examine: Examine, stage: str, options: dict[str, Any]) -> None:
@@ -254,7 +257,6 @@ def test_a_rollout_whose_mask_covers_padding(examine: Examine, monkeypatch: pyte
         return done
 
     monkeypatch.setattr(sampling._Draft, "finished", all_true)
-    monkeypatch.setattr(ppo, "sampling_options", ppo.sampling_options)
     draw = sampling._draw
 
     def stop_soon(logits: torch.Tensor, *rest: Any) -> Any:
@@ -428,24 +430,24 @@ def test_a_head_that_is_cut_off_from_its_trunk(examine: Examine, monkeypatch: py
 
 def test_states_in_32_bits_that_were_to_be_in_8() -> None:
     """Three times the memory that was planned, or a head whose scale is rounded."""
-    shapes = [(64, 128), (16, 8), (1, 8192)]
+    shapes = [(64, 256), (16, 8), (1, 8192)]
     parameters = [torch.nn.Parameter(torch.ones(shape)) for shape in shapes]
     config = PPOConfig(dataset="d", policy="sft/a", reward=["reward/a"])
 
-    def check(make: Callable[..., Any], *, eight_bit: bool, wide_heads: bool = True) -> Check:
-        return check_optimizer(parameters, make, eight_bit=eight_bit, wide_heads=wide_heads)
+    def check(make: Callable[..., Any], smallest: int | None) -> Check:
+        return check_optimizer(parameters, make, smallest=smallest)
 
     def ours(copies: list[Any]) -> Any:
         return build_optimizer([{"params": copies}], config)
 
     import bitsandbytes
 
-    assert check(ours, eight_bit=True).passed
-    assert check(torch.optim.AdamW, eight_bit=False).passed
-    assert "(64, 128) in float32" in check(torch.optim.AdamW, eight_bit=True).measured
-    assert not check(ours, eight_bit=False).passed
-    assert "(1, 8192) in uint8" in check(bitsandbytes.optim.AdamW8bit, eight_bit=True).measured
-    assert check(bitsandbytes.optim.AdamW8bit, eight_bit=True, wide_heads=False).passed
+    assert check(ours, 8193).passed and "at 1 of 3 shapes" in check(ours, 8193).measured
+    assert check(torch.optim.AdamW, None).passed
+    assert "(64, 256) in float32" in check(torch.optim.AdamW, 4096).measured
+    assert "(64, 256) in uint8" in check(ours, None).measured
+    assert "(1, 8192) in uint8" in check(bitsandbytes.optim.AdamW8bit, 8193).measured
+    assert check(bitsandbytes.optim.AdamW8bit, 4096).passed
     assert all(bool((p == 1).all()) for p in parameters), "the run's own weights took the step"
 
 
