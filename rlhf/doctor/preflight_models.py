@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from rlhf import checkpoint
 from rlhf.doctor.checks import Check
 from rlhf.models import Compute, lora_layers
 
@@ -172,18 +173,28 @@ def check_reload(
     """
     before = outputs()
     with tempfile.TemporaryDirectory(dir=place) as folder:
-        save(Path(folder))
+        try:
+            save(Path(folder))
+        except Exception as error:
+            if not checkpoint.is_storage_failure(error):
+                raise
+            return _reload_check(False, f"nothing can be written to {place}: {str(error).splitlines()[0]}")
         with emptied(parameters):
             empty = outputs()
             load(Path(folder))
             after = outputs()
     difference, effect = _largest(after - before), _largest(empty - before)
+    told = f"outputs differ by {difference:.2g} (limit {SAME:g}); without the file by {effect:.2g}"
+    return _reload_check(difference <= SAME, told)
+
+
+def _reload_check(passed: bool, measured: str) -> Check:
     return Check(
         name="adapter and head reload",
-        passed=difference <= SAME,
-        measured=f"outputs differ by {difference:.2g} (limit {SAME:g}); without the file by {effect:.2g}",
-        cause="a tensor is not in the saved file, or is saved under another name: loaded, it would start anew",
-        fix="train and save all of lora_target_modules and the score head with one peft version",
+        passed=passed,
+        measured=measured,
+        cause="a tensor is not in the saved file, or under another name, so it would start anew; or the disk takes no file",
+        fix="train and save lora_target_modules and the score head with one peft version, on a disk that can be written to",
     )
 
 

@@ -295,6 +295,17 @@ def test_a_tensor_that_is_not_saved(examine: Examine, monkeypatch: pytest.Monkey
     assert list(failed(examine(stage))) == ["adapter and head reload"]
 
 
+def test_a_folder_that_takes_no_file(examine: Examine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read-only place is found at the first checkpoint; before, it is a traceback out of safetensors."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("rlhf.models.save_file", refuse)
+    told = failed(examine("sft"))
+    assert list(told) == ["adapter and head reload"] and "Read-only file system" in told["adapter and head reload"]
+
+
 @pytest.mark.parametrize("stage", TYPES)
 @pytest.mark.parametrize("factor", [0.0, 2.0])
 def test_an_adapter_merged_twice_or_not_at_all(
