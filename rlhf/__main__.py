@@ -15,6 +15,7 @@ VERBS = {
     "ppo": ("rlhf.stages.ppo", "stage 3: PPO against the reward model"),
     "card": ("rlhf.evaluation.reward", "report card of a registered reward model on any comparisons"),
     "registry": ("rlhf.registry", "list, show, verify and delete what was trained"),
+    "doctor": ("rlhf.doctor.__main__", "check a stage before a long run: rlhf doctor preflight --config FILE"),
     "report": ("rlhf.report", "make the HTML report of a run again"),
 }
 

@@ -35,6 +35,7 @@ PLACE_OPTIONS = {
     "gradient_checkpointing",
     "offload_base",
     "sampler",
+    "preflight",
 }
 #: Options that name an input by place; a recipe holds the input's hash instead.
 INPUT_OPTIONS = {"dataset", "policy", "reward", "ptx_dataset", "selection_reward"}
@@ -107,6 +108,9 @@ class StageConfig(RunConfig):
     save_steps: int = option("updates between checkpoints", 20)
     logging_steps: int = option("updates between log lines", 1)
     resume: bool = option("go on from the last checkpoint in output_dir", False)
+    preflight: bool = option(
+        "check models, data and room before the training (seconds); a failed check ends the run", True
+    )
     wandb_group: str | None = option("W&B group of the runs of one pipeline; default: the name", None)
 
     def __post_init__(self) -> None:

@@ -46,6 +46,22 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
+def cache_bytes(causal: PreTrainedModel, tokens: int) -> int:
+    """Bytes of the keys and values of so many tokens, in all layers."""
+    config = causal.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * width * causal.dtype.itemsize * tokens
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that this process can still take on the device, those that torch holds in reserve included."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + held
+
+
 def check_rollout_fits(
     models: torch.nn.Module, causal: PreTrainedModel, device: torch.device, *, responses: int, tokens: int
 ) -> None:
@@ -54,10 +70,7 @@ def check_rollout_fits(
     Raises:
         UserError: they are more than the whole device has; other work needs room as well, so passing proves nothing.
     """
-    config = causal.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    cache = 2 * config.num_hidden_layers * heads * width * causal.dtype.itemsize * responses * tokens
+    cache = cache_bytes(causal, responses * tokens)
     weights = sum(p.numel() * p.element_size() for p in models.parameters())
     there = (
         torch.cuda.get_device_properties(device).total_memory

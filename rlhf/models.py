@@ -12,7 +12,7 @@ import copy
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -238,6 +238,49 @@ def save_adapter(model: PeftModel, folder: Path, *, adapter: str, base_model: st
         config.inference_mode, config.base_model_name_or_path = was
 
 
+def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
+    """The layers that adapters sit on, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+def read_adapter(model: PeftModel, folder: Path, *, adapter: str) -> None:
+    """Puts what `save_adapter` wrote in place of an adapter's tensors; those that the file lacks stay as they are."""
+    set_peft_model_state_dict(model, load_file(folder / ADAPTER_FILE), adapter_name=adapter)
+
+
+@contextlib.contextmanager
+def added_to_base(layers: Sequence[LoraLayer], adapter: str) -> Iterator[None]:
+    """Inside, the adapter is added to *copies* of the base weights; whoever calls this switches the adapter itself off.
+
+    Leaving puts the very same base tensors back, so that they stay bit-identical: subtracting the adapter again would not.
+    """
+    kept: list[tuple[nn.Parameter, Tensor]] = []
+    try:
+        for layer in layers:
+            weight = cast(nn.Parameter, layer.get_base_layer().weight)
+            delta = cast(Any, layer).get_delta_weight(adapter)
+            kept.append((weight, weight.data))
+            weight.data = (weight.data + delta).to(weight.dtype)
+        yield
+    finally:
+        for weight, data in kept:
+            weight.data = data
+
+
+@contextlib.contextmanager
+def merged_adapter(model: PeftModel, adapter: str) -> Iterator[None]:
+    """Inside, a model with one adapter computes with it merged in, as whoever loads it will."""
+    layers = list(lora_layers(model).values())
+    try:
+        for layer in layers:
+            layer._disable_adapters = True
+        with torch.no_grad(), added_to_base(layers, adapter):
+            yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+
+
 def trainable_reward_model(
     base: PreTrainedModel, config: RewardConfig, pad_token_id: int
 ) -> PreTrainedModel | PeftModel:
@@ -433,7 +476,7 @@ class SharedModels(RoleModels):
             self.to(compute.device)
         self._no_dropout()
         self._role: Role = "policy"
-        self._layers = [m for m in self.peft.modules() if isinstance(m, LoraLayer)]
+        self._layers = list(lora_layers(self.peft).values())
         check_plain_head(base)
 
     @property
@@ -493,7 +536,7 @@ class SharedModels(RoleModels):
         return cast(Any, self.peft).merge_and_unload(adapter_names=["reward"])
 
     def _adapters_added(self) -> None:
-        self._layers = [m for m in self.peft.modules() if isinstance(m, LoraLayer)]
+        self._layers = list(lora_layers(self.peft).values())
         for layer in self._layers:
             layer.set_adapter("policy")
         for name, parameter in self.peft.named_parameters():
@@ -532,10 +575,9 @@ class SharedModels(RoleModels):
 
     @contextlib.contextmanager
     def merged_policy(self) -> Iterator[PreTrainedModel]:
-        """Inside, the policy as a plain model for fast sampling: the adapter is added into *copies* of the base weights.
+        """Inside, the policy as a plain model for fast sampling: the adapter is added to the base weights.
 
-        Leaving puts the very same base tensors back, so the reference stays bit-identical (subtracting the adapter again
-        would not). A quantised or offloaded base cannot be merged; it samples with the adapter on.
+        A quantised or offloaded base cannot be merged; it samples with the adapter on.
         """
         mergeable = all(
             type(layer.get_base_layer()).__module__.startswith(("torch.", "transformers.")) for layer in self._layers
@@ -544,18 +586,8 @@ class SharedModels(RoleModels):
             with self.role("policy"):
                 yield self.causal
             return
-        kept: list[tuple[nn.Parameter, Tensor]] = []
-        try:
-            with self.role("reference"):
-                for layer in self._layers:
-                    weight = cast(nn.Parameter, layer.get_base_layer().weight)
-                    delta = cast(Any, layer).get_delta_weight("policy")
-                    kept.append((weight, weight.data))
-                    weight.data = (weight.data + delta).to(weight.dtype)
-                yield self.causal
-        finally:
-            for weight, data in kept:
-                weight.data = data
+        with self.role("reference"), added_to_base(self._layers, "policy"):
+            yield self.causal
 
 
 def _offload_frozen(models: nn.Module, device: torch.device) -> None:

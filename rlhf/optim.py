@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
@@ -29,9 +30,7 @@ def build_optimizer(groups: Sequence[dict[str, Any]], config: StageConfig) -> to
         import bitsandbytes
 
         forget_overrides()
-        # Heads to one number as well, however wide the model is: they decide the scale of values.
-        heads = [p.numel() for group in groups for p in group["params"] if p.ndim < 2 or p.shape[0] == 1]
-        smallest = max([MIN_8BIT_SIZE, *(size + 1 for size in heads)])
+        smallest = smallest_8bit(p for group in groups for p in group["params"])
         return bitsandbytes.optim.AdamW8bit(list(groups), min_8bit_size=smallest, **settings)
     return torch.optim.AdamW(list(groups), **settings)
 
@@ -45,6 +44,15 @@ def forget_overrides() -> None:
     import bitsandbytes
 
     bitsandbytes.optim.GlobalOptimManager.get_instance().initialize()
+
+
+def smallest_8bit(parameters: Iterable[nn.Parameter]) -> int:
+    """Elements of a tensor from which on its states have 8 bits.
+
+    Heads to one number stay below, however wide the model is: they decide the scale of values.
+    """
+    heads = [p.numel() for p in parameters if p.ndim < 2 or p.shape[0] == 1]
+    return max([MIN_8BIT_SIZE, *(size + 1 for size in heads)])
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, config: StageConfig, num_updates: int) -> LambdaLR:

@@ -21,7 +21,7 @@ import itertools
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -45,6 +45,7 @@ from rlhf.data_prep.rows import (
 )
 from rlhf.errors import UserError, did_you_mean
 from rlhf.progress import progress
+from rlhf.registry import recipe_hash
 
 Kind = Literal["demonstrations", "comparisons", "prompts"]
 #: A row with its line or row number in the source, from 1.
@@ -86,6 +87,11 @@ class Loaded:
     prepared: str | None = None
     numbers: list[int] = field(default_factory=list)
     dropped_rows: dict[str, list[int]] = field(default_factory=dict)
+
+
+def joint_fingerprint(sets: Mapping[str, Loaded]) -> str:
+    """One fingerprint of the data sets of a stage, by name: that of its manifest."""
+    return recipe_hash({name: loaded.fingerprint for name, loaded in sets.items()}, [], None)
 
 
 @dataclass(frozen=True)

@@ -240,7 +240,7 @@ class PPOTrainer:
             for minibatch, microbatches in self.minibatches(rollout.lengths, epoch):
                 if not totals.early_stop:
                     tokens = int(rollout.mask[minibatch].sum())
-                    approx_kl = self._accumulate(rollout, advantages, returns, microbatches, tokens, totals)
+                    approx_kl = self.accumulate(rollout, advantages, returns, microbatches, tokens, totals)
                     approx_kl = float(distributed.total(torch.tensor(approx_kl)))
                     totals.early_stop = c.max_approx_kl is not None and approx_kl > c.max_approx_kl
                 if not totals.early_stop:
@@ -270,7 +270,7 @@ class PPOTrainer:
             for rows in order.split(c.minibatch_size)
         ]
 
-    def _accumulate(
+    def accumulate(
         self,
         rollout: Rollout,
         advantages: Tensor,

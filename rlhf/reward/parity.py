@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -40,15 +40,8 @@ def require_parity(trained: Tensor, saved: Scorer, rows: Sequence[Sequence[int]]
     if not bool(torch.isfinite(trained).all()):
         raise UserError("the reward model gives scores that are not finite; try a smaller learning_rate")
     scale = max(float(trained.double().square().mean().sqrt()), 1e-12)
-    reordered = REORDERED[saved.compute.dtype]
-    checks = [("together", RELOADED, saved.raw(rows))]
-    checks.append(("alone", reordered, torch.cat([saved.raw([row]) for row in rows])))
-    checks += [
-        (f"with {left} padding tokens before and {right} after", reordered, saved.raw_padded(rows, left, right))
-        for left, right in PADDINGS
-    ]
     worst = 0.0
-    for how, allowed, scores in checks:
+    for how, allowed, scores in [("together", RELOADED, saved.raw(rows)), *other_companies(saved, rows)]:
         difference = (scores - trained).abs().nan_to_num(nan=torch.inf)
         text = int(difference.argmax())
         if float(difference[text]) > allowed * scale:
@@ -59,3 +52,12 @@ def require_parity(trained: Tensor, saved: Scorer, rows: Sequence[Sequence[int]]
             )
         worst = max(worst, float(difference[text]) / scale)
     return worst
+
+
+def other_companies(scorer: Scorer, rows: Sequence[Sequence[int]]) -> Iterator[tuple[str, float, Tensor]]:
+    """The raw scores (M,) of rows alone and among padding: (how, allowed difference as in `REORDERED`, scores)."""
+    allowed = REORDERED[scorer.compute.dtype]
+    yield "alone", allowed, torch.cat([scorer.raw([row]) for row in rows])
+    for left, right in PADDINGS:
+        how = f"with {left} padding tokens before and {right} after"
+        yield how, allowed, scorer.raw_padded(rows, left, right)

@@ -24,7 +24,9 @@ from transformers.utils import logging as transformers_logging
 
 from rlhf import checkpoint, distributed, memory, optim, storage
 from rlhf.config import StageConfig, TrainingLength
-from rlhf.data_prep.loading import NAMED_ROWS, Loaded
+from rlhf.data_prep.loading import NAMED_ROWS, Loaded, joint_fingerprint
+from rlhf.doctor.checks import Check, require_all
+from rlhf.doctor.preflight import Ground
 from rlhf.errors import UserError
 from rlhf.interrupt import StopRequest
 from rlhf.models import Compute
@@ -212,9 +214,8 @@ def _claim_checkpoints(folder: Path, config: StageConfig, parents: list[Artifact
 
 def describe_data(sets: dict[str, Loaded]) -> dict[str, Any]:
     """Rows, drops and one fingerprint of the data sets of a stage, for its manifest; and the fingerprints of their data cards."""
-    fingerprint = recipe_hash({name: loaded.fingerprint for name, loaded in sets.items()}, [], None)
     return {
-        "fingerprint": fingerprint,
+        "fingerprint": joint_fingerprint(sets),
         "prepared": {name: loaded.prepared for name, loaded in sets.items() if loaded.prepared},
         "rows": {name: len(loaded.rows) for name, loaded in sets.items()},
         "dropped": {name: loaded.dropped for name, loaded in sets.items() if loaded.dropped},
@@ -229,6 +230,34 @@ def add_dropped(data: dict[str, Any], name: str, dropped: dict[str, list[int]]) 
         data["dropped"].setdefault(name, {}).update({reason: len(numbers) for reason, numbers in dropped.items()})
         named = {reason: numbers[:NAMED_ROWS] for reason, numbers in dropped.items()}
         data["dropped_rows"].setdefault(name, {}).update(named)
+
+
+def preflight(
+    run: Run,
+    examine: Callable[[Ground], list[Check]],
+    tokenizer: PreTrainedTokenizerBase,
+    training: dict[str, Loaded],
+    validation: Loaded,
+) -> None:
+    """Runs a stage's checks, unless they are switched off.
+
+    Raises:
+        UserError: checks failed; nothing was trained.
+    """
+    if not run.config.preflight:
+        return
+    ground = Ground(
+        config=run.config,
+        compute=run.compute,
+        folder=run.folder,
+        registry=run.registry.root,
+        parents=run.parents,
+        tokenizer=tokenizer,
+        training=training,
+        validation=validation,
+    )
+    with run.timer.phase("preflight"):
+        require_all(examine(ground), "preflight")
 
 
 def trainer_arguments(run: Run, length: TrainingLength) -> dict[str, Any]:

@@ -7,6 +7,7 @@ Registers the policy adapter as ppo/NAME.
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf import distributed
 from rlhf.config import PPOConfig, parse_config, require, reward_kind
 from rlhf.data_prep.loading import Loaded, load_rows
+from rlhf.doctor.preflight_ppo import ppo as check_ppo
 from rlhf.errors import UserError, run_command
 from rlhf.evaluation.policy import Answers, evaluate_policy
 from rlhf.full import SeparateModels
@@ -27,15 +29,16 @@ from rlhf.reward.evaluate import GoldFunction, load_function
 from rlhf.reward.scorer import open_scorer
 from rlhf.reward.sources import AdapterReward, ModelReward, Reward, open_sources, source_name
 from rlhf.sampling import fits_loop
-from rlhf.stages.common import Run, describe_data, finished_already, open_run, stage_recipe
+from rlhf.stages.common import Run, describe_data, finished_already, open_run, preflight, stage_recipe
 from rlhf.tokenization import encode_prompt, encode_response, last_user_text, load_tokenizer
 
 #: Held-out prompts whose answers before and after are shown side by side.
 COMPARED_PROMPTS = 20
 
 
-def run(config: PPOConfig, *, reuse: bool = False) -> Artifact:
-    """Trains and registers; with `reuse`, an artefact of the same recipe is returned instead of trained again."""
+def run(config: PPOConfig, *, reuse: bool = False, only_preflight: bool = False) -> Artifact | None:
+    """Trains and registers; with `reuse`, an artefact of the same recipe is returned instead of trained again; with
+    `only_preflight`, it ends before the training, without an artefact."""
     registry = Registry(config.registry)
     policy = registry.get(config.policy, expect_stage="sft")
     rewards = [registry.get(r, expect_stage="reward") for r in config.reward if reward_kind(r) == "adapter"]
@@ -71,6 +74,10 @@ def run(config: PPOConfig, *, reuse: bool = False) -> Artifact:
             rows=prompts.rows,
             texts=encode_texts(sets["ptx"], tokenizer, config, context) if "ptx" in sets else (),
         )
+        trained_on = {name: rows for name, rows in sets.items() if name != "validation"}
+        preflight(run, partial(check_ppo, trainer=trainer), tokenizer, trained_on, held_out)
+        if only_preflight:
+            return None
         if config.resume:
             trainer.resume()
         before = _evaluate(run, models, tokenizer, held_out_ids, held_out.rows, reward_sum, gold, reference=True)

@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from trl import RewardConfig as TrlRewardConfig
 from rlhf import checkpoint, storage
 from rlhf.config import RewardConfig, parse_config, require
 from rlhf.data_prep.loading import Loaded, load_rows
+from rlhf.doctor.preflight_supervised import reward as check_reward
+from rlhf.doctor.probe import Probe
 from rlhf.errors import UserError, run_command
 from rlhf.evaluation.reward import (
     PolicyEvidence,
@@ -52,6 +55,7 @@ from rlhf.stages.common import (
     describe_data,
     finished_already,
     open_run,
+    preflight,
     require_one_process,
     stage_recipe,
     train,
@@ -66,6 +70,15 @@ NORMALIZATION_SAMPLES = 256
 
 
 @dataclass(frozen=True, kw_only=True)
+class Beforehand:
+    """What only the SFT policy can tell, which the training uses up."""
+
+    evidence: PolicyEvidence
+    zero: list[list[int]]
+    """Token rows whose scores become 0 on average."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Prepared:
     """What is known before the training."""
 
@@ -74,9 +87,6 @@ class Prepared:
     validation: Encoded
     limit: int
     """Longest prompt and response together, tokens."""
-    evidence: PolicyEvidence
-    zero: list[list[int]]
-    """Token rows whose scores become 0 on average."""
 
     @property
     def texts(self) -> list[list[int]]:
@@ -85,8 +95,9 @@ class Prepared:
         return [ids for row in rows["input_ids"] for ids in row][:PARITY_TEXTS]
 
 
-def run(config: RewardConfig, *, reuse: bool = False) -> Artifact:
-    """Trains and registers; with `reuse`, an artefact of the same recipe is returned instead of trained again."""
+def run(config: RewardConfig, *, reuse: bool = False, only_preflight: bool = False) -> Artifact | None:
+    """Trains and registers; with `reuse`, an artefact of the same recipe is returned instead of trained again; with
+    `only_preflight`, it ends before the training, without an artefact."""
     policy = Registry(config.registry).get(config.policy, expect_stage="sft")
     comparisons = load_rows(config.dataset, "train", kind="comparisons")
     held_out = load_rows(config.dataset, "validation", kind="comparisons")
@@ -106,16 +117,23 @@ def run(config: RewardConfig, *, reuse: bool = False) -> Artifact:
     ):
         base = load_policy(policy, config, run.compute)
         prepared = prepare(run, config, base, policy, comparisons, held_out)
-        trained, steps = train_and_save(run, config, base, policy, prepared, Path(place))
-        del base  # what was saved takes its place
+        before = None if only_preflight else ask_policy(run, config, base, prepared, comparisons)
+        model = trainable_reward_model(base, config, int(prepared.tokenizer.pad_token_id))
+        trainer = make_trainer(run, config, model, prepared)
+        examine = partial(check_reward, trainer=trainer, policy=base)
+        preflight(run, examine, prepared.tokenizer, {"train": comparisons}, held_out)
+        if before is None:
+            return None
+        trained, steps = train_and_save(run, config, model, trainer, policy, prepared, Path(place))
+        del base, model, trainer, examine  # what was saved takes their place
         gc.collect()
-        return finish(run, config, policy, prepared, Path(place), trained, steps)
+        return finish(run, config, policy, prepared, before, Path(place), trained, steps)
 
 
 def prepare(
     run: Run, config: RewardConfig, base: PreTrainedModel, policy: Artifact, comparisons: Loaded, held_out: Loaded
 ) -> Prepared:
-    """Token rows, and what only the SFT policy can tell, which the training uses up."""
+    """Token rows."""
     tokenizer = load_tokenizer(str(policy.path))
     limit = min(config.max_length, context_length(base))
     training = encode_rankings(
@@ -134,23 +152,31 @@ def prepare(
             f"weight_by_agreement needs 'rater_ratings' in every row of {config.dataset} ({name}): for each response, "
             "the numbers of its raters",
         )
+    return Prepared(tokenizer=tokenizer, training=training, validation=validation, limit=limit)
+
+
+def ask_policy(
+    run: Run, config: RewardConfig, base: PreTrainedModel, prepared: Prepared, comparisons: Loaded
+) -> Beforehand:
+    """What only the SFT policy can tell, before it is trained into a reward model."""
+    tokenizer, training, validation = prepared.tokenizer, prepared.training, prepared.validation
     with run.timer.phase("evaluate"):
-        return Prepared(
-            tokenizer=tokenizer,
-            training=training,
-            validation=validation,
-            limit=limit,
+        return Beforehand(
             evidence=policy_evidence(base, tokenizer, run.compute, config, training, validation),
             zero=normalizing_rows(config, base, tokenizer, comparisons),
         )
 
 
 def train_and_save(
-    run: Run, config: RewardConfig, base: PreTrainedModel, policy: Artifact, prepared: Prepared, folder: Path
+    run: Run,
+    config: RewardConfig,
+    model: Any,
+    trainer: RankingTrainer,
+    policy: Artifact,
+    prepared: Prepared,
+    folder: Path,
 ) -> tuple[Tensor, int]:
     """Trains the policy into a reward model and saves it; its raw scores of `prepared.texts`, and the updates made."""
-    model = trainable_reward_model(base, config, int(prepared.tokenizer.pad_token_id))
-    trainer = make_trainer(run, config, model, prepared)
     with direct_casting(model, run.compute):
         train(trainer, run)
     scorer = Scorer(model, prepared.tokenizer, run.compute, config.per_device_eval_batch_size)
@@ -164,20 +190,27 @@ def train_and_save(
 
 
 def finish(
-    run: Run, config: RewardConfig, policy: Artifact, prepared: Prepared, saved: Path, trained: Tensor, steps: int
+    run: Run,
+    config: RewardConfig,
+    policy: Artifact,
+    prepared: Prepared,
+    before: Beforehand,
+    saved: Path,
+    trained: Tensor,
+    steps: int,
 ) -> Artifact:
     """Loads what was saved, compares it with what was trained, normalises and judges it, and registers those files."""
     with run.timer.phase("evaluate"):
         model = load_reward_model(saved, policy, config, run.compute, int(prepared.tokenizer.pad_token_id))
         scorer = Scorer(model, prepared.tokenizer, run.compute, config.per_device_eval_batch_size)
         difference = require_parity(trained, scorer, prepared.texts)
-        scorer.mean, scorer.std = normalization(config, scorer, prepared.zero)
+        scorer.mean, scorer.std = normalization(config, scorer, before.zero)
         card, rows = make_card(
             scorer,
             f"reward/{config.name}",
             prepared.training,
             prepared.validation,
-            prepared.evidence,
+            before.evidence,
             config,
             prepared.limit,
         )
@@ -188,6 +221,7 @@ def finish(
     def write(folder: Path) -> None:
         shutil.copytree(saved, folder, dirs_exist_ok=True)
         shutil.copy(run.folder / "card.json", folder)
+        Probe.of(prepared.texts, trained, run.compute.dtype).save(folder)
 
     return run.publish(
         write,

@@ -6,9 +6,11 @@ kept, by held-out loss or by a reward model's score; registers the adapter as sf
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
@@ -18,12 +20,16 @@ from trl import SFTTrainer
 from rlhf.config import SFTConfig, parse_config, require
 from rlhf.data_prep.assets import resolve_model
 from rlhf.data_prep.loading import Loaded, load_rows
+from rlhf.doctor.preflight import few
+from rlhf.doctor.preflight_supervised import sft as check_sft
+from rlhf.doctor.probe import ROWS as PROBE_ROWS
+from rlhf.doctor.probe import Probe
 from rlhf.errors import run_command
-from rlhf.models import backbone, direct_casting, load_base, lora_config, save_adapter, with_adapter
+from rlhf.models import backbone, direct_casting, load_base, lora_config, merged_adapter, save_adapter, with_adapter
 from rlhf.ppo.functional import sequence_logprobs
 from rlhf.registry import Artifact, Registry
 from rlhf.resumable import ResumableTrainer
-from rlhf.reward.evaluate import own_responses
+from rlhf.reward.evaluate import mean_logprobs, own_responses
 from rlhf.reward.scorer import open_scorer
 from rlhf.stages.common import (
     Run,
@@ -31,6 +37,7 @@ from rlhf.stages.common import (
     describe_data,
     finished_already,
     open_run,
+    preflight,
     require_one_process,
     stage_recipe,
     train,
@@ -42,8 +49,9 @@ from rlhf.tokenization import check_rows, decode_response, encode_prompt, encode
 SELECTION_METRIC = "eval_score"
 
 
-def run(config: SFTConfig, *, reuse: bool = False) -> Artifact:
-    """Trains and registers; with `reuse`, an artefact of the same recipe is returned instead of trained again."""
+def run(config: SFTConfig, *, reuse: bool = False, only_preflight: bool = False) -> Artifact | None:
+    """Trains and registers; with `reuse`, an artefact of the same recipe is returned instead of trained again; with
+    `only_preflight`, it ends before the training, without an artefact."""
     demonstrations = load_rows(config.dataset, "train", kind="demonstrations")
     held_out = load_rows(config.dataset, "validation", kind="demonstrations")
     data = describe_data({"train": demonstrations, "validation": held_out})
@@ -84,11 +92,17 @@ def run(config: SFTConfig, *, reuse: bool = False) -> Artifact:
             processing_class=tokenizer,
             selection=selection[0] if rewards else None,
         )
+        preflight(run, partial(check_sft, trainer=trainer), tokenizer, {"train": demonstrations}, held_out)
+        if only_preflight:
+            return None
         with direct_casting(model, run.compute):
             train(trainer, run)
+            probe = make_probe(trainer, run, config, int(tokenizer.pad_token_id))
 
         def write(folder: Path) -> None:
             save_adapter(model, folder, adapter="default", base_model=config.model_name_or_path)
+            if probe is not None:
+                probe.save(folder)
 
         return run.publish(
             write,
@@ -97,6 +111,29 @@ def run(config: SFTConfig, *, reuse: bool = False) -> Artifact:
             tokenizer=tokenizer,
             metrics={**_figures(trainer.state), "steps": trainer.state.global_step},
         )
+
+
+def make_probe(trainer: SFTTrainer, run: Run, config: SFTConfig, pad_token_id: int) -> Probe | None:
+    """What the trained policy, merged as its readers load it, says of a few held-out answers: they can tell it by that.
+
+    None for what is merged in another way than by adding to the weights that were trained on.
+    """
+    if config.use_dora or config.quantization != "none":
+        return None
+    rows, policy = cast(Any, trainer.eval_dataset), cast(Any, trainer.model).eval()
+    chosen = [rows[i] for i in few([len(ids) for ids in rows["input_ids"]], PROBE_ROWS)]
+    ids, prompts = [row["input_ids"] for row in chosen], [row["labels"].count(-100) for row in chosen]
+    with merged_adapter(policy, "default"):
+        said = mean_logprobs(
+            policy.get_base_model(),
+            ids,
+            prompts,
+            torch.arange(len(ids)),
+            pad_token_id=pad_token_id,
+            compute=run.compute,
+            batch_size=len(ids),
+        )
+    return Probe.of(ids, said, run.compute.dtype, prompts)
 
 
 def _figures(state: TrainerState) -> dict[str, float]:

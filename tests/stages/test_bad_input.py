@@ -372,7 +372,7 @@ def test_no_space_for_a_checkpoint(full: Place, stage: str) -> None:
     """A disk that fills up in the middle of a checkpoint: a traceback out of safetensors or torch.save, and half a file."""
     before = tree(full.registry)
     with largest_file(8_000):
-        failed = full.run(stage)
+        failed = full.run(stage, preflight=False)
     assert "cannot write checkpoint" in failed.complaint and "GB free" in failed.complaint
     assert tree(full.registry) == before
     assert full.run(stage, resume=True).code == 0, "what the failure left must not stop the run that follows it"
@@ -387,7 +387,7 @@ def test_no_space_in_the_registry(full: Place, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr("rlhf.models.save_file", refuse)
     before = tree(full.registry)
-    failed = full.run("ppo")
+    failed = full.run("ppo", preflight=False)
     assert "cannot register ppo/toy" in failed.complaint and "No space left" in failed.complaint
     assert tree(full.registry) == before
     assert checkpoint.latest(full.output / "ppo" / "checkpoints") is not None
