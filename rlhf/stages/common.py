@@ -22,13 +22,13 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState, set_seed
 from transformers.utils import logging as transformers_logging
 
-from rlhf import checkpoint, distributed, memory, optim
+from rlhf import checkpoint, distributed, live, memory, optim
 from rlhf.config import StageConfig, TrainingLength
 from rlhf.data_prep.loading import NAMED_ROWS, Loaded
 from rlhf.errors import UserError
 from rlhf.interrupt import StopRequest
 from rlhf.models import Compute
-from rlhf.registry import Artifact, Registry, recipe_hash
+from rlhf.registry import MANIFEST, Artifact, Registry, recipe_hash
 from rlhf.tokenization import stop_token_ids, tokenizer_hashes
 from rlhf.tracking import MetricsCallback, PhaseTimer, ProgressCallback, Tracker
 
@@ -96,7 +96,9 @@ class Run:
             wandb_run_id=self.tracker.run_id,
         )
         distributed.wait()
-        self.tracker.log_artifact(artifact.reference, artifact.path, metrics)
+        self.tracker.log_artifact(artifact.reference, artifact.path, {**metrics, "hash": artifact.hash})
+        if artifact.name == self.config.name:
+            shutil.copy(artifact.path / MANIFEST, self.folder)  # the run's folder can then speak for itself
         print(f"registered {artifact.reference} in {self.registry.root}", flush=True)
         return artifact
 
@@ -143,10 +145,12 @@ def open_run(
             wandb_project=config.wandb_project,
             resume=config.resume,
         ) as tracker,
+        live.view(f"{stage}: {config.name} on {compute}"),
         memory.explained(timer),
     ):
         for parent in parents:
-            tracker.use_artifact(parent.reference, parent.hash)
+            tracker.use_artifact(parent.reference, parent.hash, parent.path)
+        tracker.use_data(config.dataset, data)
         yield Run(stage, config, folder, Registry(config.registry), compute, tracker, parents, data, recipe, timer)
 
 

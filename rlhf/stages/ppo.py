@@ -75,6 +75,7 @@ def run(config: PPOConfig, *, reuse: bool = False) -> Artifact:
             trainer.resume()
         before = _evaluate(run, models, tokenizer, held_out_ids, held_out.rows, reward_sum, gold, reference=True)
         trainer.train()
+        run.tracker.log_frontier()
 
         def publish(name: str) -> Artifact:
             """Evaluates and registers the policy as it is now."""
