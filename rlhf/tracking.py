@@ -29,6 +29,7 @@ import psutil
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rlhf import live
+from rlhf.comparison import frontier
 from rlhf.errors import UserError, did_you_mean, run_command
 from rlhf.progress import Progress
 from rlhf.report import read_jsonl
@@ -398,19 +399,6 @@ def _model_artifact(reference: str, path: str | Path, metadata: Mapping[str, Any
     artifact = wandb.Artifact(name, type=artifact_type, metadata={"reference": reference, **metadata})
     artifact.add_reference(Path(path).absolute().as_uri())
     return artifact
-
-
-def frontier(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, float]]:
-    """The points (`step`, `sqrt_kl`, `score`) of a PPO run's log lines; KL in nats a response, exact where it was logged.
-
-    An estimate of a KL near 0 can come out below it: those points have no root and are left out.
-    """
-    points = []
-    for row in rows:
-        kl, score = row.get("objective/kl_full", row.get("objective/kl")), row.get("objective/score")
-        if kl is not None and score is not None and kl >= 0:
-            points.append({"step": float(row["step"]), "sqrt_kl": math.sqrt(kl), "score": float(score)})
-    return points
 
 
 # Names that hold a secret. `token` alone does, `pad_token` or `num_tokens` do not.

@@ -303,7 +303,7 @@ def log_card(card: Card, tracker: Tracker, step: int) -> None:
     """The main figures as metrics and the long parts as tables, in W&B and in the local record."""
     numbers = {f"card/{name}": value for name, value in figures(card).items() if isinstance(value, int | float)}
     tracker.log(numbers, step)
-    tracker.log_table("card/accuracy", accuracy_lines(card), step)
+    tracker.log_table("card/accuracies", accuracy_lines(card), step)
     tracker.log_table(
         "card/probes", [{k: v for k, v in p.items() if k != "example"} | p["example"] for p in card["probes"]], step
     )
