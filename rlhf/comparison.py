@@ -24,7 +24,6 @@ from rlhf.report import (
     NO_FIGURE,
     STAGES,
     _card_facts,
-    _duration,
     _list,
     _number,
     _percent,
@@ -328,7 +327,9 @@ def _scored_by(run: RunFolder) -> tuple[str, str] | None:
     made = _section(_section(run.results, "artifacts"), "reward")
     if not adapters and not run.parents("ppo") and made.get("hash"):
         adapters = {str(made.get("reference")): str(made["hash"])}
-    others = [str(r) for r in run.config("ppo").get("reward") or [] if not str(r).startswith("reward/")]
+    configured = run.config("ppo").get("reward") or []
+    rewards = [configured] if isinstance(configured, str) else configured
+    others = [str(reward) for reward in rewards if not str(reward).startswith("reward/")]
     if not adapters and not others:
         return None
     names = [*(f"{ref} {digest[:8]}" for ref, digest in adapters.items()), *others]
@@ -677,8 +678,3 @@ def _inputs(run: RunFolder, stage: str) -> list[tuple[str, str, str, str]]:
         inputs.append((f"base {name}", "data", Path(name).name, "base model"))
     inputs += [(digest, reference.split("/")[0], reference, digest[:10]) for reference, digest in run.parents(stage).items()]
     return inputs
-
-
-def duration_of(run: RunFolder) -> str:
-    """How long a run took in all, as a clock."""
-    return _duration(run.results.get("total_seconds"))
