@@ -114,7 +114,10 @@ def _results(artifacts: dict[str, Any], seed: int, seconds: float) -> dict[str, 
         # A stage that was skipped counts with the seconds that it took when it ran.
         "total_seconds": round(max(seconds, sum(f["seconds"] for f in figures.values())), 1),
         "peak_rss_gb": round(max(p["peak_rss_gb"] for p in phases), 2),
-        "artifacts": {s: {"reference": a.reference, "hash": a.hash, "run_id": a.manifest.wandb_run_id} for s, a in artifacts.items()},
+        "artifacts": {
+            s: {"reference": a.reference, "hash": a.hash, "run_id": a.manifest.wandb_run_id}
+            for s, a in artifacts.items()
+        },
         "phases": phases,
         "machine": {
             "processor": platform.processor() or platform.machine(),

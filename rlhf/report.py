@@ -1,8 +1,9 @@
 """One page about a whole run: what each stage gained, how PPO moved, what the policy says now, and how to read it.
 
-`python -m rlhf.report OUTPUT_DIR` makes `OUTPUT_DIR/report.html` again from the files that the stages left there; with several
-folders, or `-o FILE`, it makes a page that compares them (`rlhf.comparison`). The page is a single file that opens from disk without a network. It shows only what those files say: nothing is measured
-here. Parts that are missing or half-written are named on the page, and the rest is still shown.
+`python -m rlhf.report RUN` makes `RUN/report.html` again from the files that the stages left there; with several folders, or
+with `-o FILE`, it makes a page that compares them (`rlhf.comparison`). The page is a single file that opens from disk without a
+network. It shows only what those files say: nothing is measured here. Parts that are missing or half-written are named on the
+page, and the rest is still shown.
 """
 
 from __future__ import annotations

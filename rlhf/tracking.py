@@ -29,7 +29,7 @@ import psutil
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rlhf import live
-from rlhf.comparison import frontier
+from rlhf.comparison.runs import reward_kl_points
 from rlhf.errors import UserError, did_you_mean, run_command
 from rlhf.progress import Progress
 from rlhf.report import read_jsonl
@@ -142,7 +142,9 @@ class Tracker:
                 data = [[row.get(str(column)) for column in columns] for row in rows]
                 self._run.log({name: wandb.Table(columns=columns, data=data, allow_mixed_types=True)}, step=int(step))
 
-    def log_scatter(self, name: str, rows: Sequence[Mapping[str, float]], x: str, y: str, title: str, step: int) -> None:
+    def log_scatter(
+        self, name: str, rows: Sequence[Mapping[str, float]], x: str, y: str, title: str, step: int
+    ) -> None:
         """Sends a panel with a point a row; the caller keeps the local record."""
         with self._survives(f"log the panel {name}"):
             if self._run is not None and rows:
@@ -153,7 +155,7 @@ class Tracker:
 
     def log_frontier(self) -> None:
         """Sends the reward-KL frontier of a PPO run as a panel: the score of each update over the root of its KL."""
-        points = frontier(read_jsonl(self._metrics_file)[0]) if self._metrics_file.exists() else []
+        points = reward_kl_points(read_jsonl(self._metrics_file)[0]) if self._metrics_file.exists() else []
         if points:
             title = "Score over the square root of KL"
             self.log_scatter("frontier/score", points, "sqrt_kl", "score", title, int(points[-1]["step"]))

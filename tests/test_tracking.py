@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import wandb
 from transformers import TrainerControl, TrainerState, TrainingArguments
-
 from wandb_reader import OfflineRun, table_rows, wandb_records
 
 from rlhf import tracking
@@ -137,7 +136,11 @@ def test_an_offline_run_holds_metrics_samples_lineage_and_config(
 
     offline = OfflineRun(run_dir)
     axes = ("_step", "updates", "episodes", "objective/kl")
-    assert [tuple(row[k] for k in axes) for row in offline.history] == [(1, 1, 8, 0.5), (2, 2, 16, 1.0), (3, 3, 24, 1.5)]
+    assert [tuple(row[k] for k in axes) for row in offline.history] == [
+        (1, 1, 8, 0.5),
+        (2, 2, 16, 1.0),
+        (3, 3, 24, 1.5),
+    ]
     rows = [(row["step"], row["prompt"], row["score"]) for row in table_rows(run_dir)]
     assert rows == [(1, "p", 1), (2, "p", None), (3, "p", None)]
 
@@ -147,7 +150,9 @@ def test_an_offline_run_holds_metrics_samples_lineage_and_config(
     (entry,) = made.manifest.contents
     assert entry.ref == (adapter / "weights.safetensors").as_uri() and not entry.local_path
     assert set(offline.used) == {"sft-demo", "data-demo-data-ppo"}
-    assert offline.used["sft-demo"].digest == made.digest, "one folder has one digest, so that both ends are one version"
+    assert offline.used["sft-demo"].digest == made.digest, (
+        "one folder has one digest, so that both ends are one version"
+    )
     assert "2" in offline.used["sft-demo"].aliases and offline.config["data"]["fingerprint"] == "f00d"
 
 

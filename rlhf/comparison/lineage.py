@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
+
+from rlhf.comparison.runs import RunFolder
+from rlhf.report import _number, _section, _text
 
 COLUMNS = ("data", "sft", "reward", "ppo")
 BOX_WIDTH, BOX_HEIGHT = 196, 44
@@ -59,3 +63,42 @@ def _path(source: tuple[float, float], target: tuple[float, float]) -> str:
     x2, y2 = target[0], target[1] + BOX_HEIGHT / 2
     bend = max((x2 - x1) / 2, 20)
     return f"M{x1:g},{y1:g} C{x1 + bend:g},{y1:g} {x2 - bend:g},{y2:g} {x2 - 3:g},{y2:g}"
+
+
+def lineage(runs: Sequence[RunFolder]) -> tuple[list[Node], list[Edge]]:
+    """Data, base models and artefacts of all runs, each once, and what was made from what."""
+    nodes: dict[str, Node] = {}
+    edges: dict[Edge, None] = {}
+    for run in runs:
+        for stage in run.stages:
+            manifest = run.manifests.get(stage, {})
+            key = str(manifest.get("hash") or f"{run.label}/{stage}")
+            title = (
+                f"{stage}/{manifest['name']}@{manifest['version']}"
+                if manifest.get("name")
+                else f"{stage} of {run.label}"
+            )
+            detail = f"{key[:10]} · {run.label}" if manifest else "not registered"
+            nodes[key] = Node(key, stage, title, detail)
+            for source, column, name, text in _inputs(run, stage):
+                nodes.setdefault(source, Node(source, column, name, text))
+                edges[Edge(source, key)] = None
+    return list(nodes.values()), list(edges)
+
+
+def _inputs(run: RunFolder, stage: str) -> list[tuple[str, str, str, str]]:
+    """What a stage was made from: key, kind, title and detail of each."""
+    manifest, inputs = run.manifests.get(stage, {}), []
+    data = _section(manifest, "data")
+    if data.get("fingerprint"):
+        place = Path(str(run.config(stage).get("dataset", "data"))).name
+        rows = _section(data, "rows")
+        counts = ", ".join(f"{name} {_text(_number(count))}" for name, count in rows.items())
+        inputs.append((str(data["fingerprint"]), "data", f"{place} for {stage}", counts))
+    if stage == "sft" and manifest.get("base_model"):
+        name = str(manifest["base_model"])
+        inputs.append((f"base {name}", "data", Path(name).name, "base model"))
+    inputs += [
+        (digest, reference.split("/")[0], reference, digest[:10]) for reference, digest in run.parents(stage).items()
+    ]
+    return inputs
