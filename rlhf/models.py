@@ -28,6 +28,7 @@ from peft import (
 )
 from peft.helpers import disable_input_dtype_casting
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig, PreTrainedModel
@@ -146,6 +147,15 @@ def load_policy(artifact: Artifact, config: RunConfig, compute: Compute) -> PreT
     with tempfile.TemporaryDirectory() as folder:
         merged.save_pretrained(folder)
         return load_base(folder, config, compute).requires_grad_(False)
+
+
+def merge_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """The model with a finished policy's adapter merged in, for good: the base is used up."""
+    try:
+        adapted = PeftModel.from_pretrained(base, str(folder))
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{folder} holds no adapter for this model: {str(error).splitlines()[-1].strip()}") from error
+    return cast(Any, adapted).merge_and_unload().requires_grad_(False)
 
 
 def _without_quantization(config: RunConfig) -> RunConfig:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from rlhf.comparison.runs import RunFolder
+from rlhf.comparison.runs import RunFolder, reward_kl_points
 from rlhf.report import _list, _number, _section, _thin
 
 FITTED_POINTS = 60

@@ -70,18 +70,31 @@ def _settings(run: RunFolder) -> dict[str, str]:
 
 
 def differences(runs: Sequence[RunFolder]) -> list[tuple[str, list[str]]]:
-    """Settings that are not the same in all runs, each with its value in every run."""
-    return [(name, values) for name, values in _all_settings(runs) if len(set(values)) > 1]
+    """Settings that are not the same in all runs, each with its value in every run.
+
+    A run that left nothing about a stage does not differ in it: its cells say that nothing is known.
+    """
+    return [(name, _shown(values)) for name, values in _all_settings(runs) if len(set(values) - {None}) > 1]
 
 
 def common(runs: Sequence[RunFolder]) -> list[tuple[str, str]]:
-    return [(name, values[0]) for name, values in _all_settings(runs) if len(set(values)) == 1]
+    """Settings that are the same in all runs of which they are known."""
+    return [(name, next(filter(None, values))) for name, values in _all_settings(runs) if len(set(values) - {None}) == 1]
 
 
-def _all_settings(runs: Sequence[RunFolder]) -> list[tuple[str, list[str]]]:
+def _shown(values: Sequence[str | None]) -> list[str]:
+    return ["unknown" if value is None else value for value in values]
+
+
+def _all_settings(runs: Sequence[RunFolder]) -> list[tuple[str, list[str | None]]]:
+    """Every setting with its value in each run: a dash where the run has no such option, None where nothing is known."""
     tables = [_settings(run) for run in runs]
+    known = [{name.split(" · ")[0] for name in table} for table in tables]
     names = dict.fromkeys(itertools.chain.from_iterable(tables))
-    return [(name, [table.get(name, NO_FIGURE) for table in tables]) for name in names]
+    return [
+        (name, [table.get(name, NO_FIGURE if name.split(" · ")[0] in k else None) for table, k in zip(tables, known, strict=True)])
+        for name in names
+    ]
 
 
 class Row(NamedTuple):
