@@ -234,16 +234,22 @@ def context_length(model: PreTrainedModel) -> int:
 
 
 def save_adapter(model: PeftModel, folder: Path, *, adapter: str, base_model: str) -> None:
-    """A peft adapter folder (`adapter_config.json`, `adapter_model.safetensors`) that plain peft opens."""
+    """A peft adapter folder (`adapter_config.json`, `adapter_model.safetensors`) that plain peft opens.
+
+    The same adapter gives the same bytes.
+    """
     state = get_peft_model_state_dict(model, adapter_name=adapter)
     save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, folder / ADAPTER_FILE)
     config = model.peft_config[adapter]
-    was = config.inference_mode, config.base_model_name_or_path
-    config.inference_mode, config.base_model_name_or_path = True, base_model
+    changed = {"inference_mode": True, "base_model_name_or_path": base_model}
+    if isinstance(config.target_modules, set):  # whose order is another one in every process
+        changed["target_modules"] = sorted(config.target_modules)
+    was = {name: getattr(config, name) for name in changed}
     try:
+        vars(config).update(changed)
         config.save_pretrained(str(folder))
     finally:
-        config.inference_mode, config.base_model_name_or_path = was
+        vars(config).update(was)
 
 
 def trainable_reward_model(

@@ -72,7 +72,7 @@ def lineage(runs: Sequence[RunFolder]) -> tuple[list[Node], list[Edge]]:
     for run in runs:
         for stage in run.stages:
             manifest = run.manifests.get(stage, {})
-            key = str(manifest.get("hash") or f"{run.label}/{stage}")
+            key = run.source(stage)["manifest"] or f"{run.label}/{stage}"
             title = (
                 f"{stage}/{manifest['name']}@{manifest['version']}"
                 if manifest.get("name")

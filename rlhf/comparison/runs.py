@@ -74,7 +74,8 @@ class RunFolder:
 
     def source(self, stage: str) -> dict[str, str]:
         """Run id and manifest hash: where a figure of this stage comes from."""
-        return {"run_id": self.run_id(stage), "manifest": str(self.manifests.get(stage, {}).get("hash", ""))}
+        named = _section(_section(self.results, "artifacts"), stage).get("hash")
+        return {"run_id": self.run_id(stage), "manifest": str(self.manifests.get(stage, {}).get("hash") or named or "")}
 
 
 def reward_kl_points(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, float]]:
@@ -117,6 +118,10 @@ def read_run(folder: Path, registry: Path | None = None) -> RunFolder:
         manifest = _manifest(stage, place, run, registry)
         if manifest:
             run.manifests[stage] = manifest
+    if unregistered := [stage for stage in places if stage not in run.manifests]:
+        run.problems.append(
+            f"no readable manifest of {', '.join(unregistered)}: options and parents are known only as far as the run logged them"
+        )
     if run.evaluation:
         run.evaluated = _rows(folder / "samples.jsonl", run, expected=True)
     if "reward" in places:
@@ -167,9 +172,6 @@ def _manifest(stage: str, place: Path, run: RunFolder, registry: Path | None) ->
         candidates += [root / name / f"v{version}" / "manifest.json" for root in roots]
     file = next((candidate for candidate in candidates if candidate.is_file()), None)
     if file is None:
-        run.problems.append(
-            f"no manifest of its {stage} stage: options and parents are known only as far as it logged them"
-        )
         return {}
     try:
         raw = file.read_bytes()

@@ -79,7 +79,9 @@ def differences(runs: Sequence[RunFolder]) -> list[tuple[str, list[str]]]:
 
 def common(runs: Sequence[RunFolder]) -> list[tuple[str, str]]:
     """Settings that are the same in all runs of which they are known."""
-    return [(name, next(filter(None, values))) for name, values in _all_settings(runs) if len(set(values) - {None}) == 1]
+    return [
+        (name, next(filter(None, values))) for name, values in _all_settings(runs) if len(set(values) - {None}) == 1
+    ]
 
 
 def _shown(values: Sequence[str | None]) -> list[str]:
@@ -92,7 +94,13 @@ def _all_settings(runs: Sequence[RunFolder]) -> list[tuple[str, list[str | None]
     known = [{name.split(" · ")[0] for name in table} for table in tables]
     names = dict.fromkeys(itertools.chain.from_iterable(tables))
     return [
-        (name, [table.get(name, NO_FIGURE if name.split(" · ")[0] in k else None) for table, k in zip(tables, known, strict=True)])
+        (
+            name,
+            [
+                table.get(name, NO_FIGURE if name.split(" · ")[0] in k else None)
+                for table, k in zip(tables, known, strict=True)
+            ],
+        )
         for name in names
     ]
 

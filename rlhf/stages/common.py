@@ -26,6 +26,7 @@ from rlhf import checkpoint, distributed, live, memory, optim
 from rlhf.config import StageConfig, TrainingLength
 from rlhf.data_prep.loading import NAMED_ROWS, Loaded
 from rlhf.errors import UserError
+from rlhf.evaluation.overlap import TrainingPrompts, prompt_key
 from rlhf.interrupt import StopRequest
 from rlhf.models import Compute
 from rlhf.registry import MANIFEST, Artifact, Registry, recipe_hash
@@ -212,6 +213,22 @@ def describe_data(sets: dict[str, Loaded]) -> dict[str, Any]:
         "dropped": {name: loaded.dropped for name, loaded in sets.items() if loaded.dropped},
         "dropped_rows": {name: loaded.dropped_rows for name, loaded in sets.items() if loaded.dropped_rows},
     }
+
+
+def overlap(sets: dict[str, Loaded], parents: Sequence[Artifact], registry: Registry) -> dict[str, Any]:
+    """How many held-out prompts are among those that the stage, or a model that it starts from, is trained on.
+
+    Returns:
+        `held_out`: how many there are; `in_training`: counts by artefact, the stage's own as "its own data"; None where the
+        data of a parent is gone or has changed.
+    """
+    held_out = [row["prompt"] for row in sets["validation"].rows]
+    own = {prompt_key(row["prompt"]) for name, loaded in sets.items() if name != "validation" for row in loaded.rows}
+    counts: dict[str, int | None] = {"its own data": sum(prompt_key(prompt) in own for prompt in held_out)}
+    training = TrainingPrompts(registry)
+    for parent in parents:
+        counts |= training.overlap(parent, held_out)
+    return {"held_out": len(held_out), "in_training": counts}
 
 
 def add_dropped(data: dict[str, Any], name: str, dropped: dict[str, list[int]]) -> None:

@@ -52,6 +52,7 @@ from rlhf.stages.common import (
     describe_data,
     finished_already,
     open_run,
+    overlap,
     require_one_process,
     stage_recipe,
     train,
@@ -86,9 +87,9 @@ class Prepared:
 def run(config: RewardConfig, *, reuse: bool = False) -> Artifact:
     """Trains and registers; with `reuse`, an artefact of the same recipe is returned instead of trained again."""
     policy = Registry(config.registry).get(config.policy, expect_stage="sft")
-    comparisons = load_rows(config.dataset, "train", kind="comparisons")
-    held_out = load_rows(config.dataset, "validation", kind="comparisons")
-    data = describe_data({"train": comparisons, "validation": held_out})
+    sets = data_sets(config)
+    comparisons, held_out = sets["train"], sets["validation"]
+    data = describe_data(sets)
     recipe = stage_recipe(config, [policy], data)
     if reuse and (artifact := finished_already("reward", config, recipe)):
         return artifact
@@ -96,6 +97,7 @@ def run(config: RewardConfig, *, reuse: bool = False) -> Artifact:
         load_function(config.gold)  # a slip in its name must not show after the training
 
     require_one_process("reward")
+    data["overlap"] = overlap(sets, [policy], Registry(config.registry))
     with (
         open_run("reward", config, [policy], data, recipe) as run,
         tempfile.TemporaryDirectory(dir=run.folder) as place,
@@ -106,6 +108,11 @@ def run(config: RewardConfig, *, reuse: bool = False) -> Artifact:
         del base  # what was saved takes its place
         gc.collect()
         return finish(run, config, policy, prepared, Path(place), trained, steps)
+
+
+def data_sets(config: RewardConfig) -> dict[str, Loaded]:
+    """Everything that the stage reads, by split."""
+    return {split: load_rows(config.dataset, split, kind="comparisons") for split in ("train", "validation")}
 
 
 def prepare(

@@ -30,6 +30,7 @@ from rlhf.stages.common import (
     describe_data,
     finished_already,
     open_run,
+    overlap,
     require_one_process,
     stage_recipe,
     train,
@@ -43,9 +44,9 @@ SELECTION_METRIC = "eval_score"
 
 def run(config: SFTConfig, *, reuse: bool = False) -> Artifact:
     """Trains and registers; with `reuse`, an artefact of the same recipe is returned instead of trained again."""
-    demonstrations = load_rows(config.dataset, "train", kind="demonstrations")
-    held_out = load_rows(config.dataset, "validation", kind="demonstrations")
-    data = describe_data({"train": demonstrations, "validation": held_out})
+    sets = data_sets(config)
+    demonstrations, held_out = sets["train"], sets["validation"]
+    data = describe_data(sets)
     registry = Registry(config.registry)
     rewards = [registry.get(config.selection_reward, expect_stage="reward")] if config.selection_reward else []
     recipe = stage_recipe(config, rewards, data)
@@ -53,6 +54,7 @@ def run(config: SFTConfig, *, reuse: bool = False) -> Artifact:
         return artifact
 
     require_one_process("sft")
+    data["overlap"] = overlap(sets, rewards, registry)
     with open_run("sft", config, rewards, data, recipe) as run:
         tokenizer = load_tokenizer(
             resolve_model(config.model_name_or_path),
@@ -96,6 +98,11 @@ def run(config: SFTConfig, *, reuse: bool = False) -> Artifact:
             tokenizer=tokenizer,
             metrics={**_figures(trainer.state), "steps": trainer.state.global_step},
         )
+
+
+def data_sets(config: SFTConfig) -> dict[str, Loaded]:
+    """Everything that the stage reads, by split."""
+    return {split: load_rows(config.dataset, split, kind="demonstrations") for split in ("train", "validation")}
 
 
 def _figures(state: TrainerState) -> dict[str, float]:
