@@ -1,7 +1,7 @@
 """Artefacts kept elsewhere: `python -m rlhf.registry push REF PLACE` and `pull REF PLACE`.
 
-A place is a folder (a network share, a disk), a repository of the Hugging Face hub (`hf:OWNER/NAME`, private when it is made), or a
-W&B project (`wandb:ENTITY/PROJECT`). What is pushed is the artefact with everything it was made from, as the registry has it:
+A place is a folder (a network share, a disk), a repository of the Hugging Face hub (`hf:OWNER/NAME`, private when it is made), or
+a W&B project (`wandb:ENTITY/PROJECT`). What is pushed is the artefact with everything it was made from, as the registry has it:
 `STAGE/NAME/vN` with its manifest. So what is pulled can be verified to the last byte, and is refused if it was altered.
 """
 

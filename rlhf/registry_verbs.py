@@ -66,10 +66,9 @@ def add_parsers(commands: Any) -> list[argparse.ArgumentParser]:
 
 
 def _count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a number from 1, got {text}")
+    return int(text)
 
 
 def _lineage(arguments: argparse.Namespace, console: Console) -> None:

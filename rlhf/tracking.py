@@ -261,7 +261,7 @@ class Tracker:
             # loses long before somebody syncs an offline run.
             os.environ["WANDB_DATA_DIR"] = str(self.run_dir / "wandb")
             self._data_dir_is_ours = True
-        if self.wandb_mode == "online" and not _has_wandb_key():
+        if self.wandb_mode == "online" and not has_wandb_key():
             self._warn("W&B has no key (run `wandb login` or set WANDB_API_KEY); the run is kept offline")
             self.wandb_mode = "offline"
         if self.wandb_mode == "online":
@@ -366,10 +366,11 @@ def resolve_wandb_mode(mode: str) -> str:
         return from_environment
     if from_environment:
         raise UserError(f"WANDB_MODE is '{from_environment}'; it must be one of {', '.join(WANDB_MODES[1:])}")
-    return "online" if _has_wandb_key() else "offline"
+    return "online" if has_wandb_key() else "offline"
 
 
-def _has_wandb_key() -> bool:
+def has_wandb_key() -> bool:
+    """Whether there is a key for W&B, in the environment or in netrc."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     server = os.environ.get("WANDB_BASE_URL")

@@ -93,16 +93,11 @@ def _all_settings(runs: Sequence[RunFolder]) -> list[tuple[str, list[str | None]
     tables = [_settings(run) for run in runs]
     known = [{name.split(" · ")[0] for name in table} for table in tables]
     names = dict.fromkeys(itertools.chain.from_iterable(tables))
-    return [
-        (
-            name,
-            [
-                table.get(name, NO_FIGURE if name.split(" · ")[0] in k else None)
-                for table, k in zip(tables, known, strict=True)
-            ],
-        )
-        for name in names
-    ]
+
+    def value(name: str, table: dict[str, str], stages: set[str]) -> str | None:
+        return table.get(name, NO_FIGURE if name.split(" · ")[0] in stages else None)
+
+    return [(name, [value(name, *one) for one in zip(tables, known, strict=True)]) for name in names]
 
 
 class Row(NamedTuple):
