@@ -51,7 +51,9 @@ def test_every_metric_has_a_panel(tmp_path: Path, call: Callable[..., Call]) -> 
     assert "demo" in json.dumps(runset) and [g["name"] for g in runset["grouping"]] == ["group", "jobType"]
 
 
-def test_nothing_is_sent_without_a_key(tmp_path: Path, call: Callable[..., Call], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_sent_without_a_key(
+    tmp_path: Path, call: Callable[..., Call], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A traceback of a client that cannot log in; or a project of nobody."""
     assert "wandb login" in call("rlhf.tracking", "dashboard", "--entity", "me").complaint
     assert "--entity" in call("rlhf.tracking", "dashboard", "--output", tmp_path / "w.json").complaint

@@ -47,7 +47,7 @@ def test_the_view_shows_progress_figures_and_samples() -> None:
                 bar.update(1, score=0.1 * step)
             text = screen(shown)
     assert "ppo: demo" in text and "3/4" in text and "score 0.2" in text and "left" in text
-    assert "KL, nats a response  2.5" in text and "▁▅█" in text or "▁▄█" in text
+    assert ("KL, nats a response  2.5" in text and "▁▅█" in text) or "▁▄█" in text
     assert text.count("p2") == live.SAMPLES and "p1" not in text and "score 0.25 kl 1.5 | fine" in text
     assert "time/score" not in text
     assert live.bar(1, "after", leave=True) is None, "the view is closed"

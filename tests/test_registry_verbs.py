@@ -38,12 +38,26 @@ def test_lineage_goes_down_to_the_data(registry: Registry, verb: Verb) -> None: 
     lines = [line.strip("│├└─ ") for line in shown.out.splitlines()]
     assert lines[0].startswith(f"ppo/demo@1  {ppo.hash[:12]}")
     assert [line.split()[0] for line in lines] == [
-        *("ppo/demo@1", "data", "sft/demo@1", "data", "base", "reward/demo@1", "data", "sft/demo@1", "data", "base", "made"),
+        *(
+            "ppo/demo@1",
+            "data",
+            "sft/demo@1",
+            "data",
+            "base",
+            "reward/demo@1",
+            "data",
+            "sft/demo@1",
+            "data",
+            "base",
+            "made",
+        ),
     ]
     assert "outputs/demo/data  ef  train 24" in shown.out and "pypi:smollm2-135m-instruct" in shown.out
     tree = json.loads(verb("lineage", "ppo/demo", "--json").out)
     assert tree["made_from"][1]["made_from"][0]["hash"] == sft.hash
-    assert "made from it: reward/demo@1, ppo/demo@1" in verb("lineage", "sft/demo").out.replace("ppo/demo@1, reward/demo@1", "reward/demo@1, ppo/demo@1")
+    assert "made from it: reward/demo@1, ppo/demo@1" in verb("lineage", "sft/demo").out.replace(
+        "ppo/demo@1, reward/demo@1", "reward/demo@1, ppo/demo@1"
+    )
     order = [line.reference for line in ancestors(registry.lineage(ppo))]
     assert order == ["sft/demo@1", "reward/demo@1", "ppo/demo@1"], "parents before children, each once"
 
@@ -127,5 +141,11 @@ def test_prune_takes_a_chain_from_its_end(registry: Registry, verb: Verb) -> Non
 def test_an_unknown_artefact_offers_the_nearest(registry: Registry, verb: Verb, tmp_path: Path, name: str) -> None:  # noqa: F811
     """A traceback, or a bare `not found`, for a slip of the keyboard."""
     publish(registry)
-    more = {"diff": ["sft/demo"], "tag": ["best"], "export": [tmp_path / "x"], "push": [tmp_path], "pull": [registry.root]}
+    more = {
+        "diff": ["sft/demo"],
+        "tag": ["best"],
+        "export": [tmp_path / "x"],
+        "push": [tmp_path],
+        "pull": [registry.root],
+    }
     assert "did you mean 'sft/demo'" in verb(name, "sft/dmeo", *more.get(name, [])).complaint
