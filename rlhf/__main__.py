@@ -14,8 +14,9 @@ VERBS = {
     "reward": ("rlhf.stages.reward", "stage 2: train a reward model on rankings"),
     "ppo": ("rlhf.stages.ppo", "stage 3: PPO against the reward model"),
     "card": ("rlhf.evaluation.reward", "report card of a registered reward model on any comparisons"),
-    "registry": ("rlhf.registry", "list, show and verify what was trained"),
-    "report": ("rlhf.report", "make the HTML report of a run again"),
+    "registry": ("rlhf.registry", "what was trained: list, lineage, diff, export, push, reproduce, ..."),
+    "report": ("rlhf.report", "one HTML page about a run, or about several"),
+    "tracking": ("rlhf.tracking", "save a W&B workspace that compares runs"),
 }
 
 

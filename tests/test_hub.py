@@ -13,13 +13,18 @@ import huggingface_hub
 import pytest
 import wandb
 from huggingface_hub.errors import RepositoryNotFoundError
-from test_registry import chain, publish, registry, rewrite_manifest  # noqa: F401  (a fixture)
+from test_registry import chain, publish, rewrite_manifest
 from toys import Call
 
 from rlhf import hub
 from rlhf.errors import UserError
 from rlhf.hub import FolderPlace, HubPlace, WandbPlace, open_place, pull, push
 from rlhf.registry import Artifact, Registry
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Registry:
+    return Registry(tmp_path / "registry")
 
 
 class FolderHub:
@@ -97,7 +102,7 @@ def other(tmp_path: Path) -> Registry:
     return Registry(tmp_path / "other")
 
 
-def test_a_whole_lineage_goes_there_and_back(registry: Registry, place: hub.Place, other: Registry) -> None:  # noqa: F811
+def test_a_whole_lineage_goes_there_and_back(registry: Registry, place: hub.Place, other: Registry) -> None:
     """A policy that arrives without the models it was made from, or under hashes that its children do not know."""
     _, _, ppo = chain(registry)
     assert push(registry, ppo, place) == ["sft/demo@1", "reward/demo@1", "ppo/demo@1"]
@@ -108,7 +113,7 @@ def test_a_whole_lineage_goes_there_and_back(registry: Registry, place: hub.Plac
     assert place.versions("sft", "demo") == [1]
 
 
-def test_what_is_not_there_is_named(registry: Registry, place: hub.Place, other: Registry) -> None:  # noqa: F811
+def test_what_is_not_there_is_named(registry: Registry, place: hub.Place, other: Registry) -> None:
     """A traceback of the client's, or an empty folder in the registry."""
     with pytest.raises(UserError, match="no artefact 'sft/demo' there"):
         pull(other, "sft/demo", place)
@@ -118,7 +123,7 @@ def test_what_is_not_there_is_named(registry: Registry, place: hub.Place, other:
     assert other.references() == []
 
 
-def test_versions_that_differ_are_not_mixed(registry: Registry, place: hub.Place, other: Registry) -> None:  # noqa: F811
+def test_versions_that_differ_are_not_mixed(registry: Registry, place: hub.Place, other: Registry) -> None:
     """Two people's sft/demo@1: one silently stands for the other."""
     push(registry, publish(registry), place)
     mine = publish(other, recipe="mine")
@@ -129,7 +134,7 @@ def test_versions_that_differ_are_not_mixed(registry: Registry, place: hub.Place
     assert other.get("sft/demo").hash == mine.hash
 
 
-def test_an_altered_file_is_refused(registry: Registry, tmp_path: Path, other: Registry) -> None:  # noqa: F811
+def test_an_altered_file_is_refused(registry: Registry, tmp_path: Path, other: Registry) -> None:
     """Weights that somebody changed on the share are taken into the registry."""
     there = tmp_path / "there"
     push(registry, publish(registry), FolderPlace(there))
@@ -139,7 +144,7 @@ def test_an_altered_file_is_refused(registry: Registry, tmp_path: Path, other: R
     assert other.references() == [] and not list(other.root.rglob(".partial-*"))
 
 
-def test_a_parent_that_was_made_again_is_refused(registry: Registry, tmp_path: Path, other: Registry) -> None:  # noqa: F811
+def test_a_parent_that_was_made_again_is_refused(registry: Registry, tmp_path: Path, other: Registry) -> None:
     """A policy on top of another SFT model than the one that it was trained on."""
     sft, _, ppo = chain(registry)
     there = FolderPlace(tmp_path / "there")
@@ -162,7 +167,7 @@ def test_places_are_known_by_their_names(text: str, kind: type) -> None:
 def test_bad_places_and_silent_servers_are_one_line(
     registry: Registry,
     call: Callable[..., Call],
-    monkeypatch: pytest.MonkeyPatch,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A traceback of a client's library without a word on what to do."""
     publish(registry)

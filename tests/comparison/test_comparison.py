@@ -17,6 +17,7 @@ from test_report import BROWSER, made_up_card, made_up_results, without_plotly, 
 from toys import Call
 
 from rlhf.comparison import write_comparison
+from rlhf.comparison.charts import CURVES
 from rlhf.comparison.lineage import BOX_WIDTH, Edge, Node, draw_lineage
 from rlhf.comparison.runs import labels, reward_kl_points
 from rlhf.registry import Artifact, Registry
@@ -107,7 +108,9 @@ def made_up_evaluation(folder: Path) -> Path:
         "win_rates": [{"model": "ppo/demo@1", "baseline": "sft/demo@1", "judge": "vader", "kind": "gold", **figure(0.83),
                        "pairs": 8, "wins": 6, "ties": 1, "losses": 1, "unjudged": 0, "sign_test": {"p": 0.0123},
                        "length_controlled": figure(0.71), "length_difference": 2.0}],
-        "best_of_n": {"curve": [{"n": n, "kl": math.log(n) - (n - 1) / n, "score": figure(n / 9), "gold": {}} for n in (1, 2, 4)]},
+        "best_of_n": {
+            "curve": [{"n": n, "kl": math.log(n) - (n - 1) / n, "score": figure(n / 9), "gold": {}} for n in (1, 2, 4)]
+        },
         "frontier": {"points": points, "recommended": {"model": "ppo/demo@1:4", "run": "ppo/demo@1", "update": 4, "kl": 4.0,
                                                        "gold": "vader", "gain": figure(0.2), "fitted_gain": 0.2},
                      "fits": [{"run": "ppo/demo@1", "scorer": "score", "form": "ppo", "a": 0.9, "b": 0.1}]},
@@ -294,9 +297,8 @@ def test_model_output_is_escaped(runs: list[Path], tmp_path: Path) -> None:
 
 def test_ten_long_runs_fit_on_a_page(tmp_path: Path, registry: Registry, reward: tuple[Artifact, Artifact]) -> None:
     """Bug: a page that nobody can mail; plotly.js embedded once a plot, or every point of every run."""
-    rows = [
-        {"step": s, "episodes": s * 64, **dict.fromkeys(("objective/score", "objective/kl", "objective/kl_full", "objective/entropy", "objective/rlhf_reward", "response/length", "response/stop_rate", "response/distinct_2", "ppo/explained_variance", "ppo/clipfrac", "ppo/value_loss"), s * 0.123456789)} for s in range(1, 3001)
-    ]  # fmt: skip
+    names = [metric for curve in CURVES for metric in curve.metrics if curve.stage == "ppo"]
+    rows = [{"step": s, "episodes": s * 64, **dict.fromkeys(names, s * 0.123456789)} for s in range(1, 3001)]
     folders = []
     for number in range(10):
         folders.append(made_up_run(tmp_path / f"seed-{number}", registry, reward, seed=number))
