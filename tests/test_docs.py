@@ -1,4 +1,4 @@
-"""docs/ppo.md, docs/reward.md and docs/comparing.md against the code: what they say there is has to be there, and what there is to be said."""
+"""docs/ppo.md, docs/reward.md and docs/comparing.md against the code: nothing is said that is not there, nor left unsaid."""
 
 from __future__ import annotations
 
