@@ -10,6 +10,8 @@ from __future__ import annotations
 import abc
 import shutil
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -179,23 +181,18 @@ def _kind(stage: str) -> str:
     return f"registry-{stage}"
 
 
-class _explained:
-    """Inside, what a service's client raises becomes one line that names the place. Missing repositories pass through."""
+@contextmanager
+def _explained(place: str) -> Iterator[None]:
+    """Inside, what a service's client raises becomes one line that names the place; but not that a repository is missing."""
+    from huggingface_hub.errors import RepositoryNotFoundError
 
-    def __init__(self, place: str) -> None:
-        self.place = place
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, Exception) and not isinstance(error, UserError) and kind is not None:
-            if kind.__name__ == "RepositoryNotFoundError":
-                return
-            reason = (str(error).splitlines() or [kind.__name__])[0]
-            raise UserError(
-                f"{self.place} does not answer as it should: {reason} (logged in? is there a network?)"
-            ) from error
+    try:
+        yield
+    except (UserError, RepositoryNotFoundError):
+        raise
+    except Exception as error:  # of every kind: the clients have no common type
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{place} does not answer as it should: {reason} (logged in? is there a network?)") from error
 
 
 def open_place(text: str) -> Place:

@@ -113,6 +113,8 @@ def write_report(output_dir: str | Path) -> Path:
         UserError: there is no `results.json`, or it is not JSON.
     """
     output_dir = Path(output_dir)
+    from rlhf.comparison.runs import overlaps, read_run  # which builds on this module
+
     results = read_results(output_dir)
     missing: list[str] = []
     metrics = {stage: _read_rows(output_dir / stage / "metrics.jsonl", missing) for stage in STAGES}
@@ -140,6 +142,7 @@ def write_report(output_dir: str | Path) -> Path:
         reward_card=reward_card,
         plots=charts + timing + reward_card.get("charts", []),
         missing=missing,
+        marks=overlaps([read_run(output_dir)]),
         plotly=_plotly_gzip_base64() if charts or timing or reward_card else "",
     )
     return _write_page(page, output_dir / "report.html")

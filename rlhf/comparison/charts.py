@@ -7,8 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from rlhf.comparison.runs import RunFolder, reward_kl_points
-from rlhf.report import _list, _number, _section, _thin
+from rlhf.comparison.runs import RunFolder, mappings, reward_kl_points
+from rlhf.report import _number, _section, _thin
 
 FITTED_POINTS = 60
 
@@ -51,6 +51,7 @@ CURVES = (
 
 
 def curves(runs: Sequence[RunFolder]) -> list[dict[str, Any]]:
+    """`CURVES`, without those of which no run has anything."""
     charts = []
     for curve in CURVES:
         traces = [trace for number, run in enumerate(runs) if (trace := _trace(number, run, curve))]
@@ -70,9 +71,8 @@ def _trace(number: int, run: RunFolder, curve: Curve) -> dict[str, Any] | None:
         points = [(row.get("step"), v) for row in rows if (v := _number(row.get(metric))) is not None]
         if points:
             points = _thin(points)
-            episodes = next(
-                (row["episodes"] / row["step"] for row in rows if row.get("episodes") and row.get("step")), None
-            )
+            counted = [(_number(row.get("episodes")), _number(row.get("step"))) for row in rows]
+            episodes = next((count / step for count, step in counted if count and step), None)
             return {
                 "run": number, "x": [x for x, _ in points], "y": [float(f"{y:.5g}") for _, y in points],
                 "episodes": episodes, **run.source(curve.stage),
@@ -103,7 +103,7 @@ def evaluated_frontiers(evaluations: Sequence[RunFolder]) -> list[dict[str, Any]
     with the fits of Gao et al. (2022) and best-of-n."""
     charts = []
     for found in evaluations:
-        points = [p for p in _list(_section(found.evaluation, "frontier"), "points") if isinstance(p, Mapping)]
+        points = mappings(_section(found.evaluation, "frontier"), "points")
         golds = dict.fromkeys(itertools.chain.from_iterable(_section(p, "gold_gain") for p in points))
         for scorer in ("score", *(f"gold/{name}" for name in golds)):
             traces = [*_measured(found, points, scorer), *_fits(found, points, scorer), *_best_of_n(found, scorer)]
@@ -123,7 +123,7 @@ def _gain(point: Mapping[str, Any], scorer: str) -> Mapping[str, Any]:
 
 def _measured(found: RunFolder, points: Sequence[Mapping[str, Any]], scorer: str) -> list[dict[str, Any]]:
     """A trace a run: its checkpoints, from the nearest to the SFT policy on."""
-    models = {m.get("name"): m for m in _list(found.evaluation, "models") if isinstance(m, Mapping)}
+    models = {m.get("name"): m for m in mappings(found.evaluation, "models")}
     traces = []
     for color, run in enumerate(dict.fromkeys(p.get("run") for p in points)):
         own = sorted((p for p in points if p.get("run") == run), key=lambda p: float(p.get("sqrt_kl") or 0))
@@ -147,7 +147,7 @@ def _fits(found: RunFolder, points: Sequence[Mapping[str, Any]], scorer: str) ->
     """The fitted curves of the runs, as far as their points reach."""
     runs = list(dict.fromkeys(p.get("run") for p in points))
     traces = []
-    for fit in _list(_section(found.evaluation, "frontier"), "fits"):
+    for fit in mappings(_section(found.evaluation, "frontier"), "fits"):
         a, b = _number(fit.get("a")), _number(fit.get("b"))
         far = max((float(p.get("sqrt_kl") or 0) for p in points if p.get("run") == fit.get("run")), default=0.0)
         if fit.get("scorer") == scorer and a is not None and b is not None and far > 0:
@@ -161,7 +161,7 @@ def _fits(found: RunFolder, points: Sequence[Mapping[str, Any]], scorer: str) ->
 
 
 def _best_of_n(found: RunFolder, scorer: str) -> list[dict[str, Any]]:
-    curve = [line for line in _list(_section(found.evaluation, "best_of_n"), "curve") if isinstance(line, Mapping)]
+    curve = mappings(_section(found.evaluation, "best_of_n"), "curve")
     scores = [
         _section(line, "score") if scorer == "score" else _section(_section(line, "gold"), scorer[5:]) for line in curve
     ]

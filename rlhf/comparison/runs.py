@@ -54,11 +54,10 @@ class RunFolder:
 
     def phases(self) -> list[dict[str, Any]]:
         """Seconds and peak memory of the phases, with their stage."""
-        listed = [row for row in self.results.get("phases") or [] if isinstance(row, dict)]
-        return listed or [
+        return mappings(self.results, "phases") or [
             {"stage": stage, **row}
             for stage, manifest in self.manifests.items()
-            for row in _section(manifest, "metrics").get("phases") or []
+            for row in mappings(_section(manifest, "metrics"), "phases")
         ]
 
     def run_id(self, stage: str) -> str:
@@ -68,7 +67,7 @@ class RunFolder:
     def parents(self, stage: str) -> dict[str, str]:
         """Reference -> hash of what a stage started from."""
         if stage in self.manifests:
-            listed = [p for p in self.manifests[stage].get("parents") or [] if isinstance(p, dict)]
+            listed = mappings(self.manifests[stage], "parents")
             return {f"{p.get('stage')}/{p.get('name')}@{p.get('version')}": str(p.get("hash")) for p in listed}
         return {str(k): str(v) for k, v in _section(self.records.get(stage, {}), "inputs").items()}
 
@@ -76,6 +75,11 @@ class RunFolder:
         """Run id and manifest hash: where a figure of this stage comes from."""
         named = _section(_section(self.results, "artifacts"), stage).get("hash")
         return {"run_id": self.run_id(stage), "manifest": str(self.manifests.get(stage, {}).get("hash") or named or "")}
+
+
+def mappings(tree: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
+    """The objects in a list of a JSON object, as far as there are any."""
+    return [entry for entry in _list(tree, name) if isinstance(entry, dict)]
 
 
 def reward_kl_points(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, float]]:
@@ -104,8 +108,8 @@ def read_run(folder: Path, registry: Path | None = None) -> RunFolder:
     run = RunFolder(folder)
     places = {stage: folder / stage for stage in STAGES if (folder / stage).is_dir()}
     if (folder / "tracking.json").is_file() or (folder / "metrics.jsonl").is_file():
-        record = _object(folder / "tracking.json", run)
-        places = {record["stage"] if record.get("stage") in STAGES else folder.name: folder}
+        stage = _object(folder / "tracking.json", RunFolder(folder)).get("stage")
+        places = {stage if stage in STAGES else folder.name: folder}
     run.results = _object(folder / "results.json", run)
     run.evaluation = _object(folder / "evaluation.json", run)
     if not places and not run.results and not run.evaluation and not run.problems:
@@ -237,15 +241,16 @@ def overlaps(runs: Sequence[RunFolder]) -> list[str]:
     an evaluation says about its own."""
     marks = []
     for run in runs:
+        prefix = f"{run.label}: " if run.label else ""
         for stage, manifest in run.manifests.items():
             overlap = _section(_section(manifest, "data"), "overlap")
             for trained_on, count in _section(overlap, "in_training").items():
                 if count:
                     marks.append(
-                        f"{run.label}: {count} of the {overlap.get('held_out')} held-out prompts of its {stage} stage are among "
+                        f"{prefix}{count} of the {overlap.get('held_out')} held-out prompts of its {stage} stage are among "
                         f"those that {trained_on} was trained on, so that its figures flatter it"
                     )
-        marks += [f"{run.label}: {mark}" for mark in _list(run.evaluation, "marks")]
-        models = [model for model in _list(run.evaluation, "models") if isinstance(model, dict)]
-        marks += [f"{run.label}: {model.get('name')}: {mark}" for model in models for mark in _list(model, "marks")]
+        marks += [f"{prefix}{mark}" for mark in _list(run.evaluation, "marks")]
+        for model in mappings(run.evaluation, "models"):
+            marks += [f"{prefix}{model.get('name')}: {mark}" for mark in _list(model, "marks")]
     return marks

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from rlhf.comparison.runs import RunFolder
-from rlhf.report import _list, _number, _section
+from rlhf.comparison.runs import RunFolder, mappings
+from rlhf.report import _number, _section
 
 SAMPLES_SHOWN = 40
 LONGEST_TEXT = 1200
@@ -33,7 +33,7 @@ def of_runs(runs: Sequence[RunFolder]) -> dict[str, Any]:
 
 def of_evaluation(found: RunFolder) -> dict[str, Any]:
     """The first sample of each model on each prompt of an evaluation, as above; the baseline's answer is what is gained on."""
-    models = [m for m in _list(found.evaluation, "models") if isinstance(m, Mapping)]
+    models = mappings(found.evaluation, "models")
     names, baseline = [str(m.get("name")) for m in models], str(found.evaluation.get("baseline"))
     speakers = [
         {"label": name, "run_id": str(m.get("run_id") or ""), "manifest": str(m.get("hash") or "")}

@@ -7,8 +7,8 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from rlhf.comparison.runs import RunFolder
-from rlhf.report import COMPARED, NO_FIGURE, STAGES, _card_facts, _list, _number, _percent, _section, _text
+from rlhf.comparison.runs import RunFolder, mappings
+from rlhf.report import COMPARED, NO_FIGURE, STAGES, _card_facts, _number, _percent, _section, _text
 
 #: Options that say where a run is kept, not what it does.
 WHERE = {"registry", "output_dir", "resume", "name", "wandb_mode", "wandb_project", "wandb_group"}
@@ -150,7 +150,7 @@ def card_table(runs: Sequence[RunFolder]) -> list[Row]:
     for name in dict.fromkeys(itertools.chain.from_iterable(facts)):
         note = next(fact[name][1] for fact in facts if name in fact)
         rows.append(Row(name, note, [fact.get(name, (NO_FIGURE, ""))[0] for fact in facts]))
-    flags = ["; ".join(str(flag.get("name")) for flag in _list(run.reward_card, "flags")) or "none" for run in runs]
+    flags = ["; ".join(str(flag.get("name")) for flag in mappings(run.reward_card, "flags")) or "none" for run in runs]
     cells = [flag if run.reward_card else NO_FIGURE for run, flag in zip(runs, flags, strict=True)]
     rows = [row for row in rows if set(row.cells) != {NO_FIGURE}]
     return [*rows, Row("Flagged", "Each is explained in the run's own report.", cells)]
@@ -197,10 +197,8 @@ def win_rates(evaluations: Sequence[RunFolder]) -> list[dict[str, str]]:
     """Win rates as `rlhf.evaluation` measured them, one line a model and judge, with the model's run id and manifest."""
     lines = []
     for found in evaluations:
-        models = {str(m.get("name")): m for m in _list(found.evaluation, "models") if isinstance(m, Mapping)}
-        for line in _list(found.evaluation, "win_rates"):
-            if not isinstance(line, Mapping):
-                continue
+        models = {str(m.get("name")): m for m in mappings(found.evaluation, "models")}
+        for line in mappings(found.evaluation, "win_rates"):
             model = models.get(str(line.get("model")), {})
             p = _number(_section(line, "sign_test").get("p"))
             lines.append({
@@ -217,7 +215,7 @@ def evaluated(evaluations: Sequence[RunFolder]) -> list[dict[str, Any]]:
     """For each evaluation a table of its models' figures with their intervals, and the checkpoint that it recommends."""
     tables = []
     for found in evaluations:
-        models = [m for m in _list(found.evaluation, "models") if isinstance(m, Mapping)]
+        models = mappings(found.evaluation, "models")
         figures = [_section(model, "figures") for model in models]
         rows = [
             Row(name.replace("_", " "), "", [interval(own.get(name), percent=False) for own in figures])

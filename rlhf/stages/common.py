@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import shutil
-import sys
 import tempfile
 import time
 import warnings
@@ -172,11 +171,10 @@ def require_one_process(stage: str) -> None:
 
 
 def _quiet() -> None:
-    """Keeps the libraries' own deprecations, which no user can mend, and progress bars in log files out of the way."""
+    """Keeps the libraries' own deprecations, which no user can mend, and progress bars out of logs and of the live view."""
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
-        datasets.disable_progress_bars()
+    transformers_logging.disable_progress_bar()
+    datasets.disable_progress_bars()
 
 
 def _claim_checkpoints(folder: Path, config: StageConfig, parents: list[Artifact], data: dict[str, Any]) -> None:
@@ -228,6 +226,9 @@ def overlap(sets: dict[str, Loaded], parents: Sequence[Artifact], registry: Regi
     training = TrainingPrompts(registry)
     for parent in parents:
         counts |= training.overlap(parent, held_out)
+    for name, count in counts.items():
+        if count and distributed.rank() == 0:
+            print(f"{count} of {len(held_out)} held-out prompts are among those that {name} was trained on", flush=True)
     return {"held_out": len(held_out), "in_training": counts}
 
 
