@@ -152,7 +152,7 @@ class WandbPlace(Place):
                 type=_kind(artifact.stage),
                 metadata={"reference": artifact.reference, "hash": artifact.hash},
             )
-            files.add_dir(str(artifact.path))
+            files.add_dir(str(artifact.path), policy="immutable")  # no copies: what is registered does not change
             with wandb.init(entity=self.entity or None, project=self.project, job_type="push", mode="online") as run:
                 # W&B counts its own versions as v0, v1, ...; ours are aliases that cannot be taken for those.
                 run.log_artifact(files, aliases=[f"r{artifact.version}"]).wait()
@@ -275,6 +275,11 @@ def _pull_exactly(registry: Registry, reference: Reference, place: Place, pulled
             raise UserError(f"what is there as {reference} is {artifact.reference}")
         for parent in artifact.manifest.parents:
             _pull_exactly(registry, parent.reference, place, pulled)
+            if registry.read(parent.reference).hash != parent.hash:
+                raise UserError(
+                    f"{reference} was made from another {parent.reference} than the one there (hash {parent.hash[:12]}); "
+                    "whoever pushed it has to push it again"
+                )
         install(registry, folder, artifact)
         pulled.append(artifact.reference)
     finally:
