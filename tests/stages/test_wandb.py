@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from wandb_reader import OfflineRun, same, table_rows
+from wandb_server import WandbServer, wandb_server
 
 from rlhf.registry import Registry
 from rlhf.tracking import redact
@@ -104,3 +109,53 @@ def test_card_and_frontier_are_panels(runs: dict[str, OfflineRun]) -> None:
     reward, ppo = (set().union(*runs[stage].history) for stage in ("reward", "ppo"))
     assert {"card/accuracy", "card/accuracies/_type", "card/probes/_type", "card/reliability_table/_type"} <= reward
     assert "frontier/score_table/_type" in ppo
+
+
+@pytest.fixture(scope="module")
+def synced(finished: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> WandbServer:
+    """What a server got from `wandb sync` of copies of the three offline runs, the last made first."""
+    folder = tmp_path_factory.mktemp("synced")
+    with wandb_server() as server:
+        for stage in reversed(STAGES):
+            (run,) = (finished[1] / stage / "wandb").glob("offline-run-*")
+            shutil.copytree(run, folder / stage / run.name)
+            settings = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "k" * 40, "WANDB_MODE": "online"}
+            places = {name: str(folder / name) for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR")}
+            command = [sys.executable, "-m", "wandb", "sync", "--yes", str(folder / stage / run.name)]
+            environment = {**os.environ, **settings, **places}
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+            assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return server
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_sync_sends_every_value(synced: WandbServer, finished: tuple[Path, Path], stage: str) -> None:
+    """An offline run that W&B's own reader cannot read to its end, or that arrives as another run."""
+    manifest = Registry(finished[0]).read(f"{stage}/toy").manifest
+    sent: dict[int, dict[str, Any]] = {}
+    for line in synced.history[str(manifest.wandb_run_id)]:
+        sent.setdefault(line["_step"], {}).update(line)
+    for row in rows_of(finished[1] / stage / "metrics.jsonl"):
+        for name, value in row.items():
+            if name not in ("step", "time"):
+                assert same(sent[row["step"]].get(name), value), (row["step"], name)
+    run = synced.runs[str(manifest.wandb_run_id)]
+    assert (run["groupName"], run["jobType"]) == ("toy", stage)
+    config = json.loads(run["config"])
+    assert {k: config[k]["value"] for k in manifest.config} == redact(manifest.config)
+
+
+def test_sync_draws_the_lineage(synced: WandbServer, finished: tuple[Path, Path]) -> None:
+    """Edges that exist in the offline file only, or that lead to another version than the one that was made."""
+    registry = Registry(finished[0])
+    ids = {stage: str(registry.read(f"{stage}/toy").manifest.wandb_run_id) for stage in STAGES}
+    stage_of = {run: stage for stage, run in ids.items()}
+    models = {key: a for key, a in synced.artifacts.items() if a["type"] in STAGES}
+    assert sorted(a["name"] for a in models.values()) == ["ppo-toy", "reward-toy", "sft-toy"], (
+        "each model is one version"
+    )
+    edges = {(synced.artifacts[artifact]["name"], stage_of[run]) for artifact, run in synced.edges}
+    assert {(name, stage) for name, stage in edges if not name.startswith("data-")} == {
+        ("sft-toy", "reward"), ("sft-toy", "ppo"), ("reward-toy", "ppo"),
+    }  # fmt: skip
+    assert sorted(stage for name, stage in edges if name.startswith("data-")) == sorted(STAGES)
