@@ -67,7 +67,7 @@ def workspace(entity: str, project: str, name: str, groups: Sequence[str] = ()) 
         ("PPO", lines(rest, EPISODES)),
     ]
     opened = ("Outcome", "Frontier", "Reward report card", "Health", "Samples")
-    filters = [expr.Metric("Group").isin(list(groups))] if groups else []
+    filters = expr.And(expr.Metric("Group").isin(list(groups))) if groups else ""
     return ws.Workspace(
         entity=entity,
         project=project,
