@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rlhf.config import RunConfig
 from rlhf.data_prep.loading import load_rows
 from rlhf.errors import UserError
-from rlhf.export import _stacked, check_adapter
+from rlhf.export import FORMS, _stacked, check_adapter, export
 from rlhf.models import Compute
 from rlhf.registry import Artifact, Registry
 from rlhf.reward.scorer import open_scorer
@@ -28,31 +28,36 @@ STRANGER = """
 import json, sys
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-form, folder, base, ids, out = sys.argv[1:]
-reward = "reward" in form
-kind = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
-if form.endswith("merged"):
+
+def open_merged(kind, folder):
     model = kind.from_pretrained(folder, dtype=torch.float32)
     assert "peft" not in sys.modules
-else:
+    return model
+
+def open_adapter(kind, folder):
     from peft import PeftModel
-    labels = {"num_labels": 1} if reward else {}
-    model = kind.from_pretrained(base, dtype=torch.float32, **labels)
-    model.config.pad_token_id = AutoTokenizer.from_pretrained(folder).pad_token_id
-    model = PeftModel.from_pretrained(model, folder)
-model.eval()
+    labels = {"num_labels": 1} if kind is AutoModelForSequenceClassification else {}
+    base = kind.from_pretrained(sys.argv[1], dtype=torch.float32, **labels)
+    base.config.pad_token_id = AutoTokenizer.from_pretrained(folder).pad_token_id
+    return PeftModel.from_pretrained(base, folder)
+
+@torch.no_grad()
+def generate(model, row):
+    new = model.generate(input_ids=row, attention_mask=torch.ones_like(row), max_new_tokens=12, do_sample=False)
+    return new[0, row.shape[1]:].tolist()
+
+@torch.no_grad()
+def score(model, row):
+    return float(model(input_ids=row, attention_mask=torch.ones_like(row)).logits[0, 0])
+
+ids, found = json.loads(sys.argv[2]), {}
+for form, opened in (("merged", open_merged), ("adapter", open_adapter)):  # peft comes in with the second
+    for stage, kind, use in (("ppo", AutoModelForCausalLM, generate),
+                             ("reward", AutoModelForSequenceClassification, score)):
+        model = opened(kind, f"{stage}-{form}").eval()
+        found[f"{stage}-{form}"] = [use(model, torch.tensor([row])) for row in ids[stage]]
 assert not any(name.split(".")[0] == "rlhf" for name in sys.modules)
-found = []
-with torch.no_grad():
-    for row in json.loads(ids):
-        row = torch.tensor([row])
-        mask = torch.ones_like(row)
-        if reward:
-            found.append(float(model(input_ids=row, attention_mask=mask).logits[0, 0]))
-        else:
-            new = model.generate(input_ids=row, attention_mask=mask, max_new_tokens=12, do_sample=False)
-            found.append(new[0, row.shape[1]:].tolist())
-json.dump(found, open(out, "w"))
+json.dump(found, open("found.json", "w"))
 """
 
 
@@ -61,16 +66,36 @@ def registry(finished: tuple[Path, Path]) -> Registry:
     return Registry(finished[0])
 
 
-@pytest.fixture
-def stranger(tmp_path: Path) -> Callable[..., Any]:
-    def run(form: str, folder: Path, base: str, ids: list[list[int]]) -> Any:
-        out = tmp_path / "out.json"
-        words = [sys.executable, "-c", STRANGER, form, folder, base, json.dumps(ids), out]
-        done = subprocess.run([str(w) for w in words], capture_output=True, text=True, cwd=tmp_path, timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return json.loads(out.read_text())
+@pytest.fixture(scope="module")
+def ids(registry: Registry, toy_data: Path) -> dict[str, list[list[int]]]:
+    """Token ids: prompts for the policy, prompts with answers for the reward model."""
+    tokenizer = AutoTokenizer.from_pretrained(registry.read("ppo/toy").path)
+    prompts = load_rows(toy_data, "train", kind="prompts").rows
+    rows = load_rows(toy_data, "train", kind="demonstrations").rows.select(range(4))
+    return {
+        "ppo": [encode_prompt(tokenizer, row["prompt"]) for row in prompts],
+        "reward": [
+            encode_prompt(tokenizer, r["prompt"]) + encode_response(tokenizer, r["prompt"], r["completion"])
+            for r in rows
+        ],
+    }
 
-    return run
+
+@pytest.fixture(scope="module")
+def found(
+    registry: Registry, ids: dict[str, list[list[int]]], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    """What a stranger reads out of the exported folders: tokens by greedy search, and raw scores."""
+    folder = tmp_path_factory.mktemp("exported")
+    for stage in ("ppo", "reward"):
+        for form in FORMS:
+            export(registry, registry.get(f"{stage}/toy"), folder / f"{stage}-{form}", form)
+    base = registry.read("ppo/toy").manifest.base_model
+    words = [sys.executable, "-c", STRANGER, base, json.dumps(ids)]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=folder, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    content: dict[str, Any] = json.loads((folder / "found.json").read_text())
+    return content
 
 
 def policy(registry: Registry, reference: str) -> Any:
@@ -83,63 +108,36 @@ def policy(registry: Registry, reference: str) -> Any:
     return PeftModel.from_pretrained(base, str(artifact.path)).eval()
 
 
-@pytest.mark.parametrize("form", ["merged", "adapter"])
 def test_a_stranger_generates_the_same_tokens(
-    registry: Registry,
-    tmp_path: Path,
-    toy_data: Path,
-    call: Callable[..., Call],
-    stranger: Callable[..., Any],
-    form: str,
+    registry: Registry, ids: dict[str, list[list[int]]], found: dict[str, Any]
 ) -> None:
     """An adapter that is left out, scaled wrongly, or put on the base without the SFT policy's: a model that looks whole."""
-    folder = tmp_path / "it"
-    done = call("rlhf.registry", "export", "ppo/toy", folder, "--form", form, "--registry", registry.root)
-    assert done.code == 0, done.err
-    artifact = registry.read("ppo/toy")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    rows = load_rows(toy_data, "train", kind="prompts").rows
-    ids = [encode_prompt(tokenizer, row["prompt"]) for row in rows]
-    model, expected = policy(registry, "ppo/toy"), []
-    with torch.no_grad():
-        for row in ids:
-            batch = {"input_ids": torch.tensor([row]), "attention_mask": torch.ones(1, len(row), dtype=torch.long)}
-            stops = {"eos_token_id": artifact.manifest.stop_token_ids, "pad_token_id": artifact.manifest.pad_token_id}
-            expected.append(
-                model.generate(**batch, max_new_tokens=12, do_sample=False, **stops)[0, len(row) :].tolist()
-            )
-    base = artifact.manifest.base_model
-    assert stranger(form, folder, base, ids) == expected
-    with torch.no_grad():
-        plain = AutoModelForCausalLM.from_pretrained(base).generate(
-            torch.tensor([ids[0]]), max_new_tokens=12, do_sample=False
-        )
-    assert plain[0, len(ids[0]) :].tolist() != expected[0], "the toy's training must be seen in what it says"
+    m = registry.read("ppo/toy").manifest
+    plain = AutoModelForCausalLM.from_pretrained(m.base_model, dtype=torch.float32)
+
+    def tokens(model: Any, row: list[int]) -> list[int]:
+        batch = {"input_ids": torch.tensor([row]), "attention_mask": torch.ones(1, len(row), dtype=torch.long)}
+        stops = {"eos_token_id": m.stop_token_ids, "pad_token_id": m.pad_token_id}
+        said: list[int] = model.generate(**batch, max_new_tokens=12, do_sample=False, **stops)[0, len(row) :].tolist()
+        return said
+
+    trained = policy(registry, "ppo/toy")
+    expected = [tokens(trained, row) for row in ids["ppo"]]
+    assert found["ppo-merged"] == found["ppo-adapter"] == expected
+    assert [tokens(plain, row) for row in ids["ppo"]] != expected, "the training must be seen in what the toy says"
 
 
-@pytest.mark.parametrize("form", ["merged", "adapter"])
+@pytest.mark.parametrize("form", FORMS)
 def test_a_stranger_scores_alike(
-    registry: Registry,
-    tmp_path: Path,
-    toy_data: Path,
-    call: Callable[..., Call],
-    stranger: Callable[..., Any],
-    form: str,
+    registry: Registry, ids: dict[str, list[list[int]]], found: dict[str, Any], form: str
 ) -> None:
     """A score head that is left out is replaced by a random one, with no more than a warning."""
-    folder = tmp_path / "it"
-    assert call("rlhf.registry", "export", "reward/toy", folder, "--form", form, "--registry", registry.root).code == 0
-    artifact = registry.read("reward/toy")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    rows = load_rows(toy_data, "train", kind="demonstrations").rows.select(range(4))
-    ids = [
-        encode_prompt(tokenizer, r["prompt"]) + encode_response(tokenizer, r["prompt"], r["completion"]) for r in rows
-    ]
     config = RunConfig(registry=str(registry.root), device="cpu", dtype="float32")
-    scorer = open_scorer(artifact, registry, config, Compute(torch.device("cpu"), torch.float32), 1)
-    found = stranger(f"reward-{form}", folder, artifact.manifest.base_model, ids)
-    torch.testing.assert_close(torch.tensor(found), scorer.raw(ids).float().cpu().flatten(), atol=1e-4, rtol=1e-4)
-    assert max(found) - min(found) > 1e-2
+    compute = Compute(torch.device("cpu"), torch.float32)
+    scorer = open_scorer(registry.read("reward/toy"), registry, config, compute, 1)
+    scores = torch.tensor(found[f"reward-{form}"])
+    torch.testing.assert_close(scores, scorer.raw(ids["reward"]).float().cpu().flatten(), atol=1e-4, rtol=1e-4)
+    assert float(scores.max() - scores.min()) > 1e-2
 
 
 def test_the_card_says_where_it_comes_from(registry: Registry, tmp_path: Path, call: Callable[..., Call]) -> None:
