@@ -14,9 +14,10 @@ VERBS = {
     "reward": ("rlhf.stages.reward", "stage 2: train a reward model on rankings"),
     "ppo": ("rlhf.stages.ppo", "stage 3: PPO against the reward model"),
     "card": ("rlhf.evaluation.reward", "report card of a registered reward model on any comparisons"),
-    "registry": ("rlhf.registry", "list, show, verify and delete what was trained"),
+    "registry": ("rlhf.registry", "what was trained: list, lineage, diff, export, push, reproduce, delete, ..."),
     "doctor": ("rlhf.doctor.__main__", "check a stage before a long run: rlhf doctor preflight --config FILE"),
-    "report": ("rlhf.report", "make the HTML report of a run again"),
+    "report": ("rlhf.report", "one HTML page about a run, or about several"),
+    "tracking": ("rlhf.tracking", "save a W&B workspace that compares runs"),
 }
 
 

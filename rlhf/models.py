@@ -28,6 +28,7 @@ from peft import (
 )
 from peft.helpers import disable_input_dtype_casting
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig, PreTrainedModel
@@ -150,6 +151,15 @@ def load_policy(artifact: Artifact, config: RunConfig, compute: Compute) -> PreT
         return load_base(folder, config, compute).requires_grad_(False)
 
 
+def merge_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """The model with a finished policy's adapter merged in, for good: the base is used up."""
+    try:
+        adapted = PeftModel.from_pretrained(base, str(folder))
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{folder} holds no adapter for this model: {str(error).splitlines()[-1].strip()}") from error
+    return cast(Any, adapted).merge_and_unload().requires_grad_(False)
+
+
 def _without_quantization(config: RunConfig) -> RunConfig:
     plain = copy.copy(config)
     plain.quantization = "none"
@@ -226,16 +236,22 @@ def context_length(model: PreTrainedModel) -> int:
 
 
 def save_adapter(model: PeftModel, folder: Path, *, adapter: str, base_model: str) -> None:
-    """A peft adapter folder (`adapter_config.json`, `adapter_model.safetensors`) that plain peft opens."""
+    """A peft adapter folder (`adapter_config.json`, `adapter_model.safetensors`) that plain peft opens.
+
+    The same adapter gives the same bytes.
+    """
     state = get_peft_model_state_dict(model, adapter_name=adapter)
     save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, folder / ADAPTER_FILE)
     config = model.peft_config[adapter]
-    was = config.inference_mode, config.base_model_name_or_path
-    config.inference_mode, config.base_model_name_or_path = True, base_model
+    changed = {"inference_mode": True, "base_model_name_or_path": base_model}
+    if isinstance(config.target_modules, set):  # whose order is another one in every process
+        changed["target_modules"] = sorted(config.target_modules)
+    was = {name: getattr(config, name) for name in changed}
     try:
+        vars(config).update(changed)
         config.save_pretrained(str(folder))
     finally:
-        config.inference_mode, config.base_model_name_or_path = was
+        vars(config).update(was)
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:

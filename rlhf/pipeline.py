@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import os
 import platform
+import shutil
 import signal
 import sys
 import threading
@@ -45,22 +46,27 @@ def run(folder: Path, overrides: dict[str, Any]) -> dict[str, Any]:
         folder: holds the stages' YAML files.
         overrides: options that go to every stage that has them (registry, output_dir, seed, device, ...).
     """
-    from rlhf.registry import Registry
+    from rlhf.registry import MANIFEST, Registry
     from rlhf.report import print_results, write_report
 
     started = time.perf_counter()
     overrides = {**overrides, **_prepare_data(folder, overrides)}
     # All three are read before the first trains: a slip in ppo.yaml must not show after ten minutes of SFT.
     configs = {stage: _stage_config(folder / f"{stage}.yaml", kind, overrides) for stage, kind in STAGES.items()}
+    group = configs["ppo"].wandb_group or configs["ppo"].name
     artifacts: dict[str, Any] = {}
     for stage, config in configs.items():
         # A stage builds on the very versions made here, even where a newer one of the name is registered.
         made: dict[str, Any] = {"policy": artifacts["sft"].reference} if artifacts else {}
+        made["wandb_group"] = config.wandb_group or group
         if "reward" in artifacts:  # in place of the name; rewards that are no artefacts stay
             exact = artifacts["reward"].reference
             made["reward"] = [exact if reward_kind(reward) == "adapter" else reward for reward in config.reward]
         reference = _run_stage(stage, dataclasses.replace(config, **made))
         artifacts[stage] = Registry(config.registry).read(reference)
+        folder = Path(config.output_dir) / stage
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(artifacts[stage].path / MANIFEST, folder)  # also of a stage that was skipped
     output = Path(configs["ppo"].output_dir)
     results = _results(artifacts, configs["ppo"].seed, time.perf_counter() - started)
     output.mkdir(parents=True, exist_ok=True)
@@ -173,7 +179,10 @@ def _results(artifacts: dict[str, Any], seed: int, seconds: float) -> dict[str, 
         # A stage that was skipped counts with the seconds that it took when it ran.
         "total_seconds": round(max(seconds, sum(f["seconds"] for f in figures.values())), 1),
         "peak_rss_gb": round(max(p["peak_rss_gb"] for p in phases), 2),
-        "artifacts": {s: {"reference": a.reference, "hash": a.hash} for s, a in artifacts.items()},
+        "artifacts": {
+            s: {"reference": a.reference, "hash": a.hash, "run_id": a.manifest.wandb_run_id}
+            for s, a in artifacts.items()
+        },
         "phases": phases,
         "machine": {
             "processor": platform.processor() or platform.machine(),

@@ -1,5 +1,7 @@
 """How far a loop has come: a bar with the time left on a terminal, plain lines now and then in a log file.
 
+While a live view of the run is open (`rlhf.live`), the bar is part of it.
+
 Everything goes to stderr, so that stdout stays free for results. Figures ride along:
 `bar.update(1, score=0.81, kl=3.2)` shows `ppo 12/24 50% score 0.81 kl 3.2 left 4:10`.
 """
@@ -12,6 +14,8 @@ import time
 from collections.abc import Iterable, Iterator, Sized
 from types import TracebackType
 from typing import Any, TypeVar
+
+from rlhf import live
 
 T = TypeVar("T")
 
@@ -48,7 +52,9 @@ class Progress:
         self._figures: dict[str, float | str] = {}
         self._start = self._last_line = time.monotonic()
         shown = sys.stderr.isatty() and not _SILENT
-        self._bar = _terminal_bar(total, description, unit, leave) if shown else None
+        self._bar = live.bar(total, description, leave)
+        if self._bar is None and shown:
+            self._bar = _terminal_bar(total, description, unit, leave)
         self._closed = _SILENT
 
     def __enter__(self) -> Progress:

@@ -4,7 +4,8 @@ A version is a folder `ROOT/STAGE/NAME/v1` of plain files (safetensors, JSON, te
 checksum of each of them. The folder is written beside its place and renamed into it, manifest last, so that a version
 exists either whole or not at all. An artefact is verified when it is loaded, and so is everything it was made from.
 
-`python -m rlhf.registry list | show REF | verify [REF] | delete REF [--force] [--registry DIR]`
+`python -m rlhf.registry list | show REF | verify [REF] | delete REF [--force] [--registry DIR]`, and the verbs of
+`rlhf.registry_verbs`
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 STAGES = ("data", "pretrain", "sft", "reward", "ppo")
 MANIFEST = "manifest.json"
+TAGS = "tags.json"
 LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets", "bitsandbytes", "accelerate")
 ALLOWED_SUFFIXES = {".safetensors", ".json", ".jsonl", ".txt", ".jinja", ".md", ".yaml", ".yml", ".model"}
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".pickle"}
@@ -47,6 +49,7 @@ STALE_SECONDS = 24 * 3600
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 _REFERENCE = re.compile(r"(?P<stage>[^/@]+)/(?P<name>[^/@]+)(@(?P<version>[1-9][0-9]{0,8}))?")
+_TAG = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,49}")
 _VERSION_FOLDER = re.compile(r"v([1-9][0-9]{0,8})")
 
 
@@ -302,7 +305,7 @@ class Registry:
             UserError: missing, altered or half there; names the file or parent, and the command that makes it again.
         """
         if isinstance(reference, str):
-            reference = parse_reference(reference)
+            reference = self.resolve(reference)
         if expect_stage is not None and reference.stage != expect_stage:
             near = did_you_mean(f"{expect_stage}/{reference.name}", self._names())
             raise UserError(f"'{reference}' is not of stage {expect_stage}; give {expect_stage}/NAME{near}")
@@ -313,16 +316,14 @@ class Registry:
     def read(self, reference: str | Reference) -> Artifact:
         """The artefact by its manifest alone: quick, because its files are not looked at."""
         if isinstance(reference, str):
-            reference = parse_reference(reference)
+            reference = self.resolve(reference)
         versions = self.versions(reference.stage, reference.name)
         if reference.version not in (None, *versions) or not versions:
             raise UserError(self._missing(reference, versions))
         exact = dataclasses.replace(reference, version=reference.version or versions[-1])
         path = self.root / exact.stage / exact.name / f"v{exact.version}"
         try:
-            # Not read_text: it would make a newline of a carriage return, and so hide a changed byte.
-            text = (path / MANIFEST).read_bytes().decode(errors="replace")
-            manifest = Manifest.from_json(text, path / MANIFEST)
+            manifest = read_manifest(path)
         except UserError as error:
             raise UserError(f"{error}; {self._remake(exact)}") from error
         except OSError as error:
@@ -333,6 +334,48 @@ class Registry:
                 f"{path / MANIFEST} is the manifest of {artifact.reference}, not of {exact}; {self._remake(exact)}"
             )
         return artifact
+
+    def resolve(self, text: str) -> Reference:
+        """`sft/demo`, `sft/demo@2`, or `sft/demo@TAG` with the version that has the tag."""
+        path, _, tag = text.partition("@")
+        if not _TAG.fullmatch(tag):
+            return parse_reference(text)
+        reference = parse_reference(path)
+        tags = self.tags(reference.stage, reference.name)
+        if tag not in tags:
+            known = f" (tags: {', '.join(sorted(tags))})" if tags else " (it has no tags)"
+            raise UserError(f"no version of {path} in registry {self.root} has the tag '{tag}'{known}")
+        return dataclasses.replace(reference, version=tags[tag])
+
+    def tags(self, stage: str, name: str) -> dict[str, int]:
+        """Tag -> version, of STAGE/NAME. Tags are no part of an artefact: they may move, and are in no hash."""
+        Reference(stage, name)
+        file = self.root / stage / name / TAGS
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            return {str(tag): int(version) for tag, version in content.items()}
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, AttributeError, TypeError) as error:
+            raise UserError(f"{file} cannot be read; delete it and tag again") from error
+
+    def tag(self, artifact: Artifact, tag: str, *, remove: bool = False) -> None:
+        """Gives a version a tag, taking it from the version that had it; or takes it away.
+
+        Raises:
+            UserError: a tag that reads as a version, or one to take away that the artefact does not have.
+        """
+        if not _TAG.fullmatch(tag):
+            raise UserError(f"'{tag}' is no tag; use letters, digits and . _ -, starting with a letter, e.g. best")
+        folder = self.root / artifact.stage / artifact.name
+        with FileLock(folder / ".lock"):
+            tags = self.tags(artifact.stage, artifact.name)
+            if remove and tags.get(tag) != artifact.version:
+                raise UserError(f"{artifact.reference} does not have the tag '{tag}'")
+            tags = {name: version for name, version in tags.items() if name != tag}
+            partial = folder / f".{TAGS}"
+            partial.write_text(json.dumps(tags if remove else {**tags, tag: artifact.version}), encoding="utf-8")
+            partial.replace(folder / TAGS)
 
     def find(self, stage: str, name: str, recipe: str) -> Artifact | None:
         """The newest version of this recipe that is whole, parents included, or None."""
@@ -456,6 +499,23 @@ class Registry:
             return f'rlhf.registry.Registry({str(self.root)!r}).publish("pretrain", "{reference.name}", ...)'
         place = "" if self.root == Path("registry") else f" --registry {shlex.quote(str(self.root))}"
         return f"python -m rlhf.stages.{reference.stage} --name {reference.name}{place}"
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest in an artefact's folder, wherever that is.
+
+    Raises:
+        UserError: it is not as it was written.
+        OSError: it cannot be read.
+    """
+    # Not read_text: it would make a newline of a carriage return, and so hide a changed byte.
+    return Manifest.from_json((folder / MANIFEST).read_bytes().decode(errors="replace"), folder / MANIFEST)
+
+
+def check_files(artifact: Artifact) -> None:
+    """Raises `UserError` unless the files in the artefact's folder are those of its manifest."""
+    if problem := _file_problem(artifact):
+        raise UserError(f"{artifact.reference}: {problem}")
 
 
 def recipe_hash(config: Mapping[str, Any], parents: Iterable[str], data_fingerprint: str | None) -> str:
@@ -603,12 +663,12 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    from rlhf import registry_verbs
+
     parser = _Parser(
-        prog="python -m rlhf.registry", description="List, show, verify and delete artefacts.", allow_abbrev=False
+        prog="python -m rlhf.registry", description="Look at, compare and move artefacts.", allow_abbrev=False
     )
-    commands = parser.add_subparsers(
-        dest="command", required=True, metavar="list | show REF | verify [REF] | delete REF"
-    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="VERB")
     lister = commands.add_parser("list", help="all artefacts", allow_abbrev=False)
     show = commands.add_parser("show", help="manifest and lineage of one artefact", allow_abbrev=False)
     show.add_argument("reference", metavar="REF", help="e.g. sft/demo (the latest version) or sft/demo@2")
@@ -621,7 +681,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     delete.add_argument("--force", action="store_true", help="also one that others were made from")
     # Before or after the command; SUPPRESS keeps the second parser's default from undoing what the first one read.
     parser.add_argument("--registry", default="registry", metavar="DIR", help="default: registry")
-    for command in (lister, show, verify, delete):
+    for command in (lister, show, verify, delete, *registry_verbs.add_parsers(commands)):
         command.add_argument("--registry", default=argparse.SUPPRESS, metavar="DIR", help="default: registry")
     return parser.parse_args(argv)
 
@@ -696,8 +756,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif arguments.command == "delete":
         registry.delete(arguments.reference, force=arguments.force)
         console.print(f"deleted {arguments.reference}")
+    elif arguments.command != "verify":
+        arguments.run(arguments, console)
     else:
-        chosen = [parse_reference(arguments.reference)] if arguments.reference else registry.references()
+        chosen = [registry.resolve(arguments.reference)] if arguments.reference else registry.references()
         _verify_all(registry, chosen, console)
 
 

@@ -1,8 +1,9 @@
 """One page about a whole run: what each stage gained, how PPO moved, what the policy says now, and how to read it.
 
-`python -m rlhf.report OUTPUT_DIR` makes `OUTPUT_DIR/report.html` again from the files that the stages left there. The
-page is a single file that opens from disk without a network. It shows only what those files say: nothing is measured
-here. Parts that are missing or half-written are named on the page, and the rest is still shown.
+`python -m rlhf.report RUN` makes `RUN/report.html` again from the files that the stages left there; with several folders, or
+with `-o FILE`, it makes a page that compares them (`rlhf.comparison`). The page is a single file that opens from disk without a
+network. It shows only what those files say: nothing is measured here. Parts that are missing or half-written are named on the
+page, and the rest is still shown.
 """
 
 from __future__ import annotations
@@ -112,6 +113,8 @@ def write_report(output_dir: str | Path) -> Path:
         UserError: there is no `results.json`, or it is not JSON.
     """
     output_dir = Path(output_dir)
+    from rlhf.comparison.runs import overlaps, read_run  # which builds on this module
+
     results = read_results(output_dir)
     missing: list[str] = []
     metrics = {stage: _read_rows(output_dir / stage / "metrics.jsonl", missing) for stage in STAGES}
@@ -123,7 +126,7 @@ def write_report(output_dir: str | Path) -> Path:
     charts = [drawn for chart in CHARTS if (drawn := _draw(chart, metrics))]
     timing = _timing_charts(results)
     reward_card = _card_section(_read_card(output_dir / "reward" / "card.json", missing))
-    page = _template().render(
+    page = template("report.html.j2").render(
         title="RLHF report",
         results=results,
         headline=_headline(results),
@@ -139,6 +142,7 @@ def write_report(output_dir: str | Path) -> Path:
         reward_card=reward_card,
         plots=charts + timing + reward_card.get("charts", []),
         missing=missing,
+        marks=overlaps([read_run(output_dir)]),
         plotly=_plotly_gzip_base64() if charts or timing or reward_card else "",
     )
     return _write_page(page, output_dir / "report.html")
@@ -147,7 +151,7 @@ def write_report(output_dir: str | Path) -> Path:
 def write_card_page(card: Mapping[str, Any], file: Path) -> Path:
     """A page of a reward model's report card alone, which opens from disk without a network."""
     section = _card_section(card)
-    page = _template().render(
+    page = template("report.html.j2").render(
         title="Report card of a reward model",
         results={},
         reward_card=section,
@@ -578,13 +582,14 @@ def _plotly_gzip_base64() -> str:
 # --- Small things ---------------------------------------------------------------------------------------------------
 
 
-def _template() -> Any:
+def template(name: str) -> Any:
+    """A page's template, which can show figures, scores and durations."""
     from jinja2 import Environment, PackageLoader
 
     # autoescape is what keeps a <script> in a model's answer from running; no value is ever marked safe
     environment = Environment(loader=PackageLoader("rlhf"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(text=_text, score=_score, duration=_duration)
-    return environment.get_template("report.html.j2")
+    return environment.get_template(name)
 
 
 def _section(results: Results, name: str) -> dict[str, Any]:
@@ -645,11 +650,23 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main() -> None:
-    """`python -m rlhf.report OUTPUT_DIR`"""
-    parser = _Parser(prog="python -m rlhf.report", description="Make the report of a run again.", allow_abbrev=False)
-    parser.add_argument("output_dir", type=Path, help="the folder with results.json")
+    """`python -m rlhf.report RUN` or `python -m rlhf.report RUN RUN ... -o FILE`"""
+    parser = _Parser(prog="python -m rlhf.report", description="Reports of one run or of several.", allow_abbrev=False)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder that a run wrote, with results.json")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="compare the runs on one page, written here")
+    parser.add_argument("--registry", type=Path, metavar="DIR", help="where manifests are, if not in the runs' folders")
+    parser.add_argument(
+        "--force", action="store_true", help="compare runs with other prompts or reward models; the page says so"
+    )
     arguments = parser.parse_args()
-    print(write_report(arguments.output_dir))
+    if arguments.output is None and len(arguments.runs) == 1:
+        print(write_report(arguments.runs[0]))
+        return
+    if arguments.output is None:
+        raise UserError("say where the page goes that compares the runs: -o FILE, e.g. -o comparison.html")
+    from rlhf.comparison import write_comparison  # which builds on this module
+
+    print(write_comparison(arguments.runs, arguments.output, registry=arguments.registry, force=arguments.force))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """Where the numbers of a run go: `metrics.jsonl` and `samples.jsonl` beside it, always, and Weights & Biases.
 
-The local files are the record, and the report is made from them. W&B is a copy that may fail: whatever it does, the
-training goes on after one warning. This is the only module that imports wandb, and only when a run needs it.
+The local files are the record, and the reports are made from them. W&B is a copy that may fail: whatever it does, the
+training goes on after one warning. Only this module and `rlhf.hub` import wandb, and only when a run needs it.
+
+`python -m rlhf.tracking dashboard --project NAME` saves a W&B workspace in which runs are compared.
 """
 
 from __future__ import annotations
@@ -26,10 +28,12 @@ from urllib.parse import urlsplit
 import psutil
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from rlhf import storage
-from rlhf.errors import UserError, did_you_mean
+from rlhf import live, storage
+from rlhf.comparison.runs import reward_kl_points
+from rlhf.errors import UserError, did_you_mean, run_command
 from rlhf.progress import Progress
 from rlhf.redaction import redact
+from rlhf.report import read_jsonl
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +46,15 @@ INIT_TIMEOUT_SECONDS = 30.0
 
 FINISH_TIMEOUT_SECONDS = 300.0
 """How long the end of a run waits for its last uploads."""
+
+UPDATES, EPISODES = "updates", "episodes"
+"""The two axes that mean the same in every run of a stage, whatever its batch sizes and logging steps."""
+
+AXES = {
+    **dict.fromkeys(("sft/*", "reward/*", "card/*"), UPDATES),
+    **dict.fromkeys(("objective/*", "ppo/*", "response/*", "rollout/*", "time/*", "health/*"), EPISODES),
+}
+"""The axis over which W&B draws each family of metrics; the other one can be chosen in any panel."""
 
 
 class Tracker:
@@ -96,6 +109,7 @@ class Tracker:
                 if file.exists():
                     file.replace(file.with_suffix(".previous.jsonl"))
         self.run_id = self._load_or_make_run_id()
+        self._write_record()
         if self.wandb_mode != "disabled":
             self._start_wandb()
         return self
@@ -109,15 +123,17 @@ class Tracker:
         """Writes one line with these metrics, and sends them to W&B. `step` is in updates and never goes down."""
         figures = {name: float(value) for name, value in metrics.items()}
         _append_lines(self._metrics_file, [{"step": int(step), "time": time.time(), **figures}])
+        live.show_metrics(figures)
         with self._survives("log metrics"):
             if self._run is not None:
-                self._run.log(figures, step=int(step))
+                self._run.log({**figures, UPDATES: int(step)}, step=int(step))
 
     def log_samples(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
         """Appends rows of text and scores. The first row decides the columns of the W&B table."""
         if not rows:
             return
         _append_lines(self._samples_file, [{"step": int(step), **row} for row in rows])
+        live.show_samples(rows)
         with self._survives("log samples"):
             if self._run is not None:
                 self._add_to_table(rows, step)
@@ -132,19 +148,65 @@ class Tracker:
                 data = [[row.get(str(column)) for column in columns] for row in rows]
                 self._run.log({name: wandb.Table(columns=columns, data=data, allow_mixed_types=True)}, step=int(step))
 
-    def use_artifact(self, reference: str, hash: str) -> None:
+    def log_scatter(
+        self, name: str, rows: Sequence[Mapping[str, float]], x: str, y: str, title: str, step: int
+    ) -> None:
+        """Sends a panel with a point a row; the caller keeps the local record."""
+        with self._survives(f"log the panel {name}"):
+            if self._run is not None and rows:
+                import wandb
+
+                table = wandb.Table(columns=[x, y], data=[[row[x], row[y]] for row in rows])
+                self._run.log({name: wandb.plot.scatter(table, x, y, title=title)}, step=int(step))
+
+    def log_frontier(self) -> None:
+        """Sends the reward-KL frontier of a PPO run as a panel: the score of each update over the root of its KL."""
+        points = reward_kl_points(read_jsonl(self._metrics_file)[0]) if self._metrics_file.exists() else []
+        if points:
+            title = "Score over the square root of KL"
+            self.log_scatter("frontier/score", points, "sqrt_kl", "score", title, int(points[-1]["step"]))
+
+    def use_artifact(self, reference: str, hash: str, path: str | Path | None = None) -> None:
         """Says that this run starts from an artifact, e.g. `sft/demo@2`.
 
-        The pair goes into the W&B config in any mode, so the hash is there to check. W&B can draw it into its lineage
-        graph only online, and only when the run that made the artifact is there too.
+        The pair goes into the run's record and into the W&B config. With the artifact's folder, W&B gets the edge of its
+        lineage graph, too: the artifact is named by the checksums of its files, which are those that the run that made it
+        has logged, so that both ends meet at one version, in whatever order and whenever the runs are synced.
         """
         self._inputs[reference] = hash
+        self._write_record()
         with self._survives(f"record the input {reference}"):
             if self._run is not None:
                 self._run.config.update({"inputs": dict(self._inputs)}, allow_val_change=True)
-                if self.wandb_mode == "online":
-                    artifact_type, name, version = split_reference(reference)
-                    self._run.use_artifact(f"{name}:{version}", type=artifact_type)
+                if path is not None:
+                    self._use(_model_artifact(reference, path, {"hash": hash}), split_reference(reference)[2])
+
+    def use_data(self, dataset: str, data: Mapping[str, Any]) -> None:
+        """Says what data this run reads: the `data` of its manifest. The rows themselves stay where they are.
+
+        The artifact holds the fingerprints, so that two runs meet at one version exactly if they read the same rows.
+        """
+        with self._survives("record the data"):
+            if self._run is not None:
+                import wandb
+
+                described = {key: data[key] for key in ("fingerprint", "prepared", "rows") if key in data}
+                self._run.config.update({"data": described}, allow_val_change=True)
+                place = "-".join(part for part in Path(dataset).parts[-2:] if part != "/")
+                _, name, _ = split_reference(f"data-{redact(place)}-{self.stage}")
+                artifact = wandb.Artifact(name, type="data", metadata=redact({"dataset": dataset, **described}))
+                with artifact.new_file("data.json", encoding="utf-8") as file:
+                    json.dump(described, file, indent=2, sort_keys=True)
+                self._use(artifact, "")
+
+    def _use(self, artifact: Any, alias: str) -> None:
+        """An edge into this run. W&B refuses `use_artifact` offline, because the version has no number yet; the record that
+        its own code writes online, "log this, then use it", is taken by its offline log all the same, and by `wandb sync`."""
+        aliases = [alias] if alias else []
+        if self.wandb_mode == "online":
+            self._run.use_artifact(artifact, aliases=aliases)
+        else:
+            self._run._log_artifact(artifact, aliases=aliases, is_user_created=True, use_after_commit=True)
 
     def log_artifact(self, reference: str, path: str | Path, metadata: Mapping[str, Any]) -> None:
         """Says that this run made an artifact, a folder of the registry.
@@ -154,15 +216,8 @@ class Tracker:
         """
         with self._survives(f"record the artifact {reference}"):
             if self._run is not None:
-                import wandb
-
-                artifact_type, name, version = split_reference(reference)
-                artifact = wandb.Artifact(
-                    name,
-                    type=artifact_type,
-                    metadata={"reference": reference, "inputs": self._inputs, **redact(metadata)},
-                )
-                artifact.add_reference(Path(path).absolute().as_uri())
+                artifact = _model_artifact(reference, path, {"inputs": self._inputs, **redact(metadata)})
+                version = split_reference(reference)[2]
                 self._run.log_artifact(artifact, aliases=[version] if version else None)
 
     def position(self) -> dict[str, int]:
@@ -215,7 +270,7 @@ class Tracker:
             # loses long before somebody syncs an offline run.
             os.environ["WANDB_DATA_DIR"] = str(self.run_dir / "wandb")
             self._data_dir_is_ours = True
-        if self.wandb_mode == "online" and not _has_wandb_key():
+        if self.wandb_mode == "online" and not has_wandb_key():
             self._warn("W&B has no key (run `wandb login` or set WANDB_API_KEY); the run is kept offline")
             self.wandb_mode = "offline"
         if self.wandb_mode == "online":
@@ -245,7 +300,7 @@ class Tracker:
             disable_git=True,  # W&B would store remote URLs and uncommitted changes; the manifest keeps the commit
             x_disable_meta=redact(sys.argv) != sys.argv,  # which holds the command line
         )
-        return wandb.init(
+        run = wandb.init(
             project=self.wandb_project,
             dir=str(self.run_dir),
             mode=mode,
@@ -257,6 +312,11 @@ class Tracker:
             config=self.config,
             settings=settings,
         )
+        for axis in (UPDATES, EPISODES):
+            run.define_metric(axis, hidden=True)
+        for family, axis in AXES.items():
+            run.define_metric(family, step_metric=axis)
+        return run
 
     def _add_to_table(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
         import wandb
@@ -276,9 +336,12 @@ class Tracker:
                 return str(json.loads(file.read_text(encoding="utf-8"))["run_id"])
             except (json.JSONDecodeError, KeyError, TypeError):
                 self._warn(f"{file} is not readable; a new W&B run is started")
-        run_id = secrets.token_hex(4)
-        storage.write_text(file, json.dumps({"run_id": run_id, "stage": self.stage, "name": self.name}))
-        return run_id
+        return secrets.token_hex(4)
+
+    def _write_record(self) -> None:
+        """`tracking.json`: which run this is, from the start, so that one that was killed can still be told from others."""
+        named = {key: getattr(self, key) for key in ("run_id", "stage", "name", "group", "config")}
+        storage.write_text(self.run_dir / RUN_FILE, json.dumps({**named, "inputs": self._inputs}, indent=2))
 
     @contextmanager
     def _survives(self, what: str) -> Iterator[None]:
@@ -310,10 +373,11 @@ def resolve_wandb_mode(mode: str) -> str:
         return from_environment
     if from_environment:
         raise UserError(f"WANDB_MODE is '{from_environment}'; it must be one of {', '.join(WANDB_MODES[1:])}")
-    return "online" if _has_wandb_key() else "offline"
+    return "online" if has_wandb_key() else "offline"
 
 
-def _has_wandb_key() -> bool:
+def has_wandb_key() -> bool:
+    """Whether there is a key for W&B, in the environment or in netrc."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     server = os.environ.get("WANDB_BASE_URL")
@@ -344,6 +408,16 @@ def split_reference(reference: str) -> tuple[str, str, str]:
     """`sft/demo@2` -> (`sft`, `sft-demo`, `2`): type, name and alias of a W&B artifact, in the characters it allows."""
     path, _, version = reference.partition("@")
     return path.split("/")[0], re.sub(r"[^A-Za-z0-9_.-]+", "-", path), re.sub(r"[^A-Za-z0-9_.-]+", "-", version)
+
+
+def _model_artifact(reference: str, path: str | Path, metadata: Mapping[str, Any]) -> Any:
+    """A W&B artifact for a folder of the registry, by reference: its digest is that of the files, wherever they are."""
+    import wandb
+
+    artifact_type, name, _ = split_reference(reference)
+    artifact = wandb.Artifact(name, type=artifact_type, metadata={"reference": reference, **metadata})
+    artifact.add_reference(Path(path).absolute().as_uri())
+    return artifact
 
 
 def _append_lines(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -551,3 +625,14 @@ def peak_rss_gb() -> float:
 
     bytes_per_unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * bytes_per_unit / 1e9
+
+
+def main() -> None:
+    """`python -m rlhf.tracking dashboard`"""
+    from rlhf import dashboard
+
+    dashboard.main()
+
+
+if __name__ == "__main__":
+    run_command(main)

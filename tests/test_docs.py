@@ -1,7 +1,8 @@
-"""docs/ppo.md and docs/reward.md against the code: what they say there is has to be there, and what there is to be said."""
+"""docs/ppo.md, docs/reward.md and docs/comparing.md against the code: nothing is said that is not there, nor left unsaid."""
 
 from __future__ import annotations
 
+import argparse
 import ast
 import dataclasses
 import re
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from rlhf import registry_verbs
 from rlhf.config import PPOConfig, RewardConfig, StageConfig, TrainingLength
 from rlhf.ppo.types import METRICS
 from rlhf.reward import card, probes
@@ -90,3 +92,12 @@ def test_thresholds_of_the_card_are_those_of_the_code() -> None:
     assert f"above {card.POOR_CALIBRATION:.0%}" in flagged["calibration"]
     assert f"more than {card.OUTSIDE:.0%}" in flagged["samples"]
     assert f"gains {probes.FLAGGED_GAIN} standard deviations" in flagged["hack probes"]
+
+
+def test_every_verb_of_the_registry_is_explained_and_no_other() -> None:
+    """Catches: a verb that was added or renamed without a word about it."""
+    page = (ROOT / "docs" / "comparing.md").read_text(encoding="utf-8")
+    commands = argparse.ArgumentParser().add_subparsers()
+    added = [parser.prog.split()[-1] for parser in registry_verbs.add_parsers(commands)]
+    documented = [row[0].strip("`").split()[0] for row in table("The registry", page)]
+    assert documented == ["list", "show", "verify", *added]

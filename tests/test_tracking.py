@@ -7,17 +7,16 @@ import json
 import logging
 import math
 import socket
-import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import wandb
 from transformers import TrainerControl, TrainerState, TrainingArguments
+from wandb_reader import OfflineRun, table_rows, wandb_records
 
 from rlhf import tracking
 from rlhf.errors import UserError
@@ -61,34 +60,6 @@ def rows_of(file: Path) -> list[dict[str, Any]]:
         raise AssertionError(f"{word} is not JSON")
 
     return [json.loads(line, parse_constant=refuse) for line in file.read_text(encoding="utf-8").splitlines()]
-
-
-def _settled(file: Path) -> bytes:
-    """The content of a file once it has stopped growing: W&B's service writes it a moment after `finish` returns."""
-    size = -1
-    while size != file.stat().st_size or size == 0:
-        size = file.stat().st_size
-        time.sleep(0.2)
-    return file.read_bytes()
-
-
-def wandb_records(run_dir: Path) -> Iterator[Any]:
-    """The protobuf records of an offline run: a LevelDB log (blocks of 32 KiB) behind a file header."""
-    from wandb.proto import wandb_internal_pb2
-
-    for file in sorted(run_dir.glob("wandb/offline-run-*/run-*.wandb")):
-        raw, position, payload = _settled(file), 7, b""
-        while position + 7 <= len(raw):
-            left = 32768 - position % 32768
-            if left < 7:
-                position += left
-                continue
-            _, length, kind = struct.unpack_from("<IHB", raw, position)
-            payload += raw[position + 7 : position + 7 + length]
-            position += 7 + length
-            if kind in (1, 4):  # a full record, or its last piece
-                yield wandb_internal_pb2.Record.FromString(payload)
-                payload = b""
 
 
 # --- Local files ----------------------------------------------------------------------------------------------------
@@ -181,9 +152,10 @@ def test_an_offline_run_holds_metrics_samples_lineage_and_config(
     (adapter / "weights.safetensors").write_bytes(b"w" * 1000)
     with make(run_dir, wandb_mode="offline", config={"lr": 1e-5, "server": {"api_key": "sesame"}}) as tracker:
         run_id = tracker.run_id
-        tracker.use_artifact("sft/demo@2", "abc123")
+        tracker.use_artifact("sft/demo@2", "abc123", adapter)
+        tracker.use_data("outputs/demo/data", {"fingerprint": "f00d", "rows": {"train": 3}, "dropped": {}})
         for step in (1, 2, 3):
-            tracker.log({"objective/kl": step / 2}, step)
+            tracker.log({"objective/kl": step / 2, "episodes": 8 * step}, step)
             # the trainer's rows carry their own step; W&B must not get two columns of that name
             tracker.log_samples([{"step": step, "prompt": "p", "score": 1 if step == 1 else None}], step)
         tracker.log_artifact("ppo/demo@1", adapter, {"score": 0.8})
@@ -198,24 +170,48 @@ def test_an_offline_run_holds_metrics_samples_lineage_and_config(
     later = [u for record in records if record.WhichOneof("record_type") == "config" for u in record.config.update]
     assert {u.key: json.loads(u.value_json) for u in later}["inputs"] == {"sft/demo@2": "abc123"}
 
-    history = [
-        {"/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
-        for record in records
-        if record.WhichOneof("record_type") == "history"
+    offline = OfflineRun(run_dir)
+    axes = ("_step", "updates", "episodes", "objective/kl")
+    assert [tuple(row[k] for k in axes) for row in offline.history] == [
+        (1, 1, 8, 0.5),
+        (2, 2, 16, 1.0),
+        (3, 3, 24, 1.5),
     ]
-    assert [(row["_step"], row["objective/kl"]) for row in history] == [(1, 0.5), (2, 1.0), (3, 1.5)]
-    increments = [
-        json.loads((file).read_text())
-        for file in sorted(run_dir.glob("wandb/offline-run-*/files/media/table/**/*.table.json"))
-    ]
-    assert sorted(row for table in increments for row in table["data"]) == [[1, "p", 1], [2, "p", None], [3, "p", None]]
-    assert increments[0]["columns"] == ["step", "prompt", "score"]
+    rows = [(row["step"], row["prompt"], row["score"]) for row in table_rows(run_dir)]
+    assert rows == [(1, "p", 1), (2, "p", None), (3, "p", None)]
 
-    made = {r.artifact.name: r.artifact for r in records if r.WhichOneof("record_type") == "artifact"}["ppo-demo"]
+    made = offline.made["ppo-demo"]
     assert made.type == "ppo" and "1" in made.aliases
     assert json.loads(made.metadata)["inputs"] == {"sft/demo@2": "abc123"}
     (entry,) = made.manifest.contents
     assert entry.ref == (adapter / "weights.safetensors").as_uri() and not entry.local_path
+    assert set(offline.used) == {"sft-demo", "data-demo-data-ppo"}
+    assert offline.used["sft-demo"].digest == made.digest, (
+        "one folder has one digest, so that both ends are one version"
+    )
+    assert "2" in offline.used["sft-demo"].aliases and offline.config["data"]["fingerprint"] == "f00d"
+
+
+def test_a_resumed_table_goes_on(tmp_path: Path) -> None:
+    """Bug: the second half of a run replaces the samples of the first, or repeats them under the same name."""
+    for resume, steps in ((False, (1, 2)), (True, (3,))):
+        with make(tmp_path, wandb_mode="offline", resume=resume) as tracker:
+            for step in steps:
+                tracker.log_samples([{"prompt": f"p{step}", "response": "r", "score": 0.5, "kl": 0.1}], step)
+    assert [row["prompt"] for row in table_rows(tmp_path)] == ["p1", "p2", "p3"]
+    files = sorted(f.name for f in tmp_path.glob("wandb/offline-run-*/files/media/table/**/*.table.json"))
+    assert len(files) == len(set(files)) == 3
+
+
+def test_the_record_of_a_run_is_there_from_the_start(tmp_path: Path) -> None:
+    """Bug: a run that was killed cannot be compared with others, because nothing says what its options were."""
+    with make(tmp_path, config={"lr": 0.5, "api_key": "sesame"}) as tracker:
+        tracker.use_artifact("sft/demo@1", "abc")
+        record = json.loads((tmp_path / "tracking.json").read_text())
+    assert record == {
+        "run_id": tracker.run_id, "stage": "ppo", "name": "demo-ppo", "group": "demo",
+        "config": {"lr": 0.5, "api_key": "***"}, "inputs": {"sft/demo@1": "abc"},
+    }  # fmt: skip
 
 
 def test_a_resumed_offline_run_has_the_same_id(tmp_path: Path) -> None:

@@ -303,11 +303,18 @@ def log_card(card: Card, tracker: Tracker, step: int) -> None:
     """The main figures as metrics and the long parts as tables, in W&B and in the local record."""
     numbers = {f"card/{name}": value for name, value in figures(card).items() if isinstance(value, int | float)}
     tracker.log(numbers, step)
-    tracker.log_table("card/accuracy", accuracy_lines(card), step)
+    tracker.log_table("card/accuracies", accuracy_lines(card), step)
     tracker.log_table(
         "card/probes", [{k: v for k, v in p.items() if k != "example"} | p["example"] for p in card["probes"]], step
     )
     tracker.log_table("card/flags", card["flags"], step)
+    bins = _reliability(card)
+    tracker.log_scatter("card/reliability", bins, "confidence", "right", "Confidence and how often it is right", step)
+
+
+def _reliability(card: Card) -> list[dict[str, float]]:
+    """The points of the calibration plot; none where there was too little to calibrate."""
+    return list((card["calibration"] or {}).get("bins", []))
 
 
 def accuracy_lines(card: Card) -> list[dict[str, Any]]:
@@ -394,7 +401,7 @@ def run(config: RewardCardConfig) -> Card:
         wandb_mode=config.wandb_mode,
         wandb_project=config.wandb_project,
     ) as tracker:
-        tracker.use_artifact(artifact.reference, artifact.hash)
+        tracker.use_artifact(artifact.reference, artifact.hash, artifact.path)
         log_card(card, tracker, 0)
     print_card(card)
     print(f"card: {folder / 'card.json'}, report: {write_card_page(card, folder / 'report.html')}")

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import shutil
-import sys
 import tempfile
 import time
 import warnings
@@ -22,16 +21,17 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState, set_seed
 from transformers.utils import logging as transformers_logging
 
-from rlhf import checkpoint, distributed, memory, optim, storage
+from rlhf import checkpoint, distributed, live, memory, optim, storage
 from rlhf.config import StageConfig, TrainingLength
 from rlhf.data_prep.loading import NAMED_ROWS, Loaded, joint_fingerprint
 from rlhf.doctor.checks import Check, require_all
 from rlhf.doctor.preflight import Ground
 from rlhf.errors import UserError
+from rlhf.evaluation.overlap import TrainingPrompts, prompt_key
 from rlhf.interrupt import StopRequest
 from rlhf.models import Compute
 from rlhf.redaction import redact
-from rlhf.registry import Artifact, Reference, Registry, recipe_hash
+from rlhf.registry import MANIFEST, Artifact, Reference, Registry, recipe_hash
 from rlhf.resumable import STATE_FILE
 from rlhf.tokenization import stop_token_ids, tokenizer_hashes
 from rlhf.tracking import RUN_FILE, MetricsCallback, PhaseTimer, ProgressCallback, Tracker
@@ -100,7 +100,9 @@ class Run:
             wandb_run_id=self.tracker.run_id,
         )
         distributed.wait()
-        self.tracker.log_artifact(artifact.reference, artifact.path, metrics)
+        self.tracker.log_artifact(artifact.reference, artifact.path, {**metrics, "hash": artifact.hash})
+        if artifact.name == self.config.name:
+            shutil.copy(artifact.path / MANIFEST, self.folder)  # the run's folder can then speak for itself
         print(f"registered {artifact.reference} in {self.registry.root}", flush=True)
         return artifact
 
@@ -153,10 +155,12 @@ def open_run(
             wandb_project=config.wandb_project,
             resume=config.resume,
         ) as tracker,
+        live.view(f"{stage}: {config.name} on {compute}"),
         memory.explained(timer),
     ):
         for parent in parents:
-            tracker.use_artifact(parent.reference, parent.hash)
+            tracker.use_artifact(parent.reference, parent.hash, parent.path)
+        tracker.use_data(config.dataset, data)
         yield Run(stage, config, folder, Registry(config.registry), compute, tracker, parents, data, recipe, timer)
 
 
@@ -177,11 +181,10 @@ def require_one_process(stage: str) -> None:
 
 
 def _quiet() -> None:
-    """Keeps the libraries' own deprecations, which no user can mend, and progress bars in log files out of the way."""
+    """Keeps the libraries' own deprecations, which no user can mend, and progress bars out of logs and of the live view."""
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
-        datasets.disable_progress_bars()
+    transformers_logging.disable_progress_bar()
+    datasets.disable_progress_bars()
 
 
 def _claim_checkpoints(folder: Path, config: StageConfig, parents: list[Artifact], data: dict[str, Any]) -> None:
@@ -221,6 +224,25 @@ def describe_data(sets: dict[str, Loaded]) -> dict[str, Any]:
         "dropped": {name: loaded.dropped for name, loaded in sets.items() if loaded.dropped},
         "dropped_rows": {name: loaded.dropped_rows for name, loaded in sets.items() if loaded.dropped_rows},
     }
+
+
+def overlap(sets: dict[str, Loaded], parents: Sequence[Artifact], registry: Registry) -> dict[str, Any]:
+    """How many held-out prompts are among those that the stage, or a model that it starts from, is trained on.
+
+    Returns:
+        `held_out`: how many there are; `in_training`: counts by artefact, the stage's own as "its own data"; None where the
+        data of a parent is gone or has changed.
+    """
+    held_out = [row["prompt"] for row in sets["validation"].rows]
+    own = {prompt_key(row["prompt"]) for name, loaded in sets.items() if name != "validation" for row in loaded.rows}
+    counts: dict[str, int | None] = {"its own data": sum(prompt_key(prompt) in own for prompt in held_out)}
+    training = TrainingPrompts(registry)
+    for parent in parents:
+        counts |= training.overlap(parent, held_out)
+    for name, count in counts.items():
+        if count and distributed.rank() == 0:
+            print(f"{count} of {len(held_out)} held-out prompts are among those that {name} was trained on", flush=True)
+    return {"held_out": len(held_out), "in_training": counts}
 
 
 def add_dropped(data: dict[str, Any], name: str, dropped: dict[str, list[int]]) -> None:

@@ -29,7 +29,7 @@ from rlhf.reward.evaluate import GoldFunction, load_function
 from rlhf.reward.scorer import open_scorer
 from rlhf.reward.sources import AdapterReward, ModelReward, Reward, open_sources, source_name
 from rlhf.sampling import fits_loop
-from rlhf.stages.common import Run, describe_data, finished_already, open_run, preflight, stage_recipe
+from rlhf.stages.common import Run, describe_data, finished_already, open_run, overlap, preflight, stage_recipe
 from rlhf.tokenization import encode_prompt, encode_response, last_user_text, load_tokenizer
 
 #: Held-out prompts whose answers before and after are shown side by side.
@@ -44,16 +44,14 @@ def run(config: PPOConfig, *, reuse: bool = False, only_preflight: bool = False)
     rewards = [registry.get(r, expect_stage="reward") for r in config.reward if reward_kind(r) == "adapter"]
     for reward in rewards:
         check_same_policy(policy, reward)
-    prompts = load_rows(config.dataset, "train", kind="prompts")
-    held_out = load_rows(config.dataset, "validation", kind="prompts")
-    sets = {"train": prompts, "validation": held_out}
-    if config.ptx_coef > 0:
-        sets["ptx"] = load_rows(config.ptx_dataset or config.dataset, "train", kind="demonstrations")
+    sets = data_sets(config)
+    prompts, held_out = sets["train"], sets["validation"]
     data = describe_data(sets)
     recipe = stage_recipe(config, [policy, *rewards], data)
     if reuse and (artifact := finished_already("ppo", config, recipe)):
         return artifact
 
+    data["overlap"] = overlap(sets, [policy, *rewards], registry)
     gold = load_function(config.gold) if config.gold else None  # a slip in its name must not show after the training
 
     with open_run("ppo", config, [policy, *rewards], data, recipe) as run:
@@ -82,6 +80,7 @@ def run(config: PPOConfig, *, reuse: bool = False, only_preflight: bool = False)
             trainer.resume()
         before = _evaluate(run, models, tokenizer, held_out_ids, held_out.rows, reward_sum, gold, reference=True)
         trainer.train()
+        run.tracker.log_frontier()
 
         def publish(name: str) -> Artifact:
             """Evaluates and registers the policy as it is now."""
@@ -103,6 +102,14 @@ def run(config: PPOConfig, *, reuse: bool = False, only_preflight: bool = False)
             with trainer.averaged_policy():
                 publish(f"{config.name}-ema")
         return publish(config.name)
+
+
+def data_sets(config: PPOConfig) -> dict[str, Loaded]:
+    """Everything that the stage reads, by split."""
+    sets = {split: load_rows(config.dataset, split, kind="prompts") for split in ("train", "validation")}
+    if config.ptx_coef > 0:
+        sets["ptx"] = load_rows(config.ptx_dataset or config.dataset, "train", kind="demonstrations")
+    return sets
 
 
 def build_models(

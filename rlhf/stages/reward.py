@@ -55,6 +55,7 @@ from rlhf.stages.common import (
     describe_data,
     finished_already,
     open_run,
+    overlap,
     preflight,
     require_one_process,
     stage_recipe,
@@ -99,9 +100,9 @@ def run(config: RewardConfig, *, reuse: bool = False, only_preflight: bool = Fal
     """Trains and registers; with `reuse`, an artefact of the same recipe is returned instead of trained again; with
     `only_preflight`, it ends before the training, without an artefact."""
     policy = Registry(config.registry).get(config.policy, expect_stage="sft")
-    comparisons = load_rows(config.dataset, "train", kind="comparisons")
-    held_out = load_rows(config.dataset, "validation", kind="comparisons")
-    data = describe_data({"train": comparisons, "validation": held_out})
+    sets = data_sets(config)
+    comparisons, held_out = sets["train"], sets["validation"]
+    data = describe_data(sets)
     recipe = stage_recipe(config, [policy], data)
     if reuse and (artifact := finished_already("reward", config, recipe)):
         return artifact
@@ -111,6 +112,7 @@ def run(config: RewardConfig, *, reuse: bool = False, only_preflight: bool = Fal
     require_one_process("reward")
     for left in Path(config.output_dir, "reward").glob(f"{SCRATCH}*"):  # of a run that was killed
         shutil.rmtree(left, ignore_errors=True)
+    data["overlap"] = overlap(sets, [policy], Registry(config.registry))
     with (
         open_run("reward", config, [policy], data, recipe) as run,
         tempfile.TemporaryDirectory(dir=run.folder, prefix=SCRATCH) as place,
@@ -128,6 +130,11 @@ def run(config: RewardConfig, *, reuse: bool = False, only_preflight: bool = Fal
         del base, model, trainer, examine  # what was saved takes their place
         gc.collect()
         return finish(run, config, policy, prepared, before, Path(place), trained, steps)
+
+
+def data_sets(config: RewardConfig) -> dict[str, Loaded]:
+    """Everything that the stage reads, by split."""
+    return {split: load_rows(config.dataset, split, kind="comparisons") for split in ("train", "validation")}
 
 
 def prepare(

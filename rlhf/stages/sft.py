@@ -37,6 +37,7 @@ from rlhf.stages.common import (
     describe_data,
     finished_already,
     open_run,
+    overlap,
     preflight,
     require_one_process,
     stage_recipe,
@@ -52,9 +53,9 @@ SELECTION_METRIC = "eval_score"
 def run(config: SFTConfig, *, reuse: bool = False, only_preflight: bool = False) -> Artifact | None:
     """Trains and registers; with `reuse`, an artefact of the same recipe is returned instead of trained again; with
     `only_preflight`, it ends before the training, without an artefact."""
-    demonstrations = load_rows(config.dataset, "train", kind="demonstrations")
-    held_out = load_rows(config.dataset, "validation", kind="demonstrations")
-    data = describe_data({"train": demonstrations, "validation": held_out})
+    sets = data_sets(config)
+    demonstrations, held_out = sets["train"], sets["validation"]
+    data = describe_data(sets)
     registry = Registry(config.registry)
     rewards = [registry.get(config.selection_reward, expect_stage="reward")] if config.selection_reward else []
     recipe = stage_recipe(config, rewards, data)
@@ -62,6 +63,7 @@ def run(config: SFTConfig, *, reuse: bool = False, only_preflight: bool = False)
         return artifact
 
     require_one_process("sft")
+    data["overlap"] = overlap(sets, rewards, registry)
     with open_run("sft", config, rewards, data, recipe) as run:
         tokenizer = load_tokenizer(
             resolve_model(config.model_name_or_path),
@@ -111,6 +113,11 @@ def run(config: SFTConfig, *, reuse: bool = False, only_preflight: bool = False)
             tokenizer=tokenizer,
             metrics={**_figures(trainer.state), "steps": trainer.state.global_step},
         )
+
+
+def data_sets(config: SFTConfig) -> dict[str, Loaded]:
+    """Everything that the stage reads, by split."""
+    return {split: load_rows(config.dataset, split, kind="demonstrations") for split in ("train", "validation")}
 
 
 def make_probe(trainer: SFTTrainer, run: Run, config: SFTConfig, pad_token_id: int) -> Probe | None:

@@ -1,0 +1,153 @@
+"""What artefacts have to do with each other: what they were made from, how two differ, what can be deleted."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rlhf.registry import Artifact, Lineage, Reference, Registry
+
+
+class Difference(NamedTuple):
+    """A setting or figure that two artefacts do not share; None where one of them has none."""
+
+    section: str
+    name: str
+    first: Any
+    second: Any
+
+
+SECTIONS = ("parents", "data", "config", "metrics", "model", "software")
+
+
+def difference(first: Artifact, second: Artifact) -> list[Difference]:
+    """How two artefacts differ, by section. Times, and where a run was kept, are no differences."""
+    left, right = (_described(artifact) for artifact in (first, second))
+    return [
+        Difference(section, name, left[section].get(name), right[section].get(name))
+        for section in SECTIONS
+        for name in dict.fromkeys(itertools.chain(left[section], right[section]))
+        if left[section].get(name) != right[section].get(name)
+    ]
+
+
+def _described(artifact: Artifact) -> dict[str, dict[str, Any]]:
+    """A manifest by section, flat."""
+    m = artifact.manifest
+    places = ("registry", "output_dir", "resume")
+    model = ("kind", "base_model", "base_model_revision", "tokenizer_hash", "chat_template_hash", "pad_token_id")
+    metrics = {name: value for name, value in m.metrics.items() if name != "phases"}
+    phases = {f"seconds of {p['phase']}": p["seconds"] for p in m.metrics.get("phases", [])}
+    return {
+        "parents": {parent.stage: f"{parent.reference} {parent.hash[:12]}" for parent in m.parents},
+        "data": dict(_flat(m.data)),
+        "config": dict(_flat({name: value for name, value in m.config.items() if name not in places})),
+        "metrics": dict(_flat({**metrics, **phases})),
+        "model": {name: getattr(m, name) for name in (*model, "stop_token_ids", "reward_mean", "reward_std")},
+        "software": {"code_commit": m.code_commit, **m.library_versions},
+    }
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def ancestors(line: Lineage) -> list[Lineage]:
+    """Everything that an artefact was made from and the artefact itself, each once, parents before children."""
+    found: dict[str, Lineage] = {}
+    for parent in line.parents:
+        found |= {one.reference: one for one in ancestors(parent)}
+    return [*found.values(), line]
+
+
+def children(registry: Registry, artifact: Artifact) -> list[Artifact]:
+    """The artefacts that were made from this one."""
+    return [other for other in registry.list() if artifact.hash in [parent.hash for parent in other.manifest.parents]]
+
+
+def prunable(registry: Registry, names: Iterable[str], keep: int) -> list[Artifact]:
+    """Versions of `STAGE/NAME` that can go: not among the newest `keep`, without a tag, and nothing that stays needs them.
+
+    Children come before their parents. A version whose manifest cannot be read is left alone: nobody knows what it is.
+    """
+    artifacts = registry.list()
+    chosen = set(names)
+    newest: set[str] = set()
+    for name in chosen:
+        of_name = sorted((a for a in artifacts if f"{a.stage}/{a.name}" == name), key=lambda a: -a.version)
+        newest |= {a.reference for a in of_name[:keep]}
+    tagged = {f"{name}@{version}" for name in chosen for version in registry.tags(*name.split("/")).values()}
+    candidates = {
+        a.reference: a for a in artifacts if f"{a.stage}/{a.name}" in chosen and a.reference not in newest | tagged
+    }
+    needed = [a for a in artifacts if a.reference not in candidates]
+    while needed:
+        for parent in needed.pop().manifest.parents:
+            spared = candidates.pop(str(parent.reference), None)
+            if spared is not None:
+                needed.append(spared)
+    return sorted(candidates.values(), key=lambda a: (-_depth(a, candidates), a.reference))
+
+
+def _depth(artifact: Artifact, among: Mapping[str, Artifact]) -> int:
+    """How many generations of these lie above it."""
+    parents = [among[str(p.reference)] for p in artifact.manifest.parents if str(p.reference) in among]
+    return 1 + max((_depth(parent, among) for parent in parents), default=0)
+
+
+def remove(artifact: Artifact) -> None:
+    """Deletes a version. It vanishes in one step, so that a crash leaves no half of it."""
+    grave = artifact.path.with_name(f".partial-{uuid.uuid4().hex[:8]}")
+    artifact.path.rename(grave)
+    shutil.rmtree(grave)
+
+
+def size(folder: Path) -> int:
+    """Bytes of the files in a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def exact(artifact: Artifact) -> Reference:
+    """The artefact's own version, by name."""
+    return Reference(artifact.stage, artifact.name, artifact.version)
+
+
+def data_lines(artifact: Artifact) -> list[str]:
+    """The data and the base model that went into an artefact, a line each."""
+    m = artifact.manifest
+    rows = ", ".join(f"{name} {count:,}" for name, count in m.data.get("rows", {}).items())
+    lines = (
+        [f"data {m.config['dataset']}  {str(m.data.get('fingerprint'))[:12]}  {rows}"] if "dataset" in m.config else []
+    )
+    lines += [f"prepared data  {fingerprint[:12]}" for fingerprint in set(m.data.get("prepared", {}).values())]
+    if not any(parent.stage == "sft" for parent in m.parents):
+        lines.append(f"base model {m.base_model}" + (f" at {m.base_model_revision}" if m.base_model_revision else ""))
+    return lines
+
+
+def as_tree(line: Lineage) -> dict[str, Any]:
+    """The lineage as plain data: `reference`, `hash` or `problem`, `data`, `made_from`."""
+    own: dict[str, Any] = {"reference": line.reference}
+    if line.artifact is None:
+        return {**own, "problem": line.problem}
+    own |= {"hash": line.artifact.hash, "created": line.artifact.manifest.created, "data": data_lines(line.artifact)}
+    return {**own, "made_from": [as_tree(parent) for parent in line.parents]}
+
+
+def same_files(first: Mapping[str, str], second: Mapping[str, str]) -> Sequence[str]:
+    """Names of files whose checksums differ, or that only one of two artefacts has."""
+    return sorted(name for name in {*first, *second} if first.get(name) != second.get(name))
+
+
+def fields(artifact: Artifact) -> dict[str, Any]:
+    """The manifest as plain data."""
+    return dataclasses.asdict(artifact.manifest)

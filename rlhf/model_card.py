@@ -1,0 +1,118 @@
+"""The model card of an exported artefact, made from its manifest and those of what it was made from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from rlhf.lineage import ancestors, data_lines
+from rlhf.registry import Artifact, Registry
+
+WHAT = {
+    "sft": "A language model fine-tuned on demonstrations, with the loss on the answers only.",
+    "reward": "A reward model: it scores an answer to a prompt. It was trained on people's rankings of answers.",
+    "ppo": "A language model trained by PPO against a reward model, with a KL penalty to the SFT model that it started from.",
+}
+
+GENERATE = """import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+{load}
+prompt = [{{"role": "user", "content": "..."}}]
+inputs = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0, inputs["input_ids"].shape[1]:]))"""
+
+SCORE = """import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+{load}
+chat = [{{"role": "user", "content": "..."}}, {{"role": "assistant", "content": "..."}}]
+text = tokenizer.apply_chat_template(chat, tokenize=False)
+text = text[: text.rindex(tokenizer.eos_token) + len(tokenizer.eos_token)]  # the score is read at the stop token
+raw = model(**tokenizer(text, add_special_tokens=False, return_tensors="pt")).logits[0, 0]
+score = (raw - {mean}) / {std}  # 0 is the mean of the demonstrations"""
+
+
+def model_card(registry: Registry, artifact: Artifact, form: str, dtype: str) -> str:
+    """Markdown with the metadata that the Hugging Face hub reads."""
+    m = artifact.manifest
+    parts = [
+        _front_matter(artifact, form),
+        f"# {artifact.reference}\n\n{WHAT[artifact.stage]}",
+        _facts(artifact, form, dtype),
+        f"## Use\n\n```python\n{_usage(artifact, form)}\n```",
+        "## Lineage\n\n" + "\n".join(_lineage(registry, artifact)),
+        "## Figures\n\n" + _table(m.metrics, skip=("phases",)),
+        "## Options\n\n" + _table(m.config, skip=("registry", "output_dir")),
+        "## Data\n\n" + _table(m.data),
+        f"Made by [rlhf] at code {m.code_commit or 'unknown'}; manifest sha256 `{artifact.hash}`"
+        + (f", W&B run `{m.wandb_run_id}`." if m.wandb_run_id else "."),
+    ]
+    return "\n\n".join(parts).replace("[rlhf]", "rlhf") + "\n"
+
+
+def _front_matter(artifact: Artifact, form: str) -> str:
+    m = artifact.manifest
+    lines = {
+        "library_name": "peft" if form == "adapter" else "transformers",
+        "pipeline_tag": "text-classification" if artifact.stage == "reward" else "text-generation",
+        "base_model": m.base_model,
+        "tags": ["rlhf", artifact.stage],
+    }
+    return "---\n" + "\n".join(f"{key}: {json.dumps(value)}" for key, value in lines.items()) + "\n---"
+
+
+def _facts(artifact: Artifact, form: str, dtype: str) -> str:
+    m = artifact.manifest
+    base = m.base_model + (f" at {m.base_model_revision}" if m.base_model_revision else "")
+    what = "one adapter on the base model" if form == "adapter" else f"the whole model, adapters merged in, {dtype}"
+    lines = [f"- base model: {base}", f"- this folder: {what}", f"- registered: {m.created}"]
+    lines.append(f"- pad token {m.pad_token_id}, stop tokens {', '.join(map(str, m.stop_token_ids))}")
+    overlap = m.data.get("overlap", {})
+    lines += [
+        f"- {count} of the {overlap['held_out']} held-out prompts are among those that {name} was trained on: its figures "
+        "flatter it"
+        for name, count in overlap.get("in_training", {}).items()
+        if count
+    ]
+    return "\n".join(lines)
+
+
+def _usage(artifact: Artifact, form: str) -> str:
+    m, reward = artifact.manifest, artifact.stage == "reward"
+    kind = "AutoModelForSequenceClassification" if reward else "AutoModelForCausalLM"
+    labels = ", num_labels=1" if reward else ""
+    load = f"model = {kind}.from_pretrained(FOLDER, dtype=torch.float32)"
+    if form == "adapter":
+        load = (
+            f"base = {kind}.from_pretrained({m.base_model!r}{labels}, dtype=torch.float32)\n"
+            + ("base.config.pad_token_id = tokenizer.pad_token_id\n" if reward else "")
+            + "model = PeftModel.from_pretrained(base, FOLDER).eval()"
+        )
+    text = (SCORE if reward else GENERATE).format(load=load, mean=m.reward_mean, std=m.reward_std)
+    return text.replace("import torch\n", "import torch\nfrom peft import PeftModel\n") if form == "adapter" else text
+
+
+def _lineage(registry: Registry, artifact: Artifact) -> list[str]:
+    """Parents before children, each with what went into it."""
+    lines = []
+    for line in ancestors(registry.lineage(artifact)):
+        if line.artifact is None:
+            lines.append(f"- {line.reference}: {line.problem}")
+            continue
+        inputs = [*data_lines(line.artifact), *(str(parent.reference) for parent in line.artifact.manifest.parents)]
+        lines.append(f"- `{line.reference}` ({line.artifact.hash[:12]}), from " + "; ".join(inputs))
+    return lines
+
+
+def _table(values: Mapping[str, Any], skip: tuple[str, ...] = ()) -> str:
+    rows = [f"| {name} | {_cell(value)} |" for name, value in values.items() if name not in skip]
+    return "\n".join(["| | |", "|---|---|", *rows])
+
+
+def _cell(value: Any) -> str:
+    text = f"{value:.6g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
+    return text.replace("|", "\\|").replace("\n", " ")
