@@ -1,4 +1,7 @@
-"""Checkpoints of PPO: written beside, renamed into place, safetensors and JSON only; the last two are kept."""
+"""Checkpoints of PPO: written beside, renamed into place, safetensors and JSON only; the last two are kept.
+
+Snapshots lie beside them: the policy's adapter alone, small, and all of them kept, for the reward-KL frontier of a run.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import errno
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +30,40 @@ def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: 
     Raises:
         UserError: the disk is full or the folder cannot be written; earlier checkpoints are untouched.
     """
-    target, partial = folder / f"checkpoint-{step}", folder / f".partial-{step}"
-    replaced = folder / f".replaced-{step}"
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+
+    def write(partial: Path) -> None:
         for name, group in tensors.items():
             save_file(
                 {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in group.items()},
                 partial / f"{name}.safetensors",
             )
         (partial / "state.json").write_text(json.dumps({**state, "step": step}), encoding="utf-8")
+
+    target = _put(folder, "checkpoint", step, write)
+    for old in _all(folder)[:-_KEEP]:
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def save_snapshot(folder: Path, step: int, write: Callable[[Path], None]) -> Path:
+    """Fills `folder/snapshot-STEP` with what `write` puts into the folder it is called with; errors as of `save`."""
+    return _put(folder, "snapshot", step, write)
+
+
+def snapshots(folder: Path) -> dict[int, Path]:
+    """The complete snapshots by their step, in its order."""
+    found = sorted((path for path in folder.glob("snapshot-*") if path.is_dir()), key=_step)
+    return {_step(path): path for path in found}
+
+
+def _put(folder: Path, kind: str, step: int, write: Callable[[Path], None]) -> Path:
+    """Writes `folder/KIND-STEP` whole or not at all; what was there before is replaced."""
+    target, partial = folder / f"{kind}-{step}", folder / f".partial-{kind}-{step}"
+    replaced = folder / f".replaced-{kind}-{step}"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        write(partial)
         for file in partial.iterdir():
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
@@ -55,8 +82,6 @@ def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: 
         if isinstance(error, OSError) or is_storage_failure(error):
             raise not_written(target, error) from error
         raise
-    for old in _all(folder)[:-_KEEP]:
-        shutil.rmtree(old, ignore_errors=True)
     return target
 
 
@@ -90,8 +115,8 @@ def last_before(folder: Path, step: int) -> Path | None:
 
 
 def discard_after(folder: Path, step: int) -> None:
-    """Removes the checkpoints of later steps."""
-    for path in _all(folder):
+    """Removes the checkpoints and snapshots of later steps."""
+    for path in (*_all(folder), *snapshots(folder).values()):
         if _step(path) > step:
             shutil.rmtree(path)
 

@@ -28,6 +28,7 @@ PLACE_OPTIONS = {
     "wandb_project",
     "wandb_group",
     "save_steps",
+    "snapshot_steps",
     "logging_steps",
     # Memory against time: results differ by rounding only.
     "microbatch_size",
@@ -339,6 +340,11 @@ class PPOConfig(StageConfig):
     missing_eos_penalty: float = option("taken off the score of a response without a stop token", 1.0)
     min_response_length: int = option("responses with fewer tokens lose short_response_penalty", 0)
     short_response_penalty: float = option("taken off the score for each token below min_response_length", 0.0)
+    snapshot_steps: int | None = option(
+        "rollouts between snapshots of the policy's adapter, all of which are kept, for the reward-KL frontier of "
+        "rlhf.evaluation; none takes none",
+        None,
+    )
     num_eval_samples: int = option("answers to held-out prompts sampled before and after training", 256)
     num_logged_samples: int = option("answers of each logged rollout that go into the sample table", 8)
     gold: str | None = option(
@@ -377,6 +383,11 @@ class PPOConfig(StageConfig):
         require(
             self.finetuning == "lora" or self.quantization == "none",
             f"finetuning full cannot train weights that are held in {self.quantization}; use finetuning lora",
+        )
+        require(
+            self.snapshot_steps is None or (self.snapshot_steps >= 1 and self.finetuning == "lora"),
+            f"snapshot_steps must be at least 1, got {self.snapshot_steps}, and needs finetuning lora: a whole model every few "
+            "rollouts would fill the disk",
         )
         require(
             self.microbatch_tokens is None or self.microbatch_tokens >= 1,
