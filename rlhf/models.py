@@ -28,6 +28,7 @@ from peft import (
 )
 from peft.helpers import disable_input_dtype_casting
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig, PreTrainedModel
@@ -146,6 +147,15 @@ def load_policy(artifact: Artifact, config: RunConfig, compute: Compute) -> PreT
     with tempfile.TemporaryDirectory() as folder:
         merged.save_pretrained(folder)
         return load_base(folder, config, compute).requires_grad_(False)
+
+
+def merge_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """The model with a finished policy's adapter merged in, for good: the base is used up."""
+    try:
+        adapted = PeftModel.from_pretrained(base, str(folder))
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{folder} holds no adapter for this model: {str(error).splitlines()[-1].strip()}") from error
+    return cast(Any, adapted).merge_and_unload().requires_grad_(False)
 
 
 def _without_quantization(config: RunConfig) -> RunConfig:
@@ -485,6 +495,38 @@ class SharedModels(RoleModels):
     def save_policy(self, folder: Path, *, base_model: str) -> None:
         """The policy's adapter, as plain peft opens it."""
         save_adapter(self.peft, folder, adapter="policy", base_model=base_model)
+
+    @classmethod
+    def finished(cls, base: PreTrainedModel, folder: Path | None, compute: Compute) -> SharedModels:
+        """The base with a finished policy's adapter, as `save_policy` left it, or (None) with one that changes nothing.
+
+        `release` gives the base back.
+
+        Raises:
+            UserError: the folder holds no adapter for this base.
+        """
+        if folder is None:
+            return cls(base, LoraConfig(r=1, target_modules="all-linear"), compute)
+        try:
+            config = cast(LoraConfig, LoraConfig.from_pretrained(str(folder)))
+            config.inference_mode = False
+            state = load_file(folder / ADAPTER_FILE)
+            models = cls(base, config, compute)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise UserError(f"{folder} holds no adapter for this model: {str(error).splitlines()[-1].strip()}") from error
+        try:
+            result: Any = set_peft_model_state_dict(models.peft, state, adapter_name="policy")
+            wrong = [*result.unexpected_keys, *(key for key in result.missing_keys if ".policy." in key)]
+        except RuntimeError as error:  # layers of another size
+            wrong = [str(error).splitlines()[-1].strip()]
+        if wrong:
+            models.release()
+            raise UserError(f"{folder} was made for another model: {wrong[0]} is on one side only")
+        return models
+
+    def release(self) -> PreTrainedModel:
+        """The base as it was, without adapters: these models are used up."""
+        return cast(Any, self.peft).unload()
 
     def merged_reward(self) -> PreTrainedModel:
         """The base with the reward adapter merged in, for good: these models are used up."""
