@@ -304,11 +304,15 @@ class EvaluationConfig(RunConfig):
     verdicts: list[str] = field(
         default_factory=list, metadata={"help": ".csv files of export_comparison that people have filled in"}
     )
-    texts: str | None = option("plain text for perplexity, paragraphs apart; default: 14 paragraphs that come along", None)
+    texts: str | None = option(
+        "plain text for perplexity, paragraphs apart; default: 14 paragraphs that come along", None
+    )
     tasks: list[str] = field(
         default_factory=list, metadata={"help": "lm-evaluation-harness tasks (pip install 'rlhf[eval]')"}
     )
-    task_folder: str | None = option("folder of the tasks' .yaml files; default: the tasks that come with the harness", None)
+    task_folder: str | None = option(
+        "folder of the tasks' .yaml files; default: the tasks that come with the harness", None
+    )
     task_limit: int | None = option("examples of each task, the first; none: all", None)
 
     def __post_init__(self) -> None:

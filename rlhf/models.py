@@ -513,7 +513,9 @@ class SharedModels(RoleModels):
             state = load_file(folder / ADAPTER_FILE)
             models = cls(base, config, compute)
         except (OSError, ValueError, SafetensorError) as error:
-            raise UserError(f"{folder} holds no adapter for this model: {str(error).splitlines()[-1].strip()}") from error
+            raise UserError(
+                f"{folder} holds no adapter for this model: {str(error).splitlines()[-1].strip()}"
+            ) from error
         try:
             result: Any = set_peft_model_state_dict(models.peft, state, adapter_name="policy")
             wrong = [*result.unexpected_keys, *(key for key in result.missing_keys if ".policy." in key)]

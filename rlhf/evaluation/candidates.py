@@ -38,7 +38,7 @@ class Comparison:
     """Everything that a comparison is about."""
 
     models: list[Candidate]
-    """The baseline first if it was not named, then as named."""
+    """The reference and the baseline, then the others as named."""
     snapshots: list[Candidate]
     reference: Artifact
     """The SFT policy that KL is measured against."""
@@ -85,9 +85,7 @@ def gather(config: EvaluationConfig, registry: Registry) -> Comparison:
     runs, broken = _read_runs(config.runs, registry)
     reference = _reference(config, registry, named, runs)
     baseline = _policy(registry, config.baseline) if config.baseline else reference
-    artifacts = {a.reference: a for a in named}
-    if baseline.reference not in artifacts:
-        artifacts = {baseline.reference: baseline, **artifacts}
+    artifacts = {artifact.reference: artifact for artifact in (reference, baseline, *named)}
     for artifact in artifacts.values():
         _check_tokenizer(artifact, reference)
     origins = {a.reference: _origin(a) for a in artifacts.values() if a.stage == "ppo"}

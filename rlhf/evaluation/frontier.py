@@ -15,7 +15,7 @@ from rlhf import bootstrap
 from rlhf.bootstrap import Array
 
 Form = Literal["ppo", "best_of_n"]
-#: The forms of Gao, Schulman & Hilton 2022 (arXiv:2210.10760, section 3.1): linear in a and b.
+#: The forms of Gao, Schulman & Hilton 2022 (arXiv:2210.10760): linear in a and b.
 FORMULAS: dict[Form, str] = {"ppo": "d (a - b log d)", "best_of_n": "d (a - b d)"}
 #: Points that a fit of two parameters with an error needs.
 MIN_POINTS = 3

@@ -64,6 +64,4 @@ def _training_prompts(artifact: Artifact) -> set[str] | None:
     fingerprint = recipe_hash({name: loaded.fingerprint for name, loaded in sets.items()}, [], None)
     if fingerprint != artifact.manifest.data["fingerprint"]:
         return None
-    return {
-        prompt_key(row["prompt"]) for name, loaded in sets.items() if name != "validation" for row in loaded.rows
-    }
+    return {prompt_key(row["prompt"]) for name, loaded in sets.items() if name != "validation" for row in loaded.rows}

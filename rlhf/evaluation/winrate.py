@@ -77,7 +77,7 @@ def length_controlled(preferences: Preferences, seed: int = 0) -> dict[str, floa
 
     Logistic regression P(win) = sigmoid(a + b tanh(d / s)), d the difference in tokens and s its standard deviation; the
     rate is sigmoid(a), at d = 0. A tie counts half as a win and half as a loss. From length-controlled AlpacaEval (Dubois et
-    al. 2024, arXiv:2404.04475, equation 2), without its term for the difficulty of an instruction, which is fitted to the
+    al. 2024, arXiv:2404.04475), without its term for the difficulty of an instruction, which is fitted to the
     verdicts on many other models. The slope has scikit-learn's default ridge (C = 1), so that lengths that tell winners from
     losers perfectly still give a number. None without pairs, or where all lengths are alike to the token.
     """

@@ -118,7 +118,9 @@ class PPOTrainer:
                 bar.update(
                     1, score=metrics["objective/score"], kl=metrics["objective/kl"], length=metrics["response/length"]
                 )
-                if c.snapshot_steps and (self.updates_done % c.snapshot_steps == 0 or self.updates_done == c.num_updates):
+                if c.snapshot_steps and (
+                    self.updates_done % c.snapshot_steps == 0 or self.updates_done == c.num_updates
+                ):
                     self.snapshot()
                 stopping = distributed.any_true(stop.requested, self.models.compute.device)
                 if stopping or self.updates_done % c.save_steps == 0 or self.updates_done == c.num_updates:
