@@ -193,7 +193,8 @@ class Bench:
         """For each set of answers the mean log-likelihood a token under the untuned base model, nats, and the tokens that it
         is of, (M,) each. The stop token does not count: when to stop is what SFT teaches, and an untuned model cannot know."""
         manifest = self.comparison.reference.manifest
-        keys = [{"base": manifest.base_model, "answers": a.tokens, "dtype": str(self.compute.dtype)} for a in sets]
+        common = {"base": [manifest.base_model, manifest.base_model_revision], "dtype": str(self.compute.dtype)}
+        keys = [{**common, "prompts": self.prompts, "responses": a.tokens} for a in sets]
         found = [self._read(key) for key in keys]
         texts = [[row[:-1] if end else row for row, end in zip(a.tokens, a.stopped, strict=True)] for a in sets]
         if None in found:

@@ -55,7 +55,7 @@ def test_reference_baseline_and_reward_come_from_the_policies(registry: Registry
 
 def test_policies_of_different_rewards_are_compared_by_force_only(registry: Registry) -> None:
     """A table in which a policy looks worse because it was judged by somebody else's reward."""
-    with pytest.raises(UserError, match="ppo/one@1 and ppo/other@1 have different reward models.*--force true"):
+    with pytest.raises(UserError, match=r"ppo/one@1 and ppo/other@1 have different reward models.*--force true"):
         compared(registry, "ppo/one", "ppo/other")
     forced = compared(registry, "ppo/one", "ppo/other", force=True)
     assert forced.marks == ["compared by force: ppo/one@1 and ppo/other@1 have different reward models"]
@@ -141,7 +141,7 @@ def test_a_broken_run_does_not_cost_the_rest(registry: Registry, tmp_path: Path)
 
 def test_runs_that_cannot_be_meant(registry: Registry, tmp_path: Path) -> None:
     run = make_run(registry, tmp_path / "mine")
-    with pytest.raises(UserError, match="no run folder .*did you mean '.*mine'"):
+    with pytest.raises(UserError, match=r"no run folder .*did you mean '.*mine'"):
         compared(registry, "ppo/one", runs=[str(tmp_path / "mime")])
     with pytest.raises(UserError, match="two runs are called mine"):
         compared(registry, "ppo/one", runs=[str(run), str(make_run(registry, tmp_path / "other" / "mine"))])

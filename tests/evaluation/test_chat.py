@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
+from judged import JudgeServer
 
 from rlhf.errors import UserError
 from rlhf.evaluation.chat import ChatJudge, ChatVerdicts, Pair, cost, parse_verdict
@@ -17,55 +14,15 @@ from rlhf.evaluation.chat import ChatJudge, ChatVerdicts, Pair, cost, parse_verd
 SECRET = "sk-never-to-be-written"
 
 
-class Server:
-    """An endpoint that answers with `reply(first answer, second answer)`, or fails with the status that it returns."""
-
-    def __init__(self, reply: Callable[[str, str], str | int]) -> None:
-        self.requests: list[dict[str, Any]] = []
-        self.headers: list[str | None] = []
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                outer.requests.append(body)
-                outer.headers.append(self.headers["Authorization"])
-                text = body["messages"][1]["content"]
-                first, second = text.split("[Answer A]\n")[1].split("\n\n[Verdict")[0].split("\n\n[Answer B]\n")
-                said = reply(first, second)
-                answer = {
-                    "choices": [{"message": {"content": said}}],
-                    "usage": {"prompt_tokens": 100, "completion_tokens": 2},
-                }
-                content = json.dumps(answer).encode()
-                self.send_response(said if isinstance(said, int) else 200)
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-        self.thread = threading.Thread(target=self.server.serve_forever, daemon=True)
-        self.thread.start()
-
-    def close(self) -> None:
-        self.server.shutdown()
-        self.server.server_close()
-        self.thread.join()
-
-
-Serve = Callable[[Callable[[str, str], "str | int"]], Server]
+Serve = Callable[[Callable[[str, str], "str | int"]], JudgeServer]
 
 
 @pytest.fixture
 def serve() -> Iterator[Serve]:
-    servers: list[Server] = []
+    servers: list[JudgeServer] = []
 
-    def start(reply: Callable[[str, str], str | int]) -> Server:
-        servers.append(Server(reply))
+    def start(reply: Callable[[str, str], str | int]) -> JudgeServer:
+        servers.append(JudgeServer(reply))
         return servers[-1]
 
     yield start
@@ -73,7 +30,7 @@ def serve() -> Iterator[Serve]:
         server.close()
 
 
-def judge(server: Server, cache: Path, pairs: list[Pair], parallel: int = 2) -> ChatVerdicts:
+def judge(server: JudgeServer, cache: Path, pairs: list[Pair], parallel: int = 2) -> ChatVerdicts:
     return ChatJudge(server.url, "toy-judge", cache, parallel=parallel, timeout=5.0)(pairs)
 
 
@@ -109,8 +66,18 @@ def test_a_reply_that_is_no_verdict_is_left_out(serve: Serve, tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     "reply, verdict",
-    [("A", 1.0), (" b.\n", 0.0), ("**Tie**", 0.5), ("Verdict: A", 1.0), ("[B]", 0.0), ("A is better than B", None)]
-    + [("", None), ("A or B", None), ("Apple", None), ("a tie", None)],
+    [
+        ("A", 1.0),
+        (" b.\n", 0.0),
+        ("**Tie**", 0.5),
+        ("Verdict: A", 1.0),
+        ("[B]", 0.0),
+        ("A is better than B", None),
+        ("A or B", None),
+        ("Apple", None),
+        ("a tie", None),
+        ("", None),
+    ],
 )
 def test_verdicts_are_read_as_they_were_asked_for(reply: str, verdict: float | None) -> None:
     """A sentence that begins with the article 'a' is not a vote for A."""
@@ -134,7 +101,7 @@ def test_a_run_that_fails_goes_on_where_it_was(serve: Serve, tmp_path: Path) -> 
     """Verdicts that are written at the end are lost, and paid for, when the endpoint goes away before it."""
     file = tmp_path / "judge.jsonl"
     server = serve(lambda first, second: longest(first, second) if "short" in (first, second) else 400)
-    with pytest.raises(UserError, match="gave no verdict: 400 .*run again to go on"):
+    with pytest.raises(UserError, match=r"gave no verdict: 400 .*run again to go on"):
         judge(server, file, PAIRS, parallel=1)
     assert len(file.read_text().splitlines()) == 2
     again = serve(longest)

@@ -83,12 +83,12 @@ def test_texts_survive_the_table(tmp_path: Path) -> None:
 def test_what_people_get_wrong(tmp_path: Path, content: str, told: str) -> None:
     file = tmp_path / "filled.csv"
     file.write_text(content)
-    with pytest.raises(UserError, match="filled.csv") as refused:
+    with pytest.raises(UserError, match=r"filled\.csv") as refused:
         people.read_verdicts([file])
     assert told in str(refused.value)
 
 
 def test_a_missing_file_offers_the_nearest(tmp_path: Path) -> None:
     (tmp_path / "filled.csv").write_text("id,verdict\n")
-    with pytest.raises(UserError, match="did you mean '.*filled.csv'"):
+    with pytest.raises(UserError, match=r"did you mean '.*filled\.csv'"):
         people.read_verdicts([tmp_path / "filed.csv"])

@@ -106,7 +106,7 @@ def test_a_task_of_a_local_file(toy_base: Callable[[str], Path], task: Path) -> 
 
 def test_a_task_that_is_not_there(task: Path) -> None:
     pytest.importorskip("lm_eval")
-    with pytest.raises(UserError, match="no task 'toy_sentimant' .did you mean 'toy_sentiment'"):
+    with pytest.raises(UserError, match=r"no task 'toy_sentimant' .did you mean 'toy_sentiment'"):
         Tasks(["toy_sentimant"], str(task), None)
     with pytest.raises(UserError, match="no task folder"):
         Tasks(["toy_sentiment"], str(task / "none"), None)
