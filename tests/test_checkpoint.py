@@ -193,3 +193,27 @@ def test_optimiser_states_come_back_byte_for_byte(kind: str, tmp_path: Path) -> 
     train(one, first, range(3, 6))
     train(two, second, range(3, 6))
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def test_snapshots_are_all_kept_beside_the_checkpoints(tmp_path: Path) -> None:
+    """Catches: snapshots that are cleared away with old checkpoints or taken for one, sorted by name (10 before 9), left there
+    half, or left behind when the run goes back to before them."""
+
+    def write(folder: Path) -> None:
+        (folder / "adapter.json").write_text("{}")
+
+    def fail(folder: Path) -> None:
+        write(folder)
+        raise ZeroDivisionError
+
+    for step in (8, 9, 10, 11):
+        save(tmp_path, step)
+        checkpoint.save_snapshot(tmp_path, step, write)
+    checkpoint.save_snapshot(tmp_path, 9, write)  # once more, as a resumed run does
+    with pytest.raises(ZeroDivisionError):
+        checkpoint.save_snapshot(tmp_path, 12, fail)
+    assert list(checkpoint.snapshots(tmp_path)) == [8, 9, 10, 11]
+    assert checkpoint.latest(tmp_path) == tmp_path / "checkpoint-11"
+    assert [path.name for path in checkpoint.snapshots(tmp_path)[9].iterdir()] == ["adapter.json"]
+    checkpoint.discard_after(tmp_path, 9)
+    assert names(tmp_path) == ["snapshot-8", "snapshot-9"]

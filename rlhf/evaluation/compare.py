@@ -34,7 +34,7 @@ there is nothing to measure. KL and entropy are in nats, lengths in tokens, scor
                        went with the position}; null without one
     best_of_n          model, prompts, samples, curve [{n, kl, score, gold {name: figure}}], fits; null if left out
     frontier           points [{model, run, update, kl, sqrt_kl, score, score_gain, gold {}, gold_gain {}}], gains over the
-                       reference, paired by prompt; fits; recommended {model, run, update, kl, gold, gain, fitted_gain} or null
+                       reference, paired by prompt; fits; recommended {model, run, update, kl, gold, gain, smoothed_gain} or null
     fits               [{run, scorer ("score" or "gold/NAME"), form, formula, a, b, a_error, b_error, rmse, points, peak_kl}]
     tax                texts {source, tokens, models {name: figure}} (perplexity), tasks {task: {metric: {model: {value, error}}}}
 

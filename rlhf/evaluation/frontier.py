@@ -128,34 +128,38 @@ def _peak(form: Form, a: float, b: float) -> float | None:
 
 
 def recommend(points: Sequence[dict[str, Any]], fits: dict[str, dict[str, Any]], gold: str) -> dict[str, Any] | None:
-    """The checkpoint to use: of those whose gold is not told from the best measured one, the one with the best fitted gold.
+    """The checkpoint with the most gold, each point smoothed by the curve of its run (`smoothed`).
 
-    The measured maximum alone would be the luckiest of the noisy points; the curve alone, the best of a form that the run
-    may not have. "Not told": the point's interval reaches the best point's value. A run without a fit counts as measured.
+    The measured maximum alone would be the luckiest of noisy points; the curve alone, the best of a form that the run may
+    not have. Of equals the one with the least KL. None without points.
 
     Args:
-        points: of all runs: `run`, `kl`, and `gain` with `value`, `low`, `high` of the gold scorer.
-        fits: the gold fit of each run that has one.
+        points: of all runs: `model`, `run`, `update`, `kl`, and `gain` with `value`, `low`, `high` of the gold scorer.
+        fits: the gold fit of each run that has one; points of other runs count as measured.
         gold: name of the scorer, for the answer.
     """
+    worth: dict[str, float] = {point["model"]: float(point["gain"]["value"]) for point in points}
+    for run, found in fits.items():
+        own = [point for point in points if point["run"] == run]
+        worth |= dict(zip((point["model"] for point in own), smoothed(own, found), strict=True))
     if not points:
         return None
+    chosen = max(points, key=lambda point: (worth[point["model"]], -point["kl"]))
+    named = {key: chosen[key] for key in ("model", "run", "update", "kl", "gain")}
+    return {**named, "gold": gold, "smoothed_gain": worth[chosen["model"]]}
 
-    def fitted(point: dict[str, Any]) -> float:
-        found = fits.get(point["run"])
-        if found is None:
-            return float(point["gain"]["value"])
-        return float(curve("ppo", found["a"], found["b"], np.sqrt(max(point["kl"], 0.0))))
 
-    best = max(point["gain"]["value"] for point in points)
-    near = [p for p in points if (p["gain"]["high"] if p["gain"]["high"] is not None else p["gain"]["value"]) >= best]
-    chosen = max(near, key=lambda point: (fitted(point), -point["kl"]))
-    return {
-        "model": chosen["model"],
-        "run": chosen["run"],
-        "update": chosen["update"],
-        "kl": chosen["kl"],
-        "gold": gold,
-        "gain": chosen["gain"],
-        "fitted_gain": fitted(chosen),
-    }
+def smoothed(points: Sequence[dict[str, Any]], found: dict[str, Any]) -> list[float]:
+    """Measured gains of a run's points, drawn towards its curve as far as their noise says (empirical Bayes).
+
+    With e^2 the mean squared standard error of the points (their intervals over 2 * 1.96) and m^2 = rmse^2 - e^2 what the
+    curve leaves unexplained beyond it, the best linear estimate is curve + m^2 / (m^2 + e^2) (measured - curve): the curve
+    where it fits, the measured gain where it does not (Efron & Morris 1975).
+    """
+    measured = np.array([point["gain"]["value"] for point in points])
+    fitted = curve("ppo", found["a"], found["b"], np.sqrt(np.maximum([point["kl"] for point in points], 0.0)))
+    widths = [p["gain"]["high"] - p["gain"]["low"] for p in points if p["gain"]["low"] is not None]
+    noise = float(np.mean(np.square(widths))) / (2 * 1.96) ** 2 if widths else 0.0
+    misfit = max(found["rmse"] ** 2 - noise, 0.0)
+    share = misfit / (misfit + noise) if misfit + noise > 0 else 1.0
+    return [float(value) for value in fitted + share * (measured - fitted)]

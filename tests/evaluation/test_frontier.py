@@ -97,13 +97,14 @@ def test_the_peak_is_where_the_curve_is_highest() -> None:
 def test_standard_errors_cover_the_truth() -> None:
     """Errors of another scale (variances, or not divided by the degrees of freedom): of 200 noisy runs about 68% of the
     estimates have to lie within one of them."""
-    kl, inside = np.linspace(1, 40, 25), 0
+    kl, inside, rmse = np.linspace(1, 40, 25), 0, []
     for seed in range(200):
         noise = np.random.default_rng(seed).normal(0, 0.2, len(kl))
         found = frontier.fit("ppo", kl.tolist(), (frontier.curve("ppo", 1.2, 0.5, np.sqrt(kl)) + noise).tolist())
         assert found is not None
         inside += (abs(found["a"] - 1.2) < found["a_error"]) + (abs(found["b"] - 0.5) < found["b_error"])
-        assert 0.1 < found["rmse"] < 0.3
+        rmse.append(found["rmse"] ** 2)
+    assert np.mean(rmse) == pytest.approx(0.2**2, rel=0.05)
     assert 0.60 < inside / 400 < 0.76
 
 
@@ -177,12 +178,21 @@ def test_the_better_of_two_runs_is_recommended() -> None:
     assert frontier.recommend([], {}, "gold") is None
 
 
+def test_points_are_drawn_to_the_curve_as_far_as_noise_explains_them() -> None:
+    """By hand: points off the curve R = d by +.1 and -.1 and +.2, a fit with rmse .2. With a standard error of .2 noise explains
+    all of it, and the curve is believed; with .1, m^2 = .04 - .01, three quarters of each distance stay; with none, all."""
+    kl, measured = np.array([1.0, 4.0, 9.0]), np.array([1.1, 1.9, 3.2])
+    found = {"a": 1.0, "b": 0.0, "rmse": 0.2}
+    assert frontier.smoothed(points_of("run", kl, measured, 0.2), found) == pytest.approx([1, 2, 3])
+    assert frontier.smoothed(points_of("run", kl, measured, 0.1), found) == pytest.approx([1.075, 1.925, 3.15])
+    assert frontier.smoothed(points_of("run", kl, measured, 0.0), found) == pytest.approx(list(measured))
+    alone = [{**point, "gain": {**point["gain"], "low": None}} for point in points_of("run", kl, measured, 0.1)]
+    assert frontier.smoothed(alone, found) == pytest.approx(list(measured)), "a single prompt says nothing of its noise"
+
+
 def test_a_curve_cannot_recommend_a_point_that_was_measured_to_be_bad() -> None:
-    """A run that collapsed between two checkpoints: the smooth curve passes high above the point behind the fall."""
-    kl = np.array([1.0, 4.0, 9.0, 16.0, 25.0, 36.0])
-    measured = np.array([0.5, 1.0, 1.5, 2.0, 0.2, 2.4])
-    points = points_of("run", kl, measured, 0.02)
-    fits = {"run": {"a": 0.0, "b": -1.0}}  # rising for ever
-    best = frontier.recommend(points, fits, "gold")
-    assert best is not None and best["update"] == 5
-    assert frontier.recommend(points[:5], fits, "gold")["update"] == 3  # type: ignore[index]
+    """A run that collapsed: the smooth curve still passes high above the points behind the fall."""
+    kl = np.array([1.0, 4.0, 9.0, 16.0, 25.0])
+    points = points_of("run", kl, np.array([1.0, 2.0, 3.0, 4.0, 0.2]), 0.02)
+    best = frontier.recommend(points, {"run": {"a": 1.0, "b": 0.0, "rmse": 2.8}}, "gold")
+    assert best is not None and (best["update"], best["gold"]) == (3, "gold")

@@ -49,10 +49,10 @@ def judged(quality: float, length: float, seed: int = 0, count: int = 4000) -> P
 
 
 def test_a_judge_that_likes_length_is_corrected() -> None:
-    """A policy that is no better but longer wins 70% of the pairs; at equal length it wins half of them. And one that is
+    """A policy that is no better but longer wins two thirds of the pairs; at equal length it wins half of them. And one that is
     better at equal length keeps what it has earned: sigmoid(1) = .731."""
     only_longer = judged(0.0, 1.5)
-    assert only_longer.won.mean() > 0.68
+    assert only_longer.won.mean() > 0.65
     found = length_controlled(only_longer)
     assert found is not None and found["value"] == pytest.approx(0.5, abs=0.04)
     assert found["low"] is not None and found["high"] is not None and found["low"] < 0.5 < found["high"]
