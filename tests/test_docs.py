@@ -1,4 +1,4 @@
-"""docs/ppo.md and docs/reward.md against the code: what they say there is has to be there, and what there is to be said."""
+"""docs/ppo.md, docs/reward.md and docs/evaluation.md against the code: what they say there is has to be there, and what there is to be said."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from rlhf.config import PPOConfig, RewardConfig, StageConfig, TrainingLength
+from rlhf.config import EvaluationConfig, PPOConfig, RewardConfig, StageConfig, TrainingLength
 from rlhf.ppo.types import METRICS
 from rlhf.reward import card, probes
 
@@ -90,3 +90,13 @@ def test_thresholds_of_the_card_are_those_of_the_code() -> None:
     assert f"above {card.POOR_CALIBRATION:.0%}" in flagged["calibration"]
     assert f"more than {card.OUTSIDE:.0%}" in flagged["samples"]
     assert f"gains {probes.FLAGGED_GAIN} standard deviations" in flagged["hack probes"]
+
+
+EVALUATION_PAGE = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+
+
+def test_every_option_of_the_evaluation_is_listed_with_its_default() -> None:
+    """Catches: an option that was added, renamed or removed, and a default that was changed, without the page."""
+    documented = {row[0]: row[2] for row in table("Options", EVALUATION_PAGE)}
+    actual = {f"`{field.name}`": f"`{default_of(field)}`" for field in dataclasses.fields(EvaluationConfig)}
+    assert documented == actual

@@ -102,7 +102,7 @@ def gather(config: EvaluationConfig, registry: Registry) -> Comparison:
         reference=reference,
         reward=registry.get(reward).reference if reward_kind(reward) == "adapter" else reward,
         baseline=baseline.reference,
-        marks=[*broken, *(f"compared by force: {difference}" for difference in differences)],
+        marks=[*broken, *_sums(named, reward), *(f"compared by force: {difference}" for difference in differences)],
     )
 
 
@@ -155,6 +155,16 @@ def _default_reward(named: list[Artifact], runs: list[_Run]) -> str:
     raise UserError(
         "no model here was trained on a reward; say which one to use: --reward reward/NAME, package.module:function or a URL"
     )
+
+
+def _sums(named: list[Artifact], reward: str) -> list[str]:
+    """What to know of policies whose reward was a sum: one part of it is not what they were trained on."""
+    return [
+        f"{artifact.reference} was trained on a sum of {len(artifact.manifest.config['reward'])} rewards, of which the proxy "
+        f"{reward} is at most one"
+        for artifact in named
+        if artifact.stage == "ppo" and len(artifact.manifest.config["reward"]) > 1
+    ]
 
 
 def _check_tokenizer(artifact: Artifact, reference: Artifact) -> None:

@@ -96,12 +96,11 @@ def run(config: EvaluationConfig) -> Figures:
     raw = {candidate.name: bench.measure(candidate) for candidate in comparison.models}
     snapshots, broken = measured_or_left_out(bench, comparison.snapshots)
     best_of = bench.best_of() if config.best_of else None
-    sets = [*(answers for answers, _, _ in raw.values()), *(a for _, a in snapshots), *([best_of] if best_of else [])]
-    scores = _all_scores(bench, sets)
+    answered = [*zip(comparison.models, (answers for answers, _, _ in raw.values()), strict=True), *snapshots]
+    scores = _all_scores(bench, [*(answers for _, answers in answered), *([best_of] if best_of else [])])
     base = bench.base_logprobs([answers for answers, _, _ in raw.values()])
-    candidates = [*comparison.models, *(candidate for candidate, _ in snapshots)]
-    measured = [Measured(*parts) for parts in zip(candidates, sets, scores, strict=False)]
-    models, points = measured[: len(raw)], measured
+    measured = [Measured(*one, scores[i]) for i, one in enumerate(answered)]
+    models = measured[: len(raw)]
     win_rates, judges = _win_rates(bench, models, verdicts, folder)
     result = {
         **_setting(bench, broken),
@@ -109,7 +108,7 @@ def run(config: EvaluationConfig) -> Figures:
         "win_rates": win_rates,
         "judges": judges,
         "best_of_n": None if best_of is None else _best_of_n(bench, best_of, scores[-1]),
-        "frontier": _frontier(bench, points),
+        "frontier": _frontier(bench, measured),
         "tax": _tax(bench, {name: (texts, tasks) for name, (_, texts, tasks) in raw.items()}),
         "seconds": round(time.perf_counter() - started, 1),
     }
@@ -209,9 +208,9 @@ def _win_rates(
     baseline = next(one for one in models if one.candidate.name == comparison.baseline)
     rivals = [one for one in models if one is not baseline]
     lines = [
-        _line(bench, one, baseline, name, name.split("/")[0].replace("score", "reward"), by_scores(own, other))
+        _line(bench, one, baseline, *_judge(bench, name), by_scores(scores, baseline.scores[name]))
         for one in rivals
-        for name, own, other in ((name, one.scores[name], baseline.scores[name]) for name in one.scores)
+        for name, scores in one.scores.items()
     ]
     chosen = _judged_pairs(len(baseline.answers.texts), baseline.answers.samples, c.judge_pairs)
     pairs = {one.candidate.name: _pairs(bench, one, baseline, chosen) for one in rivals}
@@ -243,6 +242,11 @@ def _win_rates(
     }
 
 
+def _judge(bench: Bench, scorer: str) -> tuple[str, str]:
+    """Name and kind of a scorer as a judge."""
+    return (bench.comparison.reward, "reward") if scorer == "score" else (scorer.removeprefix("gold/"), "gold")
+
+
 def _judged_pairs(answers: int, samples: int, limit: int) -> Array:
     """Numbers of the answers that cost something to judge: the first sample of every prompt, then the second, ..."""
     numbers = np.arange(answers)
@@ -272,7 +276,7 @@ def _line(
     return {
         "model": one.candidate.name,
         "baseline": baseline.candidate.name,
-        "judge": bench.comparison.reward if kind == "reward" else judge.removeprefix("gold/"),
+        "judge": judge,
         "kind": kind,
         **win_rate(preferences, bench.config.seed),
         "unjudged": int((~known).sum()),

@@ -70,6 +70,8 @@ def test_policies_of_different_prompts_are_compared_by_force_only(registry: Regi
     publish(registry, "ppo", "summed", [sft, reward], config=functions)
     with pytest.raises(UserError, match="have different reward models"):
         compared(registry, "ppo/one", "ppo/summed")
+    (mark,) = compared(registry, "ppo/summed").marks
+    assert "ppo/summed@1 was trained on a sum of 2 rewards" in mark
 
 
 def test_policies_of_another_sft_policy(registry: Registry) -> None:
