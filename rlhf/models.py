@@ -509,7 +509,10 @@ class SharedModels(RoleModels):
             return cls(base, LoraConfig(r=1, target_modules="all-linear"), compute)
         try:
             config = cast(LoraConfig, LoraConfig.from_pretrained(str(folder)))
-            config.inference_mode = False
+            config.inference_mode, config.base_model_name_or_path = (
+                False,
+                None,
+            )  # peft would warn of the base's other name
             state = load_file(folder / ADAPTER_FILE)
             models = cls(base, config, compute)
         except (OSError, ValueError, SafetensorError) as error:

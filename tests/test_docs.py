@@ -1,4 +1,5 @@
-"""docs/ppo.md, docs/reward.md and docs/evaluation.md against the code: what they say there is has to be there, and what there is to be said."""
+"""docs/ppo.md, docs/reward.md and docs/evaluation.md against the code: what they say there is has to be there, and what
+there is to be said."""
 
 from __future__ import annotations
 

@@ -64,13 +64,14 @@ def read_verdicts(files: Sequence[Path]) -> dict[str, list[float]]:
         try:
             with file.open(encoding="utf-8-sig", newline="") as handle:
                 table = csv.DictReader(handle)
+                columns = table.fieldnames or []
                 lines = [(table.line_num, row) for row in table]
         except FileNotFoundError as error:
             near = did_you_mean(str(file), [str(p) for p in file.parent.glob("*.csv")])
             raise UserError(f"no file {file}{near}") from error
         except (csv.Error, UnicodeDecodeError) as error:
             raise UserError(f"{file} is no .csv table in UTF-8: {error}") from error
-        if missing := [name for name in ("id", "verdict") if name not in (table.fieldnames or [])]:
+        if missing := [name for name in ("id", "verdict") if name not in columns]:
             raise UserError(f"{file} has no column '{missing[0]}'; fill in the table that --export_comparison wrote")
         for number, row in lines:
             verdict = (row["verdict"] or "").strip().lower()

@@ -95,7 +95,7 @@ def test_figures_are_those_of_the_samples(
             assert figure(result, name, key) == pytest.approx(mean)
         assert figure(result, name, "kl") == pytest.approx(sum(answer["kl"] for answer in own) / 18)
         assert figure(result, name, "length") == sum(answer["tokens"] for answer in own) / 18
-        (kept,) = [answers for answers in kept_answers(folder) if answers["texts"] == texts]
+        kept, *_ = [answers for answers in kept_answers(folder) if answers["texts"] == texts]
         prompt = [scorer.encode([{"role": "user", "content": s["prompt"]}], "") for s in samples]
         rows = [[*p[:-1], *tokens] for p, tokens in zip(prompt, kept["tokens"], strict=True)]
         assert [answer["scores"]["score"] for answer in own] == pytest.approx(scorer(rows).tolist(), abs=1e-3)

@@ -40,7 +40,7 @@ def test_the_interval_is_over_prompts() -> None:
     assert win_rate(preferences([1, 0], prompt=[0, 0]))["low"] is None, "one prompt says nothing of others"
 
 
-def judged(quality: float, length: float, seed: int = 0, count: int = 4000) -> Preferences:
+def judged(quality: float, length: float, seed: int = 0, count: int = 1500) -> Preferences:
     """Verdicts with P(win) = sigmoid(quality + length tanh(d / s)), of a policy whose answers are 10 tokens longer."""
     generator = np.random.default_rng(seed)
     longer = generator.normal(10, 10, count)
@@ -54,10 +54,10 @@ def test_a_judge_that_likes_length_is_corrected() -> None:
     only_longer = judged(0.0, 1.5)
     assert only_longer.won.mean() > 0.65
     found = length_controlled(only_longer)
-    assert found is not None and found["value"] == pytest.approx(0.5, abs=0.04)
+    assert found is not None and found["value"] == pytest.approx(0.5, abs=0.05)
     assert found["low"] is not None and found["high"] is not None and found["low"] < 0.5 < found["high"]
     better = length_controlled(judged(1.0, 0.0))
-    assert better is not None and better["value"] == pytest.approx(0.731, abs=0.03)
+    assert better is not None and better["value"] == pytest.approx(0.731, abs=0.04)
 
 
 def test_ties_count_half_in_the_regression() -> None:
