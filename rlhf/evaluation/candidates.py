@@ -96,13 +96,18 @@ def gather(config: EvaluationConfig, registry: Registry) -> Comparison:
             "will be marked"
         )
     reward = config.reward or _default_reward(named, runs)
+    reward = registry.get(reward).reference if reward_kind(reward) == "adapter" else reward
     return Comparison(
         models=[_candidate(artifact, registry) for artifact in artifacts.values()],
         snapshots=[_snapshot(run, update, path) for run in runs for update, path in run.snapshots.items()],
         reference=reference,
-        reward=registry.get(reward).reference if reward_kind(reward) == "adapter" else reward,
+        reward=reward,
         baseline=baseline.reference,
-        marks=[*broken, *_sums(named, reward), *(f"compared by force: {difference}" for difference in differences)],
+        marks=[
+            *broken,
+            *_proxy_marks(named, reward),
+            *(f"compared by force: {difference}" for difference in differences),
+        ],
     )
 
 
@@ -157,14 +162,16 @@ def _default_reward(named: list[Artifact], runs: list[_Run]) -> str:
     )
 
 
-def _sums(named: list[Artifact], reward: str) -> list[str]:
-    """What to know of policies whose reward was a sum: one part of it is not what they were trained on."""
-    return [
-        f"{artifact.reference} was trained on a sum of {len(artifact.manifest.config['reward'])} rewards, of which the proxy "
-        f"{reward} is at most one"
-        for artifact in named
-        if artifact.stage == "ppo" and len(artifact.manifest.config["reward"]) > 1
-    ]
+def _proxy_marks(named: list[Artifact], proxy: str) -> list[str]:
+    """Which policies were trained on something else than the proxy alone."""
+    marks = []
+    for artifact in named:
+        if artifact.stage == "ppo":
+            adapter = _parent(artifact, "reward")
+            own = [adapter or r if reward_kind(r) == "adapter" else str(r) for r in artifact.manifest.config["reward"]]
+            if own != [proxy]:
+                marks.append(f"{artifact.reference} was trained on {' + '.join(own)}; the proxy here is {proxy}")
+    return marks
 
 
 def _check_tokenizer(artifact: Artifact, reference: Artifact) -> None:

@@ -42,6 +42,11 @@ class Pair:
     answer: str
     baseline: str
 
+    @property
+    def alike(self) -> bool:
+        """Word for word the same: a tie, which nobody has to be asked about."""
+        return self.answer == self.baseline
+
 
 @dataclass(frozen=True, kw_only=True)
 class ChatVerdicts:
@@ -84,24 +89,21 @@ class ChatJudge:
             UserError: the endpoint refuses or fails; the replies so far are kept.
         """
         before = self._asked
-        requests_ = [self._request(p.prompt, *order) for p in pairs for order in _orders(p)]
-        self._ask_all([request for request in requests_ if _digest(request) not in self._replies])
-        rows = [self._replies[_digest(request)] for request in requests_]
-        verdicts = [parse_verdict(str(row["reply"])) for row in rows]
+        asked = [[self._request(p.prompt, *order) for order in _orders(p)] for p in pairs if not p.alike]
+        self._ask_all([r for both in asked for r in both if _digest(r) not in self._replies])
+        rows = [[self._replies[_digest(r)] for r in both] for both in asked]
+        verdicts = iter([[parse_verdict(str(row["reply"])) for row in both] for both in rows])
         won: list[float | None] = []
         split = 0
-        for first, second in zip(verdicts[::2], verdicts[1::2], strict=True):
+        for pair in pairs:
+            first, second = (0.5, 0.5) if pair.alike else next(verdicts)
             if first is None or second is None:
                 won.append(None)
             else:
                 won.append((first + 1 - second) / 2)
                 split += first == second and first != 0.5
-        return ChatVerdicts(
-            won=won,
-            split=split,
-            asked=self._asked - before,
-            tokens=(sum(int(row["tokens"][0]) for row in rows), sum(int(row["tokens"][1]) for row in rows)),
-        )
+        prompt, reply = (sum(int(row["tokens"][i]) for both in rows for row in both) for i in (0, 1))
+        return ChatVerdicts(won=won, split=split, asked=self._asked - before, tokens=(prompt, reply))
 
     def _request(self, prompt: str, first: str, second: str) -> dict[str, Any]:
         content = f"[Request]\n{prompt}\n\n[Answer A]\n{first}\n\n[Answer B]\n{second}\n\n[Verdict: A, B or tie]"

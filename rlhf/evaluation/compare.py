@@ -191,8 +191,9 @@ def figures(answers: Answers, scores: Mapping[str, Array], seed: int = 0) -> Fig
     found["stop_rate"] = bootstrap.mean(np.array(answers.stopped, dtype=float), prompt, seed)
     own = [answers.texts[i : i + answers.samples] for i in range(0, len(answers.texts), answers.samples)]
     for n in (1, 2, 3):
-        distinct = np.array([distinct_n(texts, n) for texts in own])
-        found[f"distinct_{n}"] = bootstrap.mean(distinct, np.arange(len(own)), seed)
+        long_enough = [texts for texts in own if any(len(text.split()) >= n for text in texts)]
+        distinct = np.array([distinct_n(texts, n) for texts in long_enough])
+        found[f"distinct_{n}"] = bootstrap.mean(distinct, np.arange(len(distinct)), seed)
     found["distinct_2_all"] = {"value": distinct_n(answers.texts, 2), "low": None, "high": None}
     found["repetition"] = bootstrap.mean(np.array([repetition(text) for text in answers.texts]), prompt, seed)
     return found

@@ -40,8 +40,9 @@ def blind(pairs: Sequence[Pair], seed: int) -> list[BlindPair]:
 
 
 def export(file: Path, pairs: Sequence[Pair], seed: int) -> int:
-    """Writes the table, its lines shuffled; equal pairs are one line. Returns the number of lines."""
-    lines = list({line.id: line for line in blind(pairs, seed)}.values())
+    """Writes the table, its lines shuffled; equal pairs are one line, and answers that are alike none. Returns the number
+    of lines."""
+    lines = list({line.id: line for line in blind(pairs, seed) if not line.pair.alike}.values())
     random.Random(seed).shuffle(lines)
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w", encoding="utf-8-sig", newline="") as handle:  # the mark by which spreadsheets know UTF-8
@@ -83,10 +84,11 @@ def read_verdicts(files: Sequence[Path]) -> dict[str, list[float]]:
 
 
 def unblind(pairs: Sequence[Pair], seed: int, verdicts: dict[str, list[float]]) -> list[float | None]:
-    """For each pair the mean verdict: 1 the policy's answer, 0 the baseline's; None where nobody judged it."""
+    """For each pair the mean verdict: 1 the policy's answer, 0 the baseline's, half where they are alike; None where nobody
+    judged it."""
     won: list[float | None] = []
     for line in blind(pairs, seed):
-        given = verdicts.get(line.id)
+        given = [0.5] if line.pair.alike else verdicts.get(line.id)
         for_a = sum(given) / len(given) if given else None
         won.append(for_a if for_a is None or not line.swapped else 1 - for_a)
     return won

@@ -50,6 +50,7 @@ def test_reference_baseline_and_reward_come_from_the_policies(registry: Registry
     assert found.models[0].folder is None and found.models[1].sft == found.reference and found.marks == []
     named = compared(registry, "ppo/one", baseline="ppo/two", reward="judged:toy_gold")
     assert (named.baseline, named.reward) == ("ppo/two@1", "judged:toy_gold")
+    assert named.marks == ["ppo/one@1 was trained on reward/a@1; the proxy here is judged:toy_gold"]
     assert [model.name for model in named.models] == ["sft/a@1", "ppo/two@1", "ppo/one@1"]
 
 
@@ -58,7 +59,10 @@ def test_policies_of_different_rewards_are_compared_by_force_only(registry: Regi
     with pytest.raises(UserError, match=r"ppo/one@1 and ppo/other@1 have different reward models.*--force true"):
         compared(registry, "ppo/one", "ppo/other")
     forced = compared(registry, "ppo/one", "ppo/other", force=True)
-    assert forced.marks == ["compared by force: ppo/one@1 and ppo/other@1 have different reward models"]
+    assert forced.marks == [
+        "ppo/other@1 was trained on reward/b@1; the proxy here is reward/a@1",
+        "compared by force: ppo/one@1 and ppo/other@1 have different reward models",
+    ]
 
 
 def test_policies_of_different_prompts_are_compared_by_force_only(registry: Registry) -> None:
@@ -71,7 +75,7 @@ def test_policies_of_different_prompts_are_compared_by_force_only(registry: Regi
     with pytest.raises(UserError, match="have different reward models"):
         compared(registry, "ppo/one", "ppo/summed")
     (mark,) = compared(registry, "ppo/summed").marks
-    assert "ppo/summed@1 was trained on a sum of 2 rewards" in mark
+    assert mark == "ppo/summed@1 was trained on reward/a@1 + judged:toy_gold; the proxy here is reward/a@1"
 
 
 def test_policies_of_another_sft_policy(registry: Registry) -> None:

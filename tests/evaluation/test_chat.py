@@ -136,6 +136,12 @@ def test_equal_pairs_are_asked_about_once(serve: Serve, tmp_path: Path) -> None:
     assert found.asked == 2 and found.won == [1.0] * 5
 
 
+def test_answers_that_are_alike_are_a_tie_without_a_question(serve: Serve, tmp_path: Path) -> None:
+    """Paid for, and a judge that goes by position would not even call it one."""
+    found = judge(serve(lambda *_: "A"), tmp_path / "judge.jsonl", [Pair("p", "x", "x"), PAIRS[0]])
+    assert found.asked == 2 and found.won == [0.5, 0.5] and found.split == 1
+
+
 def test_cost() -> None:
     """600 tokens at 2.50 and 12 at 10.00 a million."""
     assert cost((600, 12), [2.5, 10.0]) == pytest.approx(0.00162)

@@ -279,6 +279,7 @@ def test_figures_by_hand() -> None:
     assert values["entropy"] == pytest.approx(1.25) and values["length"] == 2.0 and values["stop_rate"] == 0.5
     assert values["distinct_1"] == pytest.approx((3 / 4 + 1 / 5) / 2)
     assert values["distinct_2_all"] == pytest.approx(3 / 5)
+    assert values["distinct_3"] == 0.5, "of the second prompt: the first has no answer of three words"
     assert (found["score"]["low"], found["score"]["high"]) == (1.5, 3.5), "draws of whole prompts: 1.5, 2.5 or 3.5"
 
 

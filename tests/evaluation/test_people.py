@@ -72,6 +72,13 @@ def test_texts_survive_the_table(tmp_path: Path) -> None:
     assert row["prompt"] == pair.prompt and {row["answer_a"], row["answer_b"]} == {pair.answer, pair.baseline}
 
 
+def test_answers_that_are_alike_are_a_tie_without_a_question(tmp_path: Path) -> None:
+    """People who are asked to choose between twice the same text stop taking the others seriously."""
+    alike = Pair("p", "x", "x")
+    assert people.export(tmp_path / "pairs.csv", [alike, PAIRS[0]], seed=0) == 1
+    assert people.unblind([alike, PAIRS[0]], 0, {}) == [0.5, None]
+
+
 @pytest.mark.parametrize(
     "content, told",
     [
