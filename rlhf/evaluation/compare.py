@@ -215,8 +215,10 @@ def _win_rates(
     ]
     chosen = _judged_pairs(len(baseline.answers.texts), baseline.answers.samples, c.judge_pairs)
     pairs = {one.candidate.name: _pairs(bench, one, baseline, chosen) for one in rivals}
+    every = [pair for some in pairs.values() for pair in some]
+    people.check_known(every, c.seed, verdicts)
     if c.export_comparison:
-        count = people.export(Path(c.export_comparison), [p for some in pairs.values() for p in some], c.seed)
+        count = people.export(Path(c.export_comparison), every, c.seed)
         print(
             f"{count} pairs for people in {c.export_comparison}: write A, B or tie as verdict, then add --verdicts FILE"
         )

@@ -92,3 +92,13 @@ def unblind(pairs: Sequence[Pair], seed: int, verdicts: dict[str, list[float]]) 
         for_a = sum(given) / len(given) if given else None
         won.append(for_a if for_a is None or not line.swapped else 1 - for_a)
     return won
+
+
+def check_known(pairs: Sequence[Pair], seed: int, verdicts: dict[str, list[float]]) -> None:
+    """Raises `UserError` for verdicts on other answers than these: they would be dropped without a word."""
+    unknown = sorted(verdicts.keys() - {line.id for line in blind(pairs, seed)})
+    if unknown:
+        raise UserError(
+            f"{len(unknown)} of {len(verdicts)} verdicts are on pairs of another comparison (id {unknown[0]}); give the same "
+            "models and options as when the table was written"
+        )
