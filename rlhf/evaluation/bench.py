@@ -24,13 +24,14 @@ from rlhf.models import Compute, RoleModels, context_length, load_base, load_pol
 from rlhf.ppo.rollout import SamplingOptions
 from rlhf.registry import Registry, sha256_file
 from rlhf.reward.evaluate import load_function, mean_logprobs
-from rlhf.reward.scorer import open_scorer
+from rlhf.reward.scorer import Scorer, open_scorer
 from rlhf.reward.sources import (
     ClassifierReward,
     EndpointReward,
     FunctionReward,
     GoldSource,
     ModelReward,
+    Responses,
     Source,
     source_name,
 )
@@ -250,7 +251,10 @@ class Bench:
         if kind == "classifier":
             return ClassifierReward(reference, self.compute, batch_size)
         artifact = self.registry.get(reference, expect_stage="reward")
-        return ModelReward(open_scorer(artifact, self.registry, self.config, self.compute, batch_size))
+        scorer = open_scorer(artifact, self.registry, self.config, self.compute, batch_size)
+        own, other = artifact.manifest, self.comparison.reference.manifest
+        alike = (own.tokenizer_hash, own.chat_template_hash) == (other.tokenizer_hash, other.chat_template_hash)
+        return ModelReward(scorer) if alike else reads_texts(scorer)
 
     # Keeping
 
@@ -271,6 +275,16 @@ class Bench:
         partial.write_text(json.dumps(result), encoding="utf-8")
         partial.replace(file)
         return result
+
+
+def reads_texts(scorer: Scorer) -> Source:
+    """A reward model of another tokenizer or chat template than the policies': it gets texts, and encodes them as its own."""
+
+    def source(responses: Responses) -> torch.Tensor:
+        pairs = zip(responses.rows, responses.texts, strict=True)
+        return scorer([scorer.encode(row["prompt"], text) for row, text in pairs])
+
+    return source
 
 
 def measured_or_left_out(

@@ -24,9 +24,11 @@ from rlhf.evaluation.compare import FORMAT, figures, run
 from rlhf.evaluation.frontier import best_of_n_kl
 from rlhf.evaluation.text import distinct_n, repetition
 from rlhf.models import Compute
+from rlhf.ppo.types import Sequences
 from rlhf.registry import Registry
 from rlhf.reward.scorer import open_scorer
-from rlhf.reward.sources import RewardError
+from rlhf.reward.sources import Responses, RewardError
+from rlhf.tokenization import TEMPLATES, encode_prompt
 
 MODELS = ("ppo/toy", "ppo/snaps")
 NAMES = ["sft/toy@1", "ppo/toy@1", "ppo/snaps@1"]
@@ -99,6 +101,29 @@ def test_figures_are_those_of_the_samples(
         prompt = [scorer.encode([{"role": "user", "content": s["prompt"]}], "") for s in samples]
         rows = [[*p[:-1], *tokens] for p, tokens in zip(prompt, kept["tokens"], strict=True)]
         assert [answer["scores"]["score"] for answer in own] == pytest.approx(scorer(rows).tolist(), abs=1e-3)
+
+
+def test_a_reward_model_of_another_tokenizer_reads_texts(
+    world: World, folder: Path, samples: list[dict[str, Any]]
+) -> None:
+    """Token ids of one vocabulary read as those of another: any number comes out, and no error. As an independent gold scorer,
+    the toy reward model under another template has to score what a person would type into it."""
+    registry = Registry(world.registry)
+    compute = Compute(torch.device("cpu"), torch.float32)
+    scorer = open_scorer(registry.get("reward/toy"), registry, options(world, folder), compute, 4)
+    scorer.tokenizer.chat_template = TEMPLATES["plain"]
+    asked = [[{"role": "user", "content": s["prompt"]}] for s in samples[:4]]
+    texts = [s["models"]["ppo/toy@1"]["response"] for s in samples[:4]]
+    ids = torch.zeros(4, 3, dtype=torch.long)
+    wrong = Sequences(prompts=ids, prompt_mask=ids == 0, responses=ids, mask=ids == 0)
+    given = Responses(sequences=wrong, batches=[], texts=texts, rows=[{"prompt": prompt} for prompt in asked])
+    found = bench.reads_texts(scorer)(given)
+    expected = [scorer([encode_prompt(scorer.tokenizer, p) + own_ids(scorer.tokenizer, t)]) for p, t in zip(asked, texts, strict=True)]  # noqa: E501  # fmt: skip
+    assert found.tolist() == pytest.approx([float(score) for score in expected], abs=1e-3)
+
+
+def own_ids(tokenizer: Any, text: str) -> list[int]:
+    return [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
 
 
 def kept_answers(folder: Path) -> list[dict[str, Any]]:
