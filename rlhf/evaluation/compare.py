@@ -30,8 +30,8 @@ there is nothing to measure. KL and entropy are in nats, lengths in tokens, scor
     win_rates          for each model but the baseline, and judge: model, baseline, judge (name), kind (reward | gold | chat |
                        people), value, low, high, pairs, wins, ties, losses, unjudged, sign_test {wins, losses, ties, p},
                        length_controlled (figure), length_difference (mean, tokens)
-    judges             chat: model, asked, tokens [asked, answered], cost (null without prices), split {model: pairs whose verdict
-                       went with the position}; null without one
+    chat_judge         model, asked (requests made now), tokens [asked, answered] of all verdicts, cost (null without prices),
+                       split {model: pairs whose verdict went with the position}; null without one
     best_of_n          model, prompts, samples, curve [{n, kl, score, gold {name: figure}}], fits; null if left out
     frontier           points [{model, run, update, kl, sqrt_kl, score, score_gain, gold {}, gold_gain {}}], gains over the
                        reference, paired by prompt; fits; recommended {model, run, update, kl, gold, gain, smoothed_gain} or null
@@ -101,12 +101,12 @@ def run(config: EvaluationConfig) -> Figures:
     base = bench.base_logprobs([answers for answers, _, _ in raw.values()])
     measured = [Measured(*one, scores[i]) for i, one in enumerate(answered)]
     models = measured[: len(raw)]
-    win_rates, judges = _win_rates(bench, models, verdicts, folder)
+    win_rates, chat_judge = _win_rates(bench, models, verdicts, folder)
     result = {
         **_setting(bench, broken),
         "models": _models(bench, models, base),
         "win_rates": win_rates,
-        "judges": judges,
+        "chat_judge": chat_judge,
         "best_of_n": None if best_of is None else _best_of_n(bench, best_of, scores[-1]),
         "frontier": _frontier(bench, measured),
         "tax": _tax(bench, {name: (texts, tasks) for name, (_, texts, tasks) in raw.items()}),
@@ -141,8 +141,8 @@ def _setting(bench: Bench, broken: list[str]) -> Figures:
         },
         "reference": comparison.reference.reference,
         "baseline": comparison.baseline,
-        "reward": comparison.reward,
-        "gold": bench.gold,
+        "reward": redact(comparison.reward),
+        "gold": redact(bench.gold),
         "marks": [*comparison.marks, *broken],
     }
 

@@ -77,7 +77,7 @@ def test_the_result_has_all_of_its_parts(result: dict[str, Any]) -> None:
         for name, value in line["figures"].items():
             assert (value["low"] is None) == (name == "distinct_2_all"), name
             assert value["low"] is None or value["low"] <= value["value"] <= value["high"], name
-    assert result["judges"] is None and result["tax"]["tasks"] == {}
+    assert result["chat_judge"] is None and result["tax"]["tasks"] == {}
     assert set(result["tax"]["texts"]["models"]) == set(NAMES)
 
 
@@ -247,7 +247,7 @@ def test_people_and_a_chat_model_as_judges(world: World, folder: Path, tmp_path:
         for kind, judge in (("people", "people"), ("chat", "counter")):
             (line,) = [r for r in found["win_rates"] if r["model"] == name and r["kind"] == kind]
             assert (line["value"], line["pairs"], line["judge"]) == (pytest.approx(expected), 8, judge)
-    told = found["judges"]
+    told = found["chat_judge"]
     assert (
         told["model"] == "counter"
         and told["asked"] == len(server.requests)
