@@ -23,6 +23,7 @@ from rlhf.errors import UserError
 from rlhf.progress import Progress
 from rlhf.report import read_jsonl
 from rlhf.reward.sources import patient_session
+from rlhf.tracking import redact
 
 INSTRUCTIONS = (
     "You compare two answers to the same request. Judge how well each does what the request asks: correct, helpful, clear, "
@@ -153,16 +154,16 @@ class ChatJudge:
             )
             if answer.status_code in (401, 403):
                 problem = f"is not accepted: set {_KEY}" if key is None else f"in {_KEY} is not accepted"
-                raise UserError(f"the key {problem} (judge {self.url}, {answer.status_code})")
+                raise UserError(f"the key {problem} (judge {redact(self.url)}, {answer.status_code})")
             answer.raise_for_status()
             body = answer.json()
             reply = str(body["choices"][0]["message"]["content"])
             usage = body.get("usage") or {}
             tokens = [int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")]
         except (requests.RequestException, KeyError, IndexError, TypeError, ValueError) as error:
-            reason = " ".join(str(error).split())[:300]
+            reason = " ".join(redact(str(error)).split())[:300]
             raise UserError(
-                f"the judge {self.url} gave no verdict: {reason}; what it has said is kept in {self.cache}, run again to go on"
+                f"the judge {redact(self.url)} gave no verdict: {reason}; what it has said is kept in {self.cache}, run again to go on"
             ) from error
         return {"reply": reply, "tokens": tokens}
 

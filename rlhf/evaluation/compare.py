@@ -143,7 +143,7 @@ def _setting(bench: Bench, broken: list[str]) -> Figures:
         "baseline": comparison.baseline,
         "reward": redact(comparison.reward),
         "gold": redact(bench.gold),
-        "marks": [*comparison.marks, *broken],
+        "marks": redact([*comparison.marks, *broken]),
     }
 
 
@@ -247,7 +247,7 @@ def _win_rates(
 
 def _judge(bench: Bench, scorer: str) -> tuple[str, str]:
     """Name and kind of a scorer as a judge."""
-    return (bench.comparison.reward, "reward") if scorer == "score" else (scorer.removeprefix("gold/"), "gold")
+    return (redact(bench.comparison.reward), "reward") if scorer == "score" else (scorer.removeprefix("gold/"), "gold")
 
 
 def _judged_pairs(answers: int, samples: int, limit: int) -> Array:
