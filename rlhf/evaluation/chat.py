@@ -163,7 +163,8 @@ class ChatJudge:
         except (requests.RequestException, KeyError, IndexError, TypeError, ValueError) as error:
             reason = " ".join(redact(str(error)).split())[:300]
             raise UserError(
-                f"the judge {redact(self.url)} gave no verdict: {reason}; what it has said is kept in {self.cache}, run again to go on"
+                f"the judge {redact(self.url)} gave no verdict: {reason}; what it has said is kept in {self.cache}: "
+                "run again to go on"
             ) from error
         return {"reply": reply, "tokens": tokens}
 
