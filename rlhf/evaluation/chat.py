@@ -118,8 +118,8 @@ class ChatJudge:
         with (
             patient_session() as session,
             Progress(len(distinct), "judge", unit="request") as bar,
-            ThreadPoolExecutor(self.parallel) as pool,
             self.cache.open("a", encoding="utf-8") as file,
+            ThreadPoolExecutor(self.parallel) as pool,  # the last: left first, it waits for requests that still write
         ):
             if file.tell() and not self.cache.read_bytes().endswith(b"\n"):
                 file.write("\n")  # half a line of a run that was killed

@@ -257,10 +257,17 @@ def _judged_pairs(answers: int, samples: int, limit: int) -> Array:
 
 
 def _pairs(bench: Bench, one: Measured, baseline: Measured, chosen: Array) -> list[Pair]:
-    prompts = [last_user_text(row["prompt"]) for row in bench.rows]
+    prompts = [_conversation(row["prompt"]) for row in bench.rows]
     return [
         Pair(prompts[one.answers.prompt[i]], one.answers.texts[i], baseline.answers.texts[i]) for i in chosen.tolist()
     ]
+
+
+def _conversation(prompt: Sequence[Mapping[str, str]]) -> str:
+    """What a judge reads: the question alone, or who said what where more was said."""
+    if len(prompt) == 1:
+        return prompt[0]["content"]
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
 
 
 def _verdicts(won: Sequence[float | None]) -> Array:

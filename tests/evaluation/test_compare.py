@@ -20,7 +20,7 @@ from toys import Call
 from rlhf.config import EvaluationConfig, parse_config
 from rlhf.evaluation import bench
 from rlhf.evaluation.answers import Answers
-from rlhf.evaluation.compare import FORMAT, figures, run
+from rlhf.evaluation.compare import FORMAT, _conversation, figures, run
 from rlhf.evaluation.frontier import best_of_n_kl
 from rlhf.evaluation.text import distinct_n, repetition
 from rlhf.models import Compute
@@ -313,6 +313,16 @@ def test_repetition_by_hand() -> None:
     assert repetition("x y x y x y") == pytest.approx(1 - 2 / 3)
     assert repetition("the film is great fun") == 0 == repetition("no no no")
     assert distinct_n(["x y", "x y"], 2) == 0.5
+
+
+def test_a_judge_reads_the_whole_conversation() -> None:
+    """The last question alone ("and why?") cannot be judged."""
+    turns = [{"role": "user", "content": "Is it good?"}, {"role": "assistant", "content": "No."}]
+    assert (
+        _conversation([*turns, {"role": "user", "content": "Why?"}])
+        == "user: Is it good?\n\nassistant: No.\n\nuser: Why?"
+    )
+    assert _conversation(turns[:1]) == "Is it good?"
 
 
 # The command
