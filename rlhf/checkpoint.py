@@ -58,8 +58,8 @@ def snapshots(folder: Path) -> dict[int, Path]:
 
 def _put(folder: Path, kind: str, step: int, write: Callable[[Path], None]) -> Path:
     """Writes `folder/KIND-STEP` whole or not at all; what was there before is replaced."""
-    target, partial = folder / f"{kind}-{step}", folder / f".partial-{kind}-{step}"
-    replaced = folder / f".replaced-{kind}-{step}"
+    target, partial = folder / f"{kind}-{step}", folder / f".partial-{step}"
+    replaced = folder / f".replaced-{step}"
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
