@@ -14,6 +14,7 @@ VERBS = {
     "reward": ("rlhf.stages.reward", "stage 2: train a reward model on rankings"),
     "ppo": ("rlhf.stages.ppo", "stage 3: PPO against the reward model"),
     "card": ("rlhf.evaluation.reward", "report card of a registered reward model on any comparisons"),
+    "evaluate": ("rlhf.evaluation.__main__", "what policies are worth: figures, win rates, best-of-n, frontier, tax"),
     "registry": ("rlhf.registry", "what was trained: list, lineage, diff, export, push, reproduce, delete, ..."),
     "doctor": ("rlhf.doctor.__main__", "check a stage before a long run: rlhf doctor preflight --config FILE"),
     "report": ("rlhf.report", "one HTML page about a run, or about several"),

@@ -1,4 +1,7 @@
-"""Checkpoints: written beside, synced, renamed into place; safetensors and JSON only; the last two are kept."""
+"""Checkpoints: written beside, synced, renamed into place; safetensors and JSON only; the last two are kept.
+
+Snapshots lie beside them: the policy's adapter alone, small, and all of them kept, for the reward-KL frontier of a run.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import contextlib
 import json
 import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +44,8 @@ def save(
     Raises:
         UserError: the disk is full or gone, or the folder cannot be written; earlier checkpoints are untouched.
     """
-    target, partial = folder / f"checkpoint-{step}", folder / f".partial-{step}"
-    try:
-        clear(folder)
-        partial.mkdir(parents=True)
+
+    def write(partial: Path) -> None:
         for name, group in tensors.items():
             save_file(
                 {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in group.items()},
@@ -52,13 +53,8 @@ def save(
             )
         for name, text in {**(texts or {}), "state.json": json.dumps({**state, "step": step})}.items():
             (partial / name).write_text(text, encoding="utf-8")
-        storage.sync(*partial.iterdir(), partial)
-        _put(partial, target)
-    except Exception as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError) or storage.is_failure(error):
-            raise not_written(target, error) from error
-        raise
+
+    target = _put(folder, f"checkpoint-{step}", write)
     for old in _all(folder)[:-_KEEP]:
         if old != keep:
             with contextlib.suppress(OSError):  # one too many is no failure
@@ -66,9 +62,36 @@ def save(
     return target
 
 
-def _put(partial: Path, target: Path) -> None:
-    """Renames into place; what is there is set aside until then, and comes back if that fails."""
-    replaced = target.with_name(f".replaced-{_step(target)}")
+def save_snapshot(folder: Path, step: int, write: Callable[[Path], None]) -> Path:
+    """Fills `folder/snapshot-STEP` with what `write` puts into the folder it is called with; errors as of `save`."""
+    return _put(folder, f"snapshot-{step}", write)
+
+
+def snapshots(folder: Path) -> dict[int, Path]:
+    """The complete snapshots by their step, in its order."""
+    found = sorted((path for path in folder.glob("snapshot-*") if path.is_dir()), key=_step)
+    return {_step(path): path for path in found}
+
+
+def _put(folder: Path, name: str, write: Callable[[Path], None]) -> Path:
+    """Writes `folder/NAME` whole or not at all; what was there before is set aside until then, and comes back if that fails."""
+    target, partial = folder / name, folder / f".partial-{name}"
+    try:
+        clear(folder)
+        partial.mkdir(parents=True)
+        write(partial)
+        storage.sync(*partial.iterdir(), partial)
+        _replace(partial, target)
+    except Exception as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError) or storage.is_failure(error):
+            raise not_written(target, error) from error
+        raise
+    return target
+
+
+def _replace(partial: Path, target: Path) -> None:
+    replaced = target.with_name(f".replaced-{target.name}")
     if target.exists():
         target.rename(replaced)
     try:
@@ -83,7 +106,7 @@ def _put(partial: Path, target: Path) -> None:
 
 def _remove(path: Path) -> None:
     """Renamed first: killed half-way, a deletion must not leave what looks like a checkpoint."""
-    removed = path.with_name(f".removed-{_step(path)}")
+    removed = path.with_name(f".removed-{path.name}")
     path.rename(removed)
     shutil.rmtree(removed, ignore_errors=True)
 
@@ -91,7 +114,7 @@ def _remove(path: Path) -> None:
 def clear(folder: Path) -> None:
     """Removes what killed processes left half-written or half-deleted; what one had set aside goes back to its place."""
     for path in folder.glob(".replaced-*"):
-        target = folder / f"checkpoint-{_step(path)}"
+        target = folder / path.name.removeprefix(".replaced-")
         if not target.exists():
             path.rename(target)
     for pattern in (".partial-*", ".replaced-*", ".removed-*"):
@@ -120,8 +143,8 @@ def last_before(folder: Path, step: int) -> Path | None:
 
 
 def discard_after(folder: Path, step: int) -> None:
-    """Removes the checkpoints of later steps."""
-    for path in _all(folder):
+    """Removes the checkpoints and snapshots of later steps."""
+    for path in (*_all(folder), *snapshots(folder).values()):
         if _step(path) > step:
             _remove(path)
 

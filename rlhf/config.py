@@ -28,6 +28,7 @@ PLACE_OPTIONS = {
     "wandb_project",
     "wandb_group",
     "save_steps",
+    "snapshot_steps",
     "logging_steps",
     # Memory against time: results differ by rounding only.
     "microbatch_size",
@@ -250,6 +251,90 @@ class RewardCardConfig(CardConfig, RunConfig):
         self.check_card()
 
 
+@dataclass(kw_only=True)
+class EvaluationConfig(RunConfig):
+    """What policies are worth: figures, win rates, best-of-n, the reward-KL frontier and the alignment tax."""
+
+    models: list[str] = field(metadata={"help": "policies: sft/NAME, ppo/NAME, with @VERSION or the latest"})
+    prompts: str = option("held-out prompts: folder made by rlhf.data_prep, a data file, or a hub name")
+    split: Literal["validation", "train"] = option("split of the prompts", "validation")
+    output_dir: str = option(
+        "folder for evaluation.json and samples.jsonl; answers and verdicts are kept there, and a second call goes on",
+        "outputs/evaluation",
+    )
+    runs: list[str] = field(
+        default_factory=list,
+        metadata={"help": "output folders of PPO runs with snapshots (snapshot_steps), for the reward-KL frontier"},
+    )
+    reward: str | None = option(
+        "the proxy, as PPO takes it: reward/NAME, package.module:function, a classifier or a URL; default: what the first "
+        "PPO policy was trained on",
+        None,
+    )
+    gold: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "independent scorers: package.module:function(responses) -> scores, reward/NAME, a classifier, a URL"
+        },
+    )
+    reference: str | None = option(
+        "the SFT policy that KL is measured against; default: that of the first PPO policy", None
+    )
+    baseline: str | None = option("the policy that win rates are against; default: the reference", None)
+    force: bool = option(
+        "compare policies that were trained on different rewards, prompts or SFT policies; the result is marked", False
+    )
+    num_prompts: int = option("prompts judged on, the first of the split", 128)
+    samples_per_prompt: int = option("answers sampled to each prompt", 4)
+    temperature: float = option("sampling temperature; divides policy and reference logits alike", 1.0)
+    response_length: int = option("longest response, tokens, stop token included", 48)
+    max_prompt_length: int = option("longest prompt, tokens; longer ones are refused", 512)
+    per_device_eval_batch_size: int = option("responses a forward pass", 32)
+    best_of: int = option("best-of-n from the reference at n = 1, 2, 4, ... up to this; 0 leaves it out", 64)
+    best_of_prompts: int = option("prompts of best-of-n, each with best_of samples", 32)
+    judge_url: str | None = option(
+        "base URL of an OpenAI-compatible chat endpoint that judges pairs (.../v1); its key: environment variable OPENAI_API_KEY",
+        None,
+    )
+    judge_model: str | None = option("model that the chat endpoint is asked for", None)
+    judge_pairs: int = option("pairs that the chat endpoint or people judge, for each model", 128)
+    judge_parallel: int = option("requests to the chat endpoint at a time", 4)
+    judge_prices: list[float] = field(
+        default_factory=list,
+        metadata={"help": "price of a million tokens, asked and answered; with it the cost is reported"},
+    )
+    judge_timeout: float = option("seconds that an endpoint may take for a request", 60.0)
+    export_comparison: str | None = option("writes a .csv of unnamed pairs, for people to judge", None)
+    verdicts: list[str] = field(
+        default_factory=list, metadata={"help": ".csv files of export_comparison that people have filled in"}
+    )
+    texts: str | None = option(
+        "plain text for perplexity, paragraphs apart; default: 14 paragraphs that come along", None
+    )
+    tasks: list[str] = field(
+        default_factory=list, metadata={"help": "lm-evaluation-harness tasks (pip install 'rlhf[eval]')"}
+    )
+    task_folder: str | None = option(
+        "folder of the tasks' .yaml files; default: the tasks that come with the harness", None
+    )
+    task_limit: int | None = option("examples of each task, the first; none: all", None)
+
+    def __post_init__(self) -> None:
+        sizes = ("num_prompts", "samples_per_prompt", "response_length", "max_prompt_length", "best_of_prompts")
+        for size in (*sizes, "per_device_eval_batch_size", "judge_pairs", "judge_parallel"):
+            require(getattr(self, size) >= 1, f"{size} must be at least 1, got {getattr(self, size)}")
+        require(self.temperature > 0, f"temperature must be above 0, got {self.temperature}")
+        require(self.best_of >= 0, f"best_of must not be negative, got {self.best_of}")
+        require(
+            (self.judge_url is None) == (self.judge_model is None),
+            "a chat judge needs both: --judge_url URL and --judge_model NAME",
+        )
+        require(
+            len(self.judge_prices) in (0, 2),
+            f"judge_prices are two numbers, of a million tokens asked and answered; got {len(self.judge_prices)}",
+        )
+
+
 #: Responses that reward whitening takes its spread from, at least (lm-human-preferences, train_policy.py).
 MIN_WHITENED = 8
 
@@ -343,6 +428,11 @@ class PPOConfig(StageConfig):
     missing_eos_penalty: float = option("taken off the score of a response without a stop token", 1.0)
     min_response_length: int = option("responses with fewer tokens lose short_response_penalty", 0)
     short_response_penalty: float = option("taken off the score for each token below min_response_length", 0.0)
+    snapshot_steps: int | None = option(
+        "rollouts between snapshots of the policy's adapter, all of which are kept, for the reward-KL frontier of "
+        "rlhf.evaluation; none takes none",
+        None,
+    )
     num_eval_samples: int = option("answers to held-out prompts sampled before and after training", 256)
     num_logged_samples: int = option("answers of each logged rollout that go into the sample table", 8)
     gold: str | None = option(
@@ -381,6 +471,11 @@ class PPOConfig(StageConfig):
         require(
             self.finetuning == "lora" or self.quantization == "none",
             f"finetuning full cannot train weights that are held in {self.quantization}; use finetuning lora",
+        )
+        require(
+            self.snapshot_steps is None or (self.snapshot_steps >= 1 and self.finetuning == "lora"),
+            f"snapshot_steps must be at least 1, got {self.snapshot_steps}, and needs finetuning lora: a whole model every few "
+            "rollouts would fill the disk",
         )
         require(
             self.microbatch_tokens is None or self.microbatch_tokens >= 1,

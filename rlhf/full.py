@@ -110,6 +110,18 @@ class SeparateModels(RoleModels):
         self._no_dropout()
 
 
+class FinishedPair(SeparateModels):
+    """A finished policy beside another model as its reference, in the types that they were loaded in; nothing trains."""
+
+    def __init__(self, policy: PreTrainedModel, reference: PreTrainedModel, compute: Compute) -> None:
+        RoleModels.__init__(self, reference.config.hidden_size, compute, shared_trunk=True)
+        check_plain_head(policy)
+        check_plain_head(reference)
+        self.models = nn.ModuleDict({"reference": reference, "policy": policy}).requires_grad_(False)
+        self._role: Role = "policy"
+        self._ready()
+
+
 def _replaced(base: PreTrainedModel, folder: Path) -> tuple[PreTrainedModel, Tensor]:
     """A copy of the base with the trunk of the whole reward model in the folder, and that model's head."""
     saved: Any = AutoModelForSequenceClassification.from_pretrained(

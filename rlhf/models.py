@@ -547,6 +547,43 @@ class SharedModels(RoleModels):
         """The policy's adapter, as plain peft opens it."""
         save_adapter(self.peft, folder, adapter="policy", base_model=base_model)
 
+    @classmethod
+    def finished(cls, base: PreTrainedModel, folder: Path | None, compute: Compute) -> SharedModels:
+        """The base with a finished policy's adapter, as `save_policy` left it, or (None) with one that changes nothing.
+
+        `release` gives the base back.
+
+        Raises:
+            UserError: the folder holds no adapter for this base.
+        """
+        if folder is None:
+            return cls(base, LoraConfig(r=1, target_modules="all-linear"), compute)
+        try:
+            config = cast(LoraConfig, LoraConfig.from_pretrained(str(folder)))
+            config.inference_mode, config.base_model_name_or_path = (
+                False,
+                None,
+            )  # peft would warn of the base's other name
+            state = load_file(folder / ADAPTER_FILE)
+            models = cls(base, config, compute)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise UserError(
+                f"{folder} holds no adapter for this model: {str(error).splitlines()[-1].strip()}"
+            ) from error
+        try:
+            result: Any = set_peft_model_state_dict(models.peft, state, adapter_name="policy")
+            wrong = [*result.unexpected_keys, *(key for key in result.missing_keys if ".policy." in key)]
+        except RuntimeError as error:  # layers of another size
+            wrong = [str(error).splitlines()[-1].strip()]
+        if wrong:
+            models.release()
+            raise UserError(f"{folder} was made for another model: {wrong[0]} is on one side only")
+        return models
+
+    def release(self) -> PreTrainedModel:
+        """The base as it was, without adapters: these models are used up."""
+        return cast(Any, self.peft).unload()
+
     def merged_reward(self) -> PreTrainedModel:
         """The base with the reward adapter merged in, for good: these models are used up."""
         return cast(Any, self.peft).merge_and_unload(adapter_names=["reward"])

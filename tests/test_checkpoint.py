@@ -161,15 +161,15 @@ def test_all_is_on_the_disk_before_it_counts(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(storage, "sync", lambda *paths: events.extend(f"sync {path.name}" for path in paths))
     monkeypatch.setattr(Path, "rename", lambda self, to: (events.append(f"rename {self.name}"), rename(self, to))[1])
     save(tmp_path, 1)
-    synced = ["sync weights.safetensors", "sync optimizer.safetensors", "sync state.json", "sync .partial-1"]
+    synced = ["sync weights.safetensors", "sync optimizer.safetensors", "sync state.json", "sync .partial-checkpoint-1"]
     assert sorted(events[:4]) == sorted(synced)
-    assert events[4:] == ["rename .partial-1", f"sync {tmp_path.name}"]
+    assert events[4:] == ["rename .partial-checkpoint-1", f"sync {tmp_path.name}"]
 
 
 def test_killed_between_two_renames(tmp_path: Path) -> None:
     """Catches: the only checkpoint lost while it was being replaced, and half-deleted ones taken for whole."""
     save(tmp_path, 1)
-    (tmp_path / "checkpoint-1").rename(tmp_path / ".replaced-1")
+    (tmp_path / "checkpoint-1").rename(tmp_path / ".replaced-checkpoint-1")
     (tmp_path / ".removed-0").mkdir()
     assert checkpoint.latest(tmp_path) is None
     checkpoint.clear(tmp_path)
@@ -183,7 +183,7 @@ def test_deleting_starts_with_the_name(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)  # killed before the first file
     save(tmp_path, 3)
     assert checkpoint.last_before(tmp_path, 2) is None
-    assert names(tmp_path) == [".removed-1", "checkpoint-2", "checkpoint-3"]
+    assert names(tmp_path) == [".removed-checkpoint-1", "checkpoint-2", "checkpoint-3"]
 
 
 def test_one_more_is_kept_when_asked_for(tmp_path: Path) -> None:
@@ -272,3 +272,27 @@ def test_optimiser_states_come_back_byte_for_byte(kind: str, tmp_path: Path) -> 
     train(one, first, range(3, 6))
     train(two, second, range(3, 6))
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def test_snapshots_are_all_kept_beside_the_checkpoints(tmp_path: Path) -> None:
+    """Catches: snapshots that are cleared away with old checkpoints or taken for one, sorted by name (10 before 9), left there
+    half, or left behind when the run goes back to before them."""
+
+    def write(folder: Path) -> None:
+        (folder / "adapter.json").write_text("{}")
+
+    def fail(folder: Path) -> None:
+        write(folder)
+        raise ZeroDivisionError
+
+    for step in (8, 9, 10, 11):
+        save(tmp_path, step)
+        checkpoint.save_snapshot(tmp_path, step, write)
+    checkpoint.save_snapshot(tmp_path, 9, write)  # once more, as a resumed run does
+    with pytest.raises(ZeroDivisionError):
+        checkpoint.save_snapshot(tmp_path, 12, fail)
+    assert list(checkpoint.snapshots(tmp_path)) == [8, 9, 10, 11]
+    assert checkpoint.latest(tmp_path) == tmp_path / "checkpoint-11"
+    assert [path.name for path in checkpoint.snapshots(tmp_path)[9].iterdir()] == ["adapter.json"]
+    checkpoint.discard_after(tmp_path, 9)
+    assert names(tmp_path) == ["snapshot-8", "snapshot-9"]

@@ -13,6 +13,7 @@ import pytest
 
 import rlhf
 from rlhf.config import (
+    EvaluationConfig,
     PPOConfig,
     RewardCardConfig,
     RewardConfig,
@@ -37,7 +38,12 @@ TYPES: dict[str, Any] = {
     "data": ReviewsConfig,
     "card": RewardCardConfig,
 }
-MORE: dict[str, Any] = {"data options": Options, "data source": Source, "show": ShowConfig}
+MORE: dict[str, Any] = {
+    "evaluate": EvaluationConfig,
+    "data options": Options,
+    "data source": Source,
+    "show": ShowConfig,
+}
 SFT = ["--dataset", "d", "--model_name_or_path", "m"]
 PPO = ["--dataset", "d", "--policy", "sft/a", "--reward", "reward/a"]
 

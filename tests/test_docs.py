@@ -1,4 +1,5 @@
-"""docs/ppo.md, docs/reward.md and docs/comparing.md against the code: nothing is said that is not there, nor left unsaid."""
+"""docs/ppo.md, docs/reward.md, docs/comparing.md and docs/evaluation.md against the code: nothing is said that is not there,
+nor left unsaid."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from rlhf import registry_verbs
-from rlhf.config import PPOConfig, RewardConfig, StageConfig, TrainingLength
+from rlhf.config import EvaluationConfig, PPOConfig, RewardConfig, StageConfig, TrainingLength
 from rlhf.ppo.types import METRICS
 from rlhf.reward import card, probes
 
@@ -101,3 +102,13 @@ def test_every_verb_of_the_registry_is_explained_and_no_other() -> None:
     added = [parser.prog.split()[-1] for parser in registry_verbs.add_parsers(commands)]
     documented = [row[0].strip("`").split()[0] for row in table("The registry", page)]
     assert documented == ["list", "show", "verify", *added]
+
+
+EVALUATION_PAGE = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+
+
+def test_every_option_of_the_evaluation_is_listed_with_its_default() -> None:
+    """Catches: an option that was added, renamed or removed, and a default that was changed, without the page."""
+    documented = {row[0]: row[2] for row in table("Options", EVALUATION_PAGE)}
+    actual = {f"`{field.name}`": f"`{default_of(field)}`" for field in dataclasses.fields(EvaluationConfig)}
+    assert documented == actual

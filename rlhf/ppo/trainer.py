@@ -118,6 +118,10 @@ class PPOTrainer:
                 bar.update(
                     1, score=metrics["objective/score"], kl=metrics["objective/kl"], length=metrics["response/length"]
                 )
+                if c.snapshot_steps and (
+                    self.updates_done % c.snapshot_steps == 0 or self.updates_done == c.num_updates
+                ):
+                    self.snapshot()
                 stopping = distributed.any_true(stop.requested, self.models.compute.device)
                 if stopping or self.updates_done % c.save_steps == 0 or self.updates_done == c.num_updates:
                     self.save()
@@ -431,6 +435,16 @@ class PPOTrainer:
         )
         distributed.wait()
         return path
+
+    def snapshot(self) -> None:
+        """The policy's adapter as it is now, kept for good; process 0 writes it."""
+        if distributed.rank() == 0:
+            checkpoint.save_snapshot(
+                self.folder,
+                self.updates_done,
+                lambda folder: self.models.save_policy(folder, base_model=self.config.policy),
+            )
+        distributed.wait()
 
     def resume(self) -> int:
         """Loads the newest checkpoint, if there is one; returns the number of updates done."""

@@ -1,8 +1,7 @@
 """The statistics of a reward model's report card: arrays in, plain figures out. No model and no text model's code here.
 
 Legend: M responses of all rankings, one ranking after the other; n pairs. A *pair* is two responses of one ranking of which
-people rated one higher. Intervals are 95% percentile bootstraps that draw whole prompts: pairs of one prompt share
-responses, so they are no independent evidence (Efron & Tibshirani 1993, chapter 13).
+people rated one higher. Intervals draw whole prompts (`rlhf.bootstrap`): pairs of one prompt share responses.
 """
 
 from __future__ import annotations
@@ -12,13 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-Array = NDArray[Any]
+from rlhf.bootstrap import Array, interval, mean, resampled
+
 Figures = dict[str, Any]
 
-DRAWS = 1000
-"""Resamples of each bootstrap."""
 CALIBRATION_BINS = 10
 BAG_OF_WORDS_PAIRS = 20_000
 """Training pairs that the bag of words is fitted on, at most: more of them change little and take long."""
@@ -97,47 +94,13 @@ def rated_pairs(verdict: Array, judged: Judged, min_difference: float = 0.0) -> 
 # Figures with intervals
 
 
-def resampled(values: Sequence[Array], prompts: Sequence[Array], seed: int) -> Array:
-    """(DRAWS, k) bootstrap means of k samples over the same draws of whole prompts; NaN where a draw misses a sample.
-
-    Args:
-        values: k arrays, one number a pair.
-        prompts: k arrays, the distinct prompt of each pair.
-    """
-    drawn, number = np.unique(np.concatenate(list(prompts)), return_inverse=True)
-    ends = np.cumsum([len(p) for p in prompts])
-    numbers = np.split(number, ends[:-1])
-    sums = np.stack([np.bincount(i, v, minlength=len(drawn)) for i, v in zip(numbers, values, strict=True)], axis=1)
-    counts = np.stack([np.bincount(i, minlength=len(drawn)) for i in numbers], axis=1)
-    generator = np.random.default_rng(seed)
-    even = np.full(len(drawn), 1 / len(drawn))
-    with np.errstate(invalid="ignore"):
-        means = [
-            (weights @ sums) / (weights @ counts)
-            for weights in (generator.multinomial(len(drawn), even, size=50) for _ in range(DRAWS // 50))
-        ]
-    return np.concatenate(means)
-
-
-def interval(draws: Array) -> tuple[float | None, float | None]:
-    """The central 95% of bootstrap draws; (None, None) when there is nothing to see in them."""
-    known = draws[np.isfinite(draws)]
-    if len(known) < DRAWS // 2:
-        return None, None
-    low, high = np.percentile(known, (2.5, 97.5))
-    return float(low), float(high)
-
-
 def figure(values: Array, prompt: Array, seed: int = 0) -> Figures | None:
     """Mean of one number a pair with its interval: `value`, `low`, `high`, `pairs`, `prompts`; None without pairs.
 
     A single prompt has no interval: `low` and `high` are None.
     """
-    if len(values) == 0:
-        return None
-    prompts = len(np.unique(prompt))
-    low, high = interval(resampled([values], [prompt], seed)[:, 0]) if prompts > 1 else (None, None)
-    return {"value": float(np.mean(values)), "low": low, "high": high, "pairs": len(values), "prompts": prompts}
+    found = mean(values, prompt, seed)
+    return found and {**found, "pairs": len(values), "prompts": len(np.unique(prompt))}
 
 
 def accuracy(scores: Array, pairs: RatedPairs, seed: int = 0) -> Figures | None:

@@ -113,14 +113,24 @@ class FunctionReward:
         names = {name for row in responses.rows for name in row} - {"prompt"}
         columns = {name: [row.get(name) for row in responses.rows] for name in sorted(names)}
         prompts = [row["prompt"] for row in responses.rows]
+        return self._ask(len(responses.texts), prompts, list(responses.texts), **columns)
+
+    def _ask(self, count: int, *given: Any, **columns: Any) -> Tensor:
         try:
-            scores = self.function(prompts, list(responses.texts), **columns)
+            scores = self.function(*given, **columns)
         except Exception as error:  # whatever a user's code may raise
             frame = traceback.extract_tb(error.__traceback__)[-1]
             raise RewardError(
                 f"{self.reference} failed at {frame.filename}:{frame.lineno}: {type(error).__name__}: {error}"
             ) from error
-        return _checked(scores, len(responses.texts), self.reference)
+        return _checked(scores, count, self.reference)
+
+
+class GoldSource(FunctionReward):
+    """`package.module:function(responses) -> list[float]`: an independent judge, which sees the texts alone."""
+
+    def __call__(self, responses: Responses) -> Tensor:
+        return self._ask(len(responses.texts), list(responses.texts))
 
 
 class ClassifierReward:
@@ -178,10 +188,7 @@ class EndpointReward:
 
     def __init__(self, url: str, batch_size: int, timeout: float) -> None:
         self.url, self.batch_size, self.timeout = url, batch_size, timeout
-        self.session = requests.Session()
-        retry = Retry(_RETRIES, backoff_factor=0.5, status_forcelist=(429, 500, 502, 503, 504), allowed_methods=None)
-        self.session.mount("http://", HTTPAdapter(max_retries=retry))
-        self.session.mount("https://", HTTPAdapter(max_retries=retry))
+        self.session = patient_session()
 
     def __call__(self, responses: Responses) -> Tensor:
         prompts = [row["prompt"] for row in responses.rows]
@@ -199,6 +206,15 @@ class EndpointReward:
                 ) from error
             parts.append(_checked(scores, last - first, self.url))
         return torch.cat(parts)
+
+
+def patient_session() -> requests.Session:
+    """Repeats requests that fail to connect, time out or answer 429 or 5xx, `_RETRIES` times."""
+    session = requests.Session()
+    retry = Retry(_RETRIES, backoff_factor=0.5, status_forcelist=(429, 500, 502, 503, 504), allowed_methods=None)
+    session.mount("http://", HTTPAdapter(max_retries=retry))
+    session.mount("https://", HTTPAdapter(max_retries=retry))
+    return session
 
 
 def open_sources(config: PPOConfig, compute: Compute) -> dict[str, Source]:

@@ -353,6 +353,8 @@ def test_first_ratio_is_one_in_bf16_to_the_last_bit(make: Make) -> None:
         ({"ptx_coef": 1.0, "ptx_ratio": 0.01}, "mixes no text"),
         ({"value_model": "shared_trunk", "value_warmup_updates": 1}, "needs value_model adapter"),
         ({"max_kl": 0.0}, "max_kl must be above 0"),
+        ({"snapshot_steps": 0}, "snapshot_steps must be at least 1"),
+        ({"snapshot_steps": 2, "finetuning": "full"}, "needs finetuning lora"),
         ({"ema_decay": 1.0}, "ema_decay must be between 0 and 1"),
         ({"whiten_rewards": True, "rollout_batch_size": 4}, "whiten_rewards needs a rollout_batch_size of at least 8"),
     ],

@@ -11,11 +11,13 @@ import pytest
 import torch
 from ppo import naive
 from ppo.conftest import PROMPTS, STOPS, Make
+from safetensors.torch import load_file
 from test_models import ALL_MODES, MODES, REWARD_MEAN, REWARD_STD, VOCAB, float64_norm
 from torch import Tensor
 from toys import FAMILIES, build_model
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from rlhf import checkpoint
 from rlhf.errors import UserError
 from rlhf.full import SeparateModels
 from rlhf.models import RoleModels, SharedModels
@@ -476,6 +478,27 @@ def test_train_runs_all_updates_and_keeps_the_last_checkpoint(make: Make) -> Non
     trainer.train()
     assert trainer.updates_done == 3
     assert sorted(p.name for p in trainer.folder.iterdir()) == ["checkpoint-2", "checkpoint-3"]
+
+
+def test_snapshots_hold_the_policy_of_their_update(make: Make) -> None:
+    """Catches: snapshots that are all the last policy, that miss the last update, or that need more than a plain adapter."""
+    trainer = make(total_episodes=40, save_steps=5, snapshot_steps=2)
+    seen: dict[int, Tensor] = {}
+    step = trainer.step
+
+    def remember() -> dict[str, float]:
+        metrics = step()
+        seen[trainer.updates_done] = next(iter(trainer.models.trainable("policy").values())).detach().clone()
+        return metrics
+
+    trainer.step = remember  # type: ignore[method-assign]
+    trainer.train()
+    found = checkpoint.snapshots(trainer.folder)
+    assert list(found) == [2, 4, 5] and checkpoint.latest(trainer.folder) == trainer.folder / "checkpoint-5"
+    name = next(iter(trainer.models.trainable("policy"))).replace(".policy.", ".")
+    for update, folder in found.items():
+        assert {p.name for p in folder.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+        assert torch.equal(load_file(folder / "adapter_model.safetensors")[name], seen[update])
 
 
 def test_every_documented_metric_is_logged_and_no_other(make: Make) -> None:

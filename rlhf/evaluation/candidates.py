@@ -1,0 +1,270 @@
+"""What is compared: registered policies and snapshots of PPO runs, and whether they may be."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf import checkpoint
+from rlhf.config import EvaluationConfig, reward_kind
+from rlhf.errors import UserError, did_you_mean
+from rlhf.models import ADAPTER_FILE
+from rlhf.registry import Artifact, Registry, sha256_file
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A policy that is measured."""
+
+    name: str
+    """`ppo/demo@1`, or `RUN:UPDATE` of a snapshot."""
+    hash: str
+    """Of the manifest, or of a snapshot's weights."""
+    sft: Artifact | None
+    """The SFT policy that it is, or that its adapter sits on; None: a whole model."""
+    folder: Path | None
+    """Where the adapter or the whole model is; None: an SFT policy."""
+    artifact: Artifact | None = None
+    """None: a snapshot."""
+    run: str | None = None
+    """The PPO run that a snapshot is of."""
+    update: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Everything that a comparison is about."""
+
+    models: list[Candidate]
+    """The reference and the baseline, then the others as named."""
+    snapshots: list[Candidate]
+    reference: Artifact
+    """The SFT policy that KL is measured against."""
+    reward: str
+    """The proxy: what scores the answers."""
+    baseline: str
+    """Name of the model that the others are compared with."""
+    marks: list[str]
+    """What a reader of the comparison has to know."""
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """What two PPO policies must have in common to be compared."""
+
+    sft: str
+    """Hash of the SFT policy."""
+    rewards: tuple[str, ...]
+    """Hash of the reward model, names of other rewards."""
+    prompts: str
+    """Fingerprint of the training prompts."""
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A PPO run's folder that has snapshots."""
+
+    name: str
+    snapshots: dict[int, Path]
+    sft: Artifact
+    reward: str
+    """As `--reward` takes it."""
+    origin: _Origin
+
+
+def gather(config: EvaluationConfig, registry: Registry) -> Comparison:
+    """The models and snapshots that the options name.
+
+    Raises:
+        UserError: a model or run that is not there (the nearest name is offered); PPO policies of different SFT policies,
+            rewards or prompts without `force`; nothing that says which reward to use; different tokenizers.
+    """
+    named = [_policy(registry, name) for name in config.models]
+    runs, broken = _read_runs(config.runs, registry)
+    reference = _reference(config, registry, named, runs)
+    baseline = _policy(registry, config.baseline) if config.baseline else reference
+    artifacts = {artifact.reference: artifact for artifact in (reference, baseline, *named)}
+    for artifact in artifacts.values():
+        _check_tokenizer(artifact, reference)
+    origins = {a.reference: _origin(a) for a in artifacts.values() if a.stage == "ppo"}
+    differences = _differences({**origins, **{run.name: run.origin for run in runs}})
+    if differences and not config.force:
+        raise UserError(
+            f"{'; '.join(differences)}: their figures are not comparable. Leave some out, or add --force true and the result "
+            "will be marked"
+        )
+    reward = config.reward or _default_reward(named, runs)
+    reward = registry.get(reward).reference if reward_kind(reward) == "adapter" else reward
+    return Comparison(
+        models=[_candidate(artifact, registry) for artifact in artifacts.values()],
+        snapshots=[_snapshot(run, update, path) for run in runs for update, path in run.snapshots.items()],
+        reference=reference,
+        reward=reward,
+        baseline=baseline.reference,
+        marks=[
+            *broken,
+            *_proxy_marks(named, reward),
+            *(f"compared by force: {difference}" for difference in differences),
+        ],
+    )
+
+
+# Models
+
+
+def _policy(registry: Registry, name: str) -> Artifact:
+    artifact = registry.get(name)
+    if artifact.stage not in ("sft", "ppo"):
+        raise UserError(f"{artifact.reference} is no policy; give sft/NAME or ppo/NAME")
+    return artifact
+
+
+def _parent(artifact: Artifact, stage: str) -> str | None:
+    """The parent of a stage, `sft/demo@1`."""
+    return next((str(parent.reference) for parent in artifact.manifest.parents if parent.stage == stage), None)
+
+
+def _candidate(artifact: Artifact, registry: Registry) -> Candidate:
+    sft: Artifact | None = artifact
+    if artifact.stage == "ppo":
+        adapter, parent = artifact.manifest.kind == "adapter", _parent(artifact, "sft")
+        sft = registry.get(parent) if adapter and parent else None
+    return Candidate(
+        name=artifact.reference,
+        hash=artifact.hash,
+        sft=sft,
+        folder=artifact.path if artifact.stage == "ppo" else None,
+        artifact=artifact,
+    )
+
+
+def _reference(config: EvaluationConfig, registry: Registry, named: list[Artifact], runs: list[_Run]) -> Artifact:
+    """The SFT policy that is named, else that of the first PPO policy or run, else the first SFT policy."""
+    if config.reference:
+        return registry.get(config.reference, expect_stage="sft")
+    parents = [parent for artifact in named if artifact.stage == "ppo" and (parent := _parent(artifact, "sft"))]
+    if parents:
+        return registry.get(parents[0])
+    return runs[0].sft if runs else named[0]
+
+
+def _default_reward(named: list[Artifact], runs: list[_Run]) -> str:
+    """What the first PPO policy or run was trained on."""
+    for artifact in named:
+        if artifact.stage == "ppo":
+            return _parent(artifact, "reward") or str(artifact.manifest.config["reward"][0])
+    if runs:
+        return runs[0].reward
+    raise UserError(
+        "no model here was trained on a reward; say which one to use: --reward reward/NAME, package.module:function or a URL"
+    )
+
+
+def _proxy_marks(named: list[Artifact], proxy: str) -> list[str]:
+    """Which policies were trained on something else than the proxy alone."""
+    marks = []
+    for artifact in named:
+        if artifact.stage == "ppo":
+            adapter = _parent(artifact, "reward")
+            own = [adapter or r if reward_kind(r) == "adapter" else str(r) for r in artifact.manifest.config["reward"]]
+            if own != [proxy]:
+                marks.append(f"{artifact.reference} was trained on {' + '.join(own)}; the proxy here is {proxy}")
+    return marks
+
+
+def _check_tokenizer(artifact: Artifact, reference: Artifact) -> None:
+    own, other = artifact.manifest, reference.manifest
+    if (own.tokenizer_hash, own.chat_template_hash) != (other.tokenizer_hash, other.chat_template_hash):
+        raise UserError(
+            f"{artifact.reference} and {reference.reference} have different tokenizers or chat templates, so there is no KL "
+            "between them; compare models of one base"
+        )
+
+
+def _origin(artifact: Artifact) -> _Origin:
+    hashes = {parent.stage: parent.hash for parent in artifact.manifest.parents}
+    others = [r for r in artifact.manifest.config["reward"] if reward_kind(r) != "adapter"]
+    return _origin_of(hashes, others, artifact.manifest.data["fingerprint"])
+
+
+def _origin_of(hashes: dict[str, Any], others: list[str], prompts: str) -> _Origin:
+    adapters = [str(hashes["reward"])] if "reward" in hashes else []
+    return _Origin(str(hashes["sft"]), (*adapters, *others), prompts)
+
+
+def _differences(origins: dict[str, _Origin]) -> list[str]:
+    """What others do not have in common with the first, a line each."""
+    if not origins:
+        return []
+    words = {"sft": "SFT policies", "rewards": "reward models", "prompts": "training prompts"}
+    (first, one), *others = origins.items()
+    kinds = {name: [w for key, w in words.items() if getattr(one, key) != getattr(o, key)] for name, o in others}
+    return [f"{first} and {name} have different {' and '.join(found)}" for name, found in kinds.items() if found]
+
+
+# Runs
+
+
+def _read_runs(folders: list[str], registry: Registry) -> tuple[list[_Run], list[str]]:
+    """The runs, and why others cannot be read: a broken folder leaves the rest as it is.
+
+    Raises:
+        UserError: a folder that is not there, or two of the same name.
+    """
+    runs: list[_Run] = []
+    broken: list[str] = []
+    for name in folders:
+        place = Path(name)
+        if not place.is_dir():
+            siblings = [str(p) for p in place.parent.iterdir() if p.is_dir()] if place.parent.is_dir() else []
+            raise UserError(f"no run folder {name}{did_you_mean(name, siblings)}; give the output_dir of a PPO run")
+        folder = place if (place / "checkpoints").is_dir() else place / "ppo"
+        try:
+            runs.append(_read_run(folder, registry))
+        except UserError as error:
+            broken.append(f"run {name} left out: {error}")
+    names = [run.name for run in runs]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"two runs are called {twice[0]}; rename the output folder of one")
+    return runs, broken
+
+
+def _read_run(folder: Path, registry: Registry) -> _Run:
+    """A run by its own record of what its checkpoints were made of."""
+    mark = folder / "checkpoints" / "made_of.json"
+    try:
+        made_of = json.loads(mark.read_text(encoding="utf-8"))
+        others = [str(reward) for reward in made_of["other_rewards"]]
+        origin = _origin_of(made_of, others, str(made_of["dataset"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{mark} is missing or half-written ({type(error).__name__})") from error
+    whole = {
+        update: path
+        for update, path in checkpoint.snapshots(folder / "checkpoints").items()
+        if (path / ADAPTER_FILE).is_file()
+    }
+    if not whole:
+        raise UserError(f"no snapshots in {folder / 'checkpoints'}; PPO takes them with --snapshot_steps N")
+    sft = _by_hash(registry, origin.sft)
+    reward = _by_hash(registry, made_of["reward"]).reference if "reward" in made_of else others[0]
+    return _Run(folder.resolve().parent.name, whole, sft, reward, origin)
+
+
+def _by_hash(registry: Registry, digest: str) -> Artifact:
+    for artifact in registry.list():
+        if artifact.hash == digest:
+            return registry.get(artifact.reference)
+    raise UserError(f"registry {registry.root} holds nothing with the hash {digest[:12]} that it was made from")
+
+
+def _snapshot(run: _Run, update: int, path: Path) -> Candidate:
+    return Candidate(
+        name=f"{run.name}:{update}",
+        hash=sha256_file(path / ADAPTER_FILE),
+        sft=run.sft,
+        folder=path,
+        run=run.name,
+        update=update,
+    )

@@ -1,0 +1,188 @@
+"""A chat model as the judge of pairs: any OpenAI-compatible endpoint, each pair asked about in both orders.
+
+Replies are kept in a file as they come, so that a run that was cut off, or repeated, asks only for what is missing. The key
+is read from the environment variable OPENAI_API_KEY, goes into the request's header, and is written nowhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import requests
+
+from rlhf.errors import UserError
+from rlhf.progress import Progress
+from rlhf.report import read_jsonl
+from rlhf.reward.sources import patient_session
+from rlhf.tracking import redact
+
+INSTRUCTIONS = (
+    "You compare two answers to the same request. Judge how well each does what the request asks: correct, helpful, clear, "
+    "natural. Neither length nor order counts. Reply with one word only: A if the first answer is better, B if the second "
+    "is, tie if neither is."
+)
+#: Longest verdict, tokens: one word, and room for a model that wraps it.
+_VERDICT_TOKENS = 16
+_KEY = "OPENAI_API_KEY"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two answers to one prompt; the first is the policy's."""
+
+    prompt: str
+    answer: str
+    baseline: str
+
+    @property
+    def alike(self) -> bool:
+        """Word for word the same: a tie, which nobody has to be asked about."""
+        return self.answer == self.baseline
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatVerdicts:
+    """What came of n pairs."""
+
+    won: list[float | None]
+    """(n,) mean of the verdicts in both orders: 1 the policy's answer, 0 the baseline's, half ties and split verdicts; None
+    where a reply was no verdict."""
+    split: int
+    """Pairs where the verdict went with the position."""
+    asked: int
+    """Requests made now; the others were in the file."""
+    tokens: tuple[int, int]
+    """Tokens of all requests and of all replies, those in the file included, as the endpoint counted them."""
+
+
+class ChatJudge:
+    """A chat endpoint.
+
+    Args:
+        url: base URL, up to and including `/v1`.
+        model: as the endpoint knows it.
+        cache: the file of replies.
+        parallel: requests at a time.
+        timeout: seconds for a request.
+    """
+
+    def __init__(self, url: str, model: str, cache: Path, *, parallel: int, timeout: float) -> None:
+        self.url, self.model, self.cache = url.rstrip("/"), model, cache
+        self.parallel, self.timeout = parallel, timeout
+        rows = read_jsonl(cache)[0] if cache.is_file() else []
+        self._replies = {str(row["key"]): row for row in rows if {"key", "reply", "tokens"} <= row.keys()}
+        self._lock = threading.Lock()
+        self._asked = 0
+
+    def __call__(self, pairs: Sequence[Pair]) -> ChatVerdicts:
+        """Verdicts on pairs.
+
+        Raises:
+            UserError: the endpoint refuses or fails; the replies so far are kept.
+        """
+        before = self._asked
+        asked = [[self._request(p.prompt, *order) for order in _orders(p)] for p in pairs if not p.alike]
+        self._ask_all([r for both in asked for r in both if _digest(r) not in self._replies])
+        rows = [[self._replies[_digest(r)] for r in both] for both in asked]
+        verdicts = iter([[parse_verdict(str(row["reply"])) for row in both] for both in rows])
+        won: list[float | None] = []
+        split = 0
+        for pair in pairs:
+            first, second = (0.5, 0.5) if pair.alike else next(verdicts)
+            if first is None or second is None:
+                won.append(None)
+            else:
+                won.append((first + 1 - second) / 2)
+                split += first == second and first != 0.5
+        prompt, reply = (sum(int(row["tokens"][i]) for both in rows for row in both) for i in (0, 1))
+        return ChatVerdicts(won=won, split=split, asked=self._asked - before, tokens=(prompt, reply))
+
+    def _request(self, prompt: str, first: str, second: str) -> dict[str, Any]:
+        content = f"[Request]\n{prompt}\n\n[Answer A]\n{first}\n\n[Answer B]\n{second}\n\n[Verdict: A, B or tie]"
+        messages = [{"role": "system", "content": INSTRUCTIONS}, {"role": "user", "content": content}]
+        return {"model": self.model, "messages": messages, "temperature": 0.0, "max_tokens": _VERDICT_TOKENS}
+
+    def _ask_all(self, missing: list[dict[str, Any]]) -> None:
+        """Asks, and keeps each reply in the file as it comes; one failure ends it, after the running requests."""
+        distinct = {_digest(request): request for request in missing}
+        self.cache.parent.mkdir(parents=True, exist_ok=True)
+        with (
+            patient_session() as session,
+            Progress(len(distinct), "judge", unit="request") as bar,
+            self.cache.open("a", encoding="utf-8") as file,
+            ThreadPoolExecutor(self.parallel) as pool,  # the last: left first, it waits for requests that still write
+        ):
+            if file.tell() and not self.cache.read_bytes().endswith(b"\n"):
+                file.write("\n")  # half a line of a run that was killed
+
+            def ask(key: str, request: dict[str, Any]) -> None:
+                row = {"key": key, **self._ask(session, request)}
+                with self._lock:
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                    file.flush()
+                    self._replies[key] = row
+                    self._asked += 1
+                    bar.update(1)
+
+            running = [pool.submit(ask, key, request) for key, request in distinct.items()]
+            try:
+                for one in running:
+                    one.result()
+            finally:
+                for one in running:
+                    one.cancel()
+
+    def _ask(self, session: requests.Session, request: dict[str, Any]) -> dict[str, Any]:
+        key = os.environ.get(_KEY)
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        try:
+            answer = session.post(
+                f"{self.url}/chat/completions",
+                json=request,
+                headers=headers,
+                timeout=self.timeout,
+                allow_redirects=False,
+            )
+            if answer.status_code in (401, 403):
+                problem = f"is not accepted: set {_KEY}" if key is None else f"in {_KEY} is not accepted"
+                raise UserError(f"the key {problem} (judge {redact(self.url)}, {answer.status_code})")
+            answer.raise_for_status()
+            body = answer.json()
+            reply = str(body["choices"][0]["message"]["content"])
+            usage = body.get("usage") or {}
+            tokens = [int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")]
+        except (requests.RequestException, KeyError, IndexError, TypeError, ValueError) as error:
+            reason = " ".join(redact(str(error)).split())[:300]
+            raise UserError(
+                f"the judge {redact(self.url)} gave no verdict: {reason}; what it has said is kept in {self.cache}: "
+                "run again to go on"
+            ) from error
+        return {"reply": reply, "tokens": tokens}
+
+
+def parse_verdict(reply: str) -> float | None:
+    """1 for A, 0 for B, half for a tie; None for a reply that says anything else: a guess at what it means would be ours."""
+    found = re.fullmatch(r"\W*(?:verdict|answer)?\W*(a|b|tie)\W*", reply.strip(), re.IGNORECASE)
+    return {"a": 1.0, "b": 0.0, "tie": 0.5}[found[1].lower()] if found else None
+
+
+def _orders(pair: Pair) -> list[tuple[str, str]]:
+    return [(pair.answer, pair.baseline), (pair.baseline, pair.answer)]
+
+
+def _digest(request: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
+
+
+def cost(tokens: tuple[int, int], prices: Sequence[float]) -> float | None:
+    """What the tokens cost at prices of a million tokens, asked and answered; None without prices."""
+    return sum(n * price for n, price in zip(tokens, prices, strict=True)) / 1e6 if prices else None
