@@ -159,6 +159,19 @@ class Tracker:
                 artifact.add_reference(Path(path).absolute().as_uri())
                 self._run.log_artifact(artifact, aliases=[version] if version else None)
 
+    def alert(self, title: str, text: str, severity: Literal["warning", "critical"]) -> None:
+        """Sends an alert to W&B, which mails or posts it as the user has set there."""
+        with self._survives("send an alert"):
+            if self._run is not None:
+                import wandb
+
+                levels = {"warning": wandb.AlertLevel.WARN, "critical": wandb.AlertLevel.ERROR}
+                self._run.alert(title=title, text=text, level=levels[severity])
+
+    def logged(self) -> list[dict[str, Any]]:
+        """The lines of metrics so far, those of a run that this one resumes included."""
+        return read_jsonl(self._metrics_file)[0] if self._metrics_file.exists() else []
+
     def truncate(self, step: float) -> None:
         """Forgets what was logged after `step`: the run goes on from a checkpoint made there and will log it again.
 

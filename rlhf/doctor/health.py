@@ -1,40 +1,82 @@
-"""The health checks: pure functions of what a stage has logged, each with its cause and its cure.
+"""The health checks of all stages, and what they find in what a stage has logged.
 
-A check looks at a `History` as it was after its newest update and returns the evidence, with figures, or None. `CHECKS` lists
-all of them, causes before symptoms: the first finding of a run is its diagnosis, later ones may be its consequences. Why each
-threshold is where it is, and where the idea comes from: docs/health.md.
+A check looks at a `History` as it was after its newest update. `CHECKS` lists all of them, causes before symptoms: the first
+finding of a run is its diagnosis, later ones may be its consequences.
 """
 
 from __future__ import annotations
 
-import math
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from rlhf.doctor import ppo_checks, supervised_checks
+from rlhf.doctor.check import Check
 from rlhf.doctor.history import History
+from rlhf.errors import UserError, did_you_mean
 
-Severity = Literal["critical", "warning"]
-Remedy = Literal["learning_rate", "kl_coef"]
+Action = Literal["off", "warn", "stop", "roll_back"]
+ACTIONS: tuple[Action, ...] = ("off", "warn", "stop", "roll_back")
+"""What to do about a finding, in order of force."""
 
-#: Histories longer than this are replayed at this many of their updates.
 REPLAYED_UPDATES = 400
+"""Histories longer than this are replayed at this many of their updates."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class Check:
-    """One thing that can be wrong."""
-
-    name: str
-    stages: tuple[str, ...]
-    severity: Severity
-    """critical: going on wastes time, or ruins the policy. warning: look at it."""
-    cause: str
-    action: str
-    remedy: Remedy
-    """What a roll-back changes: half the learning_rate, or twice the kl_coef."""
-    look: Callable[[History], str | None]
+CHECKS: tuple[Check, ...] = (
+    # SFT, reward model; the first two: all stages
+    supervised_checks.not_finite,
+    supervised_checks.learning_rate_zero,
+    supervised_checks.no_gradient,
+    supervised_checks.loss_rising,
+    supervised_checks.accuracy_below_chance,
+    supervised_checks.accuracy_at_chance,
+    supervised_checks.loss_flat,
+    supervised_checks.batch_spike,
+    # PPO: what is computed
+    ppo_checks.wrong_reference,
+    ppo_checks.template_twice,
+    ppo_checks.pad_is_stop,
+    ppo_checks.padding_counted,
+    ppo_checks.sampler_mismatch,
+    ppo_checks.sampler_drift,
+    ppo_checks.stale_logprobs,
+    ppo_checks.advantages_not_centred,
+    # what is trained
+    ppo_checks.gradient_zero,
+    ppo_checks.policy_unmoved,
+    ppo_checks.same_as_sft,
+    ppo_checks.value_untrained,
+    # what PPO is given
+    ppo_checks.reward_constant,
+    ppo_checks.reward_scale,
+    ppo_checks.reward_opposes_judge,
+    ppo_checks.cut_off,
+    # how it is set
+    ppo_checks.steps_too_large,
+    ppo_checks.kl_jump,
+    ppo_checks.negative_kl,
+    ppo_checks.no_kl_penalty,
+    ppo_checks.controller_saturated,
+    # what the reward pays for
+    ppo_checks.over_optimised,
+    ppo_checks.length_rewarded,
+    ppo_checks.reward_ignores_judge,
+    # what comes of it
+    ppo_checks.stop_rate_falling,
+    ppo_checks.entropy_collapse,
+    ppo_checks.responses_alike,
+    ppo_checks.repeated_text,
+    ppo_checks.length_up,
+    ppo_checks.length_down,
+    ppo_checks.kl_high,
+    ppo_checks.reward_saturated,
+    ppo_checks.advantages_vanished,
+    ppo_checks.value_dead,
+    ppo_checks.value_useless,
+    ppo_checks.reward_falling,
+    ppo_checks.gradient_spike,
+    ppo_checks.slowing_down,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,16 +94,13 @@ class Finding:
         return f"{self.check.name}: {self.evidence}. Cause: {self.check.cause}. To do: {self.check.action}"
 
 
-CHECKS: list[Check] = []
-
-
 def find(history: History) -> list[Finding]:
     """What is wrong after the history's newest update, causes before symptoms."""
-    found = []
-    for check in CHECKS:
-        if history.stage in check.stages and (evidence := check.look(history)) is not None:
-            found.append(Finding(check=check, evidence=evidence, first=history.step, last=history.step))
-    return found
+    return [
+        Finding(check=check, evidence=evidence, first=history.step, last=history.step)
+        for check in CHECKS
+        if (evidence := check(history)) is not None
+    ]
 
 
 def replay(history: History) -> list[Finding]:
@@ -71,804 +110,35 @@ def replay(history: History) -> list[Finding]:
     found: dict[str, Finding] = {}
     for step in sorted({*steps[::stride], *steps[-1:]}):
         for new in find(history.until(step)):
-            old = found.get(new.check.name, new)
-            found[new.check.name] = Finding(check=new.check, evidence=new.evidence, first=old.first, last=step)
+            first = found[new.check.name].first if new.check.name in found else step
+            found[new.check.name] = Finding(check=new.check, evidence=new.evidence, first=first, last=step)
     return [found[check.name] for check in CHECKS if check.name in found]
 
 
-def register(
-    *stages: str, severity: Severity, cause: str, action: str, remedy: Remedy = "learning_rate"
-) -> Callable[[Callable[[History], str | None]], Callable[[History], str | None]]:
-    """Puts a function into `CHECKS` under its own name."""
-
-    def put(look: Callable[[History], str | None]) -> Callable[[History], str | None]:
-        CHECKS.append(
-            Check(
-                name=look.__name__,
-                stages=stages,
-                severity=severity,
-                cause=cause,
-                action=action,
-                remedy=remedy,
-                look=look,
-            )
-        )
-        return look
-
-    return put
-
-
-# ---- any stage ------------------------------------------------------------------------------------------------------
-
-
-@register(
-    "sft", "reward", "ppo",
-    severity="critical",
-    cause="a figure overflowed or was divided by zero: the step size is too large, or the compute type too narrow",
-    action="lower learning_rate, or use dtype float32, and start from the last good checkpoint",
-)  # fmt: skip
-def not_finite(h: History) -> str | None:
-    """NaN or infinity in any figure."""
-    broken = h.broken()
-    return f"{', '.join(sorted(broken)[:4])} not finite from update {min(broken.values())}" if broken else None
-
-
-@register(
-    "sft", "reward", "ppo",
-    severity="critical",
-    cause="the step size is 0, so nothing is trained",
-    action="set learning_rate; look at lr_scheduler_type and at warmup_steps, which may be longer than the run",
-)  # fmt: skip
-def learning_rate_zero(h: History) -> str | None:
-    """A step size of 0 from the start; its fall to 0 at the end is a schedule."""
-    lr = h.values(f"{h.stage}/lr")
-    return f"learning rate 0 in all {len(lr)} updates" if len(lr) >= 3 and max(lr) == 0 else None
-
-
-# ---- PPO: what is computed ------------------------------------------------------------------------------------------
-
-
-@register(
-    "ppo",
-    severity="critical",
-    cause="the reference is not the model that PPO starts from: the base before SFT, another SFT version, or an adapter that "
-    "was merged for one of the two only",
-    action="start policy and reference from the same sft/NAME@VERSION",
-)
-def wrong_reference(h: History) -> str | None:
-    """KL of the first rollout, before any update; 0 if reference and policy are the same model."""
-    kl = h.at("objective/kl_k3", 1)
-    return f"KL to the reference is {kl:.3g} nats in the first rollout, not 0" if kl is not None and kl > 0.01 else None
-
-
-@register(
-    "ppo",
-    severity="critical",
-    cause="the chat template was applied twice: the data holds rendered prompts, or a caller renders them again",
-    action="store plain messages in the data and let the stage apply the template once",
-)
-def template_twice(h: History) -> str | None:
-    """Words that all prompts begin with, or end in: both are written twice."""
-    prompts = [str(row.get("prompt", "")).split() for row in h.samples[:64]]
-    if len({tuple(words) for words in prompts}) < 2:
-        return None
-    head, tail = _common(prompts), _common([words[::-1] for words in prompts])[::-1]
-    twice = [words for words in (_doubled(head), _doubled(tail[::-1])[::-1]) if words]
-    return f"prompts begin with {' '.join(head)!r} and end in {' '.join(tail)!r}" if len(twice) == 2 else None
-
-
-@register(
-    "ppo",
-    severity="critical",
-    cause="the pad token is also the stop token: masks made from `token != pad` drop the end of every response",
-    action="give the tokenizer a pad token of its own, in all three stages",
-)
-def pad_is_stop(h: History) -> str | None:
-    """As many pad tokens among the tokens that count as responses with a stop token."""
-    pads, stops = h.values("rollout/pad_tokens", 3), h.values("response/stop_rate", 3)
-    if len(pads) < 2 or sum(stops) == 0 or any(abs(p - s) > 1e-6 for p, s in zip(pads, stops, strict=False)):
-        return None
-    return f"each of the {stops[-1]:.0%} stopped responses holds one pad token among the tokens that count"
-
-
-@register(
-    "ppo",
-    severity="critical",
-    cause="padding counts as text: prompts padded on the wrong side or without a mask, or a mask turned round",
-    action="pad prompts on the left, and carry masks along from the lengths",
-)
-def padding_counted(h: History) -> str | None:
-    """Pad tokens among the tokens of prompts and responses that count."""
-    pads = h.values("rollout/pad_tokens", 2)
-    if len(pads) < 2 or min(pads) < 0.3 or pad_is_stop(h):
-        return None
-    return f"{pads[-1]:.3g} pad tokens a response among the tokens that count"
-
-
-@register(
-    "ppo",
-    severity="critical",
-    cause="tokens are not drawn from the distribution that is scored: another temperature, top-k, top-p, a repetition penalty, "
-    "or a generation config of the model's own",
-    action="sample with the temperature that divides the scored logits, and nothing else",
-)
-def sampler_mismatch(h: History) -> str | None:
-    """Surprise of the sampled tokens against the entropy, and the sampler's log-probabilities in the first rollouts."""
-    gap = h.first("rollout/logprob_gap", 2)
-    if gap and min(gap) > 0.15:
-        return f"sampler and training forward differ by {min(gap):.3g} nats a token from the first rollout on"
-    gaps, errors = h.values("rollout/surprise_gap", 8), h.values("rollout/surprise_error", 8)
-    if len(gaps) < 3:
-        return None
-    mean, error = statistics.fmean(gaps), math.sqrt(sum(e * e for e in errors)) / len(errors)
-    if abs(mean) < max(0.08, 5 * error):
-        return None
-    side = "likelier" if mean < 0 else "rarer"
-    return f"sampled tokens are {abs(mean):.3g} nats {side} than the policy's entropy says ({abs(mean) / error:.0f} errors)"
-
-
-@register(
-    "ppo",
-    severity="critical",
-    cause="the sampler's weights are not the policy's: the adapter is merged twice, not at all, or not renewed after updates",
-    action="merge the newest adapter once for sampling and undo it exactly; in bf16 try dtype float32",
-)
-def sampler_drift(h: History) -> str | None:
-    """The gap between sampler and training forward, grown since the first rollout."""
-    gaps = h.values("rollout/logprob_gap")
-    if len(gaps) < 3 or gaps[0] > 0.15:
-        return None
-    now = statistics.fmean(gaps[-2:])
-    if now < max(0.1, 4 * gaps[0]):
-        return None
-    return f"sampler and training forward differ by {now:.3g} nats a token, {gaps[0]:.2g} in the first rollout"
-
-
-@register(
-    "ppo",
-    severity="critical",
-    cause="old log-probabilities were not made by the forward pass that is trained: stale, of the sampler, or with dropout",
-    action="compute them anew for each rollout in the mode, type and batches of the update",
-)
-def stale_logprobs(h: History) -> str | None:
-    """The first probability ratio of a rollout, which is 1."""
-    errors = h.values("ppo/first_ratio_error", 3)
-    return f"the first ratio of a rollout is off 1 by {max(errors):.3g}" if errors and max(errors) > 0.1 else None
-
-
-@register(
-    "ppo",
-    severity="critical",
-    cause="advantages are not centred: the mean was added back, or they were whitened over other tokens than are trained",
-    action="subtract the mean over exactly the tokens of the loss",
-)
-def advantages_not_centred(h: History) -> str | None:
-    """The mean of the advantages that the optimiser got."""
-    means = h.values("ppo/advantage_mean", 3)
-    worst = max(means, key=abs, default=0.0)
-    return f"mean advantage {worst:.3g} after whitening, not 0" if abs(worst) > 0.01 else None
-
-
-# ---- PPO: what is trained -------------------------------------------------------------------------------------------
-
-
-@register(
-    "ppo",
-    severity="critical",
-    cause="no gradient reaches the policy: frozen adapters, all advantages equal, or a loss that was cut off from it",
-    action="see that the policy's adapter has requires_grad, and that objective/score_std is above 0",
-)
-def gradient_zero(h: History) -> str | None:
-    """A gradient norm of 0 once the value warm-up is over."""
-    norms = h.values("ppo/grad_norm")[int(h.settings.get("value_warmup_updates") or 0) :][-3:]
-    return f"policy gradient norm 0 in {len(norms)} updates in a row" if len(norms) >= 2 and max(norms) == 0 else None
-
-
-@register(
-    "ppo",
-    severity="critical",
-    cause="the policy that answers is not the one that is trained, or its steps are far too small to matter",
-    action="see that the optimiser holds the adapter that sampling uses; then raise learning_rate",
-)
-def policy_unmoved(h: History) -> str | None:
-    """KL still 0 after updates with a gradient and a step size."""
-    warmup = int(h.settings.get("value_warmup_updates") or 0)
-    kl, lr = h.values("objective/kl_k3"), h.values("ppo/lr")
-    if len(kl) < warmup + 5 or not lr or max(lr) == 0 or max(kl) > 1e-5 or gradient_zero(h):
-        return None
-    return f"KL at most {max(kl):.1g} nats in {len(kl)} updates at learning rate {max(lr):.2g}"
-
-
-@register(
-    "ppo",
-    severity="critical",
-    cause="the policy answers as the SFT model did: it was not trained, not loaded, or not switched on",
-    action="see objective/kl_full; at 0 the adapter is not in use, else the evaluation reads the wrong weights",
-)
-def same_as_sft(h: History) -> str | None:
-    """Held-out answers before and after PPO, drawn with the same random numbers."""
-    rows = h.comparison
-    same = sum(row.get("sft_response") == row.get("ppo_response") for row in rows)
-    return f"{same} of {len(rows)} held-out answers are the SFT model's" if len(rows) >= 5 and same >= 0.9 * len(rows) else None
-
-
-@register(
-    "ppo",
-    severity="critical",
-    cause="the value model is not trained: its step size or its gradient is 0",
-    action="set value_learning_rate and vf_coef above 0, and see that adapter and head of the value have requires_grad",
-)
-def value_untrained(h: History) -> str | None:
-    """The value's step size and gradient norm."""
-    for name, what in (("ppo/value_lr", "step size"), ("ppo/value_grad_norm", "gradient norm")):
-        values = h.values(name, 3)
-        if len(values) >= 3 and max(values) == 0:
-            return f"{what} of the value model 0 in {len(values)} updates in a row"
-    return None
-
-
-@register(
-    "ppo",
-    severity="warning",
-    cause="the value head is dead: it gives every token the same value",
-    action="start it from the reward model, raise value_learning_rate, or set value_warmup_updates",
-)
-def value_dead(h: History) -> str | None:
-    """The spread of the values against that of the advantages."""
-    values, advantages = h.values("ppo/value_std", 3), h.values("ppo/advantage_std", 3)
-    if h.count("ppo/value_std") < 8 or statistics.fmean(values) > 0.02 * statistics.fmean(advantages):
-        return None
-    return f"spread of the values {statistics.fmean(values):.2g}, of the advantages {statistics.fmean(advantages):.2g}"
-
-
-@register(
-    "ppo",
-    severity="warning",
-    cause="the values mislead the policy: they explain less of the returns than a constant would",
-    action="raise value_learning_rate or clip_range_value, set value_warmup_updates, or start the value from the reward model",
-)
-def value_useless(h: History) -> str | None:
-    """Explained variance below 0 for long."""
-    recent = h.values("ppo/explained_variance", 5)
-    warmup = int(h.settings.get("value_warmup_updates") or 0)
-    if h.count("ppo/explained_variance") < warmup + 10 or max(recent) >= 0:
-        return None
-    return f"explained variance {min(recent):.2g} to {max(recent):.2g} in the last {len(recent)} updates"
-
-
-# ---- PPO: the reward ------------------------------------------------------------------------------------------------
-
-
-@register(
-    "ppo",
-    severity="critical",
-    cause="the reward gives every response the same score: a constant function, a head that was not loaded, or a clip that "
-    "all scores are beyond",
-    action="score a good and a bad answer by hand; look at the reward's report card",
-)
-def reward_constant(h: History) -> str | None:
-    """The spread of the scores."""
-    spread = h.values("objective/score_std", 2)
-    return f"spread of the scores {max(spread):.2g}" if len(spread) >= 2 and max(spread) < 1e-6 else None
-
-
-@register(
-    "ppo",
-    severity="critical",
-    cause="the reward model does not score as it did when it was registered: head or adapter not loaded or merged twice, "
-    "another template or tokenizer, or a score read at another token",
-    action="run the reward model's report card on its own data again and compare; verify the registry",
-)
-def reward_scale(h: History) -> str | None:
-    """Mean and spread of the first rollout's scores, in standard deviations of the demonstrations' scores."""
-    reward = h.settings.get("reward") or []
-    if len(reward) != 1 or not str(reward[0]).startswith("reward/"):
-        return None  # only a registered reward model has a zero and a unit
-    mean, spread = h.at("objective/raw_score", 1), h.at("objective/score_std", 1)
-    if mean is None or spread is None or (abs(mean) <= 5 and 0.05 <= spread <= 5):
-        return None
-    return f"scores of the SFT model's responses are {mean:.3g} +- {spread:.3g}, where 0 +- 1 is what demonstrations get"
-
-
-@register(
-    "ppo",
-    severity="critical",
-    cause="the reward prefers what the independent judge likes least: its sign is flipped, or its labels were swapped",
-    action="look at pairs with their scores; turn the sign or the labels, and train the reward model again",
-)
-def reward_opposes_judge(h: History) -> str | None:
-    """Correlation of reward and judge among the responses of the first rollouts."""
-    mean, needed = _judge_correlation(h, 5)
-    return f"reward and judge correlate by {mean:.2f} in the first rollouts" if mean < -0.1 - needed else None
-
-
-@register(
-    "ppo",
-    severity="warning",
-    cause="the reward knows nothing of what the independent judge looks at: shuffled labels, a random head, or another task",
-    action="compare the reward model with the judge on its own data: its report card, gold accuracy",
-)
-def reward_ignores_judge(h: History) -> str | None:
-    """The same correlation, over the first ten rollouts."""
-    mean, needed = _judge_correlation(h, 10)
-    return f"reward and judge correlate by {mean:.2f} in the first rollouts" if abs(mean) < 0.1 and needed < 0.15 else None
-
-
-@register(
-    "ppo",
-    severity="critical",
-    cause="over-optimisation: the policy has learned what the reward model gets wrong",
-    action="stop at the judge's best update; raise kl_coef, set kl_target, or train the reward model on the new responses",
-    remedy="kl_coef",
-)
-def over_optimised(h: History) -> str | None:
-    """The reward goes on rising while an independent judge falls, or stands still."""
-    gold, score = h.values("objective/gold"), h.values("objective/raw_score")
-    if len(gold) < 12 or len(gold) != len(score):
-        return None
-    smooth_gold, smooth_score, noise = _smooth(gold), _smooth(score), _noise(gold)
-    best = max(range(len(smooth_gold)), key=smooth_gold.__getitem__)
-    spread = statistics.fmean(h.first("objective/score_std", 3) or [0.0])
-    if smooth_gold[-1] < smooth_gold[best] - 4 * noise and smooth_score[-1] > smooth_score[best]:
-        return (
-            f"the judge fell from {smooth_gold[best]:.3g} to {smooth_gold[-1]:.3g} while the score rose from "
-            f"{smooth_score[best]:.3g} to {smooth_score[-1]:.3g}"
-        )
-    if len(smooth_gold) > 10 and smooth_score[-1] - smooth_score[-11] > max(0.5 * spread, 4 * _noise(score)):
-        gained = smooth_gold[-1] - smooth_gold[-11]
-        if gained < 0.5 * noise:
-            return f"the score rose by {smooth_score[-1] - smooth_score[-11]:.3g} in ten updates, the judge by {gained:.2g}"
-    return None
-
-
-@register(
-    "ppo",
-    severity="warning",
-    cause="the reward pays for length itself, and the policy has found out",
-    action="look at the length bias on the reward model's report card; balance its data, or set response_length tighter",
-    remedy="kl_coef",
-)
-def length_rewarded(h: History) -> str | None:
-    """Correlation of reward and length, and a length that goes the way it pays."""
-    correlation, length = h.values("objective/length_correlation", 5), h.change("response/length")
-    if len(correlation) < 5 or length is None or h.count("response/length") < 8:
-        return None
-    mean, (before, now) = statistics.fmean(correlation), length
-    pays = (mean > 0.6 and now > 1.25 * before) or (mean < -0.6 and now < 0.75 * before)
-    return f"reward and length correlate by {mean:.2f}, length went from {before:.3g} to {now:.3g} tokens" if pays else None
-
-
-# ---- PPO: how it is set ---------------------------------------------------------------------------------------------
-
-
-@register(
-    "ppo",
-    severity="warning",
-    cause="nothing holds the policy near the SFT model: kl_coef is 0",
-    action="set kl_coef (0.02 to 0.2), or kl_target",
-    remedy="kl_coef",
-)
-def no_kl_penalty(h: History) -> str | None:
-    """A KL coefficient of 0 with a KL that grows."""
-    coefficient, length, kl = h.values("objective/kl_coef"), h.values("response/length", 3), _kl(h, 3)
-    if len(kl) < 3 or max(coefficient) > 0:
-        return None
-    mean = statistics.fmean(kl)
-    if mean < 5 and mean < 0.25 * statistics.fmean(length):
-        return None
-    return f"kl_coef is 0 and the KL {mean:.3g} nats a response"
-
-
-@register(
-    "ppo",
-    severity="critical",
-    cause="steps are too large: the policy changes more in one rollout's updates than the clip can hold",
-    action="lower learning_rate or num_ppo_epochs, set warmup_steps or max_approx_kl",
-)
-def steps_too_large(h: History) -> str | None:
-    """Bursts of the ratio, the clip and the KL of one rollout's updates."""
-    approx, clipped, ratios = (h.values(f"ppo/{name}", 3) for name in ("approx_kl", "clipfrac", "ratio_max"))
-    if not approx:
-        return None
-    burst = approx[-1] > 0.2 or clipped[-1] > 0.5
-    lasting = len(approx) >= 3 and (sorted(approx)[1] > 0.08 or sorted(clipped)[1] > 0.35 or sorted(ratios)[1] > 100)
-    if not (burst or lasting):
-        return None
-    return f"approx_kl {approx[-1]:.2g} nats a token, {clipped[-1]:.0%} of tokens clipped, largest ratio {ratios[-1]:.3g}"
-
-
-@register(
-    "ppo",
-    severity="critical",
-    cause="the policy jumped away from the SFT model in one rollout's updates: the step size is too large, or had no warm-up",
-    action="lower learning_rate, set warmup_steps",
-)
-def kl_jump(h: History) -> str | None:
-    """KL of a rollout against the rollouts before it."""
-    kl = _kl(h, 6)
-    if len(kl) < 2:
-        return None
-    before = max(kl[:-1])
-    return f"KL went from {before:.3g} to {kl[-1]:.3g} nats in one update" if kl[-1] > 3 + 3 * before else None
-
-
-@register(
-    "ppo",
-    severity="warning",
-    cause="one batch had a gradient far out of the usual: an outlier among the scores, or ratios that ran away",
-    action="set reward_clip; max_grad_norm holds the step, but look at the samples of that update",
-)
-def gradient_spike(h: History) -> str | None:
-    """A gradient norm far above the usual one, and above the limit that it is clipped to."""
-    norms = h.values("ppo/grad_norm", 20)
-    if len(norms) < 8:
-        return None
-    usual, limit = statistics.median(norms[:-1]), float(h.settings.get("max_grad_norm") or 1.0)
-    return f"gradient norm {norms[-1]:.3g}, usually {usual:.3g}" if norms[-1] > max(10 * usual, limit) else None
-
-
-@register(
-    "ppo",
-    severity="warning",
-    cause="KL cannot be negative: tokens are not drawn from the policy that is scored, or reference and policy are swapped",
-    action="look at rollout/surprise_gap and rollout/logprob_gap; a repetition penalty or a minimum length does this, too",
-)
-def negative_kl(h: History) -> str | None:
-    """The sampled KL below 0 by more than its noise, or below the exact KL."""
-    kl, exact = h.values("objective/kl", 5), h.values("objective/kl_full", 5)
-    if len(kl) < 5 or len(exact) < 5:
-        return None
-    mean, true = statistics.fmean(kl), statistics.fmean(exact)
-    # The log-ratio of a response has about twice its KL as variance.
-    error = math.sqrt(2 * max(true, 0.0) / max(_responses(h) * len(kl), 1))
-    return f"KL {mean:.3g} nats a response over {len(kl)} updates (exact {true:.3g})" if mean < -max(0.05, 4 * error) else None
-
-
-@register(
-    "ppo",
-    severity="warning",
-    cause="the policy is far from the SFT model: what the reward model says of such text was never learned",
-    action="raise kl_coef or set kl_target; lower learning_rate if the score no longer rises",
-    remedy="kl_coef",
-)
-def kl_high(h: History) -> str | None:
-    """KL a token."""
-    kl, length = _kl(h, 3), h.values("response/length", 3)
-    if len(kl) < 3:
-        return None
-    total, tokens = statistics.fmean(kl), statistics.fmean(length)
-    return f"KL {total:.3g} nats in {tokens:.3g} tokens" if total > max(2.0, 1.0 * tokens) else None
-
-
-@register(
-    "ppo",
-    severity="warning",
-    cause="the KL controller cannot hold its target: it changes too slowly, or the step size outruns any coefficient",
-    action="lower kl_horizon or learning_rate, or start from a higher kl_coef",
-    remedy="kl_coef",
-)
-def controller_saturated(h: History) -> str | None:
-    """KL beyond twice its target, or the coefficient at its fastest change, for ten updates."""
-    target = h.settings.get("kl_target")
-    kl, coefficient = h.values("objective/kl", 10), h.values("objective/kl_coef", 10)
-    if not target or len(kl) < 10 or min(kl) < 2 * float(target):
-        return None
-    return (
-        f"KL {min(kl):.3g} to {max(kl):.3g} nats for {len(kl)} updates at a target of {float(target):.3g}, "
-        f"kl_coef {coefficient[0]:.2g} to {coefficient[-1]:.2g}"
-    )
-
-
-# ---- PPO: what comes out --------------------------------------------------------------------------------------------
-
-
-@register(
-    "ppo",
-    severity="warning",
-    cause="most responses are cut off at response_length and scored unfinished: the SFT model never learned to stop (a stop "
-    "token masked out of its loss), or the limit is too low",
-    action="raise response_length; look whether SFT answers end in the stop token; set missing_eos_penalty",
-)
-def cut_off(h: History) -> str | None:
-    """The share of responses that end by themselves in the first rollouts."""
-    rates = h.first("response/stop_rate", 3)
-    mean = statistics.fmean(rates) if len(rates) == 3 else 1.0
-    return f"{mean:.0%} of the first rollouts' responses end in a stop token" if mean < 0.35 else None
-
-
-@register(
-    "ppo",
-    severity="critical",
-    cause="the policy unlearns to stop: the reward likes unfinished or long texts",
-    action="raise missing_eos_penalty or kl_coef; lower learning_rate",
-    remedy="kl_coef",
-)
-def stop_rate_falling(h: History) -> str | None:
-    """The share of responses with a stop token, against the start."""
-    change = h.change("response/stop_rate")
-    if change is None or change[1] > change[0] - 0.3:
-        return None
-    return f"share of responses with a stop token fell from {change[0]:.0%} to {change[1]:.0%}"
-
-
-@register(
-    "ppo",
-    severity="critical",
-    cause="entropy collapse: the policy has one answer left, and nothing to explore",
-    action="raise kl_coef, lower learning_rate; check that the reward tells good answers apart",
-    remedy="kl_coef",
-)
-def entropy_collapse(h: History) -> str | None:
-    """Entropy against the start."""
-    change = h.change("objective/entropy")
-    if change is None or change[1] > 0.2 * change[0]:
-        return None
-    return f"entropy fell from {change[0]:.3g} to {change[1]:.3g} nats a token"
-
-
-@register(
-    "ppo",
-    severity="warning",
-    cause="all responses grow alike: the policy repeats the few texts that the reward model likes best (over-optimisation)",
-    action="raise kl_coef or set kl_target, stop earlier",
-    remedy="kl_coef",
-)
-def responses_alike(h: History) -> str | None:
-    """Distinct word pairs of a rollout, against the start."""
-    change = h.change("response/distinct_2")
-    if change is None or change[1] > 0.6 * change[0]:
-        return None
-    return f"distinct word pairs fell from {change[0]:.0%} to {change[1]:.0%}"
-
-
-@register(
-    "ppo",
-    severity="warning",
-    cause="responses repeat themselves: the reward model pays for words, however often they come",
-    action="raise kl_coef; show the reward model repeated texts as bad ones",
-    remedy="kl_coef",
-)
-def repeated_text(h: History) -> str | None:
-    """Word triples that a response has used before, against the start."""
-    change = h.change("response/repetition")
-    if change is None or change[1] < change[0] + 0.15:
-        return None
-    return f"{change[1]:.0%} of word triples are repetitions, {change[0]:.0%} at the start"
-
-
-@register(
-    "ppo",
-    severity="warning",
-    cause="responses grow longer and longer: the reward likes length, or stopping became rare",
-    action="look at objective/length_correlation; balance the reward model by length, raise kl_coef",
-    remedy="kl_coef",
-)
-def length_up(h: History) -> str | None:
-    """Response length against the start."""
-    change = h.change("response/length")
-    if change is None or change[1] < 2 * change[0] or change[1] < change[0] + 4:
-        return None
-    return f"length rose from {change[0]:.3g} to {change[1]:.3g} tokens"
-
-
-@register(
-    "ppo",
-    severity="warning",
-    cause="responses shrink: fewer tokens cost less KL, or the reward likes short answers",
-    action="set min_response_length and short_response_penalty; lower kl_coef if it is what they save",
-    remedy="learning_rate",
-)
-def length_down(h: History) -> str | None:
-    """Response length against the start."""
-    change = h.change("response/length")
-    if change is None or change[1] > 0.4 * change[0]:
-        return None
-    return f"length fell from {change[0]:.3g} to {change[1]:.3g} tokens"
-
-
-@register(
-    "ppo",
-    severity="warning",
-    cause="the reward is saturated: nearly all responses get the same score, and the rest is noise",
-    action="stop here, or make the reward finer; more updates only move the policy away",
-    remedy="kl_coef",
-)
-def reward_saturated(h: History) -> str | None:
-    """Spread of the scores against the start."""
-    change = h.change("objective/score_std")
-    if change is None or change[1] > 0.15 * change[0] or reward_constant(h):
-        return None
-    return f"spread of the scores fell from {change[0]:.3g} to {change[1]:.3g}"
-
-
-@register(
-    "ppo",
-    severity="warning",
-    cause="advantages are all but equal, and whitening blows what is left up to full size: noise is trained on",
-    action="look at objective/score_std; stop, or sample wider (more prompts, higher temperature)",
-)
-def advantages_vanished(h: History) -> str | None:
-    """Spread of the advantages before whitening, against the start."""
-    change = h.change("ppo/advantage_std")
-    if change is None or change[1] > 0.1 * change[0]:
-        return None
-    return f"spread of the advantages fell from {change[0]:.3g} to {change[1]:.3g}"
-
-
-@register(
-    "ppo",
-    severity="warning",
-    cause="PPO lowers its own reward: steps too large, values that mislead, or an advantage with the wrong sign",
-    action="lower learning_rate; look at ppo/explained_variance and ppo/approx_kl",
-)
-def reward_falling(h: History) -> str | None:
-    """The score against the start, in spreads of the first rollouts."""
-    change = h.change("objective/score", start=3, recent=5)
-    if change is None or h.count("objective/score") < 10:
-        return None
-    spread = statistics.fmean(h.first("objective/score_std", 3) or [0.0])
-    if change[1] > change[0] - max(0.6 * spread, 1e-6):
-        return None
-    return f"the score fell from {change[0]:.3g} to {change[1]:.3g}, spread {spread:.2g}"
-
-
-@register(
-    "ppo",
-    severity="warning",
-    cause="the machine has become slower: another process, swapping, a throttled GPU, or a leak",
-    action="look at the machine's load and memory; the run itself may be fine",
-)
-def slowing_down(h: History) -> str | None:
-    """Seconds a token of whole updates, against the first ones."""
-    parts = [h.values(f"time/{name}") for name in ("rollout", "score", "optimise")]
-    lengths = h.values("response/length")
-    if len(lengths) < 18 or len({len(lengths), *map(len, parts)}) > 1:
-        return None
-    seconds = [sum(times) / length for *times, length in zip(*parts, lengths, strict=True)]
-    first, now = statistics.median(seconds[1:9]), statistics.median(seconds[-8:])
-    return f"an update takes {now / first:.1f} times as long a token as at the start" if now > 3 * first else None
-
-
-# ---- SFT and reward model -------------------------------------------------------------------------------------------
-
-
-@register(
-    "sft", "reward",
-    severity="critical",
-    cause="no gradient reaches the weights: frozen adapters, or labels that are all masked out",
-    action="see that the adapter has requires_grad and that the data has answers to train on",
-)  # fmt: skip
-def no_gradient(h: History) -> str | None:
-    """A gradient norm of 0."""
-    norms = h.values(f"{h.stage}/grad_norm", 3)
-    return f"gradient norm 0 in {len(norms)} log lines in a row" if len(norms) >= 2 and max(norms) == 0 else None
-
-
-@register(
-    "sft", "reward",
-    severity="critical",
-    cause="training diverges: the step size is too large",
-    action="lower learning_rate, or raise warmup_steps",
-)  # fmt: skip
-def loss_rising(h: History) -> str | None:
-    """Training and held-out loss against the start."""
-    change, held_out = h.change(f"{h.stage}/loss", start=2), h.values(f"{h.stage}/eval_loss")
-    if change is not None and change[1] > 1.2 * change[0] + 0.05:
-        return f"training loss rose from {change[0]:.3g} to {change[1]:.3g}"
-    if h.stage == "sft" and len(held_out) >= 2 and held_out[-1] > 1.05 * held_out[0] + 0.02:
-        return f"held-out loss rose from {held_out[0]:.3g} to {held_out[-1]:.3g}"
-    return None
-
-
-@register(
-    "sft",
-    severity="warning",
-    cause="nothing is learned: the step size is far too small, or the loss is on other tokens than the answers",
-    action="raise learning_rate; look at rows as the model sees them",
-)
-def loss_flat(h: History) -> str | None:
-    """Held-out and training loss against the start."""
-    change, held_out = h.change("sft/loss", recent=5), h.values("sft/eval_loss")
-    if change is None or h.count("sft/loss") < 12 or len(held_out) < 2:
-        return None
-    if change[1] < 0.98 * change[0] or held_out[-1] < 0.995 * held_out[0]:
-        return None
-    return f"held-out loss {held_out[0]:.4g} at first, {held_out[-1]:.4g} after {h.step} updates"
-
-
-@register(
-    "reward",
-    severity="critical",
-    cause="held-out pairs are ranked the wrong way round: labels are swapped in one of the splits, or the sign of the ratings",
-    action="compare a few training and held-out pairs by eye: is the preferred answer the better one in both?",
-)
-def accuracy_below_chance(h: History) -> str | None:
-    """Held-out accuracy after training, and the training pairs' own."""
-    accuracy, needed = _accuracy(h)
-    return f"held-out accuracy {accuracy:.1%}" if accuracy < 0.5 - needed else None
-
-
-@register(
-    "reward",
-    severity="critical",
-    cause="the reward model ranks held-out pairs no better than a coin: shuffled labels, a step size of 0, or a score read at "
-    "the wrong token",
-    action="look at pairs by eye, and at the accuracy on training pairs; raise learning_rate if that is at chance, too",
-)
-def accuracy_at_chance(h: History) -> str | None:
-    """Held-out accuracy after training."""
-    accuracy, needed = _accuracy(h)
-    if not 0.5 - needed <= accuracy < 0.56:
-        return None
-    training = h.values("reward/accuracy", 5)
-    return f"held-out accuracy {accuracy:.1%}, on training pairs {statistics.fmean(training):.1%}"
-
-
-@register(
-    "sft", "reward",
-    severity="warning",
-    cause="one batch had a gradient far out of the usual",
-    action="look at the rows of that batch; max_grad_norm holds the step",
-)  # fmt: skip
-def batch_spike(h: History) -> str | None:
-    """A gradient norm far above the usual one."""
-    norms = h.values(f"{h.stage}/grad_norm", 20)
-    if len(norms) < 8:
-        return None
-    usual, limit = statistics.median(norms[:-1]), float(h.settings.get("max_grad_norm") or 1.0)
-    return f"gradient norm {norms[-1]:.3g}, usually {usual:.3g}" if norms[-1] > max(10 * usual, 5 * limit) else None
-
-
-# ---- small things ---------------------------------------------------------------------------------------------------
-
-
-def _kl(h: History, last: int) -> list[float]:
-    """The exact KL, nats a response; of older logs, the estimate with the least noise."""
-    return h.values("objective/kl_full", last) or h.values("objective/kl_k3", last)
-
-
-def _responses(h: History) -> float:
-    """Responses of a rollout."""
-    episodes, steps = h.values("episodes", 1), max(h.step, 1)
-    return episodes[-1] / steps if episodes else float(h.settings.get("rollout_batch_size") or 1)
-
-
-def _judge_correlation(h: History, rollouts: int) -> tuple[float, float]:
-    """Mean correlation of reward and judge in the first rollouts, and three standard errors of it: (0, infinity) before."""
-    values = h.first("objective/gold_correlation", rollouts)
-    if len(values) < rollouts:
-        return 0.0, math.inf
-    return statistics.fmean(values), 3 / math.sqrt(max(_responses(h) * rollouts, 1))
-
-
-def _accuracy(h: History) -> tuple[float, float]:
-    """Held-out accuracy after at least one evaluation of trained weights, and how far from 0.5 chance may take it; (1, 0) before."""
-    accuracy = h.values("reward/eval_accuracy")
-    return (accuracy[-1], 0.06) if len(accuracy) >= 2 and h.count("reward/accuracy") >= 5 else (1.0, 0.0)
-
-
-def _smooth(values: Sequence[float], width: int = 5) -> list[float]:
-    """Running means."""
-    return [statistics.fmean(values[i : i + width]) for i in range(len(values) - width + 1)]
-
-
-def _noise(values: Sequence[float], width: int = 5) -> float:
-    """Standard error of a running mean, from the differences of neighbours, which a trend hardly touches."""
-    differences = [b - a for a, b in zip(values, values[1:], strict=False)]
-    return statistics.pstdev(differences) / math.sqrt(2 * width)
-
-
-def _common(rows: Sequence[Sequence[str]]) -> list[str]:
-    """The words that all rows begin with."""
-    shared: list[str] = []
-    for words in zip(*rows, strict=False):
-        if len(set(words)) > 1:
-            break
-        shared.append(words[0])
-    return shared
-
-
-def _doubled(words: Sequence[str]) -> list[str]:
-    """What the words begin with twice in a row, if anything."""
-    half = next((k for k in range(len(words) // 2, 0, -1) if words[:k] == words[k : 2 * k]), 0)
-    return list(words[:half])
+def actions(orders: Sequence[str]) -> dict[Check, Action]:
+    """What to do about each check, by the option `doctor`: one action for critical findings, others as check=action.
+
+    Raises:
+        UserError: no such check or action, or not one action for all.
+    """
+    general = [word for word in orders if "=" not in word]
+    single = dict(word.split("=", 1) for word in orders if "=" in word)
+    names = [check.name for check in CHECKS]
+    for name in single:
+        if name not in names:
+            raise UserError(f"doctor: no check '{name}'{did_you_mean(name, names)}")
+    if len(general) != 1:
+        raise UserError(f"doctor needs one action for all ({', '.join(ACTIONS)}), got {', '.join(general) or 'none'}")
+    chosen: dict[Check, Action] = {}
+    for check in CHECKS:
+        action = _action(single.get(check.name, general[0]))
+        milder = check.severity == "warning" and check.name not in single and action != "off"
+        chosen[check] = "warn" if milder else action
+    return chosen
+
+
+def _action(word: str) -> Action:
+    for action in ACTIONS:
+        if word == action:
+            return action
+    raise UserError(f"doctor: '{word}' must be one of {', '.join(ACTIONS)}{did_you_mean(word, ACTIONS)}")

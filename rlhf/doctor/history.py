@@ -93,8 +93,7 @@ class History:
         place = bisect_right(steps, step) - 1
         return values[place] if step <= self.step and place >= 0 and steps[place] == step else None
 
-    def change(self, name: str, *, start: int = 3, recent: int = 3) -> tuple[float, float] | None:
-        """Means of the first few and of the last few values; None until the two no longer overlap."""
-        if self.count(name) < start + recent:
-            return None
+    def change(self, name: str, *, start: int = 3, recent: int = 3) -> tuple[float, float]:
+        """Means of the first few and of the last few values, of which there must be as many as both together."""
+        assert self.count(name) >= start + recent
         return statistics.fmean(self.first(name, start)), statistics.fmean(self.values(name, recent))

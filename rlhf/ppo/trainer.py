@@ -273,7 +273,11 @@ class PPOTrainer:
         self.models.eval()
         totals.add_up()
         policy, value = self.optimizer.param_groups
-        return totals.figures() | {"ppo/lr": policy["lr"], "ppo/value_lr": value["lr"], "ppo/roll_backs": self.roll_backs}
+        return totals.figures() | {
+            "ppo/lr": policy["lr"],
+            "ppo/value_lr": value["lr"],
+            "ppo/roll_backs": self.roll_backs,
+        }
 
     def minibatches(self, lengths: Tensor, epoch: int) -> list[tuple[Tensor, list[Tensor]]]:
         """The rows of each minibatch of an epoch, and of its microbatches, similar lengths together.

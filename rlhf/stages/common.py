@@ -25,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 from rlhf import checkpoint, distributed, memory, optim
 from rlhf.config import StageConfig, TrainingLength
 from rlhf.data_prep.loading import NAMED_ROWS, Loaded
+from rlhf.doctor.live import DoctorCallback, LiveDoctor
 from rlhf.errors import UserError
 from rlhf.interrupt import StopRequest
 from rlhf.models import Compute
@@ -277,11 +278,15 @@ def train(trainer: Any, run: Run) -> None:
     with StopRequest() as stop:
         trainer.add_callback(ProgressCallback(run.stage))
         trainer.add_callback(MetricsCallback(run.tracker, run.stage))
+        doctor = LiveDoctor(run.stage, run.config.doctor, run.tracker, dataclasses.asdict(run.config))
+        checked = DoctorCallback(doctor)
+        trainer.add_callback(checked)
         trainer.add_callback(_StopCallback(stop))
         folder = Path(trainer.args.output_dir)
         last = _last_checkpoint(folder) if run.config.resume else None
         if last is not None:
             run.tracker.truncate(int(last.name.rsplit("-", 1)[1]))
+            doctor.read_log()
             trainer.args.eval_on_start = False  # that evaluation is in the checkpoint's history already
         with run.timer.phase("train"):
             try:
@@ -292,6 +297,8 @@ def train(trainer: Any, run: Run) -> None:
                     raise checkpoint.not_written(folder / f"checkpoint-{trainer.state.global_step}", error) from error
                 raise
         stop.raise_if_requested()
+        if checked.stopped is not None:
+            raise checked.stopped
 
 
 def _take_finished(trainer: Any, last: Path) -> bool:

@@ -70,6 +70,7 @@ def run(config: PPOConfig, *, reuse: bool = False) -> Artifact:
             reward=reward_sum,
             rows=prompts.rows,
             texts=encode_texts(sets["ptx"], tokenizer, config, context) if "ptx" in sets else (),
+            gold=gold,
         )
         if config.resume:
             trainer.resume()
