@@ -14,6 +14,7 @@ VERBS = {
     "reward": ("rlhf.stages.reward", "stage 2: train a reward model on rankings"),
     "ppo": ("rlhf.stages.ppo", "stage 3: PPO against the reward model"),
     "card": ("rlhf.evaluation.reward", "report card of a registered reward model on any comparisons"),
+    "doctor": ("rlhf.doctor.__main__", "what was wrong with a run"),
     "registry": ("rlhf.registry", "list, show and verify what was trained"),
     "report": ("rlhf.report", "make the HTML report of a run again"),
 }

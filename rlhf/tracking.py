@@ -172,6 +172,10 @@ class Tracker:
         """The lines of metrics so far, those of a run that this one resumes included."""
         return read_jsonl(self._metrics_file)[0] if self._metrics_file.exists() else []
 
+    def logged_samples(self) -> list[dict[str, Any]]:
+        """The lines of samples so far."""
+        return read_jsonl(self._samples_file)[0] if self._samples_file.exists() else []
+
     def truncate(self, step: float) -> None:
         """Forgets what was logged after `step`: the run goes on from a checkpoint made there and will log it again.
 

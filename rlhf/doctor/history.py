@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 Row = Mapping[str, Any]
+#: Sampled texts that the checks look at: those of the first rollouts.
+SAMPLES_READ = 64
 
 
 class History:

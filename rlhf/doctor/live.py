@@ -19,7 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from rlhf import distributed
 from rlhf.doctor.health import ACTIONS, CHECKS, Finding, Remedy, actions, find
-from rlhf.doctor.history import History
+from rlhf.doctor.history import SAMPLES_READ, History
 from rlhf.errors import UserError
 from rlhf.tracking import Tracker, house_metrics
 
@@ -74,6 +74,8 @@ class LiveDoctor:
         if set(self.actions.values()) == {"off"}:
             return
         self.history.add({**metrics, "step": step})
+        if len(self.history.samples) < SAMPLES_READ:
+            self.history.samples = self.tracker.logged_samples()[:SAMPLES_READ]
         found = [finding for finding in find(self.history) if self.actions[finding.check.name] != "off"]
         for finding in found:
             self._tell(finding)

@@ -35,7 +35,7 @@ def wrong_reference(h: History) -> str | None:
 )
 def template_twice(h: History) -> str | None:
     """Words that all prompts begin with, or end in: both are written twice."""
-    prompts = [str(row.get("prompt", "")).split() for row in h.samples[:64]]
+    prompts = [str(row.get("prompt", "")).split() for row in h.samples]
     if len({tuple(words) for words in prompts}) < 2:
         return None
     head, tail = _common(prompts), _common([words[::-1] for words in prompts])[::-1]
