@@ -428,9 +428,8 @@ def steps_too_large(h: History) -> str | None:
     lasting = len(approx) >= 3 and (sorted(approx)[1] > 0.08 or sorted(clipped)[1] > 0.35 or sorted(ratios)[1] > 100)
     if not (burst or lasting):
         return None
-    return (
-        f"approx_kl {approx[-1]:.2g} nats a token, {clipped[-1]:.0%} of tokens clipped, largest ratio {ratios[-1]:.3g}"
-    )
+    worst = f"{max(clipped):.0%} of tokens clipped, largest ratio {max(ratios):.3g}"
+    return f"approx_kl {max(approx):.2g} nats a token, {worst}"
 
 
 @check(
