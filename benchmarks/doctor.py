@@ -128,6 +128,8 @@ class Bench:
 
     def stages(self, case: Case, output: Path) -> tuple[dict[str, str] | None, list[str]]:
         """The stages of a case with its fault; who refused it, and the checks that spoke up while it ran."""
+        from rlhf.errors import UserError
+
         told: list[str] = []
         place = Place(base=self.world(case) / "base")
         patch = case.fault.patch(place) if case.fault else contextlib.nullcontext()
@@ -139,7 +141,7 @@ class Bench:
                 if case.fault is not None and case.fault.own_sft:
                     self.stage("sft", case, output, {})
                 self.stage(case.stage, case, output, dict(case.options))
-        except Exception as error:
+        except (UserError, RuntimeError, ValueError) as error:  # how the product refuses; any other is a slip in here
             return _refusal(error), told
         return None, told
 
