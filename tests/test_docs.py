@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from rlhf.config import PPOConfig, RewardConfig, StageConfig, TrainingLength
+from rlhf.doctor.health import CHECKS
 from rlhf.ppo.types import METRICS
 from rlhf.reward import card, probes
 
@@ -90,3 +91,18 @@ def test_thresholds_of_the_card_are_those_of_the_code() -> None:
     assert f"above {card.POOR_CALIBRATION:.0%}" in flagged["calibration"]
     assert f"more than {card.OUTSIDE:.0%}" in flagged["samples"]
     assert f"gains {probes.FLAGGED_GAIN} standard deviations" in flagged["hack probes"]
+
+
+HEALTH_PAGE = (ROOT / "docs" / "health.md").read_text(encoding="utf-8")
+
+
+def test_every_check_of_the_doctor_is_explained_as_it_is() -> None:
+    """Catches: a check without a word about it, and a severity, remedy, cause or cure that differs from what the doctor says."""
+    rows = {row[0].strip("`"): row[1:] for row in table("The checks", HEALTH_PAGE)}
+    assert list(rows) == [check.name for check in CHECKS], "in the order of the diagnosis"
+    for check in CHECKS:
+        stages, severity, looks, finds, cause, action, _ = rows[check.name]
+        assert stages == ", ".join(check.stages)
+        assert severity == check.severity + (", kl_coef" if check.remedy == "kl_coef" else "")
+        assert (cause, action) == (check.cause, check.action)
+        assert looks and finds
