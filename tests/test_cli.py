@@ -45,7 +45,12 @@ def test_every_verb_explains_itself(rlhf: Caller, verb: str) -> None:
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_refuses_an_unknown_option(rlhf: Caller, toy_config: Path, verb: str) -> None:
     """argparse's own way out is exit code 2 as well, but with the whole usage before the error."""
-    needed = {"pipeline": ["--config", str(toy_config)], "registry": ["list"], "report": ["folder"], "doctor": ["folder"]}
+    needed = {
+        "pipeline": ["--config", str(toy_config)],
+        "registry": ["list"],
+        "report": ["folder"],
+        "doctor": ["folder"],
+    }
     refused = rlhf(verb, *needed.get(verb, []), "--no_such_option")
     assert "no_such_option" in refused.complaint
     assert len(refused.err.splitlines()) == 1

@@ -86,10 +86,11 @@ class LiveDoctor:
             return
         check = CHECKS[order]
         reason = f"doctor, update {step}: {worst}" if worst and worst.check is check else f"doctor: {check.name}"
-        if self.actions[check.name] == "stop":
-            raise DoctorStop(f"{reason}. Stopped; --resume true --doctor warn goes on")
-        if self.actions[check.name] == "roll_back":
+        action = self.actions[check.name]
+        if action == "roll_back" and self.stage == "ppo":
             raise RollBack(reason, check.remedy)
+        if action in ("stop", "roll_back"):
+            raise DoctorStop(f"{reason}. Stopped; --resume true --doctor warn goes on")
 
     def _tell(self, finding: Finding) -> None:
         """A line and an alert, once while it lasts."""

@@ -73,7 +73,7 @@ def test_orders_are_followed(
     assert watched.may_roll_back == any("roll_back" in order for order in orders)
 
 
-@pytest.mark.parametrize("action", ["warn", "stop"])
+@pytest.mark.parametrize("action", ["warn", "stop", "roll_back"])
 def test_supervised_stage(action: str, call: Callable[..., Call], toy_config: Path, tmp_path: Path) -> None:
     """Catches: checks that a Hugging Face trainer never feeds, and a stop that loses the checkpoint or registers the result."""
     done = call(
