@@ -29,16 +29,16 @@ from doctor_world import write_base, write_data
 #: Options of the stages in the toy world.
 OPTIONS: dict[str, dict[str, Any]] = {
     "sft": {
-        "chat_template": "chatml", "max_steps": 40, "per_device_train_batch_size": 32, "gradient_accumulation_steps": 1,
-        "eval_steps": 20, "save_steps": 20, "learning_rate": 1e-2, "max_length": 64,
+        "chat_template": "chatml", "max_steps": 60, "per_device_train_batch_size": 32, "gradient_accumulation_steps": 1,
+        "eval_steps": 30, "save_steps": 30, "learning_rate": 1e-2, "max_length": 64,
     },
     "reward": {
-        "max_steps": 40, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "eval_steps": 20,
-        "save_steps": 20, "learning_rate": 1e-2, "response_length": 24, "card_policy_samples": 8,
+        "max_steps": 100, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "eval_steps": 50,
+        "save_steps": 50, "learning_rate": 1e-2, "response_length": 24, "card_policy_samples": 8,
         "card_likelihood_responses": 16, "card_probe_answers": 2,
     },
     "ppo": {
-        "rollout_batch_size": 32, "minibatch_size": 16, "microbatch_size": 16, "response_length": 28, "learning_rate": 3e-3,
+        "rollout_batch_size": 32, "minibatch_size": 16, "microbatch_size": 16, "response_length": 28, "learning_rate": 5e-3,
         "warmup_steps": 4, "kl_coef": 0.1, "num_eval_samples": 20, "save_steps": 1000, "gold": "doctor_world:judge",
     },
 }  # fmt: skip
@@ -289,7 +289,7 @@ def main() -> None:
         "--folder", type=Path, default=Path("outputs/doctor"), help="where the runs go, and are found again"
     )
     parser.add_argument("--updates", type=int, default=24, help="updates of a PPO run")
-    parser.add_argument("--pretraining", type=int, default=250, help="updates of the base models")
+    parser.add_argument("--pretraining", type=int, default=600, help="updates of the base models")
     parser.add_argument(
         "--overoptimised", type=Path, metavar="RUN", help="folder of a run of configs/demo_overoptimised"
     )

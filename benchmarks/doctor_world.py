@@ -1,7 +1,7 @@
 """The toy world of `benchmarks/doctor.py`: a small language, a base model that has read it, and rewards and judges in Python.
 
-Sentences such as `the film is very good and the plot is dull .` are rated by their adjectives. The base model has read such
-sentences without an end; supervised fine-tuning teaches it to answer one prompt with one sentence and to stop.
+Sentences such as `the film is very good and the plot is dull .` are rated by their adjectives. The base model has read prompts
+with answers that go on and on; supervised fine-tuning teaches it to answer with one sentence and to stop.
 """
 
 from __future__ import annotations
@@ -135,8 +135,8 @@ def write_data(folder: Path, *, seed: int, shuffled: bool = False, swapped: bool
     return folder
 
 
-def write_base(folder: Path, *, size: str, seed: int, steps: int = 250) -> Path:
-    """A base model that has read sentences without an end, and its tokenizer."""
+def write_base(folder: Path, *, size: str, seed: int, steps: int) -> Path:
+    """A base model that has read prompts with endless answers, and its tokenizer."""
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
@@ -149,9 +149,7 @@ def write_base(folder: Path, *, size: str, seed: int, steps: int = 250) -> Path:
     draw = random.Random(seed)
     number = {word: i for i, word in enumerate(WORDS)}
     for _ in range(steps):
-        texts = [" ".join(sentence(draw, draw.choice(NOUNS)) for _ in range(6)).split()[:40] for _ in range(16)]
-        width = min(map(len, texts))
-        rows = torch.tensor([[number[word] for word in text[:width]] for text in texts])
+        rows = torch.tensor([[number[word] for word in _endless(draw)[:40]] for _ in range(16)])
         model(input_ids=rows, labels=rows).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -159,6 +157,13 @@ def write_base(folder: Path, *, size: str, seed: int, steps: int = 250) -> Path:
     special = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
     PreTrainedTokenizerFast(tokenizer_object=_tokenizer(), bos_token="<|im_start|>", **special).save_pretrained(folder)
     return folder
+
+
+def _endless(draw: random.Random) -> list[str]:
+    """Words of a prompt as the chat template writes it, and of more sentences than one."""
+    noun = draw.choice(NOUNS)
+    prompt = f"<|im_start|> user review of the {noun} <|im_end|> <|im_start|> assistant".split()
+    return prompt + " ".join(sentence(draw, noun) for _ in range(8)).split()
 
 
 def _tokenizer() -> Any:

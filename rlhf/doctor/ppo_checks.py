@@ -73,7 +73,7 @@ def pad_is_stop(h: History) -> str | None:
 def padding_counted(h: History) -> str | None:
     """Pad tokens among the tokens of prompts and responses that count."""
     pads = h.values("rollout/pad_tokens", 2)
-    if min(pads) < 0.3 or pad_is_stop(h):
+    if min(pads) < 0.75 or pad_is_stop(h):
         return None
     return f"{pads[-1]:.3g} pad tokens a response among the tokens that count"
 
