@@ -13,9 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import re
 import time
-import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +21,7 @@ from typing import Any
 from unittest import mock
 
 import common
+import yaml
 from doctor_faults import FAULTS, Fault, Place
 from doctor_world import write_base, write_data
 
@@ -99,8 +98,9 @@ def cases() -> list[Case]:
 class Bench:
     """Runs cases in a folder, where finished ones are found again."""
 
-    def __init__(self, folder: Path, *, updates: int, pretraining: int) -> None:
+    def __init__(self, folder: Path, *, updates: int, pretraining: int, options: dict[str, Any]) -> None:
         self.folder, self.updates, self.pretraining = folder.absolute(), updates, pretraining
+        self.options = options
 
     def result(self, case: Case) -> dict[str, Any] | None:
         """What a finished run left."""
@@ -157,7 +157,7 @@ class Bench:
             data = write_data(world / f"data_{case.name}", seed=case.seed, **case.fault.data)
         clean = f"{case.size}_{case.seed}"
         name = case.name if case.fault or stage == "ppo" else clean
-        given = {**SHARED, **OPTIONS[stage], "name": name, "seed": case.seed, "dataset": str(data)}
+        given = {**SHARED, **OPTIONS[stage], **self.options, "name": name, "seed": case.seed, "dataset": str(data)}
         given |= {"registry": str(world / "registry"), "output_dir": str(output)}
         if stage == "sft":
             given["model_name_or_path"] = str(world / "base")
@@ -201,15 +201,21 @@ def findings(folder: Path) -> list[dict[str, Any]]:
 
 def _describe(case: Case) -> dict[str, Any]:
     fault = case.fault
-    told = {} if fault is None else {"what": fault.what, "causes": list(fault.causes), "says": fault.says}
+    told: dict[str, Any] = {}
+    if fault is not None:
+        told = {
+            "what": fault.what,
+            "causes": list(fault.causes),
+            "says": fault.says,
+            "preflight": list(fault.preflight),
+        }
     kind = {"kind": "clean" if fault is None else "fault", "stage": case.stage, "size": case.size, "seed": case.seed}
     return {"name": case.name, **kind, **told, "options": case.options}
 
 
 def _refusal(error: Exception) -> dict[str, str]:
     """Which part of the product ended a run, with its words."""
-    frames = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
-    by = "preflight" if any("doctor/preflight" in name for name in frames) else "guard"
+    by = "preflight" if str(error).startswith("preflight failed") else "guard"
     return {"by": by, "error": type(error).__name__, "message": str(error)[:400]}
 
 
@@ -220,7 +226,8 @@ def judge(row: dict[str, Any]) -> dict[str, Any]:
     """By what a run was found faulty, the cause that was named first, and whether it is the right one."""
     refused, found = row["refused"], [f["check"] for f in row["findings"]]
     by = [*([refused["by"]] if refused else []), *(["live"] if row["live"] else []), *(["afterwards"] if found else [])]
-    says = bool(refused and row.get("says") and re.search(row["says"], refused["message"]))
+    words = [*([row["says"]] if row.get("says") else []), *row.get("preflight", ())]
+    says = bool(refused and any(word in refused["message"] for word in words))
     first = "refused" if says else found[0] if found else "refused" if refused else "nothing"
     right = says or bool(found and found[0] in row.get("causes", ()))
     return {"detected_by": by, "named": first, "right": right}
@@ -288,6 +295,9 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=Path, default=Path("outputs/doctor"), help="where the runs go, and are found again"
     )
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="OPTION=VALUE", help="options of all stages, YAML values"
+    )
     parser.add_argument("--updates", type=int, default=24, help="updates of a PPO run")
     parser.add_argument("--pretraining", type=int, default=600, help="updates of the base models")
     parser.add_argument(
@@ -302,7 +312,8 @@ def main() -> None:
         return
     if unknown := [name for name in given.only if name not in names]:
         parser.error(f"no run {', '.join(unknown)}; --list shows the names")
-    bench = Bench(given.folder, updates=given.updates, pretraining=given.pretraining)
+    options = {name: yaml.safe_load(value) for name, _, value in (word.partition("=") for word in given.set)}
+    bench = Bench(given.folder, updates=given.updates, pretraining=given.pretraining, options=options)
     for case in every:
         if not given.only or case.name in given.only:
             row = bench.run(case)

@@ -36,7 +36,9 @@ class Fault:
     causes: tuple[str, ...]
     """Names of the checks whose cause is this fault."""
     says: str = ""
-    """Words by which the product's own refusal names it, as a regular expression; a fault may never reach the log."""
+    """Words by which a guard of the product names it, for a fault that may never reach the log."""
+    preflight: tuple[str, ...] = ()
+    """Names of the preflight's checks that stand for it."""
     options: dict[str, Any] = field(default_factory=dict)
     data: dict[str, bool] = field(default_factory=dict)
     """How the data is spoilt: arguments of `write_data`."""
@@ -259,47 +261,57 @@ def _without_stop(dataset: Any) -> Any:
 PPO_FAULTS = (
     Fault(
         name="reference_before_sft", stage="ppo", what="the reference is the base model before SFT",
-        causes=("wrong_reference",), patch=reference_before_sft,
+        causes=("wrong_reference",), preflight=("policy is the reference at step 0", "sft model loads as it was trained"),
+        patch=reference_before_sft,
     ),
     Fault(
         name="other_start", stage="ppo", what="the policy starts from another adapter than the reference",
-        causes=("wrong_reference",), patch=after_build(_move_policy),
+        causes=("wrong_reference",), preflight=("policy is the reference at step 0",),
+        patch=after_build(_move_policy),
     ),
     Fault(
         name="pad_is_stop", stage="ppo", what="pad token = stop token",
-        causes=("pad_is_stop",), patch=after("rlhf.stages.ppo.load_tokenizer", _pad_with_stop),
+        causes=("pad_is_stop",), preflight=("tokenizer, template, pad and stop tokens",),
+        patch=after("rlhf.stages.ppo.load_tokenizer", _pad_with_stop),
     ),
     Fault(
         name="right_padded_prompts", stage="ppo", what="prompts padded on the right, padding not masked",
-        causes=("padding_counted",), patch=instead("rlhf.ppo.rollout.pad", _pad_right),
+        causes=("padding_counted",), preflight=("policy is the reference at step 0", "score independent of batch and padding"),
+        patch=instead("rlhf.ppo.rollout.pad", _pad_right),
     ),
     Fault(
         name="template_twice", stage="ppo", what="chat template applied twice",
-        causes=("template_twice",), patch=instead("rlhf.stages.ppo.encode_prompt", _render_twice),
+        causes=("template_twice",), preflight=("template applied once",),
+        patch=instead("rlhf.stages.ppo.encode_prompt", _render_twice),
     ),
     Fault(
         name="adapter_merged_twice", stage="ppo", what="the sampler's weights hold the policy's adapter twice",
-        causes=("sampler_drift",), patch=instead("rlhf.models.SharedModels.merged_policy", _merged_twice),
+        causes=("sampler_drift",), preflight=("merged equals unmerged",),
+        patch=instead("rlhf.models.SharedModels.merged_policy", _merged_twice),
     ),
     Fault(
         name="adapter_not_merged", stage="ppo", what="the sampler's weights do not hold the policy's adapter",
-        causes=("sampler_drift",), patch=instead("rlhf.models.SharedModels.merged_policy", _not_merged),
+        causes=("sampler_drift",), preflight=("merged equals unmerged",),
+        patch=instead("rlhf.models.SharedModels.merged_policy", _not_merged),
     ),
     Fault(
         name="sft_merged_twice", stage="ppo", what="the SFT adapter is merged into the base twice",
-        causes=("reward_scale",), patch=_policy_merged_twice,
+        causes=("reward_scale",), preflight=("sft model loads as it was trained",),
+        patch=_policy_merged_twice,
     ),
     Fault(
         name="temperature", stage="ppo", what="sampled at temperature 0.6, scored at 1",
-        causes=("sampler_mismatch",), patch=instead("rlhf.ppo.rollout.sample", _colder),
+        causes=("sampler_mismatch",), preflight=("the sampler's distribution is the scored one",),
+        patch=instead("rlhf.ppo.rollout.sample", _colder),
     ),
     Fault(
         name="top_k", stage="ppo", what="sampled with top-k 3",
-        causes=("sampler_mismatch",), patch=instead("rlhf.sampling._draw", _top_k),
+        causes=("sampler_mismatch",), preflight=("the sampler's distribution is the scored one",),
+        patch=instead("rlhf.sampling._draw", _top_k),
     ),
     Fault(
         name="stale_logprobs", stage="ppo", what="old log-probabilities are those of the reference",
-        causes=("stale_logprobs",), says="old log-probabilities",
+        causes=("stale_logprobs",), preflight=("first ratio is 1",), says="old log-probabilities",
         patch=after("rlhf.ppo.trainer.evaluate_sequences", lambda r: dataclasses.replace(r, logprobs=r.ref_logprobs)),
     ),
     Fault(
@@ -309,7 +321,8 @@ PPO_FAULTS = (
     ),
     Fault(
         name="whitening_mean", stage="ppo", what="advantages whitened, their mean added back",
-        causes=("advantages_not_centred",), patch=instead("rlhf.ppo.functional.whiten", _mean_kept),
+        causes=("advantages_not_centred",),
+        patch=instead("rlhf.ppo.functional.whiten", _mean_kept),
     ),
     Fault(
         name="advantage_sign", stage="ppo", what="advantages with the wrong sign",
@@ -318,12 +331,13 @@ PPO_FAULTS = (
     ),
     Fault(
         name="policy_copied", stage="ppo", what="the optimiser holds copies of the policy's weights",
-        causes=("gradient_zero", "policy_unmoved"),
+        causes=("gradient_zero", "policy_unmoved"), preflight=("trainable parameters", "gradients"),
         patch=instead("rlhf.models.SharedModels.trainable", _copies_of("policy")),
     ),
     Fault(
         name="value_copied", stage="ppo", what="the optimiser holds copies of the value's weights",
-        causes=("value_untrained",), patch=instead("rlhf.models.SharedModels.trainable", _copies_of("value")),
+        causes=("value_untrained",), preflight=("trainable parameters", "gradients"),
+        patch=instead("rlhf.models.SharedModels.trainable", _copies_of("value")),
     ),
     Fault(
         name="value_fresh_and_frozen", stage="ppo", what="value head fresh, and not trained",
@@ -369,12 +383,13 @@ PPO_FAULTS = (
     ),
     Fault(
         name="reward_random_head", stage="ppo", what="reward model with a random score head",
-        causes=("reward_scale", "reward_ignores_judge"),
+        causes=("reward_scale", "reward_ignores_judge"), preflight=("reward model loads as it was trained",),
         patch=after_build(lambda models: fill(models.reward_head.parameters(), 1.0)),
     ),
     Fault(
         name="reward_merged_twice", stage="ppo", what="reward adapter twice as strong",
-        causes=("reward_scale",), patch=after_build(_double_reward),
+        causes=("reward_scale",), preflight=("reward model loads as it was trained",),
+        patch=after_build(_double_reward),
     ),
     Fault(
         name="truncated", stage="ppo", what="responses cut off after five tokens and scored unfinished",
@@ -382,7 +397,7 @@ PPO_FAULTS = (
     ),
     Fault(
         name="stop_masked", stage="ppo", what="stop token masked out of the SFT loss",
-        causes=("cut_off",), options={"reward": ["doctor_world:mood"]}, own_sft=True,
+        causes=("cut_off",), preflight=("loss mask",), options={"reward": ["doctor_world:mood"]}, own_sft=True,
         patch=after("rlhf.stages.sft.tokenize", _without_stop),
     ),
     Fault(
@@ -400,7 +415,8 @@ PPO_FAULTS = (
     ),
     Fault(
         name="slowing", stage="ppo", what="the machine slows down to a fifth",
-        causes=("slowing_down",), patch=instead("rlhf.ppo.trainer.respond", _slower),
+        causes=("slowing_down",),
+        patch=instead("rlhf.ppo.trainer.respond", _slower),
     ),
 )  # fmt: skip
 SUPERVISED_FAULTS = (
@@ -430,7 +446,7 @@ SUPERVISED_FAULTS = (
     ),
     Fault(
         name="head_not_saved", stage="reward", what="reward model saved without its trained head",
-        causes=(), says="saved reward model is not the trained one",
+        causes=(), preflight=("adapter and head reload",), says="saved reward model is not the trained one",
         patch=instead("rlhf.stages.reward.save_reward_model", _head_not_saved),
     ),
 )  # fmt: skip

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from rlhf.doctor import ppo_checks, supervised_checks
-from rlhf.doctor.check import Check
+from rlhf.doctor import health_ppo, health_supervised
+from rlhf.doctor.health_check import HealthCheck
 from rlhf.doctor.history import History
 from rlhf.errors import UserError, did_you_mean
 
@@ -22,60 +22,60 @@ ACTIONS: tuple[Action, ...] = ("off", "warn", "stop", "roll_back")
 REPLAYED_UPDATES = 400
 """Histories longer than this are replayed at this many of their updates."""
 
-CHECKS: tuple[Check, ...] = (
+CHECKS: tuple[HealthCheck, ...] = (
     # SFT, reward model; the first two: all stages
-    supervised_checks.not_finite,
-    supervised_checks.learning_rate_zero,
-    supervised_checks.no_gradient,
-    supervised_checks.loss_rising,
-    supervised_checks.accuracy_below_chance,
-    supervised_checks.accuracy_at_chance,
-    supervised_checks.loss_flat,
-    supervised_checks.batch_spike,
+    health_supervised.not_finite,
+    health_supervised.learning_rate_zero,
+    health_supervised.no_gradient,
+    health_supervised.loss_rising,
+    health_supervised.accuracy_below_chance,
+    health_supervised.accuracy_at_chance,
+    health_supervised.loss_flat,
+    health_supervised.batch_spike,
     # PPO: what is computed
-    ppo_checks.wrong_reference,
-    ppo_checks.template_twice,
-    ppo_checks.pad_is_stop,
-    ppo_checks.padding_counted,
-    ppo_checks.sampler_mismatch,
-    ppo_checks.sampler_drift,
-    ppo_checks.stale_logprobs,
-    ppo_checks.advantages_not_centred,
+    health_ppo.wrong_reference,
+    health_ppo.template_twice,
+    health_ppo.pad_is_stop,
+    health_ppo.padding_counted,
+    health_ppo.sampler_mismatch,
+    health_ppo.sampler_drift,
+    health_ppo.stale_logprobs,
+    health_ppo.advantages_not_centred,
     # what is trained
-    ppo_checks.gradient_zero,
-    ppo_checks.policy_unmoved,
-    ppo_checks.same_as_sft,
-    ppo_checks.value_untrained,
+    health_ppo.gradient_zero,
+    health_ppo.policy_unmoved,
+    health_ppo.same_as_sft,
+    health_ppo.value_untrained,
     # what PPO is given
-    ppo_checks.reward_constant,
-    ppo_checks.reward_scale,
-    ppo_checks.reward_opposes_judge,
-    ppo_checks.cut_off,
+    health_ppo.reward_constant,
+    health_ppo.reward_scale,
+    health_ppo.reward_opposes_judge,
+    health_ppo.cut_off,
     # how it is set
-    ppo_checks.steps_too_large,
-    ppo_checks.kl_jump,
-    ppo_checks.negative_kl,
-    ppo_checks.no_kl_penalty,
-    ppo_checks.controller_saturated,
+    health_ppo.steps_too_large,
+    health_ppo.kl_jump,
+    health_ppo.negative_kl,
+    health_ppo.no_kl_penalty,
+    health_ppo.controller_saturated,
     # what the reward pays for
-    ppo_checks.over_optimised,
-    ppo_checks.length_rewarded,
-    ppo_checks.reward_ignores_judge,
+    health_ppo.over_optimised,
+    health_ppo.length_rewarded,
+    health_ppo.reward_ignores_judge,
     # what comes of it
-    ppo_checks.stop_rate_falling,
-    ppo_checks.entropy_collapse,
-    ppo_checks.responses_alike,
-    ppo_checks.repeated_text,
-    ppo_checks.length_up,
-    ppo_checks.length_down,
-    ppo_checks.kl_high,
-    ppo_checks.reward_saturated,
-    ppo_checks.advantages_vanished,
-    ppo_checks.value_dead,
-    ppo_checks.value_useless,
-    ppo_checks.reward_falling,
-    ppo_checks.gradient_spike,
-    ppo_checks.slowing_down,
+    health_ppo.stop_rate_falling,
+    health_ppo.entropy_collapse,
+    health_ppo.responses_alike,
+    health_ppo.repeated_text,
+    health_ppo.length_up,
+    health_ppo.length_down,
+    health_ppo.kl_high,
+    health_ppo.reward_saturated,
+    health_ppo.advantages_vanished,
+    health_ppo.value_dead,
+    health_ppo.value_useless,
+    health_ppo.reward_falling,
+    health_ppo.gradient_spike,
+    health_ppo.slowing_down,
 )
 
 
@@ -83,7 +83,7 @@ CHECKS: tuple[Check, ...] = (
 class Finding:
     """A check that found something."""
 
-    check: Check
+    check: HealthCheck
     evidence: str
     first: int
     """Update after which it was first found."""
@@ -115,7 +115,7 @@ def replay(history: History) -> list[Finding]:
     return [found[check.name] for check in CHECKS if check.name in found]
 
 
-def actions(orders: Sequence[str]) -> dict[Check, Action]:
+def actions(orders: Sequence[str]) -> dict[HealthCheck, Action]:
     """What to do about each check, by the option `doctor`: one action for critical findings, others as check=action.
 
     Raises:
@@ -129,7 +129,7 @@ def actions(orders: Sequence[str]) -> dict[Check, Action]:
             raise UserError(f"doctor: no check '{name}'{did_you_mean(name, names)}")
     if len(general) != 1:
         raise UserError(f"doctor needs one action for all ({', '.join(ACTIONS)}), got {', '.join(general) or 'none'}")
-    chosen: dict[Check, Action] = {}
+    chosen: dict[HealthCheck, Action] = {}
     for check in CHECKS:
         action = _action(single.get(check.name, general[0]))
         milder = check.severity == "warning" and check.name not in single and action != "off"

@@ -18,8 +18,8 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rlhf import distributed
-from rlhf.doctor.check import Remedy
 from rlhf.doctor.health import ACTIONS, CHECKS, Finding, actions, find
+from rlhf.doctor.health_check import Remedy
 from rlhf.doctor.history import SAMPLES_READ, History
 from rlhf.errors import UserError
 from rlhf.tracking import Tracker, house_metrics

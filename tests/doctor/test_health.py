@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from rlhf.doctor.check import Check
 from rlhf.doctor.health import CHECKS, actions, find, replay
+from rlhf.doctor.health_check import HealthCheck
 from rlhf.doctor.history import History
 from rlhf.errors import UserError
 
@@ -195,7 +195,7 @@ def test_a_sick_run_is_found_and_nothing_else(name: str) -> None:
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.name)
-def test_checks_say_nothing_where_figures_are_missing(check: Check) -> None:
+def test_checks_say_nothing_where_figures_are_missing(check: HealthCheck) -> None:
     """Catches: an error on the log of an older version, of a run that was killed early, or with a figure that was NaN."""
     stage, changed, options = SICK[check.name]
     sick = run(stage, changed, **options)

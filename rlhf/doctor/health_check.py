@@ -13,7 +13,7 @@ Remedy = Literal["learning_rate", "kl_coef"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Check:
+class HealthCheck:
     """One thing that can be wrong."""
 
     name: str
@@ -45,11 +45,11 @@ def check(
     needs: tuple[str, ...] = (),
     rows: int = 1,
     remedy: Remedy = "learning_rate",
-) -> Callable[[Callable[[History], str | None]], Check]:
+) -> Callable[[Callable[[History], str | None]], HealthCheck]:
     """Makes a check of the function that looks for its evidence."""
 
-    def make(look: Callable[[History], str | None]) -> Check:
-        return Check(
+    def make(look: Callable[[History], str | None]) -> HealthCheck:
+        return HealthCheck(
             name=look.__name__,
             stages=stages,
             severity=severity,

@@ -7,7 +7,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from rlhf.doctor.check import check
+from rlhf.doctor.health_check import check
 from rlhf.doctor.history import History
 
 # ---- PPO: what is computed ------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 
-from rlhf.doctor.check import check
+from rlhf.doctor.health_check import check
 from rlhf.doctor.history import History
 
 # ---- any stage ------------------------------------------------------------------------------------------------------
