@@ -369,17 +369,20 @@ def over_optimised(h: History) -> str | None:
         "objective/length_correlation",
         "response/length",
     ),
-    rows=8,
+    rows=10,
 )
 def length_rewarded(h: History) -> str | None:
-    """Correlation of reward and length, and a length that goes the way it pays."""
-    correlation, length = h.values("objective/length_correlation", 5), h.change("response/length")
-    mean, (before, now) = statistics.fmean(correlation), length
-    pays = (mean > 0.6 and now > 1.25 * before) or (mean < -0.6 and now < 0.75 * before)
+    """A strong correlation of reward and length that has risen, or that the length follows."""
+    (at_first, mean), (before, now) = (
+        h.change("objective/length_correlation", start=5, recent=5),
+        h.change("response/length"),
+    )
+    followed = now > 1.25 * before if mean > 0 else now < 0.75 * before
+    if abs(mean) < 0.6 or not (followed or abs(mean) - abs(at_first) > 0.4):
+        return None
     return (
-        f"reward and length correlate by {mean:.2f}, length went from {before:.3g} to {now:.3g} tokens"
-        if pays
-        else None
+        f"correlation of reward and length {mean:.2f}, {at_first:.2f} at the start; length went from {before:.3g} to "
+        f"{now:.3g} tokens"
     )
 
 

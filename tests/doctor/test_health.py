@@ -235,6 +235,16 @@ def test_value_warmup_is_no_fault() -> None:
     assert "gradient_zero" in names(run("ppo", resting))
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_taste_for_length_that_grows_is_found_before_the_length_follows(sign: int) -> None:
+    """Catches: a correlation that is looked at only once the length has changed, or with one sign only."""
+    growing: dict[str, Course] = {"objective/length_correlation": lambda n, t, e: sign * 0.8 * t}
+    constant: dict[str, Course] = {"objective/length_correlation": lambda n, t, e: sign * 0.8}
+    steady: dict[str, Course] = {"response/length": lambda n, t, e: 25.0}
+    assert names(run("ppo", {**growing, **steady})) == ["length_rewarded"]
+    assert names(run("ppo", {**constant, **steady})) == [], "the task itself may ask for length"
+
+
 def test_a_sampled_kl_that_is_negative_by_chance_is_no_fault() -> None:
     """Catches: the KL of single rollouts, which is below 0 in half of them while the policy has hardly moved."""
     chance: dict[str, Course] = {
