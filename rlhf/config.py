@@ -16,6 +16,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 
 import yaml
 
+from rlhf.doctor import health
 from rlhf.errors import UserError, did_you_mean
 
 T = TypeVar("T")
@@ -30,6 +31,7 @@ PLACE_OPTIONS = {
     "save_steps",
     "snapshot_steps",
     "logging_steps",
+    "doctor",  # a run that it stopped may go on without it
     # Memory against time: results differ by rounding only.
     "microbatch_size",
     "microbatch_tokens",
@@ -112,11 +114,19 @@ class StageConfig(RunConfig):
     preflight: bool = option(
         "check models, data and room before the training (seconds); a failed check ends the run", True
     )
+    doctor: list[str] = field(
+        default_factory=lambda: ["warn"],
+        metadata={
+            "help": "what to do about critical health findings: off, warn, stop (with a checkpoint) or roll_back (PPO; elsewhere "
+            "it is stop); others for single checks follow as check=action"
+        },
+    )
     wandb_group: str | None = option("W&B group of the runs of one pipeline; default: the name", None)
 
     def __post_init__(self) -> None:
         for size in ("lora_r", "lora_alpha", "save_steps", "logging_steps"):
             require(getattr(self, size) >= 1, f"{size} must be at least 1, got {getattr(self, size)}")
+        health.actions(self.doctor)  # complains of what it does not know
         require(self.learning_rate >= 0, f"learning_rate must not be negative, got {self.learning_rate}")
         require(self.max_grad_norm > 0, f"max_grad_norm must be above 0, got {self.max_grad_norm}")
 

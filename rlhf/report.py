@@ -132,6 +132,7 @@ def write_report(output_dir: str | Path) -> Path:
         headline=_headline(results),
         stages=_stage_cards(results, card),
         compared=_comparison_rows(_section(results, "ppo")),
+        health=_health(output_dir),
         samples=_pick_samples(samples),
         samples_total=len(samples),
         card=_flatten(card),
@@ -354,6 +355,37 @@ def _comparison_rows(ppo: Results) -> list[dict[str, str]]:
         note = "How far PPO went from the SFT model, in nats per answer."
         rows.append({"label": "KL", "before": "0", "after": _text(kl), "change": "", "verdict": "", "note": note})
     return rows
+
+
+def _health(output_dir: Path) -> list[dict[str, Any]]:
+    """What the doctor finds in the stages' logs; nothing of a stage without any."""
+    from rlhf.doctor.diagnosis import diagnose
+
+    try:
+        diagnoses = diagnose(output_dir)
+    except UserError:
+        return []  # what is missing is said at the top of the page
+    return [
+        {
+            "stage": one.stage,
+            "checks": one.checks,
+            "updates": one.updates,
+            "findings": [
+                {
+                    "name": finding.check.name.replace("_", " "),
+                    "severity": finding.check.severity,
+                    "updates": f"{finding.first}"
+                    if finding.first == finding.last
+                    else f"{finding.first} to {finding.last}",
+                    "evidence": finding.evidence,
+                    "cause": finding.check.cause,
+                    "action": finding.check.action,
+                }
+                for finding in one.findings
+            ],
+        }
+        for one in diagnoses
+    ]
 
 
 def _table_rows(results: Results) -> list[tuple[str, str, str, str]]:

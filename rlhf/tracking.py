@@ -220,6 +220,23 @@ class Tracker:
                 version = split_reference(reference)[2]
                 self._run.log_artifact(artifact, aliases=[version] if version else None)
 
+    def alert(self, title: str, text: str, severity: Literal["warning", "critical"]) -> None:
+        """Sends an alert to W&B, which mails or posts it as the user has set there."""
+        with self._survives("send an alert"):
+            if self._run is not None:
+                import wandb
+
+                levels = {"warning": wandb.AlertLevel.WARN, "critical": wandb.AlertLevel.ERROR}
+                self._run.alert(title=title, text=text, level=levels[severity])
+
+    def logged(self) -> list[dict[str, Any]]:
+        """The lines of metrics so far, those of a run that this one resumes included."""
+        return read_jsonl(self._metrics_file)[0] if self._metrics_file.exists() else []
+
+    def logged_samples(self) -> list[dict[str, Any]]:
+        """The lines of samples so far."""
+        return read_jsonl(self._samples_file)[0] if self._samples_file.exists() else []
+
     def position(self) -> dict[str, int]:
         """Where the logs end, in bytes by file name; what lies before is on the disk. For a checkpoint, and for `rewind`."""
         there = [file for file in (self._metrics_file, self._samples_file) if file.exists()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import math
 import os
@@ -450,3 +451,72 @@ def test_crash_sees_what_differs(load: Callable[[str], Any], tmp_path: Path) -> 
         place = killed(f"run {number}")
         (place.folder / file).write_text(change((place.folder / file).read_text()))
         assert crash.differences(place, whole) == [name]
+
+
+@pytest.fixture
+def doctor(load: Callable[[str], Any]) -> Any:
+    """benchmarks/doctor.py; under a name of its own, as tests/doctor is a package, too."""
+    load("common")
+    found = importlib.util.spec_from_file_location("doctor_benchmark", BENCHMARKS / "doctor.py")
+    assert found is not None and found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    sys.modules[found.name] = module  # which dataclasses look up
+    found.loader.exec_module(module)
+    return module
+
+
+def test_doctor_of_one_fault_and_one_clean_run(tmp_path: Path) -> None:
+    """A patch whose target was renamed, a fault that does not reach its run, or a run that is made again when it is there."""
+    words = ["--folder", tmp_path / "runs", "--out", tmp_path / "doctor.json", "--updates", 3, "--pretraining", 40]
+    done = script("doctor", *words, "--only", "other_start", "clean_ppo_plain_small_0")
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((tmp_path / "doctor.json").read_text())
+    assert (found["detected"]["runs"], found["right_cause"]["runs"], found["detected"]["of"]) == (1, 1, 1)
+    (fault,) = [run for run in found["runs"] if run["kind"] == "fault"]
+    assert fault["named"] == "wrong_reference" and fault["detected_by"] == ["live", "afterwards"]
+    assert [run["refused"] for run in found["runs"]] == [None] * 4, "one fault, and three stages without any"
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "runs" / "cases").iterdir()}
+    again = script("doctor", *words, "--only", "other_start")
+    assert again.returncode == 0 and "| the policy starts from another adapter" in again.stdout
+    assert before == {file: file.stat().st_mtime_ns for file in (tmp_path / "runs" / "cases").iterdir()}
+
+
+def test_doctor_judges_runs(doctor: Any) -> None:
+    """Catches: a symptom further down that counts as the right cause, a refusal for another reason, clean runs in the rates
+    of faults, and a fault that names a check which does not exist."""
+    from rlhf.doctor.health import CHECKS
+
+    def row(name: str, *found: str, refused: str = "", kind: str = "fault") -> dict[str, Any]:
+        fault = {"what": name, "causes": ["a", "b"], "says": "mask"} if kind == "fault" else {}
+        return {
+            "name": name, "kind": kind, **fault, "live": [], "seconds": 1.0,
+            "findings": [{"check": check, "first": 1, "last": 2, "evidence": ""} for check in found],
+            "refused": {"by": "guard", "error": "ValueError", "message": refused} if refused else None,
+        }  # fmt: skip
+
+    rows = [
+        row("first", "b", "c"), row("second", "c", "a"), row("missed"), row("guard", refused="mask is no prefix"),
+        row("other guard", refused="no disk"), row("healthy", kind="clean"), row("alarm", "c", kind="clean"),
+    ]  # fmt: skip
+    found = doctor.summarise(rows)
+    assert [run["right"] for run in found["runs"][:5]] == [True, False, False, True, False]
+    assert (found["detected"]["runs"], found["detected"]["of"]) == (4, 5)
+    assert (found["right_cause"]["runs"], found["false_alarms"]["runs"], found["false_alarms"]["of"]) == (2, 1, 2)
+    # Wilson's interval of 4 of 5, by hand: (p + z^2/2n -+ z sqrt(p q / n + z^2/4n^2)) / (1 + z^2/n)
+    assert (found["detected"]["low"], found["detected"]["high"]) == (pytest.approx(0.3755), pytest.approx(0.9638))
+    text = doctor.table(found)
+    assert "| second | afterwards | c | no | a |" in text and "False alarm: alarm: c" in text
+    names = {check.name for check in CHECKS}
+    assert all(set(fault.causes) <= names and (fault.causes or fault.says) for fault in doctor.FAULTS)
+    assert len(doctor.FAULTS) >= 24 and sum(case.fault is None for case in doctor.cases()) >= 24
+    assert len({case.name for case in doctor.cases()}) == len(doctor.cases())
+
+
+def test_doctor_reads_the_overoptimised_demo(doctor: Any, tmp_path: Path) -> None:
+    """Catches: a folder that is given and not read, or read as another stage."""
+    rows = [{"step": n, "ppo/lr": 1e-3, "response/distinct_2": 0.95 if n < 8 else 0.3} for n in range(1, 20)]
+    (tmp_path / "ppo").mkdir()
+    (tmp_path / "ppo" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for folder in (tmp_path, tmp_path / "ppo"):
+        row = doctor.read_overoptimised(folder)
+        assert [found["check"] for found in row["findings"]] == ["responses_alike"] and doctor.judge(row)["right"]

@@ -50,6 +50,7 @@ def test_every_verb_refuses_an_unknown_option(rlhf: Caller, toy_config: Path, ve
         "registry": ["list"],
         "report": ["folder"],
         "tracking": ["dashboard"],
+        "doctor": ["folder"],
     }
     refused = rlhf(verb, *needed.get(verb, []), "--no_such_option")
     assert "no_such_option" in refused.complaint

@@ -15,6 +15,7 @@ import pytest
 
 from rlhf import registry_verbs
 from rlhf.config import EvaluationConfig, PPOConfig, RewardConfig, StageConfig, TrainingLength
+from rlhf.doctor.health import CHECKS
 from rlhf.ppo.types import METRICS
 from rlhf.reward import card, probes
 
@@ -112,3 +113,18 @@ def test_every_option_of_the_evaluation_is_listed_with_its_default() -> None:
     documented = {row[0]: row[2] for row in table("Options", EVALUATION_PAGE)}
     actual = {f"`{field.name}`": f"`{default_of(field)}`" for field in dataclasses.fields(EvaluationConfig)}
     assert documented == actual
+
+
+HEALTH_PAGE = (ROOT / "docs" / "health.md").read_text(encoding="utf-8")
+
+
+def test_every_check_of_the_doctor_is_explained_as_it_is() -> None:
+    """Catches: a check without a word about it, and a severity, remedy, cause or cure that differs from what the doctor says."""
+    rows = {row[0].strip("`"): row[1:] for row in table("The checks", HEALTH_PAGE)}
+    assert list(rows) == [check.name for check in CHECKS], "in the order of the diagnosis"
+    for check in CHECKS:
+        stages, severity, looks, finds, cause, action, _ = rows[check.name]
+        assert stages == ", ".join(check.stages)
+        assert severity == check.severity + (", kl_coef" if check.remedy == "kl_coef" else "")
+        assert (cause, action) == (check.cause, check.action)
+        assert looks and finds

@@ -1,32 +1,31 @@
-"""`python -m rlhf.doctor preflight --config FILE`: one word for each thing that the doctor looks at."""
+"""`python -m rlhf.doctor RUN`: what was wrong with a run; exit code 0 for nothing, 1 for findings, 2 for a user's error.
+
+`python -m rlhf.doctor preflight --config FILE`: what would be wrong with it, before it starts.
+"""
 
 from __future__ import annotations
 
-import importlib
 import sys
+from pathlib import Path
 
+from rlhf.doctor import diagnosis
 from rlhf.errors import UserError, did_you_mean, run_command
 
-VERBS = {"preflight": ("rlhf.doctor.preflight", "check a stage's config, parents and data before a long run")}
-
-
-def usage() -> str:
-    """The help text."""
-    lines = [f"  {verb:10s} {what}" for verb, (_, what) in VERBS.items()]
-    return "\n".join(["usage: python -m rlhf.doctor preflight --config FILE [--option value ...]", "", *lines])
+PREFLIGHT = "preflight"
 
 
 def main() -> None:
     """Command line."""
     words = sys.argv[1:]
-    if not words or words[0] in ("-h", "--help"):
-        print(usage())
+    if words[:1] == [PREFLIGHT]:
+        from rlhf.doctor import preflight  # which brings torch
+
+        sys.argv = [f"{sys.argv[0]} {PREFLIGHT}", *words[1:]]
+        preflight.main()
         return
-    verb = words[0]
-    if verb not in VERBS:
-        raise UserError(f"no verb '{verb}'{did_you_mean(verb, VERBS)}; python -m rlhf.doctor --help lists them")
-    sys.argv = [f"{sys.argv[0]} {verb}", *words[1:]]
-    importlib.import_module(VERBS[verb][0]).main()
+    if words and not Path(words[0]).exists() and (near := did_you_mean(words[0], [PREFLIGHT])):
+        raise UserError(f"no run '{words[0]}'{near}")
+    sys.exit(diagnosis.main(words))
 
 
 if __name__ == "__main__":

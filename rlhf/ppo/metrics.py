@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlhf import distributed
-from rlhf.evaluation.text import distinct_n
+from rlhf.evaluation.text import distinct_n, repetition
 from rlhf.ppo import functional as F
 from rlhf.ppo.types import Rollout
 
@@ -93,16 +94,22 @@ class Totals:
         }
 
 
-def rollout_metrics(rollout: Rollout, kl_coef: float, sampling_seconds: float, texts: list[str]) -> dict[str, float]:
+def rollout_metrics(
+    rollout: Rollout, kl_coef: float, sampling_seconds: float, texts: list[str], pad_token_id: int
+) -> dict[str, float]:
     """Figures of a rollout before the update; KL in nats: summed over the response, mean over the batch."""
     kl = F.masked_sum(F.kl_k1(rollout.logprobs, rollout.ref_logprobs), rollout.mask, dim=1).mean()
     kl_k3 = F.masked_sum(F.kl_k3(rollout.logprobs, rollout.ref_logprobs), rollout.mask, dim=1).mean()
-    tokens = int(rollout.mask.sum())
+    lengths = rollout.mask.sum(dim=1)
+    tokens = int(lengths.sum())
     gap = (rollout.sampler_logprobs - rollout.logprobs).abs()
+    surprise, surprise_error = surprise_gap(rollout)
+    padding = (rollout.input_ids == pad_token_id) & rollout.attention_mask
     figures: dict[str, Any] = {
         "objective/score": rollout.scores.mean(),
         "objective/raw_score": rollout.raw_scores.mean(),
         "objective/score_std": rollout.raw_scores.std(correction=0),
+        "objective/length_correlation": correlation(rollout.raw_scores, lengths),
         "objective/kl": kl,
         "objective/kl_k3": kl_k3,
         "objective/kl_full": F.masked_sum(rollout.full_kl, rollout.mask, dim=1).mean(),
@@ -112,7 +119,49 @@ def rollout_metrics(rollout: Rollout, kl_coef: float, sampling_seconds: float, t
         "response/length": tokens / len(rollout),
         "response/stop_rate": rollout.stopped.float().mean(),
         "response/distinct_2": distinct_n(texts, 2),
+        "response/repetition": sum(repetition(text, 3) for text in texts) / len(texts),
         "rollout/tokens_per_second": tokens / sampling_seconds,
         "rollout/logprob_gap": F.masked_mean(gap, rollout.mask),
+        "rollout/surprise_gap": surprise,
+        "rollout/surprise_error": surprise_error,
+        "rollout/pad_tokens": padding.sum() / len(rollout),
     }
     return {name: float(value) for name, value in figures.items()}
+
+
+def surprise_gap(rollout: Rollout) -> tuple[Tensor, Tensor]:
+    """Mean of -log pi(token) - entropy over the sampled tokens, nats a token, and the standard error of that mean.
+
+    The expectation of -log pi is the entropy, if tokens are drawn from the distribution that is scored. Each token's difference
+    has mean 0 given the tokens before it, so the squares add up without covariances.
+    """
+    difference = -rollout.logprobs - rollout.entropy
+    squares = F.masked_sum(difference.square(), rollout.mask)
+    return F.masked_mean(difference, rollout.mask), squares.sqrt() / rollout.mask.sum()
+
+
+def credit_metrics(rollout: Rollout, returns: Tensor, advantages: Tensor, whitened: Tensor) -> dict[str, float]:
+    """Figures of values, returns and advantages of a rollout; `whitened` is what the optimiser gets."""
+    mask = rollout.mask
+    return {
+        "ppo/explained_variance": float(F.explained_variance(rollout.values, returns, mask)),
+        "ppo/value_std": float(rollout.values[mask].std(correction=0)),
+        "ppo/advantage_std": float(advantages[mask].std(correction=0)),
+        "ppo/advantage_mean": float(F.masked_mean(whitened, mask)),
+    }
+
+
+def judge_metrics(rollout: Rollout, judged: Sequence[float]) -> dict[str, float]:
+    """Figures of an independent judge's scores (B,) of the rollout's responses."""
+    gold = torch.tensor(judged, dtype=torch.float32, device=rollout.raw_scores.device)
+    return {
+        "objective/gold": float(gold.mean()),
+        "objective/gold_correlation": float(correlation(rollout.raw_scores, gold)),
+    }
+
+
+def correlation(x: Tensor, y: Tensor) -> Tensor:
+    """Pearson's correlation of two vectors (B,); 0 where one of them is constant."""
+    x, y = x.double() - x.double().mean(), y.double() - y.double().mean()
+    scale = (x.square().sum() * y.square().sum()).sqrt()
+    return (x * y).sum() / scale if scale > 0 else torch.zeros(())

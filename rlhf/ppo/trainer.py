@@ -6,6 +6,7 @@ Conventions (score index, value index, masks, KL, whitening, loss denominator) a
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,16 +18,18 @@ from transformers import PreTrainedTokenizerBase, StopStringCriteria
 
 from rlhf import checkpoint, distributed, optim
 from rlhf.config import PPOConfig
+from rlhf.doctor.live import DoctorStop, LiveDoctor, RollBack
 from rlhf.errors import UserError
 from rlhf.interrupt import StopRequest
 from rlhf.models import RoleModels
 from rlhf.packing import prompt_batches
 from rlhf.ppo import forward
 from rlhf.ppo import functional as F
-from rlhf.ppo.metrics import Totals, rollout_metrics
+from rlhf.ppo.metrics import Totals, credit_metrics, judge_metrics, rollout_metrics
 from rlhf.ppo.rollout import Penalties, SamplingOptions, evaluate_sequences, respond
 from rlhf.ppo.types import Rollout, Sequences, length_sorted_batches
 from rlhf.progress import Progress
+from rlhf.reward.evaluate import GoldFunction
 from rlhf.reward.sources import AdapterReward, Responses, Reward, RewardError
 from rlhf.tokenization import decode_response, pad, stop_token_ids
 from rlhf.tracking import PhaseTimer, Tracker
@@ -39,12 +42,8 @@ RATIO_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.1
 MAX_ROLL_BACKS = 3
 
 
-class KLLimitPassed(Exception):
+class KLLimitPassed(RollBack):
     """A rollout's KL to the reference is above `max_kl`."""
-
-    def __init__(self, kl: float) -> None:
-        super().__init__(f"KL {kl}")
-        self.kl = kl
 
 
 class PPOTrainer:
@@ -61,6 +60,7 @@ class PPOTrainer:
         reward: what scores responses; the reward adapter of `models` if not given.
         rows: the data row of each prompt, for rewards that read more than its tokens.
         texts: (prompt, answer) token ids of the texts that PPO-ptx keeps the policy good at; needed with a ptx_coef.
+        gold: an independent judge, which scores every rollout for the log; nothing is trained on it.
     """
 
     def __init__(
@@ -75,9 +75,10 @@ class PPOTrainer:
         reward: Reward | None = None,
         rows: Sequence[Mapping[str, Any]] | None = None,
         texts: Sequence[tuple[list[int], list[int]]] = (),
+        gold: GoldFunction | None = None,
     ) -> None:
         self.reward = reward or Reward({"reward": AdapterReward(models)})
-        self.rows, self.texts = rows if rows is not None else [{}] * len(prompts), texts
+        self.rows, self.texts, self.gold = rows if rows is not None else [{}] * len(prompts), texts, gold
         self.models, self.prompts, self.tokenizer = models, prompts, tokenizer
         self.config, self.tracker, self.folder, self.timer = config, tracker, folder, timer
         self.sampling = sampling_options(config, tokenizer)
@@ -99,19 +100,24 @@ class PPOTrainer:
         self.average: dict[str, Tensor] = {}  # of the policy's weights, when there is an ema_decay
         if config.ema_decay is not None:
             self.average = {n: p.detach().clone() for n, p in models.trainable("policy").items()}
+        self.doctor = LiveDoctor("ppo", config.doctor, tracker, dataclasses.asdict(config))
 
     def train(self) -> None:
         """Runs the updates that are left, with checkpoints; Ctrl-C finishes the running update and saves first."""
         c = self.config
         with StopRequest() as stop, Progress(c.num_updates - self.updates_done, "ppo") as bar:
-            if c.max_kl is not None and self.updates_done == 0:
+            if (c.max_kl is not None or self.doctor.may_roll_back) and self.updates_done == 0:
                 self.save()  # a state to go back to
             while self.updates_done < c.num_updates:
                 try:
                     metrics = self.step()
-                except KLLimitPassed as passed:
-                    bar.update(self.go_back(passed.kl))
+                    self.doctor.examine(self.updates_done, metrics)
+                except RollBack as order:
+                    bar.update(self.go_back(order))
                     continue
+                except DoctorStop:
+                    self.save()
+                    raise
                 except RewardError:  # comes before anything has changed
                     self.save()
                     raise
@@ -133,17 +139,21 @@ class PPOTrainer:
         c = self.config
         rollout, metrics = self.collect()
         if c.max_kl is not None and metrics["objective/kl_full"] > c.max_kl:
-            raise KLLimitPassed(metrics["objective/kl_full"])
+            raise KLLimitPassed(
+                f"the KL to the reference is {metrics['objective/kl_full']:.3g} nats a response after update "
+                f"{self.updates_done}, above max_kl {c.max_kl}"
+            )
         rewards = F.token_rewards(
             rollout.scores, rollout.logprobs, rollout.ref_logprobs, rollout.mask, kl_coef=self.kl_coef
         )
         if c.whiten_rewards:
             rewards = F.whiten_rewards(rewards, rollout.mask)
         advantages, returns = F.gae(rollout.values, rewards, rollout.mask, gamma=c.gamma, lam=c.lam)
-        metrics["ppo/explained_variance"] = float(F.explained_variance(rollout.values, returns, rollout.mask))
+        whitened = F.whiten(advantages, rollout.mask)
+        metrics |= credit_metrics(rollout, returns, advantages, whitened)
         with self.timer.phase("optimise"):
             started = time.perf_counter()
-            metrics |= self.optimise(rollout, F.whiten(advantages, rollout.mask), returns)
+            metrics |= self.optimise(rollout, whitened, returns)
             metrics["time/optimise"] = time.perf_counter() - started
         if c.kl_target is not None:
             self.kl_coef = F.adapted_kl_coef(
@@ -153,33 +163,40 @@ class PPOTrainer:
         self.log(rollout, metrics)
         return metrics
 
-    def go_back(self, kl: float) -> int:
-        """Returns to the last good checkpoint with half the step size; by how many updates (a negative number).
+    def go_back(self, order: RollBack) -> int:
+        """Returns to the last good checkpoint with the order's remedy; by how many updates (a negative number).
 
         Raises:
-            UserError: `on_max_kl` is stop, or going back has not helped.
+            UserError: the run may not go back (`on_max_kl` is stop), or going back has not helped.
         """
         c, reached = self.config, self.updates_done
         # The newest checkpoint may be of the very weights that passed the limit.
         good = checkpoint.last_before(self.folder, reached)
-        if c.on_max_kl == "stop" or self.roll_backs == MAX_ROLL_BACKS or good is None:
+        refused = isinstance(order, KLLimitPassed) and c.on_max_kl == "stop"
+        if refused or self.roll_backs == MAX_ROLL_BACKS or good is None:
             raise UserError(
-                f"the KL to the reference is {kl:.3g} nats a response after update {reached}, above max_kl {c.max_kl}; "
-                f"the last good checkpoint is {good}: raise kl_coef or lower learning_rate (now "
-                f"{c.learning_rate * self.learning_rate_scale:.2g}) and start anew"
+                f"{order}; the last good checkpoint is {good}: raise kl_coef (now {self.kl_coef:.2g}) or lower learning_rate "
+                f"(now {c.learning_rate * self.learning_rate_scale:.2g}) and start anew"
             )
-        scale, count = self.learning_rate_scale / 2, self.roll_backs + 1
+        scale, count = self.learning_rate_scale, self.roll_backs + 1
         self._load(good)
-        self.learning_rate_scale, self.roll_backs = scale, count
+        self.roll_backs = count
+        self.kl_coef *= 2 if order.remedy == "kl_coef" else 1
+        self._scale_learning_rate(scale / 2 if order.remedy == "learning_rate" else scale)
+        if distributed.rank() == 0:
+            checkpoint.discard_after(self.folder, self.updates_done)
+        self.save()  # so that a resumed run goes on with the remedy
+        remedy = f"kl_coef {self.kl_coef:.2g}" if order.remedy == "kl_coef" else "step size halved"
+        print(f"{order}: back to update {self.updates_done}, {remedy}", flush=True)
+        return self.updates_done - reached
+
+    def _scale_learning_rate(self, scale: float) -> None:
+        """Makes all step sizes, now and to come, this multiple of the configured ones."""
+        self.learning_rate_scale = scale
         schedule: Any = self.scheduler
         schedule.base_lrs = [lr * scale for lr in self.learning_rates]
         for group, lr, course in zip(self.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
             group["lr"] = lr * course(schedule.last_epoch)
-        if distributed.rank() == 0:
-            checkpoint.discard_after(self.folder, self.updates_done)
-        self.save()  # so that a resumed run goes on with the smaller steps
-        print(f"KL {kl:.3g} passed max_kl {c.max_kl}: back to update {self.updates_done}, step size halved", flush=True)
-        return self.updates_done - reached
 
     def collect(self) -> tuple[Rollout, dict[str, float]]:
         """Samples a batch of responses and everything that is computed on them once."""
@@ -214,7 +231,11 @@ class PPOTrainer:
         metrics = {"time/rollout": sampling_seconds, "time/score": time.perf_counter() - started}
         if len(parts_of_score) > 1:
             metrics |= {f"objective/score/{name}": float(part.mean()) for name, part in parts_of_score.items()}
-        return rollout, metrics | rollout_metrics(rollout, self.kl_coef, sampling_seconds, texts)
+        if self.gold is not None:
+            metrics |= judge_metrics(rollout, self.gold(texts))
+        return rollout, metrics | rollout_metrics(
+            rollout, self.kl_coef, sampling_seconds, texts, self.sampling.pad_token_id
+        )
 
     def prompt_rows(self, update: int) -> list[int]:
         """Rows of the prompts of one rollout, each as often as it gets responses."""
@@ -255,7 +276,12 @@ class PPOTrainer:
                 self.scheduler.step()  # also where updates are left out: the schedule keeps pace with the rollouts
         self.models.eval()
         totals.add_up()
-        return totals.figures() | {"ppo/lr": self.optimizer.param_groups[0]["lr"], "ppo/roll_backs": self.roll_backs}
+        policy, value = self.optimizer.param_groups
+        return totals.figures() | {
+            "ppo/lr": policy["lr"],
+            "ppo/value_lr": value["lr"],
+            "ppo/roll_backs": self.roll_backs,
+        }
 
     def minibatches(self, lengths: Tensor, epoch: int) -> list[tuple[Tensor, list[Tensor]]]:
         """The rows of each minibatch of an epoch, and of its microbatches, similar lengths together.
@@ -466,6 +492,7 @@ class PPOTrainer:
         self.kl_coef, self.updates_done = state["kl_coef"], state["step"]
         self.learning_rate_scale, self.roll_backs = state["learning_rate_scale"], state["roll_backs"]
         self.tracker.rewind(state["log"])
+        self.doctor.read_log()
 
     def _texts(self, rollout: Sequences) -> list[str]:
         return [

@@ -25,6 +25,7 @@ from rlhf import checkpoint, distributed, live, memory, optim, storage
 from rlhf.config import StageConfig, TrainingLength
 from rlhf.data_prep.loading import NAMED_ROWS, Loaded, joint_fingerprint
 from rlhf.doctor.checks import Check, require_all
+from rlhf.doctor.live import DoctorCallback, LiveDoctor
 from rlhf.doctor.preflight import Ground
 from rlhf.errors import UserError
 from rlhf.evaluation.overlap import TrainingPrompts, prompt_key
@@ -340,18 +341,24 @@ def train(trainer: Any, run: Run) -> None:
     with StopRequest() as stop:
         trainer.add_callback(ProgressCallback(run.stage))
         trainer.add_callback(MetricsCallback(run.tracker, run.stage))
+        doctor = LiveDoctor(run.stage, run.config.doctor, run.tracker, dataclasses.asdict(run.config))
+        checked = DoctorCallback(doctor)
+        trainer.add_callback(checked)
         trainer.add_callback(_StopCallback(stop))
         folder = Path(trainer.args.output_dir)
         last = checkpoint.latest(folder) if run.config.resume else None
         if run.config.resume:
             run.tracker.rewind(checkpoint.load_state(last)["log"] if last else {})
         if last is not None:
+            doctor.read_log()
             trainer.args.eval_on_start = False  # that evaluation is in the checkpoint's history already
         trainer.log_position = run.tracker.position
         with run.timer.phase("train"):
             if last is None or not _take_finished(trainer, last):
                 trainer.train(resume_from_checkpoint=str(last) if last else None)
         stop.raise_if_requested()
+        if checked.stopped is not None:
+            raise checked.stopped
 
 
 def _take_finished(trainer: Any, last: Path) -> bool:

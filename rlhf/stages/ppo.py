@@ -71,6 +71,7 @@ def run(config: PPOConfig, *, reuse: bool = False, only_preflight: bool = False)
             reward=reward_sum,
             rows=prompts.rows,
             texts=encode_texts(sets["ptx"], tokenizer, config, context) if "ptx" in sets else (),
+            gold=gold,
         )
         trained_on = {name: rows for name, rows in sets.items() if name != "validation"}
         preflight(run, partial(check_ppo, trainer=trainer), tokenizer, trained_on, held_out)

@@ -216,7 +216,7 @@ def test_rolling_back_restores_the_last_good_state_with_half_the_step_size(make:
     trainer.save()
     with pytest.raises(KLLimitPassed) as passed:
         trainer.step()
-    assert trainer.go_back(passed.value.kl) == -1
+    assert trainer.go_back(passed.value) == -1
     assert trainer.updates_done == 0 and same(start, weights(trainer.models))
     assert [group["lr"] for group in trainer.optimizer.param_groups] == pytest.approx([1e-2, 1e-2])
     assert [p.name for p in trainer.folder.iterdir()] == ["checkpoint-0"]

@@ -1,0 +1,149 @@
+"""What was wrong with a run, read off its folder afterwards.
+
+A run's folder holds what its stages left: `metrics.jsonl`, `samples.jsonl`, `comparison.jsonl` (PPO) and the options in
+`checkpoints/made_of.json`. Nothing is measured here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rlhf.doctor.health import CHECKS, Finding, replay
+from rlhf.doctor.history import SAMPLES_READ, History
+from rlhf.errors import UserError, did_you_mean
+from rlhf.registry import Registry
+from rlhf.report import STAGES, read_jsonl
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diagnosis:
+    """What the checks found in one stage's log."""
+
+    stage: str
+    updates: int
+    checks: int
+    """Checks that there are for the stage."""
+    findings: list[Finding]
+    """Causes before symptoms."""
+
+
+def diagnose(run: Path) -> list[Diagnosis]:
+    """What was wrong with each stage of a run.
+
+    Args:
+        run: the folder of a stage, or one that holds the folders `sft`, `reward` and `ppo`, or some of them.
+
+    Raises:
+        UserError: there is no log in it.
+    """
+    folders = [run] if (run / "metrics.jsonl").is_file() else [run / stage for stage in STAGES]
+    logs = [folder for folder in folders if (folder / "metrics.jsonl").is_file()]
+    if not logs:
+        near = did_you_mean(str(run), map(str, run.parent.glob("*"))) if run.parent.is_dir() else ""
+        raise UserError(
+            f"no metrics.jsonl in {run}, nor in {', '.join(STAGES)} below it{near}; give the output_dir of a run"
+        )
+    return [diagnose_history(read_history(folder)) for folder in logs]
+
+
+def diagnose_history(history: History) -> Diagnosis:
+    """What the checks find in a history."""
+    return Diagnosis(
+        stage=history.stage,
+        updates=len(history.steps),
+        checks=sum(history.stage in check.stages for check in CHECKS),
+        findings=replay(history),
+    )
+
+
+def read_history(folder: Path) -> History:
+    """The log of a stage's folder; its stage is told by its figures."""
+    rows = read_jsonl(folder / "metrics.jsonl")[0]
+    names = {name for row in rows for name in row}
+    stage = next((s for s in STAGES if f"{s}/lr" in names or f"{s}/loss" in names or f"{s}/eval_loss" in names), None)
+    if stage is None:
+        raise UserError(
+            f"{folder / 'metrics.jsonl'} holds no figures of a stage; it may have ended before its first update"
+        )
+    samples, comparison = folder / "samples.jsonl", folder / "comparison.jsonl"
+    return History(
+        stage,
+        rows,
+        settings=_settings(folder / "checkpoints" / "made_of.json"),
+        samples=read_jsonl(samples)[0][:SAMPLES_READ] if samples.is_file() else [],
+        comparison=read_jsonl(comparison)[0] if comparison.is_file() else [],
+    )
+
+
+def _settings(file: Path) -> dict[str, Any]:
+    """The options that the run's checkpoints were made with; without them a few checks have nothing to go by."""
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return {}
+    return settings if isinstance(settings, dict) else {}
+
+
+def find_run(run: str, registry: str) -> Path:
+    """The folder that is meant: a path, or the folder of the run that made an artefact.
+
+    Raises:
+        UserError: neither, or another run has used that folder since.
+    """
+    if Path(run).is_dir() or run.partition("/")[0] not in STAGES:
+        return Path(run)
+    artifact = Registry(registry).read(run)
+    folder = Path(str(artifact.manifest.config["output_dir"])) / artifact.manifest.stage
+    try:
+        made = json.loads((folder / "tracking.json").read_text(encoding="utf-8")).get("run_id")
+    except (OSError, json.JSONDecodeError):
+        raise UserError(f"{artifact.reference} was made in {folder}, which holds no log any more") from None
+    if made != artifact.manifest.wandb_run_id:
+        raise UserError(f"{artifact.reference} was made in {folder}, but another run has logged there since")
+    return folder
+
+
+def print_diagnoses(diagnoses: Sequence[Diagnosis]) -> None:
+    """A table of each stage's findings: what, the figures, why, and what to do."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console()
+    for one in diagnoses:
+        if not one.findings:
+            console.print(f"{one.stage}: {one.checks} checks on {one.updates} logged updates, nothing found")
+            continue
+        table = Table(title=f"{one.stage}, {one.updates} logged updates", title_justify="left", show_lines=True)
+        for column in ("finding", "updates", "evidence", "cause", "to do"):
+            table.add_column(column, overflow="fold")
+        for finding in one.findings:
+            check = finding.check
+            when = f"{finding.first}" if finding.first == finding.last else f"{finding.first} to {finding.last}"
+            cells = (f"{check.name} ({check.severity})", when, finding.evidence, check.cause, check.action)
+            table.add_row(*map(escape, cells))
+        console.print(table)
+        console.print(f"Start with {one.findings[0].check.name}: what stands below it may be its consequence.")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see python -m rlhf.doctor --help)")
+
+
+def main(words: Sequence[str]) -> int:
+    """`RUN [--registry FOLDER]`: prints the diagnosis; 0 if nothing was found, else 1."""
+    parser = _Parser(prog="python -m rlhf.doctor", description="What was wrong with a run?", allow_abbrev=False)
+    parser.add_argument(
+        "run", help="folder of a run or of one of its stages, or an artefact: ppo/NAME, ppo/NAME@VERSION"
+    )
+    parser.add_argument("--registry", default="registry", help="folder of the model registry, for artefacts")
+    arguments = parser.parse_args(words)
+    diagnoses = diagnose(find_run(arguments.run, arguments.registry))
+    print_diagnoses(diagnoses)
+    return int(any(one.findings for one in diagnoses))

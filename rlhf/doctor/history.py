@@ -1,0 +1,101 @@
+"""What a stage has logged, as the health checks read it."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+Row = Mapping[str, Any]
+#: Sampled texts that the checks look at: those of the first rollouts.
+SAMPLES_READ = 64
+
+
+class History:
+    """The metric rows of one stage in order, and what else its folder holds.
+
+    Args:
+        stage: `sft`, `reward` or `ppo`.
+        rows: lines of `metrics.jsonl`: `step`, in updates, and figures by name; None or NaN is a figure that was not finite.
+        settings: options of the run, where they are known.
+        samples: lines of `samples.jsonl`: `step`, `prompt`, `response`.
+        comparison: lines of `comparison.jsonl`: `sft_response` and `ppo_response` to the same held-out prompt.
+    """
+
+    def __init__(
+        self,
+        stage: str,
+        rows: Iterable[Row] = (),
+        *,
+        settings: Mapping[str, Any] | None = None,
+        samples: Iterable[Row] = (),
+        comparison: Iterable[Row] = (),
+    ) -> None:
+        self.stage, self.settings = stage, dict(settings or {})
+        self.samples, self.comparison = list(samples), list(comparison)
+        self.step = 0
+        self._finite: dict[str, tuple[list[int], list[float]]] = {}
+        self._broken: dict[str, int] = {}
+        for row in rows:
+            self.add(row)
+
+    def add(self, row: Row) -> None:
+        """One line more."""
+        self.step = int(row.get("step") or 0)
+        for name, value in row.items():
+            if name in ("step", "time") or isinstance(value, bool | str):
+                continue
+            if isinstance(value, int | float) and math.isfinite(value):
+                steps, values = self._finite.setdefault(name, ([], []))
+                steps.append(self.step)
+                values.append(float(value))
+            else:
+                self._broken.setdefault(name, self.step)
+
+    @property
+    def steps(self) -> list[int]:
+        """The updates of which there are figures."""
+        found = {step for steps, _ in self._finite.values() for step in steps} | set(self._broken.values())
+        return sorted(found)
+
+    def until(self, step: int) -> History:
+        """What was known after that update; shares the figures."""
+        earlier = History(self.stage, settings=self.settings)
+        earlier.step = step
+        earlier.samples = [row for row in self.samples if (row.get("step") or 0) <= step]
+        earlier.comparison = self.comparison if step >= self.step else []  # made after the last update
+        earlier._finite = self._finite
+        earlier._broken = {name: first for name, first in self._broken.items() if first <= step}
+        return earlier
+
+    def broken(self) -> dict[str, int]:
+        """Figures that were not finite, and the first update at which."""
+        return dict(self._broken)
+
+    def values(self, name: str, last: int | None = None) -> list[float]:
+        """The finite values of a figure, oldest first: all, or the last few."""
+        steps, values = self._finite.get(name, ([], []))
+        end = bisect_right(steps, self.step)
+        return values[max(0, end - last) if last is not None else 0 : end]
+
+    def first(self, name: str, count: int) -> list[float]:
+        """The first few values, or fewer."""
+        steps, values = self._finite.get(name, ([], []))
+        return values[: min(count, bisect_right(steps, self.step))]
+
+    def count(self, name: str) -> int:
+        """How many finite values there are."""
+        return bisect_right(self._finite.get(name, ([], []))[0], self.step)
+
+    def at(self, name: str, step: int) -> float | None:
+        """The value at an update, if it was logged there."""
+        steps, values = self._finite.get(name, ([], []))
+        place = bisect_right(steps, step) - 1
+        return values[place] if step <= self.step and place >= 0 and steps[place] == step else None
+
+    def change(self, name: str, *, start: int = 3, recent: int = 3) -> tuple[float, float]:
+        """Means of the first few and of the last few values, of which there must be as many as both together."""
+        assert self.count(name) >= start + recent
+        return statistics.fmean(self.first(name, start)), statistics.fmean(self.values(name, recent))

@@ -1,0 +1,280 @@
+"""Each check on hand-made histories: what it must find, and a healthy run in which it must find nothing."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+
+from rlhf.doctor.health import CHECKS, actions, find, replay
+from rlhf.doctor.health_check import HealthCheck
+from rlhf.doctor.history import History
+from rlhf.errors import UserError
+
+UPDATES = 24
+#: One figure of an update: (update, from 1; share of the run that is done; a draw with mean 0 and spread 1) -> value.
+Course = Callable[[int, float, float], float | None]
+SETTINGS: dict[str, Any] = {"reward": ["reward/demo"], "kl_target": 6.0, "max_grad_norm": 1.0, "rollout_batch_size": 64}
+
+HEALTHY: dict[str, Course] = {
+    "episodes": lambda n, t, e: 64 * n,
+    "objective/score": lambda n, t, e: -0.1 + 1.5 * t + 0.05 * e,
+    "objective/raw_score": lambda n, t, e: -0.1 + 1.5 * t + 0.05 * e,
+    "objective/score_std": lambda n, t, e: 0.8 - 0.3 * t + 0.05 * e,
+    "objective/length_correlation": lambda n, t, e: -0.3 + 0.1 * e,
+    "objective/kl": lambda n, t, e: 7 * t + (0.3 * e if n > 1 else 0),
+    "objective/kl_k3": lambda n, t, e: 7 * t + (abs(0.3 * e) if n > 1 else 0),
+    "objective/kl_full": lambda n, t, e: 7 * t,
+    "objective/kl_coef": lambda n, t, e: 0.1,
+    "objective/entropy": lambda n, t, e: 4 - 1.2 * t + 0.05 * e,
+    "objective/gold": lambda n, t, e: 0.1 + 0.5 * t + 0.05 * e,
+    "objective/gold_correlation": lambda n, t, e: 0.5 + 0.1 * e,
+    "ppo/policy_loss": lambda n, t, e: 0.003 * e,
+    "ppo/approx_kl": lambda n, t, e: 0.003 + 0.001 * e,
+    "ppo/clipfrac": lambda n, t, e: 0.02 + 0.005 * e,
+    "ppo/ratio_max": lambda n, t, e: 2 + 0.5 * e,
+    "ppo/first_ratio_error": lambda n, t, e: 0.0,
+    "ppo/explained_variance": lambda n, t, e: -0.3 + 1.5 * min(t * 2, 0.6) + 0.05 * e,
+    "ppo/value_std": lambda n, t, e: 0.3 + 0.02 * e,
+    "ppo/advantage_std": lambda n, t, e: 0.5 - 0.2 * t,
+    "ppo/advantage_mean": lambda n, t, e: 1e-8 * e,
+    "ppo/grad_norm": lambda n, t, e: 0.4 + 0.05 * e,
+    "ppo/value_grad_norm": lambda n, t, e: 2 + 0.5 * e,
+    "ppo/lr": lambda n, t, e: 1e-3 * (1 - t),
+    "ppo/value_lr": lambda n, t, e: 1e-3 * (1 - t),
+    "response/length": lambda n, t, e: 25 - 6 * t + e,
+    "response/stop_rate": lambda n, t, e: min(1.0, 0.88 + 0.1 * t + 0.01 * e),
+    "response/distinct_2": lambda n, t, e: 0.96 - 0.04 * t,
+    "response/repetition": lambda n, t, e: 0.01,
+    "rollout/logprob_gap": lambda n, t, e: 0.02 if n == 1 else 0.04,
+    "rollout/surprise_gap": lambda n, t, e: 0.05 * e,
+    "rollout/surprise_error": lambda n, t, e: 0.05,
+    "rollout/pad_tokens": lambda n, t, e: 0.0,
+    "time/rollout": lambda n, t, e: 5.0,
+    "time/score": lambda n, t, e: 10.0,
+    "time/optimise": lambda n, t, e: 10.0,
+}
+SUPERVISED: dict[str, Course] = {
+    "loss": lambda n, t, e: 4.4 - 0.7 * min(1.0, 2 * t) + 0.05 * e,
+    "grad_norm": lambda n, t, e: 0.4 + 0.05 * e,
+    "lr": lambda n, t, e: 0.0 if n == 1 else 1e-3 * (1 - 0.9 * t),
+    "accuracy": lambda n, t, e: 0.5 + 0.35 * min(1.0, 2 * t) + 0.03 * e,
+}
+EVALUATIONS = {
+    "sft": {"sft/eval_loss": [4.5, 3.8, 3.7]},
+    "reward": {"reward/eval_loss": [0.69, 0.5, 0.45], "reward/eval_accuracy": [0.5, 0.7, 0.75]},
+}
+SAMPLES = [
+    {"step": 1, "prompt": f"user\nWhat is {word}?\nassistant\n", "response": f"{word} is good"} for word in "abcdefgh"
+]
+COMPARISON = [{"sft_response": f"{word} is bad", "ppo_response": f"{word} is good"} for word in "abcdefgh"]
+
+
+def run(stage: str, changed: Mapping[str, Course] | None = None, **options: Any) -> History:
+    """A run of a stage, healthy but for what is changed; `evaluations` replaces the held-out figures."""
+    noise = random.Random(0)
+    courses = HEALTHY if stage == "ppo" else {f"{stage}/{name}": course for name, course in SUPERVISED.items()}
+    assert set(changed or {}) <= set(courses)
+    rows: list[dict[str, Any]] = []
+    evaluations = options.pop("evaluations", EVALUATIONS.get(stage, {}))
+    for n in range(1, UPDATES + 1):
+        t = (n - 1) / (UPDATES - 1)
+        draws = {name: noise.gauss(0, 1) for name in courses}
+        rows.append({"step": n, **{k: {**courses, **(changed or {})}[k](n, t, draws[k]) for k in courses}})
+        if (n - 1) % 11 == 0:
+            rows.append({"step": n, **{name: values[(n - 1) // 11] for name, values in evaluations.items()}})
+    texts = {"samples": SAMPLES, "comparison": COMPARISON} if stage == "ppo" else {}
+    return History(stage, rows, **{"settings": SETTINGS, **texts, **options})
+
+
+def late(value: float) -> Course:
+    """A figure that goes from 1 to this value."""
+    return lambda n, t, e: 1 + (value - 1) * t
+
+
+#: check -> (stage, what is changed in a healthy run, options of `run`)
+SICK: dict[str, tuple[str, dict[str, Course], dict[str, Any]]] = {
+    "not_finite": ("ppo", {"ppo/policy_loss": lambda n, t, e: None if n > 9 else 0.0}, {}),
+    "learning_rate_zero": ("ppo", {"ppo/lr": lambda n, t, e: 0.0}, {}),
+    "no_gradient": ("sft", {"sft/grad_norm": lambda n, t, e: 0.0}, {}),
+    "loss_rising": ("sft", {"sft/loss": lambda n, t, e: 4.4 + 4 * t}, {}),
+    "accuracy_below_chance": ("reward", {}, {"evaluations": {"reward/eval_accuracy": [0.5, 0.4, 0.3]}}),
+    "accuracy_at_chance": ("reward", {}, {"evaluations": {"reward/eval_accuracy": [0.48, 0.52, 0.5]}}),
+    "loss_flat": ("sft", {"sft/loss": lambda n, t, e: 4.4}, {"evaluations": {"sft/eval_loss": [4.5, 4.5, 4.499]}}),
+    "batch_spike": ("reward", {"reward/grad_norm": lambda n, t, e: 20.0 if n == 15 else 0.5}, {}),
+    "wrong_reference": ("ppo", {"objective/kl_k3": lambda n, t, e: 3.0}, {}),
+    "template_twice": (
+        "ppo",
+        {},
+        {"samples": [{"step": 1, "prompt": f"user\nuser\n{w}\nassistant\n\nassistant\n"} for w in "abcd"]},
+    ),
+    "pad_is_stop": (
+        "ppo",
+        {"rollout/pad_tokens": lambda n, t, e: 0.9, "response/stop_rate": lambda n, t, e: 0.9},
+        {},
+    ),
+    "padding_counted": ("ppo", {"rollout/pad_tokens": lambda n, t, e: 6 + e}, {}),
+    "sampler_mismatch": ("ppo", {"rollout/surprise_gap": lambda n, t, e: -0.4 + 0.05 * e}, {}),
+    "sampler_drift": ("ppo", {"rollout/logprob_gap": lambda n, t, e: 0.02 + 0.5 * t}, {}),
+    "stale_logprobs": ("ppo", {"ppo/first_ratio_error": lambda n, t, e: 0.14 if n % 4 == 0 else 0.0}, {}),
+    "advantages_not_centred": ("ppo", {"ppo/advantage_mean": lambda n, t, e: 0.4}, {}),
+    "gradient_zero": ("ppo", {"ppo/grad_norm": lambda n, t, e: 0.0}, {}),
+    "policy_unmoved": ("ppo", {"objective/kl_k3": lambda n, t, e: 0.0}, {}),
+    "same_as_sft": ("ppo", {}, {"comparison": [{"sft_response": w, "ppo_response": w} for w in "abcdefgh"]}),
+    "value_untrained": ("ppo", {"ppo/value_lr": lambda n, t, e: 0.0}, {}),
+    "reward_constant": ("ppo", {"objective/score_std": lambda n, t, e: 0.0}, {}),
+    "reward_scale": ("ppo", {"objective/raw_score": lambda n, t, e: 40.0}, {}),
+    "reward_opposes_judge": ("ppo", {"objective/gold_correlation": lambda n, t, e: -0.6 + 0.1 * e}, {}),
+    "cut_off": ("ppo", {"response/stop_rate": lambda n, t, e: 0.05}, {}),
+    "steps_too_large": ("ppo", {"ppo/approx_kl": lambda n, t, e: 0.5 if n == 7 else 0.003}, {}),
+    "kl_jump": ("ppo", {"objective/kl_full": lambda n, t, e: 0.1 if n < 5 else 5.0}, {}),
+    "negative_kl": ("ppo", {"objective/kl": lambda n, t, e: -2 + 0.3 * e}, {}),
+    "no_kl_penalty": ("ppo", {"objective/kl_coef": lambda n, t, e: 0.0}, {}),
+    "controller_saturated": ("ppo", {"objective/kl": lambda n, t, e: 14 + 3 * t}, {}),
+    "over_optimised": (
+        "ppo",
+        {"objective/gold": lambda n, t, e: 0.2 + 2 * t * (1 - t) - 0.8 * t + 0.03 * e},
+        {},
+    ),
+    "length_rewarded": (
+        "ppo",
+        {"objective/length_correlation": lambda n, t, e: 0.8, "response/length": lambda n, t, e: 20 + 12 * t},
+        {},
+    ),
+    "reward_ignores_judge": ("ppo", {"objective/gold_correlation": lambda n, t, e: 0.05 * e}, {}),
+    "stop_rate_falling": ("ppo", {"response/stop_rate": lambda n, t, e: 0.95 - 0.8 * t}, {}),
+    "entropy_collapse": ("ppo", {"objective/entropy": late(0.05)}, {}),
+    "responses_alike": ("ppo", {"response/distinct_2": late(0.3)}, {}),
+    "repeated_text": ("ppo", {"response/repetition": lambda n, t, e: 0.6 * t}, {}),
+    "length_up": ("ppo", {"response/length": lambda n, t, e: 20 + 30 * t}, {}),
+    "length_down": ("ppo", {"response/length": lambda n, t, e: 25 - 20 * t}, {}),
+    "kl_high": ("ppo", {"objective/kl_full": lambda n, t, e: 40 * t}, {}),
+    "reward_saturated": ("ppo", {"objective/score_std": lambda n, t, e: 0.8 - 0.78 * t}, {}),
+    "advantages_vanished": ("ppo", {"ppo/advantage_std": lambda n, t, e: 0.5 - 0.49 * t}, {}),
+    "value_dead": ("ppo", {"ppo/value_std": lambda n, t, e: 1e-4}, {}),
+    "value_useless": ("ppo", {"ppo/explained_variance": lambda n, t, e: -0.5 + 0.05 * e}, {}),
+    "reward_falling": ("ppo", {"objective/score": lambda n, t, e: -1.5 * t}, {}),
+    "gradient_spike": ("ppo", {"ppo/grad_norm": lambda n, t, e: 30.0 if n == 20 else 0.4}, {}),
+    "slowing_down": ("ppo", {"time/rollout": lambda n, t, e: 5.0 if t < 0.5 else 90.0}, {}),
+}
+#: Findings that the change of a run cannot do without.
+ALSO = {
+    "reward_constant": {"reward_scale"},
+    "length_down": {"kl_high"},  # the same nats in fewer tokens
+}
+
+
+def names(history: History) -> list[str]:
+    return [finding.check.name for finding in replay(history)]
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+def test_a_healthy_run_has_no_findings(stage: str) -> None:
+    """Catches: a threshold inside the noise of ordinary runs."""
+    assert names(run(stage)) == []
+
+
+def test_every_check_has_a_sick_run() -> None:
+    """Catches: a check that nothing shows to find anything."""
+    assert SICK.keys() == {check.name for check in CHECKS}
+    assert len({check.name for check in CHECKS}) == len(CHECKS)
+
+
+@pytest.mark.parametrize("name", SICK)
+def test_a_sick_run_is_found_and_nothing_else(name: str) -> None:
+    """Catches: a check that never fires, one that fires for another cause, and evidence without figures."""
+    stage, changed, options = SICK[name]
+    found = {finding.check.name: finding for finding in replay(run(stage, changed, **options))}
+    assert name in found
+    assert set(found) - {name} <= ALSO.get(name, set())
+    assert found[name].evidence and 1 <= found[name].first <= found[name].last <= UPDATES
+    if name not in ("template_twice",):
+        assert any(letter.isdigit() for letter in found[name].evidence)
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.name)
+def test_checks_say_nothing_where_figures_are_missing(check: HealthCheck) -> None:
+    """Catches: an error on the log of an older version, of a run that was killed early, or with a figure that was NaN."""
+    stage, changed, options = SICK[check.name]
+    sick = run(stage, changed, **options)
+    for updates in range(UPDATES):
+        sick.until(updates)
+        check(sick.until(updates))
+    assert check(History(stage)) is None
+    courses = HEALTHY if stage == "ppo" else {f"{stage}/{name}": None for name in SUPERVISED}
+    for missing in courses:
+        rows = [{"step": n, **{name: 1.0 for name in courses if name != missing}} for n in range(1, UPDATES + 1)]
+        check(History(stage, rows))
+    other = next(s for s in ("sft", "reward", "ppo", "none") if s not in check.stages)
+    assert check(History(other, [{"step": 1, "objective/score": None}])) is None
+
+
+def test_a_finding_that_passed_is_still_told() -> None:
+    """Catches: a diagnosis made from the last rows only, in which a burst that ruined the policy cannot be seen."""
+    found = replay(run("ppo", {"ppo/clipfrac": lambda n, t, e: 0.7 if n in (6, 7) else 0.02}))
+    assert [(f.check.name, f.first, f.last) for f in found] == [("steps_too_large", 6, 8)]
+    assert "70% of tokens clipped" in found[0].evidence
+
+
+def test_history_of_many_updates_is_replayed_in_strides() -> None:
+    """Catches: a diagnosis that takes the square of the run's length, and one whose stride leaves out the end."""
+    rows = [{"step": n, "ppo/lr": 1e-3, "ppo/grad_norm": 0.0 if n >= 4998 else 1.0} for n in range(1, 5001)]
+    assert [(f.check.name, f.last) for f in replay(History("ppo", rows))] == [("gradient_zero", 5000)]
+
+
+def test_value_warmup_is_no_fault() -> None:
+    """Catches: a warm-up of the value model, in which the policy rests, that is reported as a policy without gradient."""
+    resting: dict[str, Course] = {
+        "ppo/grad_norm": lambda n, t, e: 0.0 if n <= 8 else 0.4,
+        "objective/kl_k3": lambda n, t, e: 0.0 if n <= 9 else 1.0,
+        "ppo/explained_variance": lambda n, t, e: -0.5 if n <= 12 else 0.3,
+    }
+    assert names(run("ppo", resting, settings={**SETTINGS, "value_warmup_updates": 8})) == []
+    assert "gradient_zero" in names(run("ppo", resting))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_taste_for_length_that_grows_is_found_before_the_length_follows(sign: int) -> None:
+    """Catches: a correlation that is looked at only once the length has changed, or with one sign only."""
+    growing: dict[str, Course] = {"objective/length_correlation": lambda n, t, e: sign * 0.8 * t}
+    constant: dict[str, Course] = {"objective/length_correlation": lambda n, t, e: sign * 0.8}
+    steady: dict[str, Course] = {"response/length": lambda n, t, e: 25.0}
+    assert names(run("ppo", {**growing, **steady})) == ["length_rewarded"]
+    assert names(run("ppo", {**constant, **steady})) == [], "the task itself may ask for length"
+
+
+def test_a_sampled_kl_that_is_negative_by_chance_is_no_fault() -> None:
+    """Catches: the KL of single rollouts, which is below 0 in half of them while the policy has hardly moved."""
+    chance: dict[str, Course] = {
+        "objective/kl": lambda n, t, e: 0.05 + 0.04 * e,
+        "objective/kl_full": lambda n, t, e: 0.05,
+        "objective/kl_k3": lambda n, t, e: 0.05 if n > 1 else 0.0,
+    }
+    assert names(run("ppo", chance)) == []
+
+
+def test_actions_of_checks() -> None:
+    """Catches: a warning that stops a run, a check's own action that is lost, and slips that pass."""
+    chosen = {check.name: action for check, action in actions(["stop", "kl_jump=roll_back", "kl_high=stop"]).items()}
+    assert (chosen["reward_constant"], chosen["kl_jump"], chosen["kl_high"]) == ("stop", "roll_back", "stop")
+    assert chosen["length_up"] == "warn"
+    assert set(actions(["off"]).values()) == {"off"}
+    for orders, complaint in (
+        (["stopp"], "did you mean 'stop'"),
+        (["warn", "kl_jmp=stop"], "no check 'kl_jmp' .did you mean 'kl_jump'"),
+        (["warn", "kl_jump=halt"], "'halt' must be one of"),
+        (["warn", "stop"], "one action for all"),
+        (["kl_jump=stop"], "one action for all"),
+    ):
+        with pytest.raises(UserError, match=complaint):
+            actions(orders)
+
+
+def test_causes_come_before_symptoms() -> None:
+    """Catches: a diagnosis that names the collapse first and the lost reward last."""
+    both: dict[str, Course] = {**SICK["entropy_collapse"][1], **SICK["sampler_mismatch"][1]}
+    assert names(run("ppo", both)) == ["sampler_mismatch", "entropy_collapse"]
+    last = find(run("ppo", both))
+    assert [f.first for f in last] == [UPDATES, UPDATES]

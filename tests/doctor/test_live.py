@@ -1,0 +1,100 @@
+"""The doctor beside a running trainer: what it says, when it stops or sends back, and that it costs the run nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from toys import Call
+
+from rlhf.config import SFTConfig, build
+from rlhf.doctor.live import QUIET_UPDATES, DoctorStop, LiveDoctor, RollBack
+from rlhf.errors import UserError
+from rlhf.tracking import Tracker
+
+
+@pytest.fixture
+def alerts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Titles of the alerts that were sent."""
+    sent: list[str] = []
+    monkeypatch.setattr(Tracker, "alert", lambda self, title, text, severity: sent.append(f"{severity} {title}"))
+    return sent
+
+
+def doctor(folder: Path, *orders: str, **settings: Any) -> LiveDoctor:
+    tracker = Tracker(folder, stage="ppo", name="toy", group="toy", config={}, wandb_mode="disabled")
+    return LiveDoctor("ppo", orders or ["warn"], tracker, settings)
+
+
+def test_a_finding_is_told_once_while_it_lasts(
+    tmp_path: Path, alerts: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches: a line at every update, which nobody reads, and silence when the trouble comes back."""
+    watched = doctor(tmp_path)
+    sick = [*range(2, 8), 8 + QUIET_UPDATES + 5]
+    for step in range(1, 30):
+        watched.examine(step, {"objective/score_std": 0.0 if step in sick or step + 1 in sick else 1.0})
+    lines = [line for line in capsys.readouterr().out.splitlines() if "reward_constant" in line]
+    assert [line.split(":")[0] for line in lines] == ["doctor, update 2", f"doctor, update {sick[-1]}"]
+    assert "spread of the scores 0" in lines[0] and "Cause: " in lines[0] and "To do: " in lines[0]
+    assert alerts == [
+        "critical ppo: reward_constant at update 2",
+        f"critical ppo: reward_constant at update {sick[-1]}",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("orders", "raised"),
+    [
+        (["warn"], None),
+        (["off"], None),
+        (["stop"], DoctorStop),
+        (["roll_back"], RollBack),
+        (["stop", "reward_constant=off"], None),
+        (["off", "reward_constant=stop"], DoctorStop),
+        (["stop", "reward_constant=roll_back"], RollBack),
+    ],
+)
+def test_orders_are_followed(
+    orders: list[str], raised: type[Exception] | None, tmp_path: Path, alerts: list[str]
+) -> None:
+    """Catches: a check's own action that loses to the general one, or the other way round."""
+    watched = doctor(tmp_path, *orders)
+    watched.examine(1, {"objective/score_std": 0.0})
+    if raised is None:
+        watched.examine(2, {"objective/score_std": 0.0})
+    else:
+        with pytest.raises(raised, match="reward_constant: spread of the scores 0"):
+            watched.examine(2, {"objective/score_std": 0.0})
+    silent = "off" in (orders[0] if len(orders) == 1 else orders[1])
+    assert bool(alerts) != silent
+    assert watched.may_roll_back == any("roll_back" in order for order in orders)
+
+
+@pytest.mark.parametrize("action", ["warn", "stop", "roll_back"])
+def test_supervised_stage(action: str, call: Callable[..., Call], toy_config: Path, tmp_path: Path) -> None:
+    """Catches: checks that a Hugging Face trainer never feeds, and a stop that loses the checkpoint or registers the result."""
+    done = call(
+        "rlhf.stages.sft", "--config", toy_config / "sft.yaml", "--registry", tmp_path / "registry", "--output_dir",
+        tmp_path / "out", "--learning_rate", "0", "--max_steps", "6", "--save_steps", "6", "--eval_steps", "6",
+        "--doctor", action,
+    )  # fmt: skip
+    told = [line for line in done.out.splitlines() if line.startswith("doctor, update 3: learning_rate_zero")]
+    assert len(told) == 1
+    registered = list((tmp_path / "registry").glob("sft/*"))
+    if action == "warn":
+        assert done.code == 0 and registered
+        return
+    assert "learning rate 0 in all 3 updates" in done.complaint and "--doctor warn" in done.complaint
+    assert not registered
+    assert [p.name for p in (tmp_path / "out" / "sft" / "checkpoints").glob("checkpoint-*")] == ["checkpoint-3"]
+
+
+def test_option_is_checked_before_the_run() -> None:
+    """Catches: a slip in the option that shows at the first finding, hours into a run."""
+    needed = {"dataset": "d", "model_name_or_path": "m"}
+    assert build(SFTConfig, {**needed, "doctor": ["stop", "loss_flat=off"]}, "x").doctor == ["stop", "loss_flat=off"]
+    with pytest.raises(UserError, match=r"no check 'los_flat' .did you mean 'loss_flat'"):
+        build(SFTConfig, {**needed, "doctor": ["warn", "los_flat=off"]}, "x")

@@ -1,0 +1,99 @@
+"""The doctor in the PPO loop: stops with a checkpoint, goes back with a remedy, and changes nothing by looking."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from ppo.conftest import Make
+from ppo.test_trainer import weights
+
+from rlhf import checkpoint
+from rlhf.doctor.health import find
+from rlhf.doctor.history import History
+from rlhf.doctor.live import RollBack
+from rlhf.errors import UserError
+from rlhf.ppo.trainer import MAX_ROLL_BACKS
+from rlhf.tracking import Tracker
+
+FAST: dict[str, Any] = {
+    "learning_rate": 2e-2,
+    "lr_scheduler_type": "constant_with_warmup",
+    "save_steps": 1,
+    "total_episodes": 48,
+}
+
+
+def test_a_run_stops_with_a_checkpoint_and_goes_on_when_told(make: Make) -> None:
+    """Catches: an update that is lost, a stop without a checkpoint, and a run that can never be resumed."""
+    trainer = make(fresh=True, doctor=["stop"], **{**FAST, "save_steps": 100})
+    trainer.reward = lambda responses: (torch.ones(len(responses.texts)), {})  # type: ignore[assignment]
+    with pytest.raises(UserError, match=r"doctor, update 2: reward_constant: .*--resume true --doctor warn"):
+        trainer.train()
+    assert trainer.updates_done == 2 and checkpoint.latest(trainer.folder) == trainer.folder / "checkpoint-2"
+    again = make(fresh=True, doctor=["warn"], **FAST)
+    assert again.resume() == 2
+    assert again.doctor.history.values("objective/score_std") == [0.0, 0.0], "what was logged before is known"
+    again.train()
+    assert again.updates_done == 6
+
+
+@pytest.mark.parametrize("remedy", ["learning_rate", "kl_coef"])
+def test_a_run_goes_back_with_the_remedy(remedy: str, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches: going on from the weights that were found sick, a remedy that is not applied, or lost by a resumed run, a
+    history that still holds the updates that were undone, and an endless loop."""
+    trainer = make(fresh=True, doctor=["roll_back"], kl_coef=0.2, **FAST)
+    start, examine = weights(trainer.models), trainer.doctor.examine
+
+    def sick(step: int, metrics: dict[str, float]) -> None:
+        examine(step, metrics)
+        if step == 2:
+            raise RollBack("the toy is sick", remedy)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(trainer.doctor, "examine", sick)
+    gone_back = []
+    go_back = trainer.go_back
+
+    def spy(order: RollBack) -> int:
+        gone_back.append(go_back(order))
+        state = {"lr": trainer.optimizer.param_groups[0]["lr"], "kl_coef": trainer.kl_coef, "at": trainer.updates_done}
+        states.append(state | {"history": trainer.doctor.history.step})
+        return gone_back[-1]
+
+    states: list[dict[str, float]] = []
+    monkeypatch.setattr(trainer, "go_back", spy)
+    with pytest.raises(UserError, match="the toy is sick; the last good checkpoint is"):
+        trainer.train()
+    assert gone_back == [-1] * MAX_ROLL_BACKS and len(states) == MAX_ROLL_BACKS
+    lr, kl = (2e-2 / 2, 0.2) if remedy == "learning_rate" else (2e-2, 0.4)
+    assert states[0] == {"lr": pytest.approx(lr), "kl_coef": pytest.approx(kl), "at": 1, "history": 1}
+    assert states[2]["lr"] == pytest.approx(2e-2 / 8 if remedy == "learning_rate" else 2e-2)
+    assert states[2]["kl_coef"] == pytest.approx(0.2 if remedy == "learning_rate" else 1.6)
+    again = make(fresh=True, doctor=["roll_back"], kl_coef=0.2, **FAST)
+    again.resume()
+    assert again.kl_coef == states[2]["kl_coef"] and again.learning_rate_scale == pytest.approx(states[2]["lr"] / 2e-2)
+    assert any(not torch.equal(start[name], tensor) for name, tensor in weights(again.models).items())
+
+
+def test_watching_changes_nothing(make: Make) -> None:
+    """Catches: a check that draws a random number or touches a tensor of the run."""
+    ends = []
+    for orders in (["off"], ["warn"]):
+        trainer = make(fresh=True, folder=orders[0], doctor=orders, **FAST)
+        trainer.train()
+        ends.append(weights(trainer.models))
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_live_findings_are_those_of_the_log(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches: figures that the checks read under another name than they are logged."""
+    alerts: list[str] = []
+    monkeypatch.setattr(Tracker, "alert", lambda self, title, text, severity: alerts.append(f"{severity} {title}"))
+    trainer = make(fresh=True, **{**FAST, "learning_rate": 0.0})
+    trainer.train()
+    assert alerts[0] == "critical ppo: learning_rate_zero at update 3"
+    rows = [json.loads(line) for line in (trainer.folder.parent / "metrics.jsonl").read_text().splitlines()]
+    found = [finding.check.name for finding in find(History("ppo", rows))]
+    assert found == [finding.check.name for finding in find(trainer.doctor.history)] and "learning_rate_zero" in found
