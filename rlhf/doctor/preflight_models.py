@@ -181,7 +181,10 @@ def check_reload(
             return _reload_check(False, f"nothing can be written to {place}: {str(error).splitlines()[0]}")
         with emptied(parameters):
             empty = outputs()
-            load(Path(folder))
+            try:
+                load(Path(folder))
+            except (KeyError, ValueError, RuntimeError) as error:  # a tensor is missing or has another shape
+                return _reload_check(False, f"the saved file cannot be loaded: {error}")
             after = outputs()
     difference, effect = _largest(after - before), _largest(empty - before)
     told = f"outputs differ by {difference:.2g} (limit {SAME:g}); without the file by {effect:.2g}"
@@ -211,7 +214,7 @@ def check_merged(unmerged: Tensor, merged: Tensor, without: Tensor, compute: Com
         name="merged equals unmerged",
         passed=difference <= limit,
         measured=f"{what} differ by {difference:.2g} on average (limit {limit:.2g})",
-        cause="the adapter is merged with another scale, twice, or not at all: what is sampled or loaded is another model",
+        cause="the adapter is merged with another scale, twice, or not at all, or the sampler computes with another temperature",
         fix="leave merging to rlhf.models; with use_rslora or use_dora, check that the saved adapter config says so",
     )
 
