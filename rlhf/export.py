@@ -98,7 +98,8 @@ def _policy_of(registry: Registry, artifact: Artifact) -> Artifact:
 
 
 def _write_merged(registry: Registry, artifact: Artifact, folder: Path, dtype: torch.dtype) -> None:
-    model: Any = merged_model(registry, artifact).to(dtype)
+    merged: Any = merged_model(registry, artifact)
+    model = merged.to(dtype)
     m = artifact.manifest
     model.config.pad_token_id, model.config.eos_token_id = m.pad_token_id, m.stop_token_ids[0]
     if artifact.stage != "reward":

@@ -242,7 +242,7 @@ def save_adapter(model: PeftModel, folder: Path, *, adapter: str, base_model: st
     """
     state = get_peft_model_state_dict(model, adapter_name=adapter)
     save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, folder / ADAPTER_FILE)
-    config = model.peft_config[adapter]
+    config: Any = model.peft_config[adapter]
     changed = {"inference_mode": True, "base_model_name_or_path": base_model}
     if isinstance(config.target_modules, set):  # whose order is another one in every process
         changed["target_modules"] = sorted(config.target_modules)

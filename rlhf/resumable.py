@@ -30,7 +30,7 @@ class ResumableTrainer:
 
     # Attributes of transformers.Trainer and of the trainers of TRL.
     args: Any
-    model: nn.Module
+    model: Any
     state: Any
     optimizer: Any
     lr_scheduler: Any

@@ -224,9 +224,7 @@ class Tracker:
         """Sends an alert to W&B, which mails or posts it as the user has set there."""
         with self._survives("send an alert"):
             if self._run is not None:
-                import wandb
-
-                levels = {"warning": wandb.AlertLevel.WARN, "critical": wandb.AlertLevel.ERROR}
+                levels = {"warning": "WARN", "critical": "ERROR"}
                 self._run.alert(title=title, text=text, level=levels[severity])
 
     def logged(self) -> list[dict[str, Any]]:

@@ -76,7 +76,7 @@ class LiveDoctor:
             return
         self.history.add({**metrics, "step": step})
         if len(self.history.samples) < SAMPLES_READ:
-            self.history.samples = self.tracker.logged_samples()[:SAMPLES_READ]
+            self.history.samples = list(self.tracker.logged_samples()[:SAMPLES_READ])
         found = [finding for finding in find(self.history) if self.actions[finding.check.name] != "off"]
         for finding in found:
             self._tell(finding)

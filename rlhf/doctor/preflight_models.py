@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from rlhf import checkpoint
+from rlhf import storage
 from rlhf.doctor.checks import Check
 from rlhf.models import Compute, lora_layers
 
@@ -176,7 +176,7 @@ def check_reload(
         try:
             save(Path(folder))
         except Exception as error:
-            if not checkpoint.is_storage_failure(error):
+            if not storage.is_failure(error):
                 raise
             return _reload_check(False, f"nothing can be written to {place}: {str(error).splitlines()[0]}")
         with emptied(parameters):
