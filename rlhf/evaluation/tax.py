@@ -126,6 +126,6 @@ def _metrics(figures: dict[str, Any]) -> dict[str, dict[str, float | None]]:
         if not filter_ or name.endswith("_stderr") or not isinstance(value, int | float):
             continue
         error = figures.get(f"{name}_stderr,{filter_}")
-        known = isinstance(error, int | float) and math.isfinite(error)
-        found[name if filter_ == "none" else key] = {"value": float(value), "error": float(error) if known else None}
+        known = float(error) if isinstance(error, int | float) and math.isfinite(error) else None
+        found[name if filter_ == "none" else key] = {"value": float(value), "error": known}
     return found
