@@ -386,7 +386,8 @@ def test_in_a_browser_it_draws_zooms_sorts_and_fits_a_phone(runs: list[Path], tm
         plot.locator(".nsewdrag").first.hover()
         hover = plot.locator(".hoverlayer")
         hover.locator("text").first.wait_for(state="attached")
-        assert "cheap" in hover.inner_text() and "run rundear" in hover.inner_text().replace("\xa0", " ")
+        said = (hover.text_content() or "").replace("\xa0", " ")
+        assert "cheap" in said and "run rundear" in said
 
         box = plot.locator(".nsewdrag").first.bounding_box()
         assert box is not None
