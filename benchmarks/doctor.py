@@ -39,7 +39,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "ppo": {
         "rollout_batch_size": 32, "minibatch_size": 16, "microbatch_size": 16, "response_length": 28, "learning_rate": 5e-3,
-        "warmup_steps": 4, "kl_coef": 0.1, "num_eval_samples": 20, "save_steps": 1000, "gold": "doctor_world:judge",
+        "warmup_steps": 4, "kl_coef": 0.05, "num_eval_samples": 20, "save_steps": 1000, "gold": "doctor_world:judge",
     },
 }  # fmt: skip
 SHARED = {

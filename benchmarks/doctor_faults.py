@@ -362,7 +362,7 @@ PPO_FAULTS = (
     ),
     Fault(
         name="kl_coef_0", stage="ppo", what="KL coefficient 0",
-        causes=("no_kl_penalty",), options={"kl_coef": 0.0, "learning_rate": 1e-2},
+        causes=("no_kl_penalty",), options={"kl_coef": 0.0},
     ),
     Fault(
         name="kl_controller", stage="ppo", what="KL target far below what the step size makes, horizon far too long",

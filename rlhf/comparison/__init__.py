@@ -40,7 +40,7 @@ def write_comparison(folders: Sequence[Path], file: Path, *, registry: Path | No
     plots = [
         *charts.curves(runs),
         *charts.frontier_chart(runs),
-        *charts.evaluated_frontiers(evaluations),
+        *charts.evaluated_frontiers(evaluations, runs),
         *charts.time_charts(runs),
     ]
     said = [*(part for found in evaluations if (part := samples.of_evaluation(found))), samples.of_runs(runs)]

@@ -98,15 +98,20 @@ def frontier_chart(runs: Sequence[RunFolder]) -> list[dict[str, Any]]:
     }]  # fmt: skip
 
 
-def evaluated_frontiers(evaluations: Sequence[RunFolder]) -> list[dict[str, Any]]:
+def evaluated_frontiers(evaluations: Sequence[RunFolder], runs: Sequence[RunFolder]) -> list[dict[str, Any]]:
     """Gains over the SFT policy by the root of KL, as `rlhf.evaluation` measured them on held-out prompts: a plot a scorer,
     with the fits of Gao et al. (2022) and best-of-n."""
     charts = []
+    of_runs = {run.folder.name: run.source("ppo") for run in runs}
     for found in evaluations:
         points = mappings(_section(found.evaluation, "frontier"), "points")
         golds = dict.fromkeys(itertools.chain.from_iterable(_section(p, "gold_gain") for p in points))
         for scorer in ("score", *(f"gold/{name}" for name in golds)):
-            traces = [*_measured(found, points, scorer), *_fits(found, points, scorer), *_best_of_n(found, scorer)]
+            traces = [
+                *_measured(found, points, scorer, of_runs),
+                *_fits(found, points, scorer),
+                *_best_of_n(found, scorer),
+            ]
             if traces:
                 charts.append({
                     "kind": "frontier", "section": "frontier", "title": f"Gain in {scorer} over the SFT policy", "unit": "",
@@ -121,31 +126,40 @@ def _gain(point: Mapping[str, Any], scorer: str) -> Mapping[str, Any]:
     return _section(point, "score_gain") if scorer == "score" else _section(_section(point, "gold_gain"), scorer[5:])
 
 
-def _measured(found: RunFolder, points: Sequence[Mapping[str, Any]], scorer: str) -> list[dict[str, Any]]:
-    """A trace a run: its checkpoints, from the nearest to the SFT policy on."""
-    models = {m.get("name"): m for m in mappings(found.evaluation, "models")}
+def _series(point: Mapping[str, Any]) -> str:
+    """What a point is drawn with: the snapshots of a run, or a registered policy by itself."""
+    return str(point.get("run") or point.get("model"))
+
+
+def _measured(
+    found: RunFolder, points: Sequence[Mapping[str, Any]], scorer: str, of_runs: Mapping[str, Mapping[str, str]]
+) -> list[dict[str, Any]]:
+    """A trace a run: its checkpoints, from the nearest to the SFT policy on. A snapshot's source is its run's."""
+    models = {
+        str(m.get("name")): {"run_id": str(m.get("run_id") or ""), "manifest": str(m.get("hash") or "")}
+        for m in mappings(found.evaluation, "models")
+    }
     traces = []
-    for color, run in enumerate(dict.fromkeys(p.get("run") for p in points)):
-        own = sorted((p for p in points if p.get("run") == run), key=lambda p: float(p.get("sqrt_kl") or 0))
+    for color, name in enumerate(dict.fromkeys(map(_series, points))):
+        own = sorted((p for p in points if _series(p) == name), key=lambda p: float(p.get("sqrt_kl") or 0))
         own = [p for p in own if _number(_gain(p, scorer).get("value")) is not None]
         gains = [_gain(p, scorer) for p in own]
-        model = next((models[p["model"]] for p in own if p.get("model") in models), {})
         reach = {
             end: [None if (bound := _number(g.get(side))) is None else abs(bound - g["value"]) for g in gains]
             for end, side in (("above", "high"), ("below", "low"))
         }
         if own:
             traces.append({
-                "color": color, "name": str(run or own[0].get("model")), "x": [p.get("sqrt_kl") for p in own],
-                "y": [g["value"] for g in gains], "labels": [str(p.get("model")) for p in own], **reach,
-                "mode": "markers", "run_id": str(model.get("run_id") or ""), "manifest": str(model.get("hash") or ""),
+                "color": color, "name": name, "x": [p.get("sqrt_kl") for p in own], "y": [g["value"] for g in gains],
+                "labels": [str(p.get("model")) for p in own], **reach, "mode": "markers",
+                **(models.get(name) or of_runs.get(name) or {"run_id": "", "manifest": ""}),
             })  # fmt: skip
     return traces
 
 
 def _fits(found: RunFolder, points: Sequence[Mapping[str, Any]], scorer: str) -> list[dict[str, Any]]:
     """The fitted curves of the runs, as far as their points reach."""
-    runs = list(dict.fromkeys(p.get("run") for p in points))
+    colors = list(dict.fromkeys(map(_series, points)))
     traces = []
     for fit in mappings(_section(found.evaluation, "frontier"), "fits"):
         a, b = _number(fit.get("a")), _number(fit.get("b"))
@@ -155,7 +169,14 @@ def _fits(found: RunFolder, points: Sequence[Mapping[str, Any]], scorer: str) ->
             name = f"{fit.get('run')}: d ({a:.3g} − {b:.3g} log d)"
             ys = [x * (a - b * math.log(x)) for x in xs]
             traces.append(
-                {"color": runs.index(fit.get("run")), "name": name, "x": xs, "y": ys, "mode": "lines", "dash": "dot"}
+                {
+                    "color": colors.index(str(fit.get("run"))),
+                    "name": name,
+                    "x": xs,
+                    "y": ys,
+                    "mode": "lines",
+                    "dash": "dot",
+                }
             )
     return traces
 

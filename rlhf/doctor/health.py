@@ -52,10 +52,10 @@ CHECKS: tuple[HealthCheck, ...] = (
     health_ppo.reward_opposes_judge,
     health_ppo.cut_off,
     # how it is set
+    health_ppo.no_kl_penalty,
     health_ppo.steps_too_large,
     health_ppo.kl_jump,
     health_ppo.negative_kl,
-    health_ppo.no_kl_penalty,
     health_ppo.controller_saturated,
     # what the reward pays for
     health_ppo.over_optimised,

@@ -91,7 +91,7 @@ def made_up_evaluation(folder: Path) -> Path:
         return {"value": value, "low": value - 0.1, "high": value + 0.1}
 
     points = [
-        {"model": f"ppo/demo@1:{u}", "run": "ppo/demo@1", "update": u, "kl": figure(u), "sqrt_kl": u**0.5,
+        {"model": f"cheap:{u}", "run": "cheap", "update": u, "kl": figure(u), "sqrt_kl": u**0.5,
          "score": figure(u / 4), "score_gain": figure(u / 4), "gold": {"vader": figure(0.2)}, "gold_gain": {"vader": figure(0.2)}}
         for u in (1, 4, 9)
     ]  # fmt: skip
@@ -111,9 +111,9 @@ def made_up_evaluation(folder: Path) -> Path:
         "best_of_n": {
             "curve": [{"n": n, "kl": math.log(n) - (n - 1) / n, "score": figure(n / 9), "gold": {}} for n in (1, 2, 4)]
         },
-        "frontier": {"points": points, "recommended": {"model": "ppo/demo@1:4", "run": "ppo/demo@1", "update": 4, "kl": 4.0,
+        "frontier": {"points": points, "recommended": {"model": "cheap:4", "run": "cheap", "update": 4, "kl": 4.0,
                                                        "gold": "vader", "gain": figure(0.2), "fitted_gain": 0.2},
-                     "fits": [{"run": "ppo/demo@1", "scorer": "score", "form": "ppo", "a": 0.9, "b": 0.1}]},
+                     "fits": [{"run": "cheap", "scorer": "score", "form": "ppo", "a": 0.9, "b": 0.1}]},
     }  # fmt: skip
     folder.mkdir()
     (folder / "evaluation.json").write_text(json.dumps(content))
@@ -200,7 +200,7 @@ def test_an_evaluation_is_part_of_the_page(runs: list[Path], tmp_path: Path) -> 
     text = text_of(page)
     for expected in (
         "83.0% (73.0–93.0)", "71.0% (61.0–81.0)", "6 / 1 / 1", "0.012", "1.4 (1.3 to 1.5)",
-        "Recommended: ppo/demo@1:4, update 4, KL 4 nats", "2 of 8 prompts are among those that ppo/demo@1 was trained on",
+        "Recommended: cheap:4, update 4, KL 4 nats", "2 of 8 prompts are among those that ppo/demo@1 was trained on",
     ):  # fmt: skip
         assert expected in text, expected
     charts = {c["title"]: c for c in content_of(page)["charts"] if c["section"] == "frontier"}
@@ -386,7 +386,8 @@ def test_in_a_browser_it_draws_zooms_sorts_and_fits_a_phone(runs: list[Path], tm
         plot.locator(".nsewdrag").first.hover()
         hover = plot.locator(".hoverlayer")
         hover.locator("text").first.wait_for(state="attached")
-        assert "cheap" in hover.inner_text() and "run rundear" in hover.inner_text().replace("\xa0", " ")
+        said = (hover.text_content() or "").replace("\xa0", " ")
+        assert "cheap" in said and "run rundear" in said
 
         box = plot.locator(".nsewdrag").first.bounding_box()
         assert box is not None
