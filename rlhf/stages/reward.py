@@ -99,7 +99,8 @@ def run(config: RewardConfig, *, reuse: bool = False, only_preflight: bool = Fal
     policy = Registry(config.registry).get(config.policy, expect_stage="sft")
     comparisons = load_rows(config.dataset, "train", kind="comparisons")
     held_out = load_rows(config.dataset, "validation", kind="comparisons")
-    data = describe_data({"train": comparisons, "validation": held_out})
+    sets = {"train": comparisons, "validation": held_out}
+    data = describe_data(sets)
     recipe = stage_recipe(config, [policy], data)
     if reuse and (artifact := finished_already("reward", config, recipe)):
         return artifact
@@ -117,7 +118,7 @@ def run(config: RewardConfig, *, reuse: bool = False, only_preflight: bool = Fal
         model = trainable_reward_model(base, config, int(prepared.tokenizer.pad_token_id))
         trainer = make_trainer(run, config, model, prepared)
         examine = partial(check_reward, trainer=trainer, policy=base)
-        preflight(run, examine, prepared.tokenizer, {"train": comparisons}, held_out)
+        preflight(run, examine, prepared.tokenizer, sets)
         if before is None:
             return None
         trained, steps = train_and_save(run, config, model, trainer, policy, prepared, Path(place))
