@@ -51,7 +51,6 @@ def run(config: PPOConfig, *, reuse: bool = False, only_preflight: bool = False)
         return artifact
 
     gold = load_function(config.gold) if config.gold else None  # a slip in its name must not show after the training
-
     with open_run("ppo", config, [policy, *rewards], data, recipe) as run:
         tokenizer = load_tokenizer(str(policy.path))
         train_ids = encode_prompts(prompts, tokenizer, config.max_prompt_length)
