@@ -137,7 +137,7 @@ def note_batches(file: Path) -> None:
         with file.open("a") as lines:
             lines.write(json.dumps([update, hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]]) + "\n")
 
-    training_step, accumulate = Trainer.training_step, PPOTrainer._accumulate
+    training_step, accumulate = Trainer.training_step, PPOTrainer.accumulate
 
     def noted_step(self: Any, model: Any, inputs: Mapping[str, Any], *rest: Any) -> Any:
         note(self.state.global_step, inputs["input_ids"].tolist())
@@ -148,7 +148,7 @@ def note_batches(file: Path) -> None:
         note(self.updates_done, rows)
         return accumulate(self, rollout, advantages, returns, microbatches, *rest)
 
-    Trainer.training_step, PPOTrainer._accumulate = noted_step, noted_accumulate  # type: ignore[method-assign]
+    Trainer.training_step, PPOTrainer.accumulate = noted_step, noted_accumulate  # type: ignore[method-assign]
 
 
 def finish(pid: int) -> int:

@@ -38,7 +38,9 @@ def parents_data(parents: Sequence[Artifact]) -> dict[str, dict[str, Loaded] | s
 
 def check_registered(parents: Sequence[Artifact], data: Mapping[str, dict[str, Loaded] | str]) -> Check:
     """That the data of each parent, where it is still at its place, has the fingerprint that was registered with it."""
-    same, gone, wrong = [], [], []
+    same: list[str] = []
+    gone: list[str] = []
+    wrong: list[str] = []
     for parent in parents:
         sets, registered = data[parent.reference], parent.manifest.data["fingerprint"]
         place = parent.manifest.config["dataset"]

@@ -260,7 +260,8 @@ def check_optimizer(
     for copy in copies:
         copy.grad = torch.ones_like(copy)
     optimizer.step()
-    wrong, small = [], 0
+    wrong: list[str] = []
+    small = 0
     for copy in copies:
         expected = smallest is not None and copy.numel() >= smallest
         moments = [s for s in optimizer.state[copy].values() if isinstance(s, Tensor) and s.shape == copy.shape]

@@ -221,7 +221,7 @@ def _reference(models: RoleModels, rollout: Rollout, temperature: float) -> Chec
 
 def _trainable(trainer: PPOTrainer, intended: Mapping[str, nn.Parameter]) -> Check:
     models, c = trainer.models, trainer.config
-    problems = []
+    problems: list[str] = []
     if isinstance(models, SharedModels):
         problems += uncovered(models.peft, c.lora_target_modules, [models.causal.get_output_embeddings()])
     held = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}

@@ -48,7 +48,8 @@ def check_disk(parameters: Sequence[nn.Parameter], config: StageConfig, folder: 
     weights = trained_bytes(parameters)
     checkpoint = weights + state_bytes(parameters, config)
     needs = {folder: _CHECKPOINTS * checkpoint + _RESULTS * weights + _REST, registry: weights}
-    told, short = [], False
+    told: list[str] = []
+    short = False
     for place, need in needs.items():
         existing = next(p for p in (place.absolute(), *place.absolute().parents) if p.exists())
         free = shutil.disk_usage(existing).free

@@ -259,10 +259,12 @@ def preflight(
     run: Run,
     examine: Callable[[Ground], list[Check]],
     tokenizer: PreTrainedTokenizerBase,
-    training: dict[str, Loaded],
-    validation: Loaded,
+    sets: dict[str, Loaded],
 ) -> None:
     """Runs a stage's checks, unless they are switched off.
+
+    Args:
+        sets: the stage's data; it trains on all but `validation`.
 
     Raises:
         UserError: checks failed; nothing was trained.
@@ -276,8 +278,8 @@ def preflight(
         registry=run.registry.root,
         parents=run.parents,
         tokenizer=tokenizer,
-        training=training,
-        validation=validation,
+        training={name: rows for name, rows in sets.items() if name != "validation"},
+        validation=sets["validation"],
     )
     with run.timer.phase("preflight"):
         require_all(examine(ground), "preflight")

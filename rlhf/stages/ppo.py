@@ -45,15 +45,13 @@ def run(config: PPOConfig, *, reuse: bool = False, only_preflight: bool = False)
     for reward in rewards:
         check_same_policy(policy, reward)
     sets = data_sets(config)
-    prompts, held_out = sets["train"], sets["validation"]
-    data = describe_data(sets)
+    prompts, held_out, data = sets["train"], sets["validation"], describe_data(sets)
     recipe = stage_recipe(config, [policy, *rewards], data)
     if reuse and (artifact := finished_already("ppo", config, recipe)):
         return artifact
 
     data["overlap"] = overlap(sets, [policy, *rewards], registry)
     gold = load_function(config.gold) if config.gold else None  # a slip in its name must not show after the training
-
     with open_run("ppo", config, [policy, *rewards], data, recipe) as run:
         tokenizer = load_tokenizer(str(policy.path))
         train_ids = encode_prompts(prompts, tokenizer, config.max_prompt_length)
@@ -73,8 +71,7 @@ def run(config: PPOConfig, *, reuse: bool = False, only_preflight: bool = False)
             texts=encode_texts(sets["ptx"], tokenizer, config, context) if "ptx" in sets else (),
             gold=gold,
         )
-        trained_on = {name: rows for name, rows in sets.items() if name != "validation"}
-        preflight(run, partial(check_ppo, trainer=trainer), tokenizer, trained_on, held_out)
+        preflight(run, partial(check_ppo, trainer=trainer), tokenizer, sets)
         if only_preflight:
             return None
         if config.resume:
@@ -87,8 +84,7 @@ def run(config: PPOConfig, *, reuse: bool = False, only_preflight: bool = False)
             """Evaluates and registers the policy as it is now."""
             after = _evaluate(run, models, tokenizer, held_out_ids, held_out.rows, reward_sum, gold, reference=False)
             if name == config.name and distributed.rank() == 0:
-                texts = [last_user_text(row["prompt"]) for row in held_out.rows]
-                _write_comparison(run.folder / "comparison.jsonl", texts, before, after)
+                _write_comparison(run.folder / "comparison.jsonl", held_out, before, after)
             return run.publish(
                 lambda folder: models.save_policy(folder, base_model=policy.manifest.base_model),
                 base_model=policy.manifest.base_model,
@@ -106,7 +102,8 @@ def run(config: PPOConfig, *, reuse: bool = False, only_preflight: bool = False)
 
 
 def data_sets(config: PPOConfig) -> dict[str, Loaded]:
-    """Everything that the stage reads, by split."""
+    """Everything that the stage reads: prompts to train on and to evaluate with (`train`, `validation`), and the texts of
+    PPO-ptx (`ptx`), if any."""
     sets = {split: load_rows(config.dataset, split, kind="prompts") for split in ("train", "validation")}
     if config.ptx_coef > 0:
         sets["ptx"] = load_rows(config.ptx_dataset or config.dataset, "train", kind="demonstrations")
@@ -244,8 +241,9 @@ def _evaluate(
         )
 
 
-def _write_comparison(file: Path, prompts: list[str], before: Answers, after: Answers) -> None:
+def _write_comparison(file: Path, held_out: Loaded, before: Answers, after: Answers) -> None:
     """Answers of SFT and PPO to the same held-out prompts, side by side, for the report."""
+    prompts = [last_user_text(row["prompt"]) for row in held_out.rows]
     rows = [
         {
             "prompt": prompts[i],

@@ -123,7 +123,7 @@ def run(config: RewardConfig, *, reuse: bool = False, only_preflight: bool = Fal
         model = trainable_reward_model(base, config, int(prepared.tokenizer.pad_token_id))
         trainer = make_trainer(run, config, model, prepared)
         examine = partial(check_reward, trainer=trainer, policy=base)
-        preflight(run, examine, prepared.tokenizer, {"train": comparisons}, held_out)
+        preflight(run, examine, prepared.tokenizer, sets)
         if before is None:
             return None
         trained, steps = train_and_save(run, config, model, trainer, policy, prepared, Path(place))

@@ -54,7 +54,6 @@ def run(config: SFTConfig, *, reuse: bool = False, only_preflight: bool = False)
     """Trains and registers; with `reuse`, an artefact of the same recipe is returned instead of trained again; with
     `only_preflight`, it ends before the training, without an artefact."""
     sets = data_sets(config)
-    demonstrations, held_out = sets["train"], sets["validation"]
     data = describe_data(sets)
     registry = Registry(config.registry)
     rewards = [registry.get(config.selection_reward, expect_stage="reward")] if config.selection_reward else []
@@ -79,22 +78,8 @@ def run(config: SFTConfig, *, reuse: bool = False, only_preflight: bool = False)
             trust_remote_code=config.trust_remote_code,
         )
         model = with_adapter(base, lora_config(config, "CAUSAL_LM"))
-        selection = [Selection(config, run, tokenizer, held_out, reward) for reward in rewards]
-        trainer = _Trainer(
-            model=model,
-            args=TrlSFTConfig(
-                **trainer_arguments(run, config),
-                dataset_kwargs={"skip_prepare_dataset": True},
-                load_best_model_at_end=True,
-                metric_for_best_model=SELECTION_METRIC if rewards else "eval_loss",
-                greater_is_better=bool(rewards),
-            ),
-            train_dataset=tokenize(demonstrations, tokenizer, config.max_length),
-            eval_dataset=tokenize(held_out, tokenizer, config.max_length, limit=config.max_eval_samples),
-            processing_class=tokenizer,
-            selection=selection[0] if rewards else None,
-        )
-        preflight(run, partial(check_sft, trainer=trainer), tokenizer, {"train": demonstrations}, held_out)
+        trainer = make_trainer(run, config, model, tokenizer, sets, rewards)
+        preflight(run, partial(check_sft, trainer=trainer), tokenizer, sets)
         if only_preflight:
             return None
         with direct_casting(model, run.compute):
@@ -118,6 +103,33 @@ def run(config: SFTConfig, *, reuse: bool = False, only_preflight: bool = False)
 def data_sets(config: SFTConfig) -> dict[str, Loaded]:
     """Everything that the stage reads, by split."""
     return {split: load_rows(config.dataset, split, kind="demonstrations") for split in ("train", "validation")}
+
+
+def make_trainer(
+    run: Run,
+    config: SFTConfig,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    sets: dict[str, Loaded],
+    rewards: list[Artifact],
+) -> SFTTrainer:
+    """TRL's SFT trainer on the tokenised demonstrations; the reward model, if there is one, chooses the checkpoint."""
+    held_out = sets["validation"]
+    selection = [Selection(config, run, tokenizer, held_out, reward) for reward in rewards]
+    return _Trainer(
+        model=model,
+        args=TrlSFTConfig(
+            **trainer_arguments(run, config),
+            dataset_kwargs={"skip_prepare_dataset": True},
+            load_best_model_at_end=True,
+            metric_for_best_model=SELECTION_METRIC if rewards else "eval_loss",
+            greater_is_better=bool(rewards),
+        ),
+        train_dataset=tokenize(sets["train"], tokenizer, config.max_length),
+        eval_dataset=tokenize(held_out, tokenizer, config.max_length, limit=config.max_eval_samples),
+        processing_class=tokenizer,
+        selection=selection[0] if rewards else None,
+    )
 
 
 def make_probe(trainer: SFTTrainer, run: Run, config: SFTConfig, pad_token_id: int) -> Probe | None:
