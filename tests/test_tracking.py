@@ -450,3 +450,36 @@ def test_a_table_without_wandb_is_no_error(tmp_path: Path) -> None:
     """A disabled run that fails at its end because there is no W&B to send the card to."""
     with make(tmp_path) as tracker:
         tracker.log_table("card/flags", [{"name": "coin"}], 0)
+
+
+def test_alerts_reach_wandb_and_cannot_end_a_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A critical finding sent as a mere warning, an alert without its text, and a run that ends because an alert failed."""
+    sent: list[tuple[str, str, wandb.AlertLevel]] = []
+
+    class Run:
+        def alert(self, title: str, text: str, level: wandb.AlertLevel) -> None:
+            sent.append((title, text, level))
+            if title == "third":
+                raise OSError("no network")
+
+    with make(tmp_path) as tracker:
+        tracker.alert("none", "nobody listens", "warning")
+        tracker._run = Run()
+        tracker.alert("first", "it bends", "warning")
+        tracker.alert("second", "it breaks", "critical")
+        with caplog.at_level(logging.WARNING):
+            tracker.alert("third", "it is gone", "critical")
+        tracker._run = None
+    levels = [wandb.AlertLevel.WARN, wandb.AlertLevel.ERROR, wandb.AlertLevel.ERROR]
+    assert sent == list(zip(("first", "second", "third"), ("it bends", "it breaks", "it is gone"), levels, strict=True))
+    assert "could not send an alert" in caplog.text
+
+
+def test_what_was_logged_can_be_read_again(tmp_path: Path) -> None:
+    """Rows of a run that was resumed, of which the doctor would know nothing."""
+    with make(tmp_path) as tracker:
+        assert tracker.logged() == [] and tracker.logged_samples() == []
+        tracker.log({"a": 1.0, "b": math.nan}, 1)
+        tracker.log_samples([{"prompt": "p", "response": "r"}], 1)
+        assert [(row["step"], row["a"], row["b"]) for row in tracker.logged()] == [(1, 1.0, None)]
+        assert tracker.logged_samples() == [{"step": 1, "prompt": "p", "response": "r"}]
