@@ -91,7 +91,8 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
     if request.param == "folder":
         return open_place(str(root))
     if request.param == "hub":
-        monkeypatch.setattr(huggingface_hub, "HfApi", lambda: FolderHub(root).api)
+        api = FolderHub(root).api
+        monkeypatch.setattr(huggingface_hub, "HfApi", lambda: api)
         return open_place("hf:me/models")
     FolderWandb(root, monkeypatch)
     return open_place("wandb:me/models")
