@@ -180,6 +180,7 @@ def untrained_policy(rows: Sequence[Row], arguments: argparse.Namespace) -> None
         learning_rate=0.0,
         max_steps=1,
         wandb_mode="disabled",
+        preflight=False,  # its rows teach nothing, and may be held out and trained on
     )
     sft.run(config)
 

@@ -468,16 +468,16 @@ def doctor(load: Callable[[str], Any]) -> Any:
 def test_doctor_of_one_fault_and_one_clean_run(tmp_path: Path) -> None:
     """A patch whose target was renamed, a fault that does not reach its run, or a run that is made again when it is there."""
     words = ["--folder", tmp_path / "runs", "--out", tmp_path / "doctor.json", "--updates", 3, "--pretraining", 40]
-    done = script("doctor", *words, "--only", "other_start", "clean_ppo_plain_small_0")
+    done = script("doctor", *words, "--only", "reward_constant", "clean_ppo_plain_small_0")
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "doctor.json").read_text())
     assert (found["detected"]["runs"], found["right_cause"]["runs"], found["detected"]["of"]) == (1, 1, 1)
     (fault,) = [run for run in found["runs"] if run["kind"] == "fault"]
-    assert fault["named"] == "wrong_reference" and fault["detected_by"] == ["live", "afterwards"]
+    assert fault["named"] == "reward_constant" and fault["detected_by"] == ["live", "afterwards"]
     assert [run["refused"] for run in found["runs"]] == [None] * 4, "one fault, and three stages without any"
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "runs" / "cases").iterdir()}
-    again = script("doctor", *words, "--only", "other_start")
-    assert again.returncode == 0 and "| the policy starts from another adapter" in again.stdout
+    again = script("doctor", *words, "--only", "reward_constant")
+    assert again.returncode == 0 and "| reward constant" in again.stdout
     assert before == {file: file.stat().st_mtime_ns for file in (tmp_path / "runs" / "cases").iterdir()}
 
 

@@ -35,6 +35,7 @@ from rlhf.doctor.preflight_room import Kept, check_disk, check_memory
 from rlhf.doctor.preflight_supervised import of_company
 from rlhf.doctor.preflight_text import check_rollout
 from rlhf.doctor.probe import read_probe
+from rlhf.full import SeparateModels
 from rlhf.models import RoleModels, SharedModels, read_adapter
 from rlhf.optim import build_optimizer, smallest_8bit
 from rlhf.ppo import forward
@@ -290,7 +291,8 @@ def _reward_loads(ground: Ground, trainer: PPOTrainer) -> list[Check]:
             continue
         mean, std = float(artifact.manifest.reward_mean or 0.0), float(artifact.manifest.reward_std or 1.0)
         raw = source(_responses(ground, trainer, probe.rows)) * std + mean
-        checks.append(check_probe(artifact.reference, raw, probe.values, probe.dtype, ground.compute))
+        merged = isinstance(trainer.models, SeparateModels) and artifact.manifest.kind == "adapter"
+        checks.append(check_probe(artifact.reference, raw, probe.values, probe.dtype, ground.compute, merged=merged))
     return checks
 
 

@@ -40,7 +40,15 @@ def make(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[Make]:
         ) -> PPOTrainer:
             config = ppo_config(**options)
             models = role_models(family, tmp_path / f"reward_{family}", config, seed=seed, fresh=fresh)
-            tracker = Tracker(tmp_path / folder, stage="ppo", name="toy", group="toy", config={}, wandb_mode="disabled")
+            tracker = Tracker(
+                tmp_path / folder,
+                stage="ppo",
+                name="toy",
+                group="toy",
+                config={},
+                wandb_mode="disabled",
+                resume=config.resume,
+            )
             stack.enter_context(tracker)
             trainer = PPOTrainer(
                 models, PROMPTS, tokenizer, config, tracker, tmp_path / folder / "checkpoints", PhaseTimer()

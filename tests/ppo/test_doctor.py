@@ -28,12 +28,12 @@ FAST: dict[str, Any] = {
 
 def test_a_run_stops_with_a_checkpoint_and_goes_on_when_told(make: Make) -> None:
     """Catches: an update that is lost, a stop without a checkpoint, and a run that can never be resumed."""
-    trainer = make(fresh=True, doctor=["stop"], **{**FAST, "save_steps": 100})
+    trainer = make(fresh=True, doctor=["stop", "reward_scale=warn"], **{**FAST, "save_steps": 100})
     trainer.reward = lambda responses: (torch.ones(len(responses.texts)), {})  # type: ignore[assignment]
     with pytest.raises(UserError, match=r"doctor, update 2: reward_constant: .*--resume true --doctor warn"):
         trainer.train()
     assert trainer.updates_done == 2 and checkpoint.latest(trainer.folder) == trainer.folder / "checkpoint-2"
-    again = make(fresh=True, doctor=["warn"], **FAST)
+    again = make(fresh=True, doctor=["warn"], resume=True, **FAST)
     assert again.resume() == 2
     assert again.doctor.history.values("objective/score_std") == [0.0, 0.0], "what was logged before is known"
     again.train()
