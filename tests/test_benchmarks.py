@@ -474,7 +474,7 @@ def test_doctor_of_one_fault_and_one_clean_run(tmp_path: Path) -> None:
     assert (found["detected"]["runs"], found["right_cause"]["runs"], found["detected"]["of"]) == (1, 1, 1)
     (fault,) = [run for run in found["runs"] if run["kind"] == "fault"]
     assert fault["named"] == "reward_constant" and fault["detected_by"] == ["live", "afterwards"]
-    assert [run["refused"] for run in found["runs"]] == [None] * 4, "one fault, and three stages without any"
+    assert not any(run["refused"] for run in found["runs"]), "neither the fault nor the stages without any"
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "runs" / "cases").iterdir()}
     again = script("doctor", *words, "--only", "reward_constant")
     assert again.returncode == 0 and "| reward constant" in again.stdout

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
 import pytest
 
 from rlhf.data_prep.loading import Loaded, load_rows
@@ -391,7 +392,7 @@ def test_hub_columns_of_images_are_not_opened(tmp_path: Path, monkeypatch: pytes
     )
     secret = str(tmp_path / "secret.png")
     rows = [{"prompt": f"p{i}", "pictures": [{"path": secret, "bytes": None}], "score": i} for i in range(4)]
-    hub = {"train": datasets.Dataset.from_list(rows).cast(features)}
+    hub = {"train": datasets.Dataset(pa.Table.from_pylist(rows, schema=features.arrow_schema))}
     monkeypatch.setattr(datasets, "load_dataset", lambda name: hub)
     loaded = load_rows("owner/name", "train", kind="prompts").rows
     assert "score" in loaded.column_names and "pictures" not in loaded.column_names
