@@ -15,7 +15,10 @@ VERBS = {
     "ppo": ("rlhf.stages.ppo", "stage 3: PPO against the reward model"),
     "card": ("rlhf.evaluation.reward", "report card of a registered reward model on any comparisons"),
     "evaluate": ("rlhf.evaluation.__main__", "what policies are worth: figures, win rates, best-of-n, frontier, tax"),
-    "registry": ("rlhf.registry", "what was trained: list, lineage, diff, export, push, reproduce, delete, ..."),
+    "registry": (
+        "rlhf.registry.__main__",
+        "what was trained: list, lineage, diff, export, push, reproduce, delete, ...",
+    ),
     "doctor": ("rlhf.doctor.__main__", "what was wrong with a run; before it, what would be: rlhf doctor preflight"),
     "report": ("rlhf.report", "one HTML page about a run, or about several"),
     "tracking": ("rlhf.tracking", "save a W&B workspace that compares runs"),

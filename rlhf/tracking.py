@@ -1,7 +1,7 @@
 """Where the numbers of a run go: `metrics.jsonl` and `samples.jsonl` beside it, always, and Weights & Biases.
 
 The local files are the record, and the reports are made from them. W&B is a copy that may fail: whatever it does, the
-training goes on after one warning. Only this module and `rlhf.hub` import wandb, and only when a run needs it.
+training goes on after one warning. Only this module and `rlhf.registry.hub` import wandb, and only when a run needs it.
 
 `python -m rlhf.tracking dashboard --project NAME` saves a W&B workspace in which runs are compared.
 """

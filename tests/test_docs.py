@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from rlhf import registry_verbs
 from rlhf.config import EvaluationConfig, PPOConfig, RewardConfig, StageConfig, TrainingLength
 from rlhf.doctor.health import CHECKS
 from rlhf.ppo.types import METRICS
+from rlhf.registry import verbs as registry_verbs
 from rlhf.reward import card, probes
 
 ROOT = Path(__file__).parents[1]

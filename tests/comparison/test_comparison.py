@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_registry import FIELDS, publish
+from registry.test_registry import FIELDS, publish
 from test_report import BROWSER, made_up_card, made_up_results, without_plotly, write_jsonl
 from toys import Call
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_registry import FIELDS
+from registry.test_registry import FIELDS
 
 from rlhf.config import EvaluationConfig
 from rlhf.data_prep.loading import load_rows

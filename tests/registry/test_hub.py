@@ -12,14 +12,13 @@ from unittest.mock import MagicMock, create_autospec
 import huggingface_hub
 import pytest
 from huggingface_hub.errors import RepositoryNotFoundError
-from test_registry import chain, publish, rewrite_manifest
+from registry.test_registry import chain, publish, rewrite_manifest
 from toys import Call
 
 import wandb
-from rlhf import hub
 from rlhf.errors import UserError
-from rlhf.hub import FolderPlace, HubPlace, WandbPlace, open_place, pull, push
-from rlhf.registry import Artifact, Registry
+from rlhf.registry import Artifact, Registry, hub
+from rlhf.registry.hub import FolderPlace, HubPlace, WandbPlace, open_place, pull, push
 
 
 @pytest.fixture
@@ -174,7 +173,7 @@ def test_bad_places_and_silent_servers_are_one_line(
     publish(registry)
 
     def complaint(place: str) -> str:
-        return call("rlhf.registry", "push", "sft/demo", place, "--registry", registry.root).complaint
+        return call("rlhf.registry.__main__", "push", "sft/demo", place, "--registry", registry.root).complaint
 
     assert "hf:OWNER/NAME" in complaint("hf:models")
     assert "no place" in complaint("s3:bucket/x")

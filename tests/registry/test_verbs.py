@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_registry import FIELDS, chain, publish, rewrite_manifest
+from registry.test_registry import FIELDS, chain, publish, rewrite_manifest
 from toys import Call
 
 from rlhf.errors import UserError
-from rlhf.lineage import ancestors, difference, prunable
 from rlhf.registry import Artifact, Registry
+from rlhf.registry.lineage import ancestors, difference, prunable
 
 Verb = Callable[..., Call]
 
@@ -26,7 +26,7 @@ def registry(tmp_path: Path) -> Registry:
 @pytest.fixture
 def verb(call: Callable[..., Call], registry: Registry) -> Verb:
     """`verb("lineage", "ppo/demo")`"""
-    return lambda *words: call("rlhf.registry", *words, "--registry", registry.root)
+    return lambda *words: call("rlhf.registry.__main__", *words, "--registry", registry.root)
 
 
 def with_data(registry: Registry, stage: str, parents: tuple[Artifact, ...] = (), **config: Any) -> Artifact:

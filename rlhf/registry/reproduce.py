@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 from rlhf.config import PPOConfig, RewardConfig, SFTConfig, StageConfig, reward_kind
 from rlhf.errors import UserError
-from rlhf.hub import install
-from rlhf.lineage import ancestors, same_files
 from rlhf.registry import Artifact, Registry, library_versions
+from rlhf.registry.hub import install
+from rlhf.registry.lineage import ancestors, same_files
 
 CONFIGS: dict[str, type[StageConfig]] = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig}
 

@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rlhf.config import RunConfig
 from rlhf.data_prep.loading import load_rows
 from rlhf.errors import UserError
-from rlhf.export import FORMS, _stacked, check_adapter, export
 from rlhf.models import Compute
 from rlhf.registry import Artifact, Registry
+from rlhf.registry.export import FORMS, _stacked, check_adapter, export
 from rlhf.reward.scorer import open_scorer
 from rlhf.tokenization import encode_prompt, encode_response
 
@@ -144,7 +144,10 @@ def test_the_card_says_where_it_comes_from(registry: Registry, tmp_path: Path, c
     """A model card that could be of any model."""
     folder = tmp_path / "it"
     assert (
-        call("rlhf.registry", "export", "sft/toy", folder, "--dtype", "bfloat16", "--registry", registry.root).code == 0
+        call(
+            "rlhf.registry.__main__", "export", "sft/toy", folder, "--dtype", "bfloat16", "--registry", registry.root
+        ).code
+        == 0
     )
     artifact = registry.read("sft/toy")
     card = (folder / "README.md").read_text()
@@ -156,7 +159,7 @@ def test_the_card_says_where_it_comes_from(registry: Registry, tmp_path: Path, c
     assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
     kept = json.loads((folder / "rlhf_manifests.json").read_text())
     assert kept["sft/toy@1"]["recipe"] == artifact.manifest.recipe
-    again = call("rlhf.registry", "export", "sft/toy", folder, "--registry", registry.root)
+    again = call("rlhf.registry.__main__", "export", "sft/toy", folder, "--registry", registry.root)
     assert "not empty" in again.complaint
     assert not list(tmp_path.glob(".partial-*"))
 
@@ -187,7 +190,7 @@ def test_adapters_are_added_up_by_rank_and_scale() -> None:
 @pytest.mark.parametrize(("kind", "dora", "message"), [("full", False, "whole model"), ("adapter", True, "DoRA")])
 def test_what_is_no_adapter_is_refused(tmp_path: Path, kind: str, dora: bool, message: str) -> None:
     """An adapter folder without an adapter; or DoRA matrices that are added up as if they were plain."""
-    from test_registry import FIELDS
+    from registry.test_registry import FIELDS
 
     def write(folder: Path) -> None:
         (folder / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 4, "use_dora": dora}))

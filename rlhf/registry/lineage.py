@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import shutil
-import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -102,13 +100,6 @@ def _depth(artifact: Artifact, among: Mapping[str, Artifact]) -> int:
     """How many generations of these lie above it."""
     parents = [among[str(p.reference)] for p in artifact.manifest.parents if str(p.reference) in among]
     return 1 + max((_depth(parent, among) for parent in parents), default=0)
-
-
-def remove(artifact: Artifact) -> None:
-    """Deletes a version. It vanishes in one step, so that a crash leaves no half of it."""
-    grave = artifact.path.with_name(f".partial-{uuid.uuid4().hex[:8]}")
-    artifact.path.rename(grave)
-    shutil.rmtree(grave)
 
 
 def size(folder: Path) -> int:

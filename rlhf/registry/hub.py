@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.errors import UserError, did_you_mean
-from rlhf.lineage import ancestors, exact
 from rlhf.registry import (
     MANIFEST,
     Artifact,
@@ -27,6 +26,7 @@ from rlhf.registry import (
     read_manifest,
     sha256_file,
 )
+from rlhf.registry.lineage import ancestors, exact
 
 
 class Place(abc.ABC):

@@ -6,8 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from rlhf.lineage import ancestors, data_lines
 from rlhf.registry import Artifact, Registry
+from rlhf.registry.lineage import ancestors, data_lines
 
 WHAT = {
     "sft": "A language model fine-tuned on demonstrations, with the loss on the answers only.",

@@ -608,9 +608,10 @@ def test_lineage(registry: Registry) -> None:
 def test_code_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches the commit of a project that merely contains the virtual environment, and changes that go unrecorded."""
     package = tmp_path / "rlhf"
-    package.mkdir()
-    (package / "registry.py").write_text("")
-    monkeypatch.setattr(module, "__file__", str(package / "registry.py"))
+    (package / "registry").mkdir(parents=True)
+    (package / "registry" / "__init__.py").write_text("")
+    (package / "models.py").write_text("")
+    monkeypatch.setattr(module, "__file__", str(package / "registry" / "__init__.py"))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
 
     def git(*arguments: str) -> str:
@@ -625,7 +626,7 @@ def test_code_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     git("add", ".")
     git("commit", "-m", "ours")
     assert code_commit() == git("rev-parse", "HEAD")
-    (package / "registry.py").write_text("changed")
+    (package / "models.py").write_text("changed")
     assert code_commit() == git("rev-parse", "HEAD") + "-dirty"
     monkeypatch.setenv("PATH", "")
     assert code_commit() is None

@@ -22,9 +22,9 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from rlhf.config import RunConfig
 from rlhf.errors import UserError
-from rlhf.model_card import model_card
 from rlhf.models import ADAPTER_FILE, Compute, load_policy, load_reward_model, merge_adapter
 from rlhf.registry import Artifact, Registry
+from rlhf.registry.model_card import model_card
 from rlhf.tokenization import load_tokenizer
 
 Form = Literal["merged", "adapter"]
@@ -179,7 +179,7 @@ def _scale(config: dict[str, Any]) -> float:
 
 
 def _manifests(registry: Registry, artifact: Artifact) -> dict[str, Any]:
-    from rlhf.lineage import ancestors
+    from rlhf.registry.lineage import ancestors
 
     lines = ancestors(registry.lineage(artifact))
     return {line.reference: json.loads(line.artifact.manifest.to_json()) for line in lines if line.artifact}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf.errors import UserError, did_you_mean
+from rlhf.registry import Registry
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -74,8 +75,7 @@ def _count(text: str) -> int:
 def _lineage(arguments: argparse.Namespace, console: Console) -> None:
     from rich.tree import Tree
 
-    from rlhf.lineage import as_tree, children
-    from rlhf.registry import Registry
+    from rlhf.registry.lineage import as_tree, children
 
     registry = Registry(arguments.registry)
     artifact = registry.read(arguments.ref)
@@ -105,8 +105,7 @@ def _title(line: dict[str, Any]) -> str:
 def _diff(arguments: argparse.Namespace, console: Console) -> None:
     from rich.table import Table
 
-    from rlhf.lineage import difference
-    from rlhf.registry import Registry
+    from rlhf.registry.lineage import difference
 
     registry = Registry(arguments.registry)
     first, second = registry.read(arguments.a), registry.read(arguments.b)
@@ -140,8 +139,6 @@ def _change(one: Any) -> str:
 
 
 def _tag(arguments: argparse.Namespace, console: Console) -> None:
-    from rlhf.registry import Registry
-
     registry = Registry(arguments.registry)
     artifact = registry.read(arguments.ref)
     registry.tag(artifact, arguments.tag, remove=arguments.remove)
@@ -149,8 +146,7 @@ def _tag(arguments: argparse.Namespace, console: Console) -> None:
 
 
 def _prune(arguments: argparse.Namespace, console: Console) -> None:
-    from rlhf.lineage import prunable, remove, size
-    from rlhf.registry import Registry
+    from rlhf.registry.lineage import prunable, size
 
     registry = Registry(arguments.registry)
     names = sorted({f"{reference.stage}/{reference.name}" for reference in registry.references()})
@@ -163,7 +159,7 @@ def _prune(arguments: argparse.Namespace, console: Console) -> None:
         bytes_there = size(artifact.path)
         total += bytes_there
         if arguments.yes:
-            remove(artifact)
+            registry.delete(artifact.reference)
         console.print(
             f"{'deleted' if arguments.yes else 'would delete'} {artifact.reference}  {bytes_there / 1e6:.1f} MB"
         )
@@ -172,8 +168,7 @@ def _prune(arguments: argparse.Namespace, console: Console) -> None:
 
 
 def _export(arguments: argparse.Namespace, console: Console) -> None:
-    from rlhf.export import export
-    from rlhf.registry import Registry
+    from rlhf.registry.export import export
 
     registry = Registry(arguments.registry)
     artifact = registry.get(arguments.ref)
@@ -182,8 +177,7 @@ def _export(arguments: argparse.Namespace, console: Console) -> None:
 
 
 def _push(arguments: argparse.Namespace, console: Console) -> None:
-    from rlhf.hub import open_place, push
-    from rlhf.registry import Registry
+    from rlhf.registry.hub import open_place, push
 
     registry = Registry(arguments.registry)
     pushed = push(registry, registry.get(arguments.ref), open_place(arguments.place))
@@ -191,16 +185,14 @@ def _push(arguments: argparse.Namespace, console: Console) -> None:
 
 
 def _pull(arguments: argparse.Namespace, console: Console) -> None:
-    from rlhf.hub import open_place, pull
-    from rlhf.registry import Registry
+    from rlhf.registry.hub import open_place, pull
 
     pulled = pull(Registry(arguments.registry), arguments.ref, open_place(arguments.place))
     console.print(f"pulled {', '.join(pulled) or 'nothing: all of it is here'}", soft_wrap=True)
 
 
 def _reproduce(arguments: argparse.Namespace, console: Console) -> None:
-    from rlhf.registry import Registry
-    from rlhf.reproduce import reproduce
+    from rlhf.registry.reproduce import reproduce
 
     registry = Registry(arguments.registry)
     artifact = registry.get(arguments.ref)

@@ -4,13 +4,11 @@ A version is a folder `ROOT/STAGE/NAME/v1` of plain files (safetensors, JSON, te
 checksum of each of them. The folder is written beside its place and renamed into it, manifest last, so that a version
 exists either whole or not at all. An artefact is verified when it is loaded, and so is everything it was made from.
 
-`python -m rlhf.registry list | show REF | verify [REF] | delete REF [--force] [--registry DIR]`, and the verbs of
-`rlhf.registry_verbs`
+The command line is `rlhf.registry.__main__`.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import datetime
 import hashlib
@@ -22,21 +20,17 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import Any, Literal
 
 from filelock import FileLock
 
 from rlhf import storage
-from rlhf.errors import UserError, did_you_mean, run_command
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from rlhf.errors import UserError, did_you_mean
 
 STAGES = ("data", "pretrain", "sft", "reward", "ppo")
 MANIFEST = "manifest.json"
@@ -434,13 +428,13 @@ class Registry:
 
     def list(self) -> Sequence[Artifact]:
         """Every artefact with a readable manifest; files are not checked."""
-        return [line.artifact for r in self.references() if (line := self._try_read(r)).artifact is not None]
+        return [line.artifact for r in self.references() if (line := self.try_read(r)).artifact is not None]
 
     def lineage(self, artifact: Artifact) -> Lineage:
         """The tree of what the artefact was made from, by manifests; missing and altered parents are marked."""
         parents = []
         for parent in artifact.manifest.parents:
-            line = self._try_read(parent.reference)
+            line = self.try_read(parent.reference)
             if line.artifact is None:
                 parents.append(line)
             elif line.artifact.hash != parent.hash:
@@ -449,7 +443,7 @@ class Registry:
                 parents.append(self.lineage(line.artifact))
         return Lineage(artifact.reference, artifact, "", parents)
 
-    def _try_read(self, reference: Reference) -> Lineage:
+    def try_read(self, reference: Reference) -> Lineage:
         try:
             return Lineage(str(reference), self.read(reference), "", [])
         except UserError as error:
@@ -539,7 +533,8 @@ def sha256_file(path: Path | str) -> str:
 def code_commit() -> str | None:
     """git commit of the checkout this package runs from, `-dirty` appended if the package was changed; else None."""
     # An installed package can lie inside somebody else's checkout: only a repository that tracks this file is ours.
-    if _git("ls-files", "--error-unmatch", Path(__file__).name) is None:
+    file = Path(__file__)
+    if _git("ls-files", "--error-unmatch", str(file.relative_to(file.parents[1]))) is None:
         return None
     commit, changes = _git("rev-parse", "--verify", "HEAD"), _git("status", "--porcelain", "--", ".")
     return commit and commit + ("-dirty" if changes else "")
@@ -558,7 +553,7 @@ def library_versions() -> dict[str, str]:
 
 def _git(*arguments: str) -> str | None:
     """Output of git in the package's folder; None when git fails or is not there."""
-    command = ["git", "--no-optional-locks", "-C", str(Path(__file__).parent), *arguments]
+    command = ["git", "--no-optional-locks", "-C", str(Path(__file__).parents[1]), *arguments]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
     except (OSError, subprocess.SubprocessError):
@@ -655,113 +650,3 @@ def _folders(folder: Path) -> Iterator[Path]:
 
 def _altered(parent: Parent) -> str:
     return f"{parent.reference} was altered since (its manifest is not the one with hash {parent.hash[:12]})"
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see python -m rlhf.registry --help)")
-
-
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    from rlhf import registry_verbs
-
-    parser = _Parser(
-        prog="python -m rlhf.registry", description="Look at, compare and move artefacts.", allow_abbrev=False
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="VERB")
-    lister = commands.add_parser("list", help="all artefacts", allow_abbrev=False)
-    show = commands.add_parser("show", help="manifest and lineage of one artefact", allow_abbrev=False)
-    show.add_argument("reference", metavar="REF", help="e.g. sft/demo (the latest version) or sft/demo@2")
-    verify = commands.add_parser(
-        "verify", help="check the files and parents of all artefacts, or of one", allow_abbrev=False
-    )
-    verify.add_argument("reference", metavar="REF", nargs="?", help="default: all")
-    delete = commands.add_parser("delete", help="delete one version", allow_abbrev=False)
-    delete.add_argument("reference", metavar="REF", help="e.g. sft/demo@2")
-    delete.add_argument("--force", action="store_true", help="also one that others were made from")
-    # Before or after the command; SUPPRESS keeps the second parser's default from undoing what the first one read.
-    parser.add_argument("--registry", default="registry", metavar="DIR", help="default: registry")
-    for command in (lister, show, verify, delete, *registry_verbs.add_parsers(commands)):
-        command.add_argument("--registry", default=argparse.SUPPRESS, metavar="DIR", help="default: registry")
-    return parser.parse_args(argv)
-
-
-def _print_list(registry: Registry, console: Console) -> None:
-    from rich.table import Table
-
-    table = Table("artefact", "created", "kind", "base model", "made from", "state")
-    for reference in registry.references():
-        line = registry._try_read(reference)
-        if line.artifact is None:
-            table.add_row(str(reference), "", "", "", "", f"BROKEN: {line.problem}")
-            continue
-        manifest = line.artifact.manifest
-        parents = ", ".join(str(parent.reference) for parent in manifest.parents)
-        table.add_row(str(reference), manifest.created, manifest.kind, manifest.base_model, parents, "")
-    console.print(table if table.rows else f"registry {registry.root} is empty")
-
-
-def _print_artifact(registry: Registry, artifact: Artifact, console: Console) -> None:
-    from rich.table import Table
-    from rich.tree import Tree
-
-    table = Table("field", "value", title=artifact.reference, title_justify="left")
-    table.add_row("path", str(artifact.path))
-    table.add_row("hash", artifact.hash)
-    for field, value in dataclasses.asdict(artifact.manifest).items():
-        if field == "parents":
-            continue  # they are in the tree
-        for key, item in value.items() if isinstance(value, dict) else [("", value)]:
-            table.add_row(f"{field}.{key}" if key else field, item if isinstance(item, str) else json.dumps(item))
-    console.print(table)
-
-    def grow(tree: Tree, parents: Iterable[Lineage]) -> Tree:
-        for line in parents:
-            note = line.artifact.hash[:12] if line.artifact else line.problem
-            grow(tree.add(f"{line.reference}  {note}"), line.parents)
-        return tree
-
-    console.print(grow(Tree(f"{artifact.reference}  made from"), registry.lineage(artifact).parents))
-
-
-def _verify_all(registry: Registry, references: Sequence[Reference], console: Console) -> None:
-    bad = 0
-    for reference in references:
-        try:
-            artifact = registry.get(reference)
-            console.print(f"ok   {artifact.reference}", soft_wrap=True)
-        except UserError as error:
-            bad += 1
-            console.print(f"BAD  {reference}: {error}", soft_wrap=True)
-    if bad:
-        raise UserError(
-            f"{bad} of {len(references)} artefacts in registry {registry.root} cannot be used; see the lines above"
-        )
-    if not references:
-        console.print(f"registry {registry.root} is empty")
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Command line. A broken artefact under `verify` is a `UserError`, so that the exit code is 2."""
-    from rich.console import Console  # here, so that importing the registry stays light
-
-    arguments = _parse(argv)
-    registry = Registry(arguments.registry)
-    # In a file or pipe nothing is cut to the width of a terminal.
-    console = Console(width=None if sys.stdout.isatty() else 240, markup=False, highlight=False)
-    if arguments.command == "list":
-        _print_list(registry, console)
-    elif arguments.command == "show":
-        _print_artifact(registry, registry.read(arguments.reference), console)
-    elif arguments.command == "delete":
-        registry.delete(arguments.reference, force=arguments.force)
-        console.print(f"deleted {arguments.reference}")
-    elif arguments.command != "verify":
-        arguments.run(arguments, console)
-    else:
-        chosen = [registry.resolve(arguments.reference)] if arguments.reference else registry.references()
-        _verify_all(registry, chosen, console)
-
-
-if __name__ == "__main__":
-    run_command(main)
