@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -91,7 +91,7 @@ def check_data(ground: Ground, model: PreTrainedModel, *, by: str) -> list[Check
     sharing = [] if isinstance(ground.config, SFTConfig) else ground.parents
     prompts = (row["prompt"] for row in next(iter(ground.training.values())).rows)
     checks = [
-        check_tokenizers(ground.tokenizer, sharing, model.get_input_embeddings().num_embeddings),
+        check_tokenizers(ground.tokenizer, sharing, len(cast(Any, model.get_input_embeddings()).weight)),
         check_template(ground.tokenizer, prompts),
         check_leaks(ground.config.dataset, ground.validation, training, by=by),
     ]
