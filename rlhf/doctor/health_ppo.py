@@ -289,8 +289,8 @@ def reward_scale(h: History) -> str | None:
     if len(reward) != 1 or not str(reward[0]).startswith("reward/"):
         return None  # only a registered reward model has a zero and a unit
     mean, spread = h.at("objective/raw_score", 1), h.at("objective/score_std", 1)
-    if mean is None or spread is None or (abs(mean) <= 5 and 0.05 <= spread <= 5):
-        return None
+    if mean is None or spread is None or spread < 1e-6 or (abs(mean) <= 5 and 0.05 <= spread <= 5):
+        return None  # equal scores are another check's
     return (
         f"scores of the SFT model's responses are {mean:.3g} +- {spread:.3g}, where 0 +- 1 is what demonstrations get"
     )

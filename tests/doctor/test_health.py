@@ -161,7 +161,6 @@ SICK: dict[str, tuple[str, dict[str, Course], dict[str, Any]]] = {
 }
 #: Findings that the change of a run cannot do without.
 ALSO = {
-    "reward_constant": {"reward_scale"},
     "length_down": {"kl_high"},  # the same nats in fewer tokens
 }
 
