@@ -247,10 +247,12 @@ def value_dead(h: History) -> str | None:
 )
 def value_useless(h: History) -> str | None:
     """Explained variance below 0 for long."""
-    recent = h.values("ppo/explained_variance", 5)
-    warmup = int(h.settings.get("value_warmup_updates") or 0)
-    if h.count("ppo/explained_variance") < warmup + 10 or max(recent) >= 0:
+    values = h.values("ppo/explained_variance", 10)
+    before, recent, warmup = values[:5], values[5:], int(h.settings.get("value_warmup_updates") or 0)
+    if h.count("ppo/explained_variance") < warmup + 10 or max(recent) > -0.02:
         return None
+    if statistics.fmean(recent) > 0.5 * statistics.fmean(before):
+        return None  # it is on its way up
     return f"explained variance {min(recent):.2g} to {max(recent):.2g} in the last {len(recent)} updates"
 
 

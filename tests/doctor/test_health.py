@@ -254,6 +254,14 @@ def test_a_sampled_kl_that_is_negative_by_chance_is_no_fault() -> None:
     assert names(run("ppo", chance)) == []
 
 
+def test_a_value_model_on_its_way_up_is_no_fault() -> None:
+    """Catches: a value model that started far off, has learned most of it, and is called useless."""
+    rising: dict[str, Course] = {"ppo/explained_variance": lambda n, t, e: -8 * 0.7**n}
+    stuck: dict[str, Course] = {"ppo/explained_variance": lambda n, t, e: -0.3}
+    assert names(run("ppo", rising)) == []
+    assert names(run("ppo", stuck)) == ["value_useless"]
+
+
 def test_actions_of_checks() -> None:
     """Catches: a warning that stops a run, a check's own action that is lost, and slips that pass."""
     chosen = {check.name: action for check, action in actions(["stop", "kl_jump=roll_back", "kl_high=stop"]).items()}
