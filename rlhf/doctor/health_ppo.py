@@ -349,16 +349,16 @@ def over_optimised(h: History) -> str | None:
     smooth_gold, smooth_score, noise = _smooth(gold), _smooth(score), _noise(gold)
     best = max(range(len(smooth_gold)), key=smooth_gold.__getitem__)
     spread = statistics.fmean(h.first("objective/score_std", 3))
-    if smooth_gold[-1] < smooth_gold[best] - 4 * noise and smooth_score[-1] > smooth_score[best]:
+    if smooth_gold[-1] < smooth_gold[best] - 6 * noise and smooth_score[-1] > smooth_score[best]:
         return (
             f"the judge fell from {smooth_gold[best]:.3g} to {smooth_gold[-1]:.3g} while the score rose from "
             f"{smooth_score[best]:.3g} to {smooth_score[-1]:.3g}"
         )
-    if len(smooth_gold) > 10 and smooth_score[-1] - smooth_score[-11] > max(0.5 * spread, 4 * _noise(score)):
-        gained = smooth_gold[-1] - smooth_gold[-11]
-        if gained < 0.5 * noise:
-            return f"the score rose by {smooth_score[-1] - smooth_score[-11]:.3g} in ten updates, the judge by {gained:.2g}"
-    return None
+    if len(smooth_gold) <= 10:
+        return None
+    risen, gained = smooth_score[-1] - smooth_score[-11], smooth_gold[-1] - smooth_gold[-11]
+    stalled = risen > max(spread, 6 * _noise(score)) and gained < 0
+    return f"the score rose by {risen:.3g} in ten updates, the judge by {gained:.2g}" if stalled else None
 
 
 @check(
@@ -427,8 +427,6 @@ def no_kl_penalty(h: History) -> str | None:
 def steps_too_large(h: History) -> str | None:
     """Bursts of the ratio, the clip and the KL of one rollout's updates."""
     approx, clipped, ratios = (h.values(f"ppo/{name}", 3) for name in ("approx_kl", "clipfrac", "ratio_max"))
-    if not approx:
-        return None
     burst = approx[-1] > 0.2 or clipped[-1] > 0.5
     lasting = len(approx) >= 3 and (sorted(approx)[1] > 0.08 or sorted(clipped)[1] > 0.35 or sorted(ratios)[1] > 100)
     if not (burst or lasting):
