@@ -30,15 +30,15 @@ from doctor_world import write_base, write_data
 OPTIONS: dict[str, dict[str, Any]] = {
     "sft": {
         "chat_template": "chatml", "max_steps": 60, "per_device_train_batch_size": 32, "gradient_accumulation_steps": 1,
-        "eval_steps": 30, "save_steps": 30, "learning_rate": 1e-2, "max_length": 64,
+        "eval_steps": 30, "save_steps": 30, "learning_rate": 5e-3, "max_length": 64,
     },
     "reward": {
         "max_steps": 100, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "eval_steps": 50,
-        "save_steps": 50, "learning_rate": 1e-2, "response_length": 24, "card_policy_samples": 8,
+        "save_steps": 50, "learning_rate": 4e-3, "response_length": 24, "card_policy_samples": 8,
         "card_likelihood_responses": 16, "card_probe_answers": 2,
     },
     "ppo": {
-        "rollout_batch_size": 32, "minibatch_size": 16, "microbatch_size": 16, "response_length": 28, "learning_rate": 5e-3,
+        "rollout_batch_size": 32, "minibatch_size": 16, "microbatch_size": 16, "response_length": 28, "learning_rate": 2e-3,
         "warmup_steps": 4, "kl_coef": 0.05, "num_eval_samples": 20, "save_steps": 1000, "gold": "doctor_world:judge",
     },
 }  # fmt: skip
@@ -50,7 +50,7 @@ SHARED = {
 CLEAN_PPO: dict[str, dict[str, Any]] = {
     "plain": {},
     "large_rollouts": {"rollout_batch_size": 64, "minibatch_size": 32},
-    "two_epochs": {"num_ppo_epochs": 2, "learning_rate": 2e-3},
+    "two_epochs": {"num_ppo_epochs": 2, "learning_rate": 1e-3},
     "kl_target": {"kl_target": 3.0, "kl_horizon": 500},
     "function_reward": {"reward": ["doctor_world:mood"], "value_warmup_updates": 3},
     "shared_trunk": {"value_model": "shared_trunk", "whiten_rewards": True},

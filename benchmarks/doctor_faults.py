@@ -350,7 +350,7 @@ PPO_FAULTS = (
     ),
     Fault(
         name="learning_rate_x100", stage="ppo", what="learning rate x 100",
-        causes=("steps_too_large", "kl_jump"), options={"learning_rate": 0.3},
+        causes=("steps_too_large", "kl_jump"), options={"learning_rate": 0.2},
     ),
     Fault(
         name="learning_rate_0", stage="ppo", what="learning rate 0",
@@ -362,7 +362,7 @@ PPO_FAULTS = (
     ),
     Fault(
         name="kl_coef_0", stage="ppo", what="KL coefficient 0",
-        causes=("no_kl_penalty",), options={"kl_coef": 0.0},
+        causes=("no_kl_penalty",), options={"kl_coef": 0.0, "learning_rate": 4e-3},
     ),
     Fault(
         name="kl_controller", stage="ppo", what="KL target far below what the step size makes, horizon far too long",
@@ -426,7 +426,7 @@ SUPERVISED_FAULTS = (
     ),
     Fault(
         name="sft_learning_rate_x100", stage="sft", what="SFT: learning rate x 100",
-        causes=("loss_rising",), options={"learning_rate": 1.0},
+        causes=("loss_rising",), options={"learning_rate": 0.5},
     ),
     Fault(
         name="reward_learning_rate_0", stage="reward", what="reward model: learning rate 0",
@@ -434,7 +434,7 @@ SUPERVISED_FAULTS = (
     ),
     Fault(
         name="reward_learning_rate_x100", stage="reward", what="reward model: learning rate x 100",
-        causes=("loss_rising",), options={"learning_rate": 1.0},
+        causes=("loss_rising",), options={"learning_rate": 0.4},
     ),
     Fault(
         name="labels_shuffled", stage="reward", what="preference labels shuffled",

@@ -247,10 +247,12 @@ def value_dead(h: History) -> str | None:
 )
 def value_useless(h: History) -> str | None:
     """Explained variance below 0 for long."""
-    recent = h.values("ppo/explained_variance", 5)
-    warmup = int(h.settings.get("value_warmup_updates") or 0)
-    if h.count("ppo/explained_variance") < warmup + 10 or max(recent) >= 0:
+    values = h.values("ppo/explained_variance", 10)
+    before, recent, warmup = values[:5], values[5:], int(h.settings.get("value_warmup_updates") or 0)
+    if h.count("ppo/explained_variance") < warmup + 10 or max(recent) > -0.02:
         return None
+    if statistics.fmean(recent) > 0.5 * statistics.fmean(before):
+        return None  # it is on its way up
     return f"explained variance {min(recent):.2g} to {max(recent):.2g} in the last {len(recent)} updates"
 
 
@@ -289,8 +291,8 @@ def reward_scale(h: History) -> str | None:
     if len(reward) != 1 or not str(reward[0]).startswith("reward/"):
         return None  # only a registered reward model has a zero and a unit
     mean, spread = h.at("objective/raw_score", 1), h.at("objective/score_std", 1)
-    if mean is None or spread is None or (abs(mean) <= 5 and 0.05 <= spread <= 5):
-        return None
+    if mean is None or spread is None or spread < 1e-6 or (abs(mean) <= 5 and 0.05 <= spread <= 5):
+        return None  # equal scores are another check's
     return (
         f"scores of the SFT model's responses are {mean:.3g} +- {spread:.3g}, where 0 +- 1 is what demonstrations get"
     )
@@ -347,16 +349,16 @@ def over_optimised(h: History) -> str | None:
     smooth_gold, smooth_score, noise = _smooth(gold), _smooth(score), _noise(gold)
     best = max(range(len(smooth_gold)), key=smooth_gold.__getitem__)
     spread = statistics.fmean(h.first("objective/score_std", 3))
-    if smooth_gold[-1] < smooth_gold[best] - 4 * noise and smooth_score[-1] > smooth_score[best]:
+    if smooth_gold[-1] < smooth_gold[best] - 6 * noise and smooth_score[-1] > smooth_score[best]:
         return (
             f"the judge fell from {smooth_gold[best]:.3g} to {smooth_gold[-1]:.3g} while the score rose from "
             f"{smooth_score[best]:.3g} to {smooth_score[-1]:.3g}"
         )
-    if len(smooth_gold) > 10 and smooth_score[-1] - smooth_score[-11] > max(0.5 * spread, 4 * _noise(score)):
-        gained = smooth_gold[-1] - smooth_gold[-11]
-        if gained < 0.5 * noise:
-            return f"the score rose by {smooth_score[-1] - smooth_score[-11]:.3g} in ten updates, the judge by {gained:.2g}"
-    return None
+    if len(smooth_gold) <= 10:
+        return None
+    risen, gained = smooth_score[-1] - smooth_score[-11], smooth_gold[-1] - smooth_gold[-11]
+    stalled = risen > max(spread, 6 * _noise(score)) and gained < 0
+    return f"the score rose by {risen:.3g} in ten updates, the judge by {gained:.2g}" if stalled else None
 
 
 @check(
@@ -425,8 +427,6 @@ def no_kl_penalty(h: History) -> str | None:
 def steps_too_large(h: History) -> str | None:
     """Bursts of the ratio, the clip and the KL of one rollout's updates."""
     approx, clipped, ratios = (h.values(f"ppo/{name}", 3) for name in ("approx_kl", "clipfrac", "ratio_max"))
-    if not approx:
-        return None
     burst = approx[-1] > 0.2 or clipped[-1] > 0.5
     lasting = len(approx) >= 3 and (sorted(approx)[1] > 0.08 or sorted(clipped)[1] > 0.35 or sorted(ratios)[1] > 100)
     if not (burst or lasting):

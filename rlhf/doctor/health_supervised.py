@@ -58,9 +58,9 @@ def no_gradient(h: History) -> str | None:
 def loss_rising(h: History) -> str | None:
     """Training and held-out loss against the start."""
     loss, held_out = f"{h.stage}/loss", h.values(f"{h.stage}/eval_loss")
-    if h.count(loss) >= 5:
-        before, now = h.change(loss, start=2)
-        if now > 1.2 * before + 0.05:
+    if h.count(loss) >= 8:
+        before, now = h.change(loss, recent=5)
+        if now > 1.25 * before + 0.1:
             return f"training loss rose from {before:.3g} to {now:.3g}"
     if h.stage == "sft" and len(held_out) >= 2 and held_out[-1] > 1.05 * held_out[0] + 0.02:
         return f"held-out loss rose from {held_out[0]:.3g} to {held_out[-1]:.3g}"

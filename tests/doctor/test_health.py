@@ -161,7 +161,6 @@ SICK: dict[str, tuple[str, dict[str, Course], dict[str, Any]]] = {
 }
 #: Findings that the change of a run cannot do without.
 ALSO = {
-    "reward_constant": {"reward_scale"},
     "length_down": {"kl_high"},  # the same nats in fewer tokens
 }
 
@@ -253,6 +252,28 @@ def test_a_sampled_kl_that_is_negative_by_chance_is_no_fault() -> None:
         "objective/kl_k3": lambda n, t, e: 0.05 if n > 1 else 0.0,
     }
     assert names(run("ppo", chance)) == []
+
+
+def test_a_judge_that_stands_still_while_the_score_rises() -> None:
+    """Catches: over-optimisation that is seen only once the judge falls, and a noisy judge of a flat score taken for it."""
+    still: dict[str, Course] = {
+        "objective/raw_score": lambda n, t, e: 3 * t,
+        "objective/gold": lambda n, t, e: 0.4 - 0.02 * t + 0.001 * e,
+    }
+    noisy: dict[str, Course] = {
+        "objective/raw_score": lambda n, t, e: 0.1 * e,
+        "objective/gold": lambda n, t, e: 0.3 * e,
+    }
+    assert names(run("ppo", still)) == ["over_optimised"]
+    assert names(run("ppo", noisy)) == []
+
+
+def test_a_value_model_on_its_way_up_is_no_fault() -> None:
+    """Catches: a value model that started far off, has learned most of it, and is called useless."""
+    rising: dict[str, Course] = {"ppo/explained_variance": lambda n, t, e: -8 * 0.7**n}
+    stuck: dict[str, Course] = {"ppo/explained_variance": lambda n, t, e: -0.3}
+    assert names(run("ppo", rising)) == []
+    assert names(run("ppo", stuck)) == ["value_useless"]
 
 
 def test_actions_of_checks() -> None:

@@ -35,7 +35,6 @@ def test_a_run_stops_with_a_checkpoint_and_goes_on_when_told(make: Make) -> None
     assert trainer.updates_done == 2 and checkpoint.latest(trainer.folder) == trainer.folder / "checkpoint-2"
     again = make(fresh=True, doctor=["warn"], resume=True, **FAST)
     assert again.resume() == 2
-    assert again.doctor.history.values("objective/score_std") == [0.0, 0.0], "what was logged before is known"
     again.train()
     assert again.updates_done == 6
 
