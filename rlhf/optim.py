@@ -28,11 +28,23 @@ def build_optimizer(groups: Sequence[dict[str, Any]], config: StageConfig) -> to
     if config.optim == "adamw_8bit":
         import bitsandbytes
 
+        forget_overrides()
         # Heads to one number as well, however wide the model is: they decide the scale of values.
         heads = [p.numel() for group in groups for p in group["params"] if p.ndim < 2 or p.shape[0] == 1]
         smallest = max([MIN_8BIT_SIZE, *(size + 1 for size in heads)])
         return bitsandbytes.optim.AdamW8bit(list(groups), min_8bit_size=smallest, **settings)
     return torch.optim.AdamW(list(groups), **settings)
+
+
+def forget_overrides() -> None:
+    """Takes back what earlier optimisers of this process asked of bitsandbytes.
+
+    It notes by place in the parameter groups which states stay in 32 bits, for the whole process: transformers' Trainer does
+    so for embeddings, and a later optimiser would find that note at a place where it has another parameter.
+    """
+    import bitsandbytes
+
+    bitsandbytes.optim.GlobalOptimManager.get_instance().initialize()
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, config: StageConfig, num_updates: int) -> LambdaLR:
