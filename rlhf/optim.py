@@ -29,9 +29,21 @@ def build_optimizer(groups: Sequence[dict[str, Any]], config: StageConfig) -> to
     if config.optim == "adamw_8bit":
         import bitsandbytes
 
+        forget_overrides()
         smallest = smallest_8bit(p for group in groups for p in group["params"])
         return bitsandbytes.optim.AdamW8bit(list(groups), min_8bit_size=smallest, **settings)
     return torch.optim.AdamW(list(groups), **settings)
+
+
+def forget_overrides() -> None:
+    """Takes back what earlier optimisers of this process asked of bitsandbytes.
+
+    It notes by place in the parameter groups which states stay in 32 bits, for the whole process: transformers' Trainer does
+    so for embeddings, and a later optimiser would find that note at a place where it has another parameter.
+    """
+    import bitsandbytes
+
+    bitsandbytes.optim.GlobalOptimManager.get_instance().initialize()
 
 
 def smallest_8bit(parameters: Iterable[nn.Parameter]) -> int:

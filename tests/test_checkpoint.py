@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rlhf import checkpoint
 from rlhf.errors import UserError
+from rlhf.optim import forget_overrides
 
 
 def save(folder: Path, step: int, value: float | None = None) -> Path:
@@ -145,6 +146,7 @@ def optimizer(kind: str, of: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
     groups: list[dict[str, Any]] = [{"params": of[:1]}, {"params": of[1:], "lr": 3e-2}]
     settings: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1}
     if kind == "adamw_8bit":
+        forget_overrides()  # of tests before this one
         return bitsandbytes.optim.AdamW8bit(groups, min_8bit_size=4096, **settings)
     return torch.optim.AdamW(groups, **settings)
 

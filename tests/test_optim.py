@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import bitsandbytes
 import pytest
 import torch
 from test_models import ppo_config
@@ -20,6 +21,22 @@ def test_heads_keep_32_bits_however_wide() -> None:
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     kinds = [{t.dtype for t in _tensors(optimizer.state[p]) if t.shape == p.shape} for p in (head, matrix)]
+    assert kinds == [{torch.float32}, {torch.uint8}]
+
+
+def test_an_earlier_optimiser_of_the_process_says_nothing_about_this_one() -> None:
+    """Catches: an adapter whose states are kept in 32 bits because an embedding stood at its place in an earlier training."""
+    embedding = torch.nn.Embedding(16, 4096)
+    manager = bitsandbytes.optim.GlobalOptimManager.get_instance()
+    manager.register_module_override(embedding, "weight", {"optim_bits": 32})
+    earlier = bitsandbytes.optim.AdamW8bit(embedding.parameters())
+    matrix = torch.nn.Parameter(torch.zeros(16, 4096))
+    embedding.weight.grad = torch.ones_like(embedding.weight)
+    earlier.step()
+    later = optim.build_optimizer([{"params": [matrix]}], ppo_config(optim="adamw_8bit"))
+    matrix.grad = torch.ones_like(matrix)
+    later.step()
+    kinds = [{t.dtype for t in _tensors(o.state) if t.shape == matrix.shape} for o in (earlier, later)]
     assert kinds == [{torch.float32}, {torch.uint8}]
 
 

@@ -9,15 +9,14 @@ from __future__ import annotations
 import itertools
 import shutil
 import sys
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rlhf.data_prep.card import make_card, render
+from rlhf.data_prep.card import SourceReport, make_card, render
 from rlhf.data_prep.clean import Dropped, clean
 from rlhf.data_prep.dedup import first_of_equal
 from rlhf.data_prep.files import Line, hash_files, read_source
@@ -49,21 +48,6 @@ from rlhf.progress import Progress
 _LOOKED_AT = 20
 #: Malformed rows are refused as a share from this many rows on; of fewer, one slip would be too many.
 _FEW = 20
-
-
-@dataclass
-class SourceReport:
-    """What was read from one source."""
-
-    source: Source
-    files: dict[str, str]
-    """sha256 by name; no path, so that the card is the same on every machine."""
-    reader: str = ""
-    evidence: str = ""
-    rows: int = 0
-    malformed: int = 0
-    records: int = 0
-    kinds: Counter[str] = field(default_factory=Counter)
 
 
 def prepare_sources(config: DataConfig) -> Path:

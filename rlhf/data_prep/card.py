@@ -6,25 +6,39 @@ import hashlib
 import importlib.metadata
 import json
 import unicodedata
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from rlhf.data_prep.dedup import band_rows
 from rlhf.data_prep.plan import Plan
-from rlhf.data_prep.recipe import DataConfig
+from rlhf.data_prep.recipe import DataConfig, Source
 from rlhf.data_prep.splits import Prompts
 from rlhf.data_prep.tally import Tally
 from rlhf.data_prep.write import Written
-
-if TYPE_CHECKING:
-    from rlhf.data_prep.build import SourceReport
 
 #: Libraries whose version can change a row.
 LIBRARIES = (
     "datasets", "ftfy", "ijson", "opencc", "phonenumberslite", "pyarrow", "py3langid", "rensa", "tokenizers", "transformers",
 )  # fmt: skip
+
+
+@dataclass
+class SourceReport:
+    """What was read from one source."""
+
+    source: Source
+    files: dict[str, str]
+    """sha256 by name; no path, so that the card is the same on every machine."""
+    reader: str = ""
+    evidence: str = ""
+    rows: int = 0
+    malformed: int = 0
+    records: int = 0
+    kinds: Counter[str] = field(default_factory=Counter)
 
 
 def versions() -> dict[str, str]:

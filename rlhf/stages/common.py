@@ -304,6 +304,7 @@ def train(trainer: Any, run: Run) -> None:
     """Runs a transformers Trainer with this project's progress, metrics, resume and stop rules."""
     from transformers import PrinterCallback
 
+    optim.forget_overrides()
     trainer.remove_callback(PrinterCallback)
     with StopRequest() as stop:
         trainer.add_callback(ProgressCallback(run.stage))

@@ -11,7 +11,10 @@ import pytest
 from prepared import Built, pairs
 from toys import Call
 
+from rlhf.data_prep.loading import load_rows
 from rlhf.errors import UserError
+from rlhf.reward.rankings import encode_rankings
+from rlhf.stages import sft
 from rlhf.tokenization import check_encoding, load_tokenizer
 
 Build = Callable[..., Built]
@@ -101,15 +104,14 @@ def test_the_mask_is_checked_by_decoding(toy_base: Callable[[str], Path]) -> Non
         check_encoding(twice, PROMPT, ANSWER)
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward"])
-def test_stages_check_the_mask_before_they_train(toy_base: Callable[[str], Path], toy_data: Path, stage: str) -> None:
+@pytest.mark.parametrize(
+    ("encode", "kind"), [(sft.tokenize, "demonstrations"), (encode_rankings, "comparisons")], ids=["sft", "reward"]
+)
+def test_stages_check_the_mask_before_they_train(
+    toy_base: Callable[[str], Path], toy_data: Path, encode: Callable[..., Any], kind: Any
+) -> None:
     """Catches: hours of training on answers that a template has rewritten."""
-    import importlib
-
-    from rlhf.data_prep.loading import load_rows
-
     tokenizer: Any = load_tokenizer(str(toy_base("llama")), chat_template="chatml")
     tokenizer.chat_template = tokenizer.chat_template.replace("message['content'] +", "message['content'] | upper +")
-    kind: Any = {"sft": "demonstrations", "reward": "comparisons"}[stage]
     with pytest.raises(UserError, match="which is not the answer"):
-        importlib.import_module(f"rlhf.stages.{stage}").tokenize(load_rows(toy_data, "train", kind=kind), tokenizer, 64)
+        encode(load_rows(toy_data, "train", kind=kind), tokenizer, 64)
