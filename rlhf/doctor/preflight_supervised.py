@@ -31,7 +31,7 @@ from rlhf.doctor.preflight_models import (
 from rlhf.doctor.preflight_room import Kept, check_disk, check_memory
 from rlhf.doctor.preflight_text import check_labels, check_rankings, fitting_pairs
 from rlhf.models import direct_casting, merged_adapter, read_adapter, save_adapter
-from rlhf.optim import MIN_8BIT_SIZE
+from rlhf.optim import MIN_8BIT_SIZE, forget_overrides
 from rlhf.reward.parity import other_companies
 from rlhf.reward.ranking import ordered_pairs
 from rlhf.reward.scorer import Scorer
@@ -196,6 +196,7 @@ def _saved(
 
 def _states(ground: Ground, trainer: Any, intended: Mapping[str, nn.Parameter]) -> Check:
     """What the optimiser of transformers' Trainer keeps."""
+    forget_overrides()  # as the stage does when it starts to train
     kind, settings = trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
     return check_optimizer(
         intended.values(),
