@@ -30,11 +30,11 @@ from rlhf.registry import (
     Registry,
     code_commit,
     library_versions,
-    main,
     parse_reference,
     recipe_hash,
     sha256_file,
 )
+from rlhf.registry.__main__ import main
 
 FIELDS: dict[str, Any] = {
     "kind": "adapter",
