@@ -123,8 +123,8 @@ def synced(finished: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
             places = {name: str(folder / name) for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR")}
             command = [sys.executable, "-m", "wandb", "sync", "--yes", str(folder / stage / run.name)]
             environment = {**os.environ, **settings, **places}
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
             done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=600)
+            assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return server
 
 
