@@ -97,10 +97,10 @@ def load_base(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """A causal language model by hub name, folder or `pypi:` name, in the run's type, quantised if asked for."""
+    """A causal language model by hub name, folder, `pypi:` or `pretrain/` name, in the run's type, quantised if asked for."""
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            resolve_model(name_or_path),
+            resolve_model(name_or_path, config.registry),
             revision=revision,
             dtype=compute.dtype,
             attn_implementation="sdpa" if config.attn_implementation == "auto" else config.attn_implementation,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from typing import IO, Any, Literal
 from filelock import FileLock
 
 from rlhf.errors import UserError, did_you_mean
-from rlhf.registry import sha256_file
+from rlhf.registry import Artifact, Registry, sha256_file
 
 MODEL_PREFIX = "pypi:"
 #: Raised when the conversion changes, so that folders made by older code are not taken for new ones.
@@ -165,8 +166,22 @@ def _copy_all(open_member: Callable[[str], IO[bytes]], members: Sequence[str], t
             shutil.copyfileobj(source, sink)
 
 
-def resolve_model(name_or_path: str) -> str:
-    """What `from_pretrained` takes: `pypi:NAME` becomes its folder in the cache, anything else stays as it is."""
+def pretrained(name_or_path: str, registry: str | Path) -> Artifact | None:
+    """The artefact that `pretrain/NAME` or `pretrain/NAME@VERSION` names, verified; None for any other name.
+
+    Raises:
+        UserError: there is none, or it is not as it was registered.
+    """
+    if not re.fullmatch(r"pretrain/[^/]+", name_or_path):
+        return None
+    return Registry(registry).get(name_or_path, expect_stage="pretrain")
+
+
+def resolve_model(name_or_path: str, registry: str | Path = "registry") -> str:
+    """What `from_pretrained` takes: the folder of a `pypi:NAME` in the cache, or of a `pretrain/NAME` in the registry; anything
+    else stays as it is."""
+    if artifact := pretrained(name_or_path, registry):
+        return str(artifact.path)
     return str(base_model(name_or_path)) if name_or_path.startswith(MODEL_PREFIX) else name_or_path
 
 

@@ -6,6 +6,7 @@ kept, by held-out loss or by a reward model's score; registers the adapter as sf
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +19,7 @@ from trl import SFTConfig as TrlSFTConfig
 from trl import SFTTrainer
 
 from rlhf.config import SFTConfig, parse_config, require
-from rlhf.data_prep.assets import resolve_model
+from rlhf.data_prep.assets import pretrained, resolve_model
 from rlhf.data_prep.loading import Loaded, load_rows
 from rlhf.doctor.preflight import few
 from rlhf.doctor.preflight_supervised import sft as check_sft
@@ -57,15 +58,19 @@ def run(config: SFTConfig, *, reuse: bool = False, only_preflight: bool = False)
     data = describe_data(sets)
     registry = Registry(config.registry)
     rewards = [registry.get(config.selection_reward, expect_stage="reward")] if config.selection_reward else []
-    recipe = stage_recipe(config, rewards, data)
+    parents = list(rewards)
+    if base_artifact := pretrained(config.model_name_or_path, config.registry):
+        config = dataclasses.replace(config, model_name_or_path=base_artifact.reference)  # this version, from here on
+        parents = [base_artifact, *rewards]
+    recipe = stage_recipe(config, parents, data)
     if reuse and (artifact := finished_already("sft", config, recipe)):
         return artifact
 
     require_one_process("sft")
-    data["overlap"] = overlap(sets, rewards, registry)
-    with open_run("sft", config, rewards, data, recipe) as run:
+    data["overlap"] = overlap(sets, parents, registry)
+    with open_run("sft", config, parents, data, recipe) as run:
         tokenizer = load_tokenizer(
-            resolve_model(config.model_name_or_path),
+            resolve_model(config.model_name_or_path, config.registry),
             chat_template=config.chat_template,
             revision=config.model_revision,
             trust_remote_code=config.trust_remote_code,
