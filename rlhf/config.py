@@ -41,7 +41,7 @@ PLACE_OPTIONS = {
     "preflight",
 }
 #: Options that name an input by place; a recipe holds the input's hash instead.
-INPUT_OPTIONS = {"dataset", "policy", "reward", "ptx_dataset", "ptx_text", "selection_reward"}
+INPUT_OPTIONS = {"dataset", "policy", "reward", "ptx_dataset", "ptx_text", "selection_reward", "new_tokens"}
 
 
 def option(help: str, default: Any = dataclasses.MISSING) -> Any:
@@ -177,7 +177,7 @@ class PretrainConfig(TextConfig, TrainingLength, TrainingConfig):
     """A tokenizer and a model of one's own, from plain text."""
 
     dataset: str = option(
-        "plain text: a file or folder (text, .jsonl, .json, .csv, .tsv, .parquet), a hub dataset, or pypi:rated-sentences"
+        "plain text: a file or folder (text, .jsonl, .json, .csv, .tsv, .parquet), a hub dataset, pypi:rated-sentences or pypi:chinese-reviews"
     )
     validation_share: float = option("share of the documents, by hash, that the held-out loss is measured on", 0.05)
     max_characters: int | None = option("the text ends with the document that reaches this many; none: all of it", None)
@@ -229,6 +229,16 @@ class SFTConfig(TrainingLength, StageConfig):
         divides("eval_steps", self.eval_steps, "save_steps", self.save_steps)
         for size in ("selection_samples", "response_length"):
             require(getattr(self, size) >= 1, f"{size} must be at least 1, got {getattr(self, size)}")
+        require(self.learn_tokens >= 0, f"learn_tokens must not be negative, got {self.learn_tokens}")
+        require(
+            not (self.new_tokens and self.learn_tokens),
+            "new tokens come from new_tokens or learn_tokens; leave one out",
+        )
+
+    def recipe(self) -> dict[str, Any]:
+        """As of every stage; new tokens are known by the content of their file."""
+        tokens = read_new_tokens(self.new_tokens) if self.new_tokens else []
+        return {**super().recipe(), "added_tokens": tokens}
 
     model_name_or_path: str = option(
         "base model: hub name, folder, pypi:smollm2-135m-instruct, or pretrain/NAME of the registry"
@@ -238,6 +248,16 @@ class SFTConfig(TrainingLength, StageConfig):
         "chat template: the model's own if not given, 'chatml', 'plain', or a file", None
     )
     trust_remote_code: bool = option("run code that comes with a hub model", False)
+    new_tokens: str | None = option(
+        "text file of tokens, one a line, that the vocabulary is extended by; their embeddings start from the mean of their old "
+        "pieces and are trained with the adapter",
+        None,
+    )
+    learn_tokens: int = option(
+        "new tokens learned from the training answers, in place of new_tokens: what costs the tokenizer a token or more a "
+        "character; 0 learns none",
+        0,
+    )
     selection_reward: str | None = option(
         "reward model by whose mean score of sampled answers the checkpoint is chosen, in place of the held-out loss "
         "(InstructGPT, section 3.5): reward/NAME or reward/NAME@VERSION",
@@ -629,6 +649,32 @@ def divides(small_name: str, small: int, large_name: str, large: int) -> None:
         large >= small and large % small == 0,
         f"{large_name} ({large}) must be a multiple of {small_name} ({small}); nearest: {nearest}",
     )
+
+
+def read_new_tokens(file: str) -> list[str]:
+    """The tokens of a text file, one a line.
+
+    Raises:
+        UserError: no such file, or a line that is empty or was there before.
+    """
+    place = Path(file).expanduser()
+    if not place.is_file():
+        siblings = [str(p) for p in place.parent.glob("*")]
+        raise UserError(f"no file {file} with new tokens{did_you_mean(file, siblings)}")
+    try:
+        tokens = place.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{file} is not UTF-8 (byte {error.start + 1}); new tokens are plain text, one a line"
+        ) from error
+    first: dict[str, int] = {}
+    for number, token in enumerate(tokens, start=1):
+        if not token.strip():
+            raise UserError(f"{file}, line {number}: an empty token; delete the line")
+        if token in first:
+            raise UserError(f"{file}, line {number}: '{token}' is on line {first[token]} already; delete one of them")
+        first[token] = number
+    return tokens
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

