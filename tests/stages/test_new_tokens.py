@@ -49,7 +49,7 @@ def chinese(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     "ratings_held_out": [1.0, -1.0],
                 }
                 for p in prompts
-            ],  # noqa: E501  # fmt: skip
+            ],
             "prompts": [{"prompt": prompt} for prompt in prompts],
         }
         for kind, rows in sets.items():
@@ -141,7 +141,7 @@ def test_tokens_that_are_learned_and_those_that_are_not(toy_tokenizer: Any, toy_
     learned = learn_tokens(texts, tokenizer, 3)
     assert learned == learn_tokens(texts, tokenizer, 3) and len(set(learned)) == 3
     assert all(any(part in "".join(OFTEN) for part in [token]) and not token.isascii() for token in learned)
-    with pytest.raises(UserError, match="supports .* new tokens, not learn_tokens=500"):
+    with pytest.raises(UserError, match="not learn_tokens=500"):
         learn_tokens(texts, tokenizer, 500)
 
 
