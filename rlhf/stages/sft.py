@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import torch
 from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 from trl import SFTConfig as TrlSFTConfig
 from trl import SFTTrainer
@@ -310,14 +310,15 @@ class _Trainer(ResumableTrainer, SFTTrainer):
         TRL's own loss is kept wherever its kernel leaves out the prompt. On a CPU that kernel computes logits for every
         position, and again in the backward pass, which is half of the step; there the loss is taken here.
         """
-        if self.args.device.type != "cpu":
+        causal = self.accelerator.unwrap_model(model).get_base_model()
+        fused = isinstance(causal.get_output_embeddings(), nn.Linear)  # TRL's kernel cannot read rows that are trained
+        if fused and self.args.device.type != "cpu":
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             if not model.training:
                 loss = result[0] if return_outputs else result
                 counted = (inputs["labels"][:, 1:] != -100).sum() if num_items_in_batch is None else num_items_in_batch
                 self._nats += float(loss) * int(counted)
             return result
-        causal = self.accelerator.unwrap_model(model).get_base_model()
         answer = inputs["labels"][:, 1:] != -100
         with self.accelerator.autocast():  # accelerate wraps only the outermost forward, which is not called here
             hidden = backbone(causal)(
