@@ -144,7 +144,7 @@ def load_policy(artifact: Artifact, config: RunConfig, compute: Compute) -> PreT
     """
     plain = _without_quantization(config)
     base = load_base(artifact.manifest.base_model, plain, compute, revision=artifact.manifest.base_model_revision)
-    _fit_vocabulary(base, artifact)
+    fit_vocabulary(base, artifact)
     merged = PeftModel.from_pretrained(base, str(artifact.path)).merge_and_unload()
     merged.requires_grad_(False)
     if config.quantization == "none":
@@ -154,7 +154,7 @@ def load_policy(artifact: Artifact, config: RunConfig, compute: Compute) -> PreT
         return load_base(folder, config, compute).requires_grad_(False)
 
 
-def _fit_vocabulary(base: PreTrainedModel, artifact: Artifact) -> None:
+def fit_vocabulary(base: PreTrainedModel, artifact: Artifact) -> None:
     """Makes room for the tokens that an adapter has added; what is in the new rows comes with it.
 
     Raises:

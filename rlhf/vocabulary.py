@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.errors import UserError
@@ -80,19 +80,24 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> dic
     return {first + number: old for number, old in enumerate(pieces)}
 
 
-@torch.no_grad()
 def grow_embeddings(model: PreTrainedModel, pieces: Mapping[int, Sequence[int]]) -> None:
     """Gives new tokens rows in the embeddings, input and output: the mean of the rows of their old pieces."""
     fit_embeddings(model, max(pieces) + 1)
-    for layer in {
-        id(e): e for e in (model.get_input_embeddings(), model.get_output_embeddings()) if e is not None
-    }.values():
-        weight: Any = layer.weight
+    for weight in _embeddings(model):
         for token, old in pieces.items():
             weight[token] = weight[list(old)].float().mean(dim=0).to(weight.dtype)
 
 
 def fit_embeddings(model: PreTrainedModel, rows: int) -> None:
-    """Makes room for that many tokens; a model may have more rows than its tokenizer has tokens."""
-    if rows > model.get_input_embeddings().weight.shape[0]:
+    """Makes room for that many tokens; a model may have more rows than its tokenizer has tokens. New rows are the mean row."""
+    before = len(_embeddings(model)[0])
+    if rows > before:
         model.resize_token_embeddings(rows, mean_resizing=False)
+        for weight in _embeddings(model):
+            weight[before:] = weight[:before].float().mean(dim=0).to(weight.dtype)
+
+
+def _embeddings(model: PreTrainedModel) -> list[Tensor]:
+    """The weights of the input embedding and of the output layer; one where they are tied."""
+    layers: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
+    return list({id(layer.weight): layer.weight.detach() for layer in layers if layer is not None}.values())
