@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -174,3 +176,17 @@ def test_new_tokens_that_cannot_be(place: Place, toy_base: Callable[[str], Path]
     assert "no file" in place.run("sft", **options, new_tokens=str(tmp_path / "none.txt")).complaint
     assert "leave one out" in place.run("sft", **options, new_tokens=str(file), learn_tokens=3).complaint
     assert place.registry.list() == []
+
+
+@pytest.mark.slow
+def test_chinese_on_a_real_model(tmp_path: Path) -> None:
+    """Half the tokens a character at most, a lower loss a character after equal updates, and answers of whole characters."""
+    script = Path(__file__).parents[2] / "benchmarks" / "chinese.py"
+    words = ["--folder", tmp_path, "--out", tmp_path / "chinese.json", "--updates", 30, "--samples", 2]
+    done = subprocess.run([sys.executable, script, *map(str, words)], capture_output=True, text=True, timeout=3600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((tmp_path / "chinese.json").read_text(encoding="utf-8"))
+    old, new = found["old"], found["new"]
+    assert new["new_tokens"] == 2000 and new["tokens_per_character"] <= old["tokens_per_character"] / 2
+    assert new["eval_loss_per_character_after"] < old["eval_loss_per_character_after"]
+    assert new["broken_samples"] == 0
