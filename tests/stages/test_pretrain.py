@@ -200,6 +200,15 @@ def test_chain_from_text_to_ppo(
     assert "model.safetensors is corrupt" in call("rlhf.stages.reward", *words).complaint
 
 
+def test_preflight_alone_trains_nothing(place: Place, tmp_path: Path, call: Caller) -> None:
+    """A preflight that takes the stage's config for another stage's, or that leaves an artefact."""
+    file = tmp_path / "pretrain.yaml"
+    file.write_text(yaml.safe_dump({**OPTIONS, "dataset": str(place.corpus), "output_dir": str(tmp_path / "out")}))
+    done = call("rlhf.doctor.preflight", "--config", file, "--registry", place.registry)
+    assert done.code == 0 and "preflight passed: pretrain/mini can start" in done.out, done.err[-3000:]
+    assert "ok   no token sees later ones" in done.out and Registry(place.registry).list() == []
+
+
 # Bad input
 
 
