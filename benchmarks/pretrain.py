@@ -2,7 +2,8 @@
 
 The 5-gram is nltk's. Its one slow loop, over all n-grams for each count of continuations, is replaced by a table of the same
 counts; a test compares the two. Where there is a choice it is the 5-gram's: the best of several discounts on the held-out text
-itself, and characters that training saw less than twice count as one unknown character.
+itself; characters that training saw less than twice count as one unknown character; and at a document's first characters
+nltk's probabilities add up to a little more than 1.
 """
 
 from __future__ import annotations

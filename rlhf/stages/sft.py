@@ -30,6 +30,7 @@ from rlhf.doctor.probe import Probe
 from rlhf.errors import run_command
 from rlhf.models import (
     backbone,
+    context_length,
     direct_casting,
     load_base,
     lora_config,
@@ -158,6 +159,7 @@ def make_trainer(
 ) -> SFTTrainer:
     """TRL's SFT trainer on the tokenised demonstrations; the reward model, if there is one, chooses the checkpoint."""
     held_out = sets["validation"]
+    longest = min(config.max_length, context_length(model.get_base_model()))
     selection = [Selection(config, run, tokenizer, held_out, reward) for reward in rewards]
     return _Trainer(
         model=model,
@@ -168,8 +170,8 @@ def make_trainer(
             metric_for_best_model=SELECTION_METRIC if rewards else "eval_loss",
             greater_is_better=bool(rewards),
         ),
-        train_dataset=tokenize(sets["train"], tokenizer, config.max_length),
-        eval_dataset=tokenize(held_out, tokenizer, config.max_length, limit=config.max_eval_samples),
+        train_dataset=tokenize(sets["train"], tokenizer, longest),
+        eval_dataset=tokenize(held_out, tokenizer, longest, limit=config.max_eval_samples),
         processing_class=tokenizer,
         selection=selection[0] if rewards else None,
     )
