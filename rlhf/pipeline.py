@@ -1,6 +1,7 @@
 """Data -> SFT -> reward model -> PPO -> report, in one command: `python -m rlhf.pipeline --config FOLDER`
 
-The folder holds `data.yaml` (optional), `sft.yaml`, `reward.yaml` and `ppo.yaml`. A stage whose result is registered with the
+The folder holds `sft.yaml`, `reward.yaml` and `ppo.yaml`, and may hold `data.yaml` and, for a base model of one's own,
+`pretrain.yaml`. A stage whose result is registered with the
 same recipe (options, data, parents) is skipped, so the command can be repeated after an interruption.
 """
 
@@ -28,10 +29,10 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from rlhf import storage
-from rlhf.config import PPOConfig, RewardConfig, SFTConfig, build, read_yaml, reward_kind
+from rlhf.config import PPOConfig, PretrainConfig, RewardConfig, SFTConfig, build, read_yaml, reward_kind
 from rlhf.errors import UserError, did_you_mean, run_command
 
-STAGES: dict[str, Any] = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig}
+STAGES: dict[str, Any] = {"pretrain": PretrainConfig, "sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -50,14 +51,22 @@ def run(folder: Path, overrides: dict[str, Any]) -> dict[str, Any]:
     from rlhf.report import print_results, write_report
 
     started = time.perf_counter()
-    overrides = {**overrides, **_prepare_data(folder, overrides)}
-    # All three are read before the first trains: a slip in ppo.yaml must not show after ten minutes of SFT.
-    configs = {stage: _stage_config(folder / f"{stage}.yaml", kind, overrides) for stage, kind in STAGES.items()}
+    data = _prepare_data(folder, overrides)
+    # All are read before the first trains: a slip in ppo.yaml must not show after ten minutes of SFT.
+    configs = {
+        stage: _stage_config(
+            folder / f"{stage}.yaml", kind, overrides if stage == "pretrain" else {**overrides, **data}
+        )
+        for stage, kind in STAGES.items()
+        if stage != "pretrain" or (folder / "pretrain.yaml").is_file()
+    }
     group = configs["ppo"].wandb_group or configs["ppo"].name
     artifacts: dict[str, Any] = {}
     for stage, config in configs.items():
         # A stage builds on the very versions made here, even where a newer one of the name is registered.
-        made: dict[str, Any] = {"policy": artifacts["sft"].reference} if artifacts else {}
+        made: dict[str, Any] = {"policy": artifacts["sft"].reference} if "sft" in artifacts else {}
+        if stage == "sft" and "pretrain" in artifacts:
+            made["model_name_or_path"] = artifacts["pretrain"].reference
         made["wandb_group"] = config.wandb_group or group
         if "reward" in artifacts:  # in place of the name; rewards that are no artefacts stay
             exact = artifacts["reward"].reference
@@ -198,7 +207,10 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Path, dict[str, Any]]:
     """The config folder, and `--option value` pairs for every stage that has the option."""
     parser = _Parser(prog="python -m rlhf.pipeline", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument(
-        "--config", required=True, type=Path, help="folder with sft.yaml, reward.yaml, ppo.yaml, data.yaml"
+        "--config",
+        required=True,
+        type=Path,
+        help="folder with sft.yaml, reward.yaml, ppo.yaml, data.yaml, pretrain.yaml",
     )
     arguments, rest = parser.parse_known_args(argv)
     if not arguments.config.is_dir():

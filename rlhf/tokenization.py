@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rlhf.errors import UserError, did_you_mean
 
@@ -28,12 +29,20 @@ TEMPLATES = {
         "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
         "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     ),
+    # For models pretrained here, in words that their text teaches: their vocabulary has no tokens for turns.
+    "dialogue": (
+        "{% for message in messages %}{{ message['role'] + ': ' + message['content'] }}"
+        "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    ),
     # For base models: texts follow each other with nothing but the stop token after the answer (TL;DR style).
     "plain": (
         "{% for message in messages %}{{ message['content'] }}"
         "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     ),
 }
+#: What ends a document in pretraining, and so a response of the stages that follow.
+END_OF_TEXT = "<|endoftext|>"
 #: Rows of a data set whose loss mask a stage checks before it trains.
 CHECKED_ROWS = 8
 _PAD_CANDIDATES = (
@@ -75,6 +84,46 @@ def load_tokenizer(
     _set_pad_token(tokenizer, folder)
     tokenizer.padding_side = "left"
     return tokenizer
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, *, chat_template: str) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer (Radford et al. 2019) made from documents, with a token that ends them and one for padding.
+
+    Args:
+        vocab_size: its tokens: two special ones, 256 bytes, and merges of pairs that occur at least twice.
+        chat_template: as in `load_tokenizer`.
+
+    Raises:
+        UserError: the text has fewer pairs to merge, or there is no room for the bytes.
+    """
+    special, alphabet = [END_OF_TEXT, "<|pad|>"], pre_tokenizers.ByteLevel.alphabet()
+    smallest = len(special) + len(alphabet)
+    if vocab_size < smallest:
+        raise UserError(f"vocab_size must be at least {smallest} (256 bytes and special tokens), got {vocab_size}")
+    raw: Any = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=special,
+        initial_alphabet=sorted(alphabet),
+        show_progress=False,
+    )
+    raw.train_from_iterator(texts, trainer)
+    if raw.get_vocab_size() < vocab_size:
+        raise UserError(
+            f"the text supports a tokenizer of {raw.get_vocab_size()} tokens only, not of vocab_size={vocab_size}; "
+            "lower it, or give more text"
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        eos_token=END_OF_TEXT,
+        pad_token=special[1],
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        chat_template=_template_text(chat_template),
+    )
 
 
 def _template_text(name: str) -> str:

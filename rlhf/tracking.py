@@ -51,7 +51,7 @@ UPDATES, EPISODES = "updates", "episodes"
 """The two axes that mean the same in every run of a stage, whatever its batch sizes and logging steps."""
 
 AXES = {
-    **dict.fromkeys(("sft/*", "reward/*", "card/*"), UPDATES),
+    **dict.fromkeys(("pretrain/*", "sft/*", "reward/*", "card/*"), UPDATES),
     **dict.fromkeys(("objective/*", "ppo/*", "response/*", "rollout/*", "time/*", "health/*"), EPISODES),
 }
 """The axis over which W&B draws each family of metrics; the other one can be chosen in any panel."""
@@ -62,7 +62,7 @@ class Tracker:
 
     Args:
         run_dir: the run's folder; created. `metrics.jsonl`, `samples.jsonl`, `tracking.json` and `wandb/` go there.
-        stage: `sft`, `reward` or `ppo`; the job type in W&B.
+        stage: `pretrain`, `sft`, `reward` or `ppo`; the job type in W&B.
         name, group: the run's name, and what ties the runs of one pipeline together.
         config: the resolved config of the run. Passwords and keys are blanked before it leaves this process.
         wandb_mode: `auto` is online when a key is at hand (WANDB_API_KEY or netrc) and offline otherwise, unless the

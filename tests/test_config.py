@@ -15,6 +15,7 @@ import rlhf
 from rlhf.config import (
     EvaluationConfig,
     PPOConfig,
+    PretrainConfig,
     RewardCardConfig,
     RewardConfig,
     SFTConfig,
@@ -32,6 +33,7 @@ from rlhf.errors import UserError
 PACKAGE = Path(rlhf.__file__).parent
 CONFIGS = PACKAGE.parent / "configs"
 TYPES: dict[str, Any] = {
+    "pretrain": PretrainConfig,
     "sft": SFTConfig,
     "reward": RewardConfig,
     "ppo": PPOConfig,

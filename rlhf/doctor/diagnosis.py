@@ -17,7 +17,11 @@ from rlhf.doctor.health import CHECKS, Finding, replay
 from rlhf.doctor.history import SAMPLES_READ, History
 from rlhf.errors import UserError, did_you_mean
 from rlhf.registry import Registry
-from rlhf.report import STAGES, read_jsonl
+from rlhf.report import STAGES as REPORTED
+from rlhf.report import read_jsonl
+
+#: Those that leave logs.
+STAGES = ("pretrain", *REPORTED)
 
 
 @dataclass(frozen=True, kw_only=True)

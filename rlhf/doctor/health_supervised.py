@@ -1,4 +1,4 @@
-"""The health checks of SFT and reward modelling, and those of any stage. Thresholds and sources: docs/health.md."""
+"""The health checks of pretraining, SFT and reward modelling, and those of any stage. Thresholds and sources: docs/health.md."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rlhf.doctor.history import History
 
 
 @check(
-    "sft", "reward", "ppo",
+    "pretrain", "sft", "reward", "ppo",
     severity="critical",
     cause="a figure overflowed or was divided by zero: the step size is too large, or the compute type too narrow",
     action="lower learning_rate, or use dtype float32, and start from the last good checkpoint",
@@ -23,7 +23,7 @@ def not_finite(h: History) -> str | None:
 
 
 @check(
-    "sft", "reward", "ppo",
+    "pretrain", "sft", "reward", "ppo",
     severity="critical",
     cause="the step size is 0, so nothing is trained",
     action="set learning_rate; look at lr_scheduler_type and at warmup_steps, which may be longer than the run",
@@ -34,11 +34,11 @@ def learning_rate_zero(h: History) -> str | None:
     return f"learning rate 0 in all {len(lr)} updates" if len(lr) >= 3 and max(lr) == 0 else None
 
 
-# ---- SFT and reward model -------------------------------------------------------------------------------------------
+# ---- pretraining, SFT and reward model ------------------------------------------------------------------------------
 
 
 @check(
-    "sft", "reward",
+    "pretrain", "sft", "reward",
     severity="critical",
     cause="no gradient reaches the weights: frozen adapters, or labels that are all masked out",
     action="see that the adapter has requires_grad and that the data has answers to train on",
@@ -50,7 +50,7 @@ def no_gradient(h: History) -> str | None:
 
 
 @check(
-    "sft", "reward",
+    "pretrain", "sft", "reward",
     severity="critical",
     cause="training diverges: the step size is too large",
     action="lower learning_rate, or raise warmup_steps",
@@ -62,7 +62,7 @@ def loss_rising(h: History) -> str | None:
         before, now = h.change(loss, recent=5)
         if now > 1.25 * before + 0.1:
             return f"training loss rose from {before:.3g} to {now:.3g}"
-    if h.stage == "sft" and len(held_out) >= 2 and held_out[-1] > 1.05 * held_out[0] + 0.02:
+    if h.stage in ("pretrain", "sft") and len(held_out) >= 2 and held_out[-1] > 1.05 * held_out[0] + 0.02:
         return f"held-out loss rose from {held_out[0]:.3g} to {held_out[-1]:.3g}"
     return None
 
@@ -115,7 +115,7 @@ def accuracy_at_chance(h: History) -> str | None:
 
 
 @check(
-    "sft", "reward",
+    "pretrain", "sft", "reward",
     severity="warning",
     cause="one batch had a gradient far out of the usual",
     action="look at the rows of that batch; max_grad_norm holds the step",

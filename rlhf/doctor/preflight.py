@@ -20,7 +20,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf.config import PPOConfig, RewardConfig, SFTConfig, StageConfig, parse_config, read_yaml
+from rlhf.config import (
+    PPOConfig,
+    PretrainConfig,
+    RewardConfig,
+    SFTConfig,
+    StageConfig,
+    TrainingConfig,
+    parse_config,
+    read_yaml,
+)
 from rlhf.data_prep.loading import Loaded
 from rlhf.doctor.checks import Check
 from rlhf.doctor.preflight_data import check_leaks, check_registered, parents_data
@@ -33,7 +42,7 @@ from rlhf.registry import Artifact
 from rlhf.reward.evaluate import mean_logprobs
 
 USAGE = "usage: python -m rlhf.doctor preflight --config FILE [--option value ...], FILE and options of a stage"
-STAGES: dict[str, Any] = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig}
+STAGES: dict[str, Any] = {"pretrain": PretrainConfig, "sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig}
 #: Rows of data among which a few are chosen.
 _AMONG = 64
 
@@ -91,11 +100,11 @@ def check_data(ground: Ground, model: PreTrainedModel, *, by: str) -> list[Check
     sharing = [] if isinstance(ground.config, SFTConfig) else ground.parents
     prompts = (row["prompt"] for row in next(iter(ground.training.values())).rows)
     checks = [
-        check_tokenizers(ground.tokenizer, sharing, len(cast(Any, model.get_input_embeddings()).weight)),
+        check_tokenizers(ground.tokenizer, sharing, int(cast(Any, model.get_input_embeddings()).weight.shape[0])),
         check_template(ground.tokenizer, prompts),
         check_leaks(ground.config.dataset, ground.validation, training, by=by),
     ]
-    return checks + ([check_registered(ground.parents, data)] if ground.parents else [])
+    return checks + ([check_registered(ground.parents, data)] if data else [])
 
 
 def check_policy(ground: Ground, policy: PreTrainedModel) -> list[Check]:
@@ -124,12 +133,14 @@ def likelihoods(
 
 
 def stage_of(options: Iterable[str]) -> str:
-    """The stage that options belong to: only SFT names a base model, and only PPO a reward."""
+    """The stage that options belong to: only SFT names a base model, only PPO a reward, only pretraining makes a vocabulary."""
     names = set(options)
+    if "vocab_size" in names:
+        return "pretrain"
     return "sft" if "model_name_or_path" in names else "ppo" if "reward" in names else "reward"
 
 
-def parse(argv: Sequence[str]) -> tuple[str, StageConfig]:
+def parse(argv: Sequence[str]) -> tuple[str, TrainingConfig]:
     """The stage and its config, from `--config FILE` and `--option value`."""
     files = [argv[i + 1] for i, word in enumerate(argv[:-1]) if word == "--config"]
     if not files:
@@ -139,7 +150,7 @@ def parse(argv: Sequence[str]) -> tuple[str, StageConfig]:
     return stage, parse_config(STAGES[stage], list(argv))
 
 
-def run(stage: str, config: StageConfig) -> None:
+def run(stage: str, config: TrainingConfig) -> None:
     """Builds a stage as it would run, checks it, and stops before the training; the run's own folder is not touched.
 
     Raises:

@@ -24,6 +24,8 @@ def parents_data(parents: Sequence[Artifact]) -> dict[str, dict[str, Loaded] | s
     """The data sets of each parent by its reference, read again from where it read them; or why they cannot be read."""
     found: dict[str, dict[str, Loaded] | str] = {}
     for parent in parents:
+        if parent.stage not in _KIND:  # plain text, of which rows are no part
+            continue
         place = str(parent.manifest.config["dataset"])
         kind = _KIND[parent.manifest.stage]
         if not Path(place).expanduser().exists():
@@ -42,6 +44,8 @@ def check_registered(parents: Sequence[Artifact], data: Mapping[str, dict[str, L
     gone: list[str] = []
     wrong: list[str] = []
     for parent in parents:
+        if parent.reference not in data:
+            continue
         sets, registered = data[parent.reference], parent.manifest.data["fingerprint"]
         place = parent.manifest.config["dataset"]
         if sets == "":

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf import memory
-from rlhf.config import StageConfig
+from rlhf.config import TrainingConfig
 from rlhf.doctor.checks import Check
 from rlhf.optim import MIN_8BIT_SIZE
 
@@ -30,7 +30,7 @@ def trained_bytes(parameters: Sequence[nn.Parameter]) -> int:
     return sum(p.numel() * p.element_size() for p in parameters)
 
 
-def state_bytes(parameters: Sequence[nn.Parameter], config: StageConfig) -> int:
+def state_bytes(parameters: Sequence[nn.Parameter], config: TrainingConfig) -> int:
     """Bytes of Adam's two moments of each parameter."""
     eight_bit = config.optim == "adamw_8bit"
     return sum(
@@ -38,7 +38,7 @@ def state_bytes(parameters: Sequence[nn.Parameter], config: StageConfig) -> int:
     )
 
 
-def check_disk(parameters: Sequence[nn.Parameter], config: StageConfig, folder: Path, registry: Path) -> Check:
+def check_disk(parameters: Sequence[nn.Parameter], config: TrainingConfig, folder: Path, registry: Path) -> Check:
     """That checkpoints and result fit.
 
     Args:
@@ -66,7 +66,7 @@ def check_disk(parameters: Sequence[nn.Parameter], config: StageConfig, folder: 
 
 def check_memory(
     parameters: Sequence[nn.Parameter],
-    config: StageConfig,
+    config: TrainingConfig,
     device: torch.device,
     *,
     activations: float,

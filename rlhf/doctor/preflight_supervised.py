@@ -42,7 +42,7 @@ LABELLED = 8
 ROWS, PROMPTS = 4, 2
 #: Responses that are scored.
 SCORED = 6
-_ADAPTER = r"\.lora_\w+\.default(\.|$)"
+_ADAPTER = r"\.lora_\w+\.default(\.|$)|\.trainable_tokens_delta\.default$"
 _HEAD = r"\.score\.modules_to_save\.default\."
 
 

@@ -20,7 +20,7 @@ from rlhf.errors import UserError
 from rlhf.evaluation.answers import Answers, opened, sample_answers, score_answers
 from rlhf.evaluation.candidates import Candidate, gather
 from rlhf.evaluation.tax import PLAIN_TEXT, Tasks, text_logprobs, text_windows
-from rlhf.models import Compute, RoleModels, context_length, load_base, load_policy
+from rlhf.models import Compute, RoleModels, context_length, fit_vocabulary, load_base, load_policy
 from rlhf.ppo.rollout import SamplingOptions
 from rlhf.registry import Registry, sha256_file
 from rlhf.reward.evaluate import load_function, mean_logprobs
@@ -203,6 +203,7 @@ class Bench:
             base = load_base(
                 manifest.base_model, self.config, self.compute, revision=manifest.base_model_revision
             ).requires_grad_(False)
+            fit_vocabulary(base, self.comparison.reference)
             for i, missing in enumerate(found):
                 if missing is None:
                     found[i] = self._keep(keys[i], self._response_logprobs(base, sets[i], texts[i]))

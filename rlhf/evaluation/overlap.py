@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rlhf.config import TextConfig
+from rlhf.data_prep.corpus import load_text
 from rlhf.data_prep.loading import Kind, load_rows
 from rlhf.errors import UserError
 from rlhf.registry import Artifact, Lineage, Registry, recipe_hash
@@ -55,13 +57,23 @@ def _training_prompts(artifact: Artifact) -> set[str] | None:
         "train": (config["dataset"], "train", kind),
         "validation": (config["dataset"], "validation", kind),
     }
-    if config.get("ptx_coef"):
+    text = config.get("ptx_text") if config.get("ptx_coef") else None
+    if config.get("ptx_coef") and not text:
         sources["ptx"] = (config["ptx_dataset"] or config["dataset"], "train", "demonstrations")
     try:
         sets = {name: load_rows(path, split, kind=of) for name, (path, split, of) in sources.items()}
+        if text:
+            sets["ptx"] = load_text(text, TextConfig(text_field=config["text_field"], documents=config["documents"]))[
+                "train"
+            ]
     except UserError:
         return None
     fingerprint = recipe_hash({name: loaded.fingerprint for name, loaded in sets.items()}, [], None)
     if fingerprint != artifact.manifest.data["fingerprint"]:
         return None
-    return {prompt_key(row["prompt"]) for name, loaded in sets.items() if name != "validation" for row in loaded.rows}
+    return {
+        prompt_key(row["prompt"])
+        for name, loaded in sets.items()
+        if name != "validation" and "prompt" in loaded.rows.column_names
+        for row in loaded.rows
+    }

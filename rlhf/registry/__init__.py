@@ -489,8 +489,6 @@ class Registry:
         """The command that makes an artefact of this stage and name in this registry."""
         if reference.stage == "data":
             return "python -m rlhf.data_prep"
-        if reference.stage == "pretrain":
-            return f'rlhf.registry.Registry({str(self.root)!r}).publish("pretrain", "{reference.name}", ...)'
         place = "" if self.root == Path("registry") else f" --registry {shlex.quote(str(self.root))}"
         return f"python -m rlhf.stages.{reference.stage} --name {reference.name}{place}"
 

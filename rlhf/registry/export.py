@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from rlhf.config import RunConfig
 from rlhf.errors import UserError
-from rlhf.models import ADAPTER_FILE, Compute, load_policy, load_reward_model, merge_adapter
+from rlhf.models import ADAPTER_FILE, Compute, load_base, load_policy, load_reward_model, merge_adapter
 from rlhf.registry import Artifact, Registry
 from rlhf.registry.model_card import model_card
 from rlhf.tokenization import load_tokenizer
@@ -38,15 +38,15 @@ def export(registry: Registry, artifact: Artifact, folder: Path, form: Form = "m
     """Writes an artefact as a plain folder with a model card.
 
     Args:
-        artifact: of stage sft, reward or ppo; verified.
+        artifact: of stage pretrain, sft, reward or ppo; verified.
         folder: must not be there, or be empty.
         dtype: in which a merged model is written; it is merged in float32.
 
     Raises:
         UserError: the folder holds something, or the artefact has no such form.
     """
-    if artifact.stage not in ("sft", "reward", "ppo"):
-        raise UserError(f"{artifact.reference} is no model; sft, reward and ppo artefacts can be exported")
+    if artifact.stage not in ("pretrain", "sft", "reward", "ppo"):
+        raise UserError(f"{artifact.reference} is no model; pretrain, sft, reward and ppo artefacts can be exported")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is there already and not empty; give another folder")
     write: Callable[[Path], None]
@@ -78,6 +78,8 @@ def merged_model(registry: Registry, artifact: Artifact) -> PreTrainedModel:
     """The artefact as one plain model in float32 on the CPU, nothing of it an adapter: causal, or with a score head."""
     compute = Compute(torch.device("cpu"), torch.float32)
     config = RunConfig(registry=str(registry.root), device="cpu", dtype="float32", attn_implementation="sdpa")
+    if artifact.stage == "pretrain":
+        return load_base(str(artifact.path), config, compute)
     if artifact.stage == "sft":
         return load_policy(artifact, config, compute)
     policy = _policy_of(registry, artifact)
@@ -116,10 +118,19 @@ def _write_merged(registry: Registry, artifact: Artifact, folder: Path, dtype: t
 
 
 def check_adapter(registry: Registry, artifact: Artifact) -> None:
-    """Refuses what cannot be one adapter on the base model."""
+    """Refuses what cannot be one adapter on the base model, and one on a base that nobody else has."""
+    if artifact.manifest.base_model.startswith("pretrain/"):
+        raise UserError(
+            f"{artifact.reference} is an adapter on {artifact.manifest.base_model} of this registry, which no other place knows; "
+            "export it with --form merged"
+        )
     for part in _parts(registry, artifact):
         if part.manifest.kind == "full":
             raise UserError(f"{part.reference} is a whole model, not an adapter; export it with --form merged")
+        if _adapter_config(part).get("trainable_token_indices"):
+            raise UserError(
+                f"{part.reference} has tokens that its base model does not have; export it with --form merged"
+            )
         if _adapter_config(part).get("use_dora"):
             raise UserError(
                 f"{part.reference} uses DoRA, whose adapters cannot be added up; export it with --form merged"
@@ -128,7 +139,7 @@ def check_adapter(registry: Registry, artifact: Artifact) -> None:
 
 def _parts(registry: Registry, artifact: Artifact) -> list[Artifact]:
     """The adapters that lie between the base model and the artefact, lowest first."""
-    return [artifact] if artifact.stage == "sft" else [_policy_of(registry, artifact), artifact]
+    return [artifact] if artifact.stage in ("pretrain", "sft") else [_policy_of(registry, artifact), artifact]
 
 
 def _adapter_config(artifact: Artifact) -> dict[str, Any]:

@@ -120,7 +120,7 @@ def data_lines(artifact: Artifact) -> list[str]:
         [f"data {m.config['dataset']}  {str(m.data.get('fingerprint'))[:12]}  {rows}"] if "dataset" in m.config else []
     )
     lines += [f"prepared data  {fingerprint[:12]}" for fingerprint in set(m.data.get("prepared", {}).values())]
-    if not any(parent.stage == "sft" for parent in m.parents):
+    if not any(parent.stage in ("pretrain", "sft") for parent in m.parents):
         lines.append(f"base model {m.base_model}" + (f" at {m.base_model_revision}" if m.base_model_revision else ""))
     return lines
 

@@ -10,6 +10,7 @@ from rlhf.registry import Artifact, Registry
 from rlhf.registry.lineage import ancestors, data_lines
 
 WHAT = {
+    "pretrain": "A language model trained from scratch on plain text, with a byte-level BPE tokenizer of its own.",
     "sft": "A language model fine-tuned on demonstrations, with the loss on the answers only.",
     "reward": "A reward model: it scores an answer to a prompt. It was trained on people's rankings of answers.",
     "ppo": "A language model trained by PPO against a reward model, with a KL penalty to the SFT model that it started from.",

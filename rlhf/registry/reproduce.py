@@ -13,13 +13,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rlhf.config import PPOConfig, RewardConfig, SFTConfig, StageConfig, reward_kind
+from rlhf.config import PPOConfig, PretrainConfig, RewardConfig, SFTConfig, TrainingConfig, reward_kind
 from rlhf.errors import UserError
 from rlhf.registry import Artifact, Registry, library_versions
 from rlhf.registry.hub import install
 from rlhf.registry.lineage import ancestors, same_files
 
-CONFIGS: dict[str, type[StageConfig]] = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig}
+CONFIGS: dict[str, type[TrainingConfig]] = {
+    "pretrain": PretrainConfig,
+    "sft": SFTConfig,
+    "reward": RewardConfig,
+    "ppo": PPOConfig,
+}
 
 
 class Outcome(NamedTuple):
@@ -46,7 +51,7 @@ def reproduce(
     """Replays an artefact, or everything it was made from and then it.
 
     Args:
-        artifact: verified, of stage sft, reward or ppo.
+        artifact: verified, of any stage that trains.
         folder: for the replay: `registry` and `outputs`; must not hold a replay yet.
 
     Raises:
@@ -84,7 +89,7 @@ def _replay(registry: Registry, artifact: Artifact, folder: Path) -> Outcome:
     return Outcome(artifact.reference, made, list(different), software)
 
 
-def replayed_config(artifact: Artifact, folder: Path) -> StageConfig:
+def replayed_config(artifact: Artifact, folder: Path) -> TrainingConfig:
     """The recorded options; only where the run is kept is another place, and parents are named by their exact versions."""
     kind, recorded = CONFIGS[artifact.stage], artifact.manifest.config
     known = {field.name for field in dataclasses.fields(kind)}
@@ -92,6 +97,8 @@ def replayed_config(artifact: Artifact, folder: Path) -> StageConfig:
         raise UserError(f"{artifact.reference} was made by another version of rlhf: no option {', '.join(unknown)}")
     parents = {parent.stage: str(parent.reference) for parent in artifact.manifest.parents}
     named: dict[str, Any] = {}
+    if "pretrain" in parents:
+        named["model_name_or_path"] = parents["pretrain"]
     if recorded.get("policy"):
         named["policy"] = parents["sft"]
     if recorded.get("selection_reward"):

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState,
 from transformers.utils import logging as transformers_logging
 
 from rlhf import checkpoint, distributed, live, memory, optim, storage
-from rlhf.config import StageConfig, TrainingLength
+from rlhf.config import StageConfig, TrainingConfig, TrainingLength
 from rlhf.data_prep.loading import NAMED_ROWS, Loaded, joint_fingerprint
 from rlhf.doctor.checks import Check, require_all
 from rlhf.doctor.live import DoctorCallback, LiveDoctor
@@ -43,7 +43,7 @@ class Run:
     """One execution of a stage."""
 
     stage: str
-    config: StageConfig
+    config: TrainingConfig
     folder: Path
     registry: Registry
     compute: Compute
@@ -113,12 +113,12 @@ class Run:
         return made if made and made.manifest.wandb_run_id == self.tracker.run_id else None
 
 
-def stage_recipe(config: StageConfig, parents: Sequence[Artifact], data: dict[str, Any]) -> str:
+def stage_recipe(config: TrainingConfig, parents: Sequence[Artifact], data: dict[str, Any]) -> str:
     """Hash of everything that decides the stage's result: options, parents, data."""
     return recipe_hash(config.recipe(), [p.hash for p in parents], data["fingerprint"])
 
 
-def finished_already(stage: str, config: StageConfig, recipe: str) -> Artifact | None:
+def finished_already(stage: str, config: TrainingConfig, recipe: str) -> Artifact | None:
     """The registered artefact of the same recipe, if there is one."""
     artifact = Registry(config.registry).find(stage, config.name, recipe)
     if artifact is not None:
@@ -128,7 +128,7 @@ def finished_already(stage: str, config: StageConfig, recipe: str) -> Artifact |
 
 @contextmanager
 def open_run(
-    stage: str, config: StageConfig, parents: list[Artifact], data: dict[str, Any], recipe: str
+    stage: str, config: TrainingConfig, parents: list[Artifact], data: dict[str, Any], recipe: str
 ) -> Iterator[Run]:
     """Seeds, chooses device and type, opens the tracker; the run's folder is `output_dir/STAGE`."""
     Reference(stage, config.name)  # a name that cannot be registered must not show after the training
@@ -188,7 +188,7 @@ def _quiet() -> None:
     datasets.disable_progress_bars()
 
 
-def _claim_checkpoints(folder: Path, config: StageConfig, parents: list[Artifact], data: dict[str, Any]) -> None:
+def _claim_checkpoints(folder: Path, config: TrainingConfig, parents: list[Artifact], data: dict[str, Any]) -> None:
     """Makes the folder this run's own, so that checkpoints of another run are neither resumed from nor kept in place of its.
 
     Raises:
@@ -235,7 +235,8 @@ def overlap(sets: dict[str, Loaded], parents: Sequence[Artifact], registry: Regi
         data of a parent is gone or has changed.
     """
     held_out = [row["prompt"] for row in sets["validation"].rows]
-    own = {prompt_key(row["prompt"]) for name, loaded in sets.items() if name != "validation" for row in loaded.rows}
+    trained = [d.rows for name, d in sets.items() if name != "validation" and "prompt" in d.rows.column_names]
+    own = {prompt_key(row["prompt"]) for rows in trained for row in rows}
     counts: dict[str, int | None] = {"its own data": sum(prompt_key(prompt) in own for prompt in held_out)}
     training = TrainingPrompts(registry)
     for parent in parents:
@@ -264,13 +265,12 @@ def preflight(
     """Runs a stage's checks, unless they are switched off.
 
     Args:
-        sets: the stage's data; it trains on all but `validation`.
+        sets: the stage's data; it trains on all but `validation`. Plain text has no prompts, and is not looked at.
 
     Raises:
         UserError: checks failed; nothing was trained.
     """
-    if not run.config.preflight:
-        return
+    assert isinstance(run.config, StageConfig)
     ground = Ground(
         config=run.config,
         compute=run.compute,
@@ -278,15 +278,27 @@ def preflight(
         registry=run.registry.root,
         parents=run.parents,
         tokenizer=tokenizer,
-        training={name: rows for name, rows in sets.items() if name != "validation"},
+        training={
+            name: rows for name, rows in sets.items() if name != "validation" and "prompt" in rows.rows.column_names
+        },
         validation=sets["validation"],
     )
-    with run.timer.phase("preflight"):
-        require_all(examine(ground), "preflight")
+    passes(run, lambda: examine(ground))
+
+
+def passes(run: Run, checks: Callable[[], list[Check]]) -> None:
+    """Makes the checks, unless they are switched off.
+
+    Raises:
+        UserError: some failed.
+    """
+    if run.config.preflight:
+        with run.timer.phase("preflight"):
+            require_all(checks(), "preflight")
 
 
 def trainer_arguments(run: Run, length: TrainingLength) -> dict[str, Any]:
-    """The arguments that transformers' Trainer gets in both supervised stages."""
+    """The arguments that transformers' Trainer gets in pretraining and in both supervised stages."""
     c = run.config
     return {
         "output_dir": str(run.folder / "checkpoints"),

@@ -7,6 +7,7 @@ Registers the policy adapter as ppo/NAME.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf import distributed
 from rlhf.config import PPOConfig, parse_config, require, reward_kind
+from rlhf.data_prep.corpus import Blocks, load_text
 from rlhf.data_prep.loading import Loaded, load_rows
 from rlhf.doctor.preflight_ppo import ppo as check_ppo
 from rlhf.errors import UserError, run_command
@@ -68,7 +70,7 @@ def run(config: PPOConfig, *, reuse: bool = False, only_preflight: bool = False)
             run.timer,
             reward=reward_sum,
             rows=prompts.rows,
-            texts=encode_texts(sets["ptx"], tokenizer, config, context) if "ptx" in sets else (),
+            texts=encode_texts(sets["ptx"], tokenizer, config, context, run.folder) if "ptx" in sets else (),
             gold=gold,
         )
         preflight(run, partial(check_ppo, trainer=trainer), tokenizer, sets)
@@ -105,7 +107,9 @@ def data_sets(config: PPOConfig) -> dict[str, Loaded]:
     """Everything that the stage reads: prompts to train on and to evaluate with (`train`, `validation`), and the texts of
     PPO-ptx (`ptx`), if any."""
     sets = {split: load_rows(config.dataset, split, kind="prompts") for split in ("train", "validation")}
-    if config.ptx_coef > 0:
+    if config.ptx_coef > 0 and config.ptx_text:
+        sets["ptx"] = load_text(config.ptx_text, config)["train"]
+    elif config.ptx_coef > 0:
         sets["ptx"] = load_rows(config.ptx_dataset or config.dataset, "train", kind="demonstrations")
     return sets
 
@@ -198,10 +202,18 @@ def check_lengths(config: PPOConfig, models: RoleModels, train: list[list[int]],
 
 
 def encode_texts(
-    data: Loaded, tokenizer: PreTrainedTokenizerBase, config: PPOConfig, context: int
-) -> list[tuple[list[int], list[int]]]:
-    """Token ids (prompt, answer) of the texts of PPO-ptx; those longer than an episode can be are left out."""
+    data: Loaded, tokenizer: PreTrainedTokenizerBase, config: PPOConfig, context: int, folder: Path
+) -> Sequence[tuple[list[int], list[int]]]:
+    """Token ids (prompt, answer) of the texts of PPO-ptx; those longer than an episode can be are left out.
+
+    Plain text is packed into blocks as long as an episode can be; all of a block but its first token is answer.
+
+    Args:
+        folder: the tokens of plain text are kept there while the process lives.
+    """
     longest = min(config.max_prompt_length + config.response_length, context)
+    if config.ptx_text:
+        return _BlocksAsPairs(Blocks.of(data.rows["text"], tokenizer, longest - 1, folder))
     pairs = [
         (encode_prompt(tokenizer, row["prompt"]), encode_response(tokenizer, row["prompt"], row["completion"]))
         for row in data.rows
@@ -209,6 +221,20 @@ def encode_texts(
     kept = [(prompt, answer) for prompt, answer in pairs if len(prompt) + len(answer) <= longest]
     require(bool(kept), f"no text of ptx_dataset fits into an episode of at most {longest} tokens")
     return kept
+
+
+class _BlocksAsPairs(Sequence[tuple[list[int], list[int]]]):
+    """Blocks of text as (first token, the others)."""
+
+    def __init__(self, blocks: Blocks) -> None:
+        self.blocks = blocks
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, i: Any) -> Any:
+        block = self.blocks[i]
+        return block[:1], block[1:]
 
 
 def _evaluate(

@@ -6,26 +6,39 @@ kept, by held-out loss or by a reward model's score; registers the adapter as sf
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 from trl import SFTConfig as TrlSFTConfig
 from trl import SFTTrainer
 
-from rlhf.config import SFTConfig, parse_config, require
-from rlhf.data_prep.assets import resolve_model
+from rlhf.config import SFTConfig, parse_config, read_new_tokens, require
+from rlhf.data_prep.assets import pretrained, resolve_model
 from rlhf.data_prep.loading import Loaded, load_rows
 from rlhf.doctor.preflight import few
 from rlhf.doctor.preflight_supervised import sft as check_sft
 from rlhf.doctor.probe import ROWS as PROBE_ROWS
 from rlhf.doctor.probe import Probe
 from rlhf.errors import run_command
-from rlhf.models import backbone, direct_casting, load_base, lora_config, merged_adapter, save_adapter, with_adapter
+from rlhf.models import (
+    backbone,
+    context_length,
+    direct_casting,
+    load_base,
+    lora_config,
+    merged_adapter,
+    save_adapter,
+    token_rows,
+    with_adapter,
+)
 from rlhf.ppo.functional import sequence_logprobs
 from rlhf.registry import Artifact, Registry
 from rlhf.resumable import ResumableTrainer
@@ -45,9 +58,12 @@ from rlhf.stages.common import (
     trainer_arguments,
 )
 from rlhf.tokenization import check_rows, decode_response, encode_prompt, encode_response, load_tokenizer
+from rlhf.vocabulary import add_tokens, grow_embeddings, learn_tokens
 
 #: The reward model's score among the figures of an evaluation.
 SELECTION_METRIC = "eval_score"
+#: Held-out loss in nats a character, stop tokens included: it compares models of different vocabularies.
+PER_CHARACTER = "eval_loss_per_character"
 
 
 def run(config: SFTConfig, *, reuse: bool = False, only_preflight: bool = False) -> Artifact | None:
@@ -57,15 +73,19 @@ def run(config: SFTConfig, *, reuse: bool = False, only_preflight: bool = False)
     data = describe_data(sets)
     registry = Registry(config.registry)
     rewards = [registry.get(config.selection_reward, expect_stage="reward")] if config.selection_reward else []
-    recipe = stage_recipe(config, rewards, data)
+    parents = list(rewards)
+    if base_artifact := pretrained(config.model_name_or_path, config.registry):
+        config = dataclasses.replace(config, model_name_or_path=base_artifact.reference)  # this version, from here on
+        parents = [base_artifact, *rewards]
+    recipe = stage_recipe(config, parents, data)
     if reuse and (artifact := finished_already("sft", config, recipe)):
         return artifact
 
     require_one_process("sft")
-    data["overlap"] = overlap(sets, rewards, registry)
-    with open_run("sft", config, rewards, data, recipe) as run:
+    data["overlap"] = overlap(sets, parents, registry)
+    with open_run("sft", config, parents, data, recipe) as run:
         tokenizer = load_tokenizer(
-            resolve_model(config.model_name_or_path),
+            resolve_model(config.model_name_or_path, config.registry),
             chat_template=config.chat_template,
             revision=config.model_revision,
             trust_remote_code=config.trust_remote_code,
@@ -77,7 +97,8 @@ def run(config: SFTConfig, *, reuse: bool = False, only_preflight: bool = False)
             revision=config.model_revision,
             trust_remote_code=config.trust_remote_code,
         )
-        model = with_adapter(base, lora_config(config, "CAUSAL_LM"))
+        added = extend_vocabulary(config, tokenizer, base, sets["train"])
+        model = with_adapter(base, lora_config(config, "CAUSAL_LM", new_tokens=added))
         trainer = make_trainer(run, config, model, tokenizer, sets, rewards)
         preflight(run, partial(check_sft, trainer=trainer), tokenizer, sets)
         if only_preflight:
@@ -96,13 +117,36 @@ def run(config: SFTConfig, *, reuse: bool = False, only_preflight: bool = False)
             base_model=config.model_name_or_path,
             base_model_revision=config.model_revision,
             tokenizer=tokenizer,
-            metrics={**_figures(trainer.state), "steps": trainer.state.global_step},
+            metrics={
+                **_figures(trainer.state),
+                "steps": trainer.state.global_step,
+                "tokens_per_character": trainer.held_out.tokens_per_character,
+                "new_tokens": max(map(len, added.values())) if added else 0,
+            },
         )
 
 
 def data_sets(config: SFTConfig) -> dict[str, Loaded]:
     """Everything that the stage reads, by split."""
     return {split: load_rows(config.dataset, split, kind="demonstrations") for split in ("train", "validation")}
+
+
+def extend_vocabulary(
+    config: SFTConfig, tokenizer: PreTrainedTokenizerBase, base: PreTrainedModel, data: Loaded
+) -> dict[str, list[int]] | None:
+    """Adds the tokens that the config asks for to the tokenizer and to the model; returns their rows by embedding layer."""
+    if config.new_tokens:
+        tokens = read_new_tokens(config.new_tokens)
+    elif config.learn_tokens:
+        answers = [message["content"] for row in data.rows["completion"] for message in row]
+        tokens = learn_tokens(answers, tokenizer, config.learn_tokens)
+    else:
+        return None
+    pieces = add_tokens(tokenizer, tokens)
+    grow_embeddings(base, pieces)
+    few = ", ".join(tokens[:8])
+    print(f"sft: {len(tokens)} new tokens ({few}{', ...' if len(tokens) > 8 else ''})", flush=True)
+    return token_rows(base, list(pieces))
 
 
 def make_trainer(
@@ -115,6 +159,7 @@ def make_trainer(
 ) -> SFTTrainer:
     """TRL's SFT trainer on the tokenised demonstrations; the reward model, if there is one, chooses the checkpoint."""
     held_out = sets["validation"]
+    longest = min(config.max_length, context_length(model.get_base_model()))
     selection = [Selection(config, run, tokenizer, held_out, reward) for reward in rewards]
     return _Trainer(
         model=model,
@@ -125,8 +170,8 @@ def make_trainer(
             metric_for_best_model=SELECTION_METRIC if rewards else "eval_loss",
             greater_is_better=bool(rewards),
         ),
-        train_dataset=tokenize(sets["train"], tokenizer, config.max_length),
-        eval_dataset=tokenize(held_out, tokenizer, config.max_length, limit=config.max_eval_samples),
+        train_dataset=tokenize(sets["train"], tokenizer, longest),
+        eval_dataset=tokenize(held_out, tokenizer, longest, limit=config.max_eval_samples),
         processing_class=tokenizer,
         selection=selection[0] if rewards else None,
     )
@@ -158,7 +203,7 @@ def make_probe(trainer: SFTTrainer, run: Run, config: SFTConfig, pad_token_id: i
 def _figures(state: TrainerState) -> dict[str, float]:
     """Held-out figures before training and of the checkpoint that was kept."""
     figures: dict[str, float] = {}
-    for name in ("eval_loss", SELECTION_METRIC):
+    for name in ("eval_loss", PER_CHARACTER, SELECTION_METRIC):
         at = {entry["step"]: entry[name] for entry in state.log_history if name in entry}
         if at:
             kept = at[state.best_global_step] if state.best_global_step in at else at[max(at)]
@@ -210,6 +255,27 @@ def tokenize(data: Loaded, tokenizer: PreTrainedTokenizerBase, max_length: int, 
     return Dataset.from_list(rows)
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """The size of the held-out answers."""
+
+    tokens: int
+    characters: int
+    """An answer's stop token counts as one."""
+
+    @classmethod
+    def of(cls, labels: Iterable[list[int]], tokenizer: Any) -> HeldOut:
+        """Counts the tokens that are labelled, and the characters that they stand for."""
+        rows = [[token for token in row if token != -100] for row in labels]
+        texts = tokenizer.batch_decode([row[:-1] for row in rows])
+        return cls(sum(map(len, rows)), sum(len(text) + 1 for text in texts))
+
+    @property
+    def tokens_per_character(self) -> float:
+        """Without stop tokens this would be the tokenizer's own figure; answers are what is trained on."""
+        return self.tokens / self.characters
+
+
 class _Trainer(ResumableTrainer, SFTTrainer):
     """`trl.SFTTrainer` whose microbatches hold answers of similar length, and which wastes no work on prompts on a CPU.
 
@@ -219,10 +285,15 @@ class _Trainer(ResumableTrainer, SFTTrainer):
     def __init__(self, *args: Any, selection: Selection | None = None, **kwargs: Any) -> None:
         self.selection = selection
         super().__init__(*args, **kwargs)
+        self.held_out = HeldOut.of(self.eval_dataset["labels"], self.processing_class)
+        self._nats = 0.0
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """TRL's evaluation, and the score of the selection."""
+        """TRL's evaluation, the loss by characters, and the score of the selection."""
+        self._nats = 0.0
         metrics: dict[str, float] = super().evaluate(*args, **kwargs)
+        metrics[PER_CHARACTER] = self._nats / self.held_out.characters
+        self.log({PER_CHARACTER: metrics[PER_CHARACTER]})
         if self.selection is not None:
             metrics[SELECTION_METRIC] = self.selection(self.accelerator.unwrap_model(self.model).get_base_model())
             self.log({SELECTION_METRIC: metrics[SELECTION_METRIC]})
@@ -241,9 +312,15 @@ class _Trainer(ResumableTrainer, SFTTrainer):
         TRL's own loss is kept wherever its kernel leaves out the prompt. On a CPU that kernel computes logits for every
         position, and again in the backward pass, which is half of the step; there the loss is taken here.
         """
-        if self.args.device.type != "cpu":
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         causal = self.accelerator.unwrap_model(model).get_base_model()
+        fused = isinstance(causal.get_output_embeddings(), nn.Linear)  # TRL's kernel cannot read rows that are trained
+        if fused and self.args.device.type != "cpu":
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            if not model.training:
+                loss = result[0] if return_outputs else result
+                counted = (inputs["labels"][:, 1:] != -100).sum() if num_items_in_batch is None else num_items_in_batch
+                self._nats += float(loss) * int(counted)
+            return result
         answer = inputs["labels"][:, 1:] != -100
         with self.accelerator.autocast():  # accelerate wraps only the outermost forward, which is not called here
             hidden = backbone(causal)(
@@ -253,6 +330,8 @@ class _Trainer(ResumableTrainer, SFTTrainer):
         total = -sequence_logprobs(logits, tokens, temperature=1.0).sum()
         accuracy = (logits.detach().argmax(dim=-1) == tokens).float().mean()
         self._metrics["train" if model.training else "eval"]["mean_token_accuracy"].append(float(accuracy))
+        if not model.training:
+            self._nats += float(total)
         loss = total / (answer.sum() if num_items_in_batch is None else num_items_in_batch)
         return (loss, {"loss": loss}) if return_outputs else loss
 

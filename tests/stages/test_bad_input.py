@@ -205,7 +205,7 @@ def test_prompt_longer_than_the_context(full: Place) -> None:
     assert "response_length=250" in complaint and "context of 256 tokens" in complaint
 
 
-def test_texts_of_ptx_longer_than_the_context(toy_base: Callable[[str], Path]) -> None:
+def test_texts_of_ptx_longer_than_the_context(toy_base: Callable[[str], Path], tmp_path: Path) -> None:
     """A text that fits into max_prompt_length + response_length, but not into the context, must not reach the model."""
     tokenizer = load_tokenizer(str(toy_base("gpt2")), chat_template="chatml")
     context = context_length(AutoModelForCausalLM.from_pretrained(toy_base("gpt2")))
@@ -217,12 +217,15 @@ def test_texts_of_ptx_longer_than_the_context(toy_base: Callable[[str], Path]) -
         for length in (200, 300)
     ]
 
-    def kept(rows: list[dict[str, Any]]) -> list[int]:
+    def kept(rows: list[dict[str, Any]], **options: Any) -> list[int]:
         data = Loaded(rows=Dataset.from_list(rows), dropped={}, fingerprint="")
-        texts = encode_texts(data, tokenizer, ppo_config(max_prompt_length=512), context)
+        texts = encode_texts(data, tokenizer, ppo_config(max_prompt_length=512, **options), context, tmp_path)
         return [len(answer) for _, answer in texts]
 
     assert kept(rows) == [201]
+    assert kept([{"text": "z" * 300}, {"text": "z" * 9}], ptx_text="t") == [255, 56], (
+        "plain text is packed, not left out"
+    )
     with pytest.raises(UserError, match="at most 256 tokens"):
         kept(rows[1:])
 

@@ -1,0 +1,260 @@
+"""Before stage 1: a tokenizer and a model of one's own, from plain text. `python -m rlhf.stages.pretrain --config FILE`
+
+A byte-level BPE tokenizer, then a GPT-2- or Llama-shaped model on the packed text; held-out perplexity and bits per character,
+texts sampled on the way, the checkpoint with the lowest held-out loss kept; registers both as pretrain/NAME, which SFT takes
+as its base.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from rlhf.config import PretrainConfig, parse_config, require
+from rlhf.data_prep.corpus import Blocks, characters, load_text
+from rlhf.data_prep.loading import Loaded
+from rlhf.doctor.preflight_pretrain import pretrain as check_pretrain
+from rlhf.errors import run_command
+from rlhf.registry import Artifact
+from rlhf.resumable import ResumableTrainer
+from rlhf.stages.common import (
+    Run,
+    describe_data,
+    finished_already,
+    open_run,
+    passes,
+    require_one_process,
+    stage_recipe,
+    train,
+    trainer_arguments,
+)
+from rlhf.tokenization import train_tokenizer
+
+
+def run(config: PretrainConfig, *, reuse: bool = False, only_preflight: bool = False) -> Artifact | None:
+    """Trains and registers; with `reuse`, an artefact of the same recipe is returned instead of trained again; with
+    `only_preflight`, it ends before the training, without an artefact."""
+    sets = data_sets(config)
+    data = describe_data(sets)
+    recipe = stage_recipe(config, [], data)
+    if reuse and (artifact := finished_already("pretrain", config, recipe)):
+        return artifact
+
+    require_one_process("pretrain")
+    with open_run("pretrain", config, [], data, recipe) as run:
+        with run.timer.phase("tokenizer"):
+            texts = sets["train"].rows["text"]
+            tokenizer = train_tokenizer(texts, config.vocab_size, chat_template=config.chat_template)
+        trainer = make_trainer(run, config, tokenizer, sets)
+        passes(run, lambda: check_pretrain(trainer, run.compute, run.folder, run.registry.root))
+        if only_preflight:
+            return None
+        train(trainer, run)
+        with run.timer.phase("evaluate"):
+            final = measure(trainer, *held_out(run, tokenizer, sets["validation"], config.max_length, None))
+        return run.publish(
+            trainer.model.save_pretrained,
+            base_model=f"{config.model_type} from scratch",
+            base_model_revision=None,
+            tokenizer=tokenizer,
+            metrics={
+                **{f"eval_{name}": figure for name, figure in final.items()},
+                "parameters": trainer.model.num_parameters(),
+                "text_tokens": len(trainer.train_dataset.tokens),
+                "characters_per_token": characters(texts) / len(trainer.train_dataset.tokens),
+                "steps": trainer.state.global_step,
+                "best_step": trainer.state.best_global_step,
+            },
+            kind="full",
+        )
+
+
+def data_sets(config: PretrainConfig) -> dict[str, Loaded]:
+    """Everything that the stage reads, by split."""
+    return load_text(
+        config.dataset,
+        config,
+        validation_share=config.validation_share,
+        max_characters=config.max_characters,
+    )
+
+
+def build_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """A fresh model in fp32: Gaussian weights, embeddings tied to the output layer."""
+    dropout = ("embd_pdrop", "attn_pdrop", "resid_pdrop") if config.model_type == "gpt2" else ("attention_dropout",)
+    mlp = "n_inner" if config.model_type == "gpt2" else "intermediate_size"
+    shape = AutoConfig.for_model(
+        config.model_type,
+        vocab_size=len(tokenizer),
+        hidden_size=config.hidden_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        max_position_embeddings=config.max_length,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.eos_token_id,  # what a text begins after
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **dict.fromkeys(dropout, config.dropout),
+        **{mlp: config.intermediate_size or 4 * config.hidden_size},
+    )
+    attention = "sdpa" if config.attn_implementation == "auto" else config.attn_implementation
+    set_seed(config.seed)
+    return AutoModelForCausalLM.from_config(shape, attn_implementation=attention, dtype=torch.float32)
+
+
+def make_trainer(
+    run: Run, config: PretrainConfig, tokenizer: PreTrainedTokenizerBase, sets: dict[str, Loaded]
+) -> PretrainTrainer:
+    """transformers' Trainer on the packed text."""
+    text = sets["train"].rows["text"]
+    blocks = Blocks.of(text, tokenizer, config.max_length, run.folder)
+    require(
+        blocks.full() > 0,
+        f"the text has {len(blocks.tokens) - 1} tokens, fewer than one block of max_length={config.max_length}; "
+        "give more text, or shorter blocks",
+    )
+    arguments = TrainingArguments(
+        **trainer_arguments(run, config),
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+    )
+    return PretrainTrainer(
+        run,
+        config,
+        model=build_model(config, tokenizer).to(run.compute.device),
+        args=arguments,
+        data_collator=lambda rows: {"input_ids": torch.tensor(rows)},
+        train_dataset=FullBlocks(blocks.tokens, blocks.length),
+        eval_dataset=held_out(run, tokenizer, sets["validation"], config.max_length, config.max_eval_samples),
+        processing_class=tokenizer,
+        callbacks=[Patience(config.early_stopping_patience)] if config.early_stopping_patience else [],
+    )
+
+
+class FullBlocks(Blocks):
+    """The blocks of whole length, so that every block of a batch has the same weight."""
+
+    def __len__(self) -> int:
+        return self.full()
+
+
+def held_out(
+    run: Run, tokenizer: PreTrainedTokenizerBase, data: Loaded, length: int, limit: int | None
+) -> tuple[Blocks, int]:
+    """Blocks of the first `limit` held-out documents, or of all, and their characters."""
+    texts = data.rows["text"][:limit]
+    return Blocks.of(texts, tokenizer, length, run.folder), characters(texts)
+
+
+@torch.no_grad()
+def measure(trainer: PretrainTrainer, blocks: Blocks, count: int) -> dict[str, float]:
+    """How well the model predicts held-out documents.
+
+    Args:
+        count: their characters, ends included.
+
+    Returns:
+        `loss` (nats a token), `perplexity` (a token), `bits_per_character`.
+    """
+    model: Any = trainer.model.eval()
+    total, size = 0.0, trainer.args.per_device_eval_batch_size
+    rows = [list(range(i, min(i + size, blocks.full()))) for i in range(0, blocks.full(), size)]
+    for batch in [*rows, *([[len(blocks) - 1]] if len(blocks) > blocks.full() else [])]:
+        ids = torch.tensor([blocks[i] for i in batch], device=trainer.args.device)
+        with trainer.accelerator.autocast():
+            total += float(negative_log_likelihood(model, ids).double().sum())
+    tokens = len(blocks.tokens) - 1
+    return {
+        "loss": total / tokens,
+        "perplexity": math.exp(min(total / tokens, 700.0)),
+        "bits_per_character": total / math.log(2) / count,
+    }
+
+
+def negative_log_likelihood(model: nn.Module, ids: Tensor) -> Tensor:
+    """(B, T) nats of the tokens after the first, of ids (B, T + 1)."""
+    logits = model(input_ids=ids[:, :-1], use_cache=False).logits
+    return F.cross_entropy(logits.float().transpose(1, 2), ids[:, 1:], reduction="none")
+
+
+class PretrainTrainer(ResumableTrainer, Trainer):
+    """`transformers.Trainer` on blocks that predict all their tokens but the first, and which samples as it evaluates."""
+
+    def __init__(self, run: Run, config: PretrainConfig, **kwargs: Any) -> None:
+        self.run, self.config = run, config
+        super().__init__(**kwargs)
+        self._metrics, self._total_train_tokens = {"train": defaultdict(list)}, 0  # what a checkpoint of TRL's adds up
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Mean negative log-likelihood, nats a token. All blocks are of one length, so means of batches add up."""
+        loss = negative_log_likelihood(model, inputs["input_ids"]).mean()
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Held-out figures over tokens, not over batches as transformers has them, and samples."""
+        self.model.eval()
+        figures = {f"eval_{name}": value for name, value in measure(self, *self.eval_dataset).items()}
+        self.log(dict(figures))
+        if self.config.num_samples:
+            self.run.tracker.log_samples([{"text": text} for text in self.sample()], self.state.global_step)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)
+        return figures
+
+    def sample(self) -> list[str]:
+        """Texts from the model, at temperature 1; each time with the same random numbers, and none of the run's own."""
+        tokenizer: Any = self.processing_class
+        start = torch.full((self.config.num_samples, 1), int(tokenizer.eos_token_id), device=self.args.device)
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), self.accelerator.autocast():
+            torch.manual_seed(self.config.seed)
+            texts = self.model.generate(
+                start,
+                attention_mask=torch.ones_like(start),
+                max_new_tokens=min(self.config.sample_length, self.config.max_length - 1),
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+            )
+        return [str(tokenizer.decode(row, skip_special_tokens=True)) for row in texts]
+
+
+class Patience(TrainerCallback):
+    """Ends training after so many evaluations without a lower loss. It counts in the history, which checkpoints keep:
+    transformers' own starts to count anew in a resumed run."""
+
+    def __init__(self, evaluations: int) -> None:
+        self.evaluations = evaluations
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After each evaluation."""
+        losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
+        if len(losses) - 1 - losses.index(min(losses)) >= self.evaluations:
+            control.should_training_stop = True
+
+
+def main() -> None:
+    """Command line."""
+    run(parse_config(PretrainConfig))
+
+
+if __name__ == "__main__":
+    run_command(main)
