@@ -38,7 +38,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "card_likelihood_responses": 16, "card_probe_answers": 2,
     },
     "ppo": {
-        "rollout_batch_size": 32, "minibatch_size": 16, "microbatch_size": 16, "response_length": 28, "learning_rate": 2e-3,
+        "rollout_batch_size": 32, "minibatch_size": 8, "microbatch_size": 8, "response_length": 28, "learning_rate": 2e-3,
         "warmup_steps": 4, "kl_coef": 0.05, "num_eval_samples": 20, "save_steps": 1000, "gold": "doctor_world:judge",
     },
 }  # fmt: skip
@@ -49,7 +49,7 @@ SHARED = {
 #: Settings of the clean PPO runs, each on every world.
 CLEAN_PPO: dict[str, dict[str, Any]] = {
     "plain": {},
-    "large_rollouts": {"rollout_batch_size": 64, "minibatch_size": 32},
+    "large_rollouts": {"rollout_batch_size": 64, "minibatch_size": 16},
     "two_epochs": {"num_ppo_epochs": 2, "learning_rate": 1e-3},
     "kl_target": {"kl_target": 3.0, "kl_horizon": 500},
     "function_reward": {"reward": ["doctor_world:mood"], "value_warmup_updates": 3},
@@ -301,7 +301,7 @@ def main() -> None:
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="OPTION=VALUE", help="options of all stages, YAML values"
     )
-    parser.add_argument("--updates", type=int, default=24, help="updates of a PPO run")
+    parser.add_argument("--updates", type=int, default=30, help="updates of a PPO run")
     parser.add_argument("--pretraining", type=int, default=600, help="updates of the base models")
     parser.add_argument(
         "--overoptimised", type=Path, metavar="RUN", help="folder of a run of configs/demo_overoptimised"

@@ -68,8 +68,8 @@ def diagnose_history(history: History) -> Diagnosis:
 def read_history(folder: Path) -> History:
     """The log of a stage's folder; its stage is told by its figures."""
     rows = read_jsonl(folder / "metrics.jsonl")[0]
-    names = {name for row in rows for name in row}
-    stage = next((s for s in STAGES if f"{s}/lr" in names or f"{s}/loss" in names or f"{s}/eval_loss" in names), None)
+    kinds = {name.partition("/")[0] for row in rows for name in row}
+    stage = next((stage for stage in STAGES if stage in kinds), None)
     if stage is None:
         raise UserError(
             f"{folder / 'metrics.jsonl'} holds no figures of a stage; it may have ended before its first update"

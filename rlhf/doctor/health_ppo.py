@@ -460,9 +460,10 @@ def kl_jump(h: History) -> str | None:
 )
 def gradient_spike(h: History) -> str | None:
     """A gradient norm far above the usual one, and above the limit that it is clipped to."""
-    norms = h.values("ppo/grad_norm", 20)
-    usual, limit = statistics.median(norms[:-1]), float(h.settings.get("max_grad_norm") or 1.0)
-    return f"gradient norm {norms[-1]:.3g}, usually {usual:.3g}" if norms[-1] > max(10 * usual, limit) else None
+    *before, norm = h.values("ppo/grad_norm", 20)
+    usual, limit = statistics.median(before), float(h.settings.get("max_grad_norm") or 1.0)
+    spike = norm > max(10 * usual, 3 * max(before), limit)
+    return f"gradient norm {norm:.3g}, usually {usual:.3g}, {max(before):.3g} at most" if spike else None
 
 
 @check(

@@ -122,8 +122,9 @@ def accuracy_at_chance(h: History) -> str | None:
 )  # fmt: skip
 def batch_spike(h: History) -> str | None:
     """A gradient norm far above the usual one."""
-    norms = h.values(f"{h.stage}/grad_norm", 20)
-    if len(norms) < 8:
+    if h.count(f"{h.stage}/grad_norm") < 8:
         return None
-    usual, limit = statistics.median(norms[:-1]), float(h.settings.get("max_grad_norm") or 1.0)
-    return f"gradient norm {norms[-1]:.3g}, usually {usual:.3g}" if norms[-1] > max(10 * usual, 5 * limit) else None
+    *before, norm = h.values(f"{h.stage}/grad_norm", 20)
+    usual, limit = statistics.median(before), float(h.settings.get("max_grad_norm") or 1.0)
+    spike = norm > max(10 * usual, 3 * max(before), 5 * limit)
+    return f"gradient norm {norm:.3g}, usually {usual:.3g}, {max(before):.3g} at most" if spike else None
