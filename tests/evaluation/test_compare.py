@@ -27,7 +27,7 @@ from rlhf.models import Compute
 from rlhf.ppo.types import Sequences
 from rlhf.registry import Registry
 from rlhf.reward.scorer import open_scorer
-from rlhf.reward.sources import Responses, RewardError
+from rlhf.reward.sources import Responses, RewardError, reads_texts
 from rlhf.tokenization import TEMPLATES, encode_prompt
 
 MODELS = ("ppo/toy", "ppo/snaps")
@@ -117,7 +117,7 @@ def test_a_reward_model_of_another_tokenizer_reads_texts(
     ids = torch.zeros(4, 3, dtype=torch.long)
     wrong = Sequences(prompts=ids, prompt_mask=ids == 0, responses=ids, mask=ids == 0)
     given = Responses(sequences=wrong, batches=[], texts=texts, rows=[{"prompt": prompt} for prompt in asked])
-    found = bench.reads_texts(scorer)(given)
+    found = reads_texts(scorer)(given)
     expected = [scorer([encode_prompt(scorer.tokenizer, p) + own_ids(scorer.tokenizer, t)]) for p, t in zip(asked, texts, strict=True)]  # noqa: E501  # fmt: skip
     assert found.tolist() == pytest.approx([float(score) for score in expected], abs=1e-3)
 
