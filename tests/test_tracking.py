@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import wandb
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from wandb_reader import OfflineRun, table_rows, wandb_records
 
-import wandb
 from rlhf import tracking
 from rlhf.errors import UserError
 from rlhf.tracking import (

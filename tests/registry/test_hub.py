@@ -11,11 +11,11 @@ from unittest.mock import MagicMock, create_autospec
 
 import huggingface_hub
 import pytest
+import wandb
 from huggingface_hub.errors import RepositoryNotFoundError
 from registry.test_registry import chain, publish, rewrite_manifest
 from toys import Call
 
-import wandb
 from rlhf.errors import UserError
 from rlhf.registry import Artifact, Registry, hub
 from rlhf.registry.hub import FolderPlace, HubPlace, WandbPlace, open_place, pull, push
