@@ -64,13 +64,13 @@ def spread(names: Sequence[str]) -> Iterator[Show]:
 
 def _side_by_side(names: Sequence[str]) -> Iterator[Show]:
     from rich.live import Live
-    from rich.table import Table
+    from rich.table import Column, Table
     from rich.text import Text
 
     texts = ["" for _ in names]
 
     def table() -> Table:
-        page = Table(*map(Text, names), expand=True)
+        page = Table(*(Column(Text(name), ratio=1) for name in names), expand=True)
         page.add_row(*map(Text, texts))
         return page
 
