@@ -15,6 +15,6 @@ def place(finished: tuple[Path, Path]) -> list[str]:
 
 
 @pytest.fixture
-def bare(toy_base: Callable[[str], Path]) -> Path:
+def base_folder(toy_base: Callable[[str], Path]) -> Path:
     """A base model as a folder, of which nothing is in a registry; its tokenizer has no chat template."""
     return toy_base("llama")

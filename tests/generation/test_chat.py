@@ -61,11 +61,11 @@ def test_the_second_answer_knows_the_first_turn(
     assert said.code == 0
     talk = messages(file)
     assert [m["role"] for m in talk] == ["system", "user", "assistant", "user", "assistant"]
-    assert [line for line in said.out.splitlines() if line.strip()] == [talk[2]["content"], talk[4]["content"]]
+    assert said.out.split() == [word for m in talk if m["role"] == "assistant" for word in m["content"].split()]
     asked = tmp_path / "asked.jsonl"
     asked.write_text(json.dumps({"prompt": talk[:4]}) + "\n")
     again = call("rlhf.generation.generate", *words, "--prompts", asked)
-    assert again.out.strip() == talk[4]["content"]
+    assert again.out.split() == talk[4]["content"].split()
 
 
 def test_a_saved_conversation_goes_on(
@@ -90,7 +90,8 @@ def test_old_turns_are_left_out_and_kept_in_the_file(place: list[str], tmp_path:
     chat.speakers[0].encode = lambda said: asked.append(len(encode(said))) or encode(said)  # type: ignore[method-assign, func-returns-value]
     for _ in range(5):
         chat.turn(SECOND)
-    assert max(asked) <= 60 and len(set(asked[2:])) <= 2 and len(chat.conversations[0]) == 10
+    assert asked[0] < asked[1] and max(asked) <= 60
+    assert len(chat.conversations[0]) == 10 and len(encode(chat.conversations[0])) > 60
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(
