@@ -93,6 +93,8 @@ def _prompts(config: GenerateConfig) -> list[Row]:
     """Rows with a `prompt` of messages."""
     rows: list[Row]
     if config.prompts is None:
+        if not config.prompt and sys.stdin.isatty():
+            raise UserError("no prompt: give --prompt TEXT or --prompts FILE, or pipe a text in")
         texts = config.prompt or [sys.stdin.read().strip()]
         rows = [{"prompt": [{"role": "user", "content": text}]} for text in texts]
     elif config.prompts.endswith(".txt"):
