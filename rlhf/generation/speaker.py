@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,7 +152,8 @@ def open_speakers(config: SpeakConfig, compute: Compute) -> list[Speaker]:
         UserError: a name that is nothing, or no model that writes text; no chat template.
     """
     registry = Registry(config.registry)
-    return [open_speaker(name, config, registry, compute) for name in config.names]
+    with redirect_stdout(sys.stderr):  # what is remarked on a model is no answer
+        return [open_speaker(name, config, registry, compute) for name in config.names]
 
 
 def open_speaker(name: str, config: SpeakConfig, registry: Registry, compute: Compute) -> Speaker:
@@ -198,7 +201,8 @@ def open_reward(
     if reference is None:
         return None
     registry = Registry(config.registry)
-    return open_source(reference, registry, config, compute, batch_size=batch_size, timeout=config.reward_timeout)
+    with redirect_stdout(sys.stderr):
+        return open_source(reference, registry, config, compute, batch_size=batch_size, timeout=config.reward_timeout)
 
 
 def scores(
