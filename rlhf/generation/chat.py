@@ -51,7 +51,8 @@ class Chat:
         return [[{"role": "system", "content": system}] if system else [] for _ in self.speakers]
 
     def turn(self, question: str) -> None:
-        """Asks all models, shows their answers and remembers them; a question without any answer is forgotten.
+        """Asks all models, shows their answers and remembers them, also one that is nothing but a stop token; a question
+        whose answer was stopped before it began is forgotten.
 
         Raises:
             UserError: the question alone does not fit into a model's context.
@@ -64,7 +65,7 @@ class Chat:
         with spread(self.names) as show:
             for number, (speaker, ids) in enumerate(zip(self.speakers, prompts, strict=True)):
                 answers.append(say_aloud(speaker, ids, partial(show, number), seed=seed, stoppable=True))
-        if not all(answer.text for answer in answers):
+        if not all(answer.tokens for answer in answers):
             print("(no answer: the question is forgotten)", file=sys.stderr)
             return
         if self.source is not None:
