@@ -18,6 +18,7 @@ from rlhf.generation.config import ChatConfig
 from rlhf.generation.page import say_aloud, score_line, spread
 from rlhf.generation.speaker import Answer, Speaker, open_reward, open_speakers, scores
 from rlhf.models import Compute
+from rlhf.redaction import redact
 from rlhf.tokenization import encode_prompt
 
 COMMANDS = {
@@ -134,7 +135,7 @@ class Chat:
             except UserError as error:
                 if not at_terminal:
                     raise
-                print(f"error: {error}", file=sys.stderr)
+                print(f"error: {redact(str(error))}", file=sys.stderr)
 
 
 def main() -> None:
