@@ -16,6 +16,8 @@ VERBS = {
     "ppo": ("rlhf.stages.ppo", "stage 3: PPO against the reward model"),
     "card": ("rlhf.evaluation.reward", "report card of a registered reward model on any comparisons"),
     "evaluate": ("rlhf.evaluation.__main__", "what policies are worth: figures, win rates, best-of-n, frontier, tax"),
+    "generate": ("rlhf.generation.generate", "answers of any model to prompts, as text or JSON lines"),
+    "chat": ("rlhf.generation.chat", "talk to a model, or to several side by side"),
     "registry": (
         "rlhf.registry.__main__",
         "what was trained: list, lineage, diff, export, push, reproduce, delete, ...",

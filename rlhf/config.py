@@ -51,8 +51,8 @@ def option(help: str, default: Any = dataclasses.MISSING) -> Any:
 
 
 @dataclass(kw_only=True)
-class RunConfig:
-    """Where a run computes, in which form, and where it is recorded."""
+class ComputeConfig:
+    """Where models are found, and where and in which form they compute."""
 
     registry: str = option("folder of the model registry", "registry")
     seed: int = option("seed of data order, initialisation and sampling", 0)
@@ -65,6 +65,12 @@ class RunConfig:
         "attention code; auto computes nothing on padding, and once what rows begin with alike; sdpa where a model forbids it",
         "auto",
     )
+
+
+@dataclass(kw_only=True)
+class RunConfig(ComputeConfig):
+    """A run that is recorded."""
+
     wandb_mode: Literal["auto", "online", "offline", "disabled"] = option(
         "Weights & Biases; auto is online with a key and offline without", "auto"
     )
@@ -352,6 +358,10 @@ class RewardCardConfig(CardConfig, RunConfig):
         self.check_card()
 
 
+#: Tasks with references that answers can be checked against.
+CHECKS = ("summarisation", "translation", "question_answering", "classification")
+
+
 @dataclass(kw_only=True)
 class EvaluationConfig(RunConfig):
     """What policies are worth: figures, win rates, best-of-n, the reward-KL frontier and the alignment tax."""
@@ -419,10 +429,18 @@ class EvaluationConfig(RunConfig):
         "folder of the tasks' .yaml files; default: the tasks that come with the harness", None
     )
     task_limit: int | None = option("examples of each task, the first; none: all", None)
+    checks: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "KIND=FILE: answers compared with references, rows with prompt and reference; KIND is summarisation, "
+            "translation, question_answering or classification"
+        },
+    )
+    check_length: int = option("longest answer of a check, tokens; the likeliest token is taken", 128)
 
     def __post_init__(self) -> None:
         sizes = ("num_prompts", "samples_per_prompt", "response_length", "max_prompt_length", "best_of_prompts")
-        for size in (*sizes, "per_device_eval_batch_size", "judge_pairs", "judge_parallel"):
+        for size in (*sizes, "per_device_eval_batch_size", "judge_pairs", "judge_parallel", "check_length"):
             require(getattr(self, size) >= 1, f"{size} must be at least 1, got {getattr(self, size)}")
         require(self.temperature > 0, f"temperature must be above 0, got {self.temperature}")
         require(self.best_of >= 0, f"best_of must not be negative, got {self.best_of}")

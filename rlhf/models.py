@@ -33,7 +33,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig, PreTrainedModel
 
-from rlhf.config import RewardConfig, RunConfig, StageConfig
+from rlhf.config import ComputeConfig, RewardConfig, StageConfig
 from rlhf.data_prep.assets import resolve_model
 from rlhf.errors import UserError
 from rlhf.packing import pack_rows
@@ -54,7 +54,7 @@ class Compute:
     dtype: torch.dtype
 
     @classmethod
-    def choose(cls, config: RunConfig) -> Compute:
+    def choose(cls, config: ComputeConfig) -> Compute:
         """CUDA bf16 if there is a GPU; on a CPU bf16 where it has bf16 instructions (AMX or AVX512), else fp32."""
         device = (
             torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -93,7 +93,7 @@ class Compute:
 
 def load_base(
     name_or_path: str,
-    config: RunConfig,
+    config: ComputeConfig,
     compute: Compute,
     *,
     revision: str | None = None,
@@ -125,7 +125,7 @@ def load_base(
     return model
 
 
-def _quantization(config: RunConfig, compute: Compute) -> BitsAndBytesConfig | None:
+def _quantization(config: ComputeConfig, compute: Compute) -> BitsAndBytesConfig | None:
     if config.quantization == "4bit":
         return BitsAndBytesConfig(
             load_in_4bit=True,
@@ -136,7 +136,7 @@ def _quantization(config: RunConfig, compute: Compute) -> BitsAndBytesConfig | N
     return BitsAndBytesConfig(load_in_8bit=True) if config.quantization == "8bit" else None
 
 
-def load_policy(artifact: Artifact, config: RunConfig, compute: Compute) -> PreTrainedModel:
+def load_policy(artifact: Artifact, config: ComputeConfig, compute: Compute) -> PreTrainedModel:
     """The policy of an `sft` artefact as a plain causal model: its base with the adapter merged in memory.
 
     A quantised base is merged in full precision first and quantised afterwards: merging into 4-bit weights would round the
@@ -182,7 +182,7 @@ def merge_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
     return cast(Any, adapted).merge_and_unload().requires_grad_(False)
 
 
-def _without_quantization(config: RunConfig) -> RunConfig:
+def _without_quantization(config: ComputeConfig) -> ComputeConfig:
     plain = copy.copy(config)
     plain.quantization = "none"
     return plain
@@ -367,7 +367,7 @@ def save_reward_model(model: PreTrainedModel | PeftModel, folder: Path, *, base_
 
 
 def load_reward_model(
-    folder: Path, policy: Artifact, config: RunConfig, compute: Compute, pad_token_id: int
+    folder: Path, policy: Artifact, config: ComputeConfig, compute: Compute, pad_token_id: int
 ) -> PreTrainedModel | PeftModel:
     """A saved reward model, frozen: the adapter and head of the folder on the SFT policy, or the whole model in it.
 
@@ -381,7 +381,7 @@ def load_reward_model(
     return PeftModel.from_pretrained(classifier, str(folder)).to(compute.device).eval().requires_grad_(False)
 
 
-def _load_whole_reward_model(folder: Path, config: RunConfig, compute: Compute) -> PreTrainedModel:
+def _load_whole_reward_model(folder: Path, config: ComputeConfig, compute: Compute) -> PreTrainedModel:
     dtype = torch.promote_types(compute.dtype, torch.float32)
     attention = "sdpa" if config.attn_implementation == "auto" else config.attn_implementation
     try:

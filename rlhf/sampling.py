@@ -1,8 +1,8 @@
-"""Sampling responses from a causal model: temperature only, nothing inherited from its generation config.
+"""Sampling responses from a causal model: nothing is inherited from its generation config.
 
-A plain loop over the library's own cache. It samples from exactly the distribution that PPO scores: softmax(logits / T) over
-the whole vocabulary, no top-k, no top-p, no penalties. A model whose cache does not fit the loop is sampled through
-transformers' `generate`, with the same random numbers.
+A plain loop over the library's own cache. Unless told otherwise it samples from exactly the distribution that PPO scores:
+softmax(logits / T) over the whole vocabulary, no top-k, no top-p, no penalties. A model whose cache does not fit the loop is
+sampled through transformers' `generate`, with the same random numbers.
 
 Legend: B responses, P padded prompt, R response, V vocabulary.
 """
@@ -26,6 +26,7 @@ from transformers import (
     StoppingCriteria,
     StoppingCriteriaList,
     StopStringCriteria,
+    TopPLogitsWarper,
 )
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
@@ -70,8 +71,13 @@ def sample(
     stop_strings: StopStringCriteria | None = None,
     drawn: tuple[int, Tensor] | None = None,
     sampler: Sampler = "auto",
+    top_p: float = 1.0,
+    heard: Callable[[Tensor], None] | None = None,
 ) -> Sampled:
     """Samples one response for each left-padded prompt (B, P). The token that completes a stop string is its last.
+
+    A temperature of 0 takes the likeliest token. Below 1, `top_p` leaves each token's choice to the likeliest ones that together
+    have this much of the probability. `heard` is called with each step's tokens of the rows that are still written.
 
     Each step takes one uniform number for every row of the *whole* batch, finished or not, so a row's tokens do not depend on
     when its neighbours finish. Where the rows are a part of a larger batch, `drawn` is its size and their numbers in it.
@@ -80,10 +86,11 @@ def sample(
     steps = [torch.rand(total, 1, generator=generator, device=generator.device) for _ in range(max_new_tokens)]
     draft = _Draft(
         torch.stack(steps).to(prompts.device)[:, numbers.to(prompts.device)],
-        temperature,
+        functools.partial(_draw, temperature=temperature, top_p=top_p),
         torch.tensor(stop_token_ids, device=prompts.device),
         pad_token_id,
         stop_strings,
+        heard,
     )
     if sampler == "generate" or (sampler == "auto" and not fits_loop(model)):
         _generate(model, prompts, prompt_mask, draft)
@@ -98,14 +105,16 @@ class _Draft:
     def __init__(
         self,
         uniform: Tensor,
-        temperature: float,
+        choose: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
         stops: Tensor,
         pad_token_id: int,
         stop_strings: StopStringCriteria | None,
+        heard: Callable[[Tensor], None] | None,
     ) -> None:
-        """`uniform` (R, B, 1): the random number of each token."""
+        """`uniform` (R, B, 1): the random number of each token, by which `choose` picks it."""
         length, size = uniform.shape[:2]
-        self.uniform, self.temperature, self.stops, self.stop_strings = uniform, temperature, stops, stop_strings
+        self.uniform, self.choose, self.stops, self.stop_strings = uniform, choose, stops, stop_strings
+        self.heard = heard
         self.pad_token_id, self.length = pad_token_id, length
         device = uniform.device
         self.responses = torch.full((size, length), pad_token_id, dtype=torch.long, device=device)
@@ -115,8 +124,10 @@ class _Draft:
 
     def draw(self, t: int, logits: Tensor, rows: Tensor) -> Tensor:
         """Draws token t of the given rows from their logits (rows, V); what finished rows draw is not kept."""
-        tokens, token_logprobs = _draw(logits, self.uniform[t, rows], self.temperature)
+        tokens, token_logprobs = self.choose(logits, self.uniform[t, rows])
         live = ~self.stopped[rows]
+        if self.heard is not None:
+            self.heard(tokens[live])
         self.responses[rows, t] = torch.where(live, tokens, self.pad_token_id)
         self.logprobs[rows, t] = torch.where(live, token_logprobs, 0.0)
         self.mask[rows, t] = live
@@ -256,12 +267,17 @@ def _last_logits(
     return model.get_output_embeddings()(hidden[:, -1].contiguous())
 
 
-def _draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def _draw(logits: Tensor, uniform: Tensor, temperature: float, top_p: float = 1.0) -> tuple[Tensor, Tensor]:
     """One token per row of (B, V) logits by inverse CDF, and its log-probability in fp32.
 
     `torch.multinomial` draws a random number for every entry of the vocabulary, on one thread; this draws one a row.
     """
+    if temperature == 0:  # the limit: all of the probability is on one token
+        return logits.argmax(dim=-1), logits.new_zeros(len(logits), dtype=torch.float32)
     logprobs = torch.log_softmax(logits.float() / temperature, dim=-1)
+    if top_p < 1:
+        warp: Any = TopPLogitsWarper(top_p)
+        logprobs = torch.log_softmax(warp(None, logprobs), dim=-1)
     cdf = logprobs.exp().cumsum(dim=-1)
     # right=True: the first index whose cdf exceeds u, so a token of probability 0 is never drawn, not even at u = 0.
     tokens = torch.searchsorted(cdf, uniform * cdf[:, -1:], right=True).clamp_max(logits.shape[-1] - 1)

@@ -19,6 +19,11 @@ def toy_gold(responses: list[str]) -> list[float]:
     return [sum(LIKED.get(word, 0.0) for word in text.split()) - len(text) / 100 for text in responses]
 
 
+def toy_reward(prompts: list[Any], responses: list[str], **columns: Any) -> list[float]:
+    """The same as PPO asks for it."""
+    return toy_gold(responses)
+
+
 def broken_gold(responses: list[str]) -> list[float]:
     """One score too few."""
     return [0.0] * (len(responses) - 1)

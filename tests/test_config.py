@@ -29,6 +29,7 @@ from rlhf.data_prep import ReviewsConfig, read_recipe
 from rlhf.data_prep.recipe import Options, Source
 from rlhf.data_prep.show import ShowConfig
 from rlhf.errors import UserError
+from rlhf.generation.config import ChatConfig, GenerateConfig
 
 PACKAGE = Path(rlhf.__file__).parent
 CONFIGS = PACKAGE.parent / "configs"
@@ -45,6 +46,8 @@ MORE: dict[str, Any] = {
     "data options": Options,
     "data source": Source,
     "show": ShowConfig,
+    "generate": GenerateConfig,
+    "chat": ChatConfig,
 }
 SFT = ["--dataset", "d", "--model_name_or_path", "m"]
 PPO = ["--dataset", "d", "--policy", "sft/a", "--reward", "reward/a"]

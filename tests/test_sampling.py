@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import shapes  # noqa: F401  (switches the checks on)
@@ -29,6 +30,7 @@ def draw(
     temperature: float = 1.0,
     stops: list[int] = STOPS,
     sampler: Sampler = "auto",
+    **more: Any,
 ) -> Sampled:
     ids, mask = pad(prompts, PAD, side="left")
     return sample(
@@ -41,6 +43,7 @@ def draw(
         pad_token_id=PAD,
         generator=torch.Generator().manual_seed(seed),
         sampler=sampler,
+        **more,
     )
 
 
@@ -190,6 +193,38 @@ def test_a_token_of_probability_zero_is_never_drawn() -> None:
     wide[:, -100:] = -torch.inf
     token, _ = sampling._draw(wide, torch.full((64, 1), below_one), 1.0)
     assert int(token.max()) < 50_000 - 100
+
+
+@pytest.mark.parametrize("sampler", ["loop", "generate"])
+def test_at_temperature_zero_the_likeliest_tokens_are_taken(sampler: Sampler) -> None:
+    """Catches: a division by 0, and a token that is drawn after all. The oracle is argmax, one row and token at a time."""
+    model = build_model("llama", VOCAB, dtype=torch.float64)
+    result = draw(model, PROMPTS, temperature=0.0, sampler=sampler)
+    for prompt, said in zip(PROMPTS, rows(result), strict=True):
+        expected: list[int] = []
+        while len(expected) < 8 and not (expected and expected[-1] in STOPS):
+            expected.append(int(table(model, prompt + expected, 1.0).argmax()))
+        assert said == expected
+    assert not result.logprobs.any()
+
+
+def test_top_p_leaves_the_likeliest_tokens() -> None:
+    """Catches: a nucleus without the token that fills it up, or probabilities that no longer add up to 1."""
+    logits = torch.tensor([[0.1, 0.4, 0.2, 0.3]]).log()
+    drawn = [sampling._draw(logits, torch.tensor([[u / 100]]), 1.0, 0.6) for u in range(100)]
+    assert {int(token) for token, _ in drawn} == {1, 3}
+    for token, logprob in drawn:
+        assert float(logprob.exp()) == pytest.approx({1: 4 / 7, 3: 3 / 7}[int(token)], abs=1e-6)
+    assert sum(int(token) == 1 for token, _ in drawn) in (57, 58)
+
+
+def test_what_is_heard_is_what_is_written() -> None:
+    """Catches: tokens of finished rows that a listener still hears, and a step that it misses."""
+    model, heard = build_model("llama", VOCAB), list[torch.Tensor]()
+    result = draw(model, PROMPTS, heard=heard.append)
+    assert len(heard) == result.responses.shape[1]
+    for t, tokens in enumerate(heard):
+        assert tokens.tolist() == result.responses[result.mask[:, t], t].tolist()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -29,7 +29,8 @@ def print_evaluation(result: dict[str, Any]) -> None:
     console = Console(highlight=False)
     for mark in [*result["marks"], *(f"{m['name']}: {mark}" for m in result["models"] for mark in m["marks"])]:
         console.print(f"! {mark}", markup=False)
-    shown = {**SHOWN, **{f"gold/{name}": "+.2f" for name in result["gold"]}}
+    checks = [name for name in result["models"][0]["figures"] if name.startswith("check/")]
+    shown = {**SHOWN, **{f"gold/{name}": "+.2f" for name in result["gold"]}, **dict.fromkeys(checks, ".3f")}
     table = Table(Column("model", no_wrap=True), *shown, show_edge=False, pad_edge=False)
     for model in result["models"]:
         cells = {name: model["figures"][name] for name in shown}

@@ -19,22 +19,14 @@ from rlhf.data_prep.loading import load_rows
 from rlhf.errors import UserError
 from rlhf.evaluation.answers import Answers, opened, sample_answers, score_answers
 from rlhf.evaluation.candidates import Candidate, gather
+from rlhf.evaluation.checks import Check, likeliest_answers, read_checks
 from rlhf.evaluation.tax import PLAIN_TEXT, Tasks, text_logprobs, text_windows
 from rlhf.models import Compute, RoleModels, context_length, fit_vocabulary, load_base, load_policy
 from rlhf.ppo.rollout import SamplingOptions
 from rlhf.registry import Registry, sha256_file
 from rlhf.reward.evaluate import load_function, mean_logprobs
-from rlhf.reward.scorer import Scorer, open_scorer
-from rlhf.reward.sources import (
-    ClassifierReward,
-    EndpointReward,
-    FunctionReward,
-    GoldSource,
-    ModelReward,
-    Responses,
-    Source,
-    source_name,
-)
+from rlhf.reward.scorer import open_scorer
+from rlhf.reward.sources import GoldSource, ModelReward, Source, open_source, source_name
 from rlhf.tokenization import encode_prompt, load_tokenizer, stop_token_ids
 
 #: Something to be measured on an open policy: what decides it, and how it is made.
@@ -65,6 +57,7 @@ class Bench:
         self.text = Path(config.texts) if config.texts else PLAIN_TEXT
         self.windows = text_windows(self.tokenizer, self.text)
         self.tasks = Tasks(config.tasks, config.task_folder, config.task_limit) if config.tasks else None
+        self.checks = read_checks(config.checks)
         self.compute = Compute.choose(config)
         self.options = SamplingOptions(
             max_new_tokens=config.response_length,
@@ -101,6 +94,25 @@ class Bench:
                 jobs["tasks"] = self._tasks_job(self.tasks)
         found = self._done(candidate, jobs)
         return Answers(**found["answers"]), found.get("texts", []), found.get("tasks", {})
+
+    def checked(self, candidate: Candidate) -> dict[str, Any]:
+        """The figures of the task checks, `check/FILE/FIGURE`."""
+        found = self._done(candidate, {check.name: self._check_job(check) for check in self.checks})
+        return {
+            f"check/{check.name}/{name}": figure
+            for check in self.checks
+            for name, figure in check.figures(found[check.name], self.config.seed).items()
+        }
+
+    def _check_job(self, check: Check) -> Job:
+        prompts = [encode_prompt(self.tokenizer, prompt) for prompt in check.prompts]
+        length, batch_size = self.config.check_length, self.config.per_device_eval_batch_size
+
+        def make(models: RoleModels) -> Any:
+            with models.merged_policy() as policy:
+                return likeliest_answers(policy, self.tokenizer, prompts, length, batch_size)
+
+        return {"check": prompts, "length": length}, make
 
     def best_of(self) -> Answers:
         """`best_of` answers of the reference to each of the first prompts."""
@@ -245,17 +257,15 @@ class Bench:
 
     def _source(self, reference: str, *, gold: bool) -> Source:
         kind, batch_size = reward_kind(reference), self.config.per_device_eval_batch_size
-        if kind == "function":
-            return GoldSource(reference) if gold else FunctionReward(reference)
-        if kind == "endpoint":
-            return EndpointReward(reference, batch_size, self.config.judge_timeout)
-        if kind == "classifier":
-            return ClassifierReward(reference, self.compute, batch_size)
-        artifact = self.registry.get(reference, expect_stage="reward")
-        scorer = open_scorer(artifact, self.registry, self.config, self.compute, batch_size)
-        own, other = artifact.manifest, self.comparison.reference.manifest
-        alike = (own.tokenizer_hash, own.chat_template_hash) == (other.tokenizer_hash, other.chat_template_hash)
-        return ModelReward(scorer) if alike else reads_texts(scorer)
+        if kind == "function" and gold:
+            return GoldSource(reference)
+        if kind == "adapter":
+            own, other = self.registry.get(reference, expect_stage="reward"), self.comparison.reference.manifest
+            hashes = own.manifest.tokenizer_hash, own.manifest.chat_template_hash
+            if hashes == (other.tokenizer_hash, other.chat_template_hash):
+                return ModelReward(open_scorer(own, self.registry, self.config, self.compute, batch_size))
+        timeout = self.config.judge_timeout
+        return open_source(reference, self.registry, self.config, self.compute, batch_size=batch_size, timeout=timeout)
 
     # Keeping
 
@@ -276,16 +286,6 @@ class Bench:
         partial.write_text(json.dumps(result), encoding="utf-8")
         partial.replace(file)
         return result
-
-
-def reads_texts(scorer: Scorer) -> Source:
-    """A reward model of another tokenizer or chat template than the policies': it gets texts, and encodes them as its own."""
-
-    def source(responses: Responses) -> torch.Tensor:
-        pairs = zip(responses.rows, responses.texts, strict=True)
-        return scorer([scorer.encode(row["prompt"], text) for row, text in pairs])
-
-    return source
 
 
 def measured_or_left_out(

@@ -154,12 +154,17 @@ def _default_reward(named: list[Artifact], runs: list[_Run]) -> str:
     """What the first PPO policy or run was trained on."""
     for artifact in named:
         if artifact.stage == "ppo":
-            return _parent(artifact, "reward") or str(artifact.manifest.config["reward"][0])
+            return trained_on(artifact)
     if runs:
         return runs[0].reward
     raise UserError(
         "no model here was trained on a reward; say which one to use: --reward reward/NAME, package.module:function or a URL"
     )
+
+
+def trained_on(artifact: Artifact) -> str:
+    """The (first) reward that a PPO policy was trained on."""
+    return _parent(artifact, "reward") or str(artifact.manifest.config["reward"][0])
 
 
 def _proxy_marks(named: list[Artifact], proxy: str) -> list[str]:

@@ -27,6 +27,7 @@ there is nothing to measure. KL and entropy are in nats, lengths in tokens, scor
                                                 repeats itself
                          repetition             share of 4-grams of words that an answer has had before
                          base_perplexity        of the answers, without their stop token, under the untuned base model
+                         check/FILE/FIGURE      of each task check (`rlhf.evaluation.checks`); intervals over its rows
     win_rates          for each model but the baseline, and judge: model, baseline, judge (name), kind (reward | gold | chat |
                        people), value, low, high, pairs, wins, ties, losses, unjudged, sign_test {wins, losses, ties, p},
                        length_controlled (figure), length_difference (mean, tokens)
@@ -95,6 +96,7 @@ def run(config: EvaluationConfig) -> Figures:
     comparison = bench.comparison
     raw = {candidate.name: bench.measure(candidate) for candidate in comparison.models}
     snapshots, broken = measured_or_left_out(bench, comparison.snapshots)
+    checks = {candidate.name: bench.checked(candidate) for candidate in comparison.models}
     best_of = bench.best_of() if config.best_of else None
     answered = [*zip(comparison.models, (answers for answers, _, _ in raw.values()), strict=True), *snapshots]
     scores = _all_scores(bench, [*(answers for _, answers in answered), *([best_of] if best_of else [])])
@@ -104,7 +106,7 @@ def run(config: EvaluationConfig) -> Figures:
     win_rates, chat_judge = _win_rates(bench, models, verdicts, folder)
     result = {
         **_setting(bench, broken),
-        "models": _models(bench, models, base),
+        "models": _models(bench, models, base, checks),
         "win_rates": win_rates,
         "chat_judge": chat_judge,
         "best_of_n": None if best_of is None else _best_of_n(bench, best_of, scores[-1]),
@@ -150,7 +152,12 @@ def _setting(bench: Bench, broken: list[str]) -> Figures:
 # Models
 
 
-def _models(bench: Bench, models: Sequence[Measured], base: Sequence[tuple[Array, Array]]) -> list[Figures]:
+def _models(
+    bench: Bench,
+    models: Sequence[Measured],
+    base: Sequence[tuple[Array, Array]],
+    checks: Mapping[str, Figures],
+) -> list[Figures]:
     training, prompts = TrainingPrompts(bench.registry), [row["prompt"] for row in bench.rows]
     lines = []
     for one, (logprobs, tokens) in zip(models, base, strict=True):
@@ -173,6 +180,7 @@ def _models(bench: Bench, models: Sequence[Measured], base: Sequence[tuple[Array
                 "figures": {
                     **figures(one.answers, one.scores, seed),
                     "base_perplexity": perplexity(logprobs, tokens, one.answers.prompt, seed),
+                    **checks[one.candidate.name],
                 },
             }
         )

@@ -18,9 +18,9 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
-from rlhf.config import RunConfig
+from rlhf.config import ComputeConfig
 from rlhf.errors import UserError
 from rlhf.models import ADAPTER_FILE, Compute, load_base, load_policy, load_reward_model, merge_adapter
 from rlhf.registry import Artifact, Registry
@@ -77,20 +77,22 @@ def export(registry: Registry, artifact: Artifact, folder: Path, form: Form = "m
 def merged_model(registry: Registry, artifact: Artifact) -> PreTrainedModel:
     """The artefact as one plain model in float32 on the CPU, nothing of it an adapter: causal, or with a score head."""
     compute = Compute(torch.device("cpu"), torch.float32)
-    config = RunConfig(registry=str(registry.root), device="cpu", dtype="float32", attn_implementation="sdpa")
-    if artifact.stage == "pretrain":
-        return load_base(str(artifact.path), config, compute)
+    config = ComputeConfig(registry=str(registry.root), device="cpu", dtype="float32", attn_implementation="sdpa")
+    if artifact.stage != "reward":
+        return causal_model(registry, artifact, config, compute)
+    pad = artifact.manifest.pad_token_id
+    assert pad is not None, "every stage records its pad token"
+    model: Any = load_reward_model(artifact.path, _policy_of(registry, artifact), config, compute, pad)
+    return model.merge_and_unload() if artifact.manifest.kind == "adapter" else model
+
+
+def causal_model(registry: Registry, artifact: Artifact, config: ComputeConfig, compute: Compute) -> PreTrainedModel:
+    """The policy of an artefact as one plain causal model, frozen: with the adapters of all that it was made from."""
+    if artifact.manifest.kind == "full":
+        return load_base(str(artifact.path), config, compute).requires_grad_(False)
     if artifact.stage == "sft":
         return load_policy(artifact, config, compute)
-    policy = _policy_of(registry, artifact)
-    if artifact.stage == "reward":
-        pad = artifact.manifest.pad_token_id
-        assert pad is not None, "every stage records its pad token"
-        model: Any = load_reward_model(artifact.path, policy, config, compute, pad)
-        return model.merge_and_unload() if artifact.manifest.kind == "adapter" else model
-    if artifact.manifest.kind == "full":
-        return AutoModelForCausalLM.from_pretrained(artifact.path, dtype=torch.float32)
-    return merge_adapter(load_policy(policy, config, compute), artifact.path)
+    return merge_adapter(load_policy(_policy_of(registry, artifact), config, compute), artifact.path)
 
 
 def _policy_of(registry: Registry, artifact: Artifact) -> Artifact:

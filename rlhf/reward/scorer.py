@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.config import RunConfig
+from rlhf.config import ComputeConfig
 from rlhf.models import Compute, direct_casting, load_reward_model
 from rlhf.packing import prompt_batches
 from rlhf.ppo.types import length_sorted_batches
@@ -74,7 +74,9 @@ class Scorer:
         return encode_prompt(self.tokenizer, prompt) + encode_response(self.tokenizer, prompt, response)
 
 
-def open_scorer(artifact: Artifact, registry: Registry, config: RunConfig, compute: Compute, batch_size: int) -> Scorer:
+def open_scorer(
+    artifact: Artifact, registry: Registry, config: ComputeConfig, compute: Compute, batch_size: int
+) -> Scorer:
     """The registered reward model, on the SFT policy that it was trained on where it is an adapter."""
     tokenizer = load_tokenizer(str(artifact.path))
     parent = next(p for p in artifact.manifest.parents if p.stage == "sft")

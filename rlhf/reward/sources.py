@@ -20,13 +20,14 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from urllib3.util import Retry
 
 from rlhf import distributed
-from rlhf.config import PPOConfig, require, reward_kind
+from rlhf.config import ComputeConfig, PPOConfig, require, reward_kind
 from rlhf.errors import UserError
 from rlhf.models import Compute, RoleModels
 from rlhf.ppo import forward
 from rlhf.ppo.types import Sequences
+from rlhf.registry import Registry
 from rlhf.reward.evaluate import load_function
-from rlhf.reward.scorer import Scorer
+from rlhf.reward.scorer import Scorer, open_scorer
 from rlhf.tokenization import last_user_text
 
 #: Times that a request is repeated, with waits of 0.5, 1 and 2 seconds between.
@@ -229,6 +230,35 @@ def open_sources(config: PPOConfig, compute: Compute) -> dict[str, Source]:
         elif kind == "classifier":
             sources[source_name(reference)] = ClassifierReward(reference, compute, config.microbatch_size)
     return sources
+
+
+def open_source(
+    reference: str, registry: Registry, config: ComputeConfig, compute: Compute, *, batch_size: int, timeout: float
+) -> Source:
+    """Any source by its name, apart from a policy; a reward model reads the texts of responses.
+
+    Args:
+        timeout: seconds that an endpoint may take for a request.
+    """
+    kind = reward_kind(reference)
+    if kind == "function":
+        return FunctionReward(reference)
+    if kind == "endpoint":
+        return EndpointReward(reference, batch_size, timeout)
+    if kind == "classifier":
+        return ClassifierReward(reference, compute, batch_size)
+    artifact = registry.get(reference, expect_stage="reward")
+    return reads_texts(open_scorer(artifact, registry, config, compute, batch_size))
+
+
+def reads_texts(scorer: Scorer) -> Source:
+    """A reward model of any tokenizer or chat template: it gets texts, and encodes them as its own."""
+
+    def source(responses: Responses) -> Tensor:
+        pairs = zip(responses.rows, responses.texts, strict=True)
+        return scorer([scorer.encode(row["prompt"], text) for row, text in pairs])
+
+    return source
 
 
 def source_name(reference: str) -> str:

@@ -17,6 +17,7 @@ import torch
 from judged import JudgeServer, World, toy_gold
 from toys import Call
 
+from rlhf.comparison import write_comparison
 from rlhf.config import EvaluationConfig, parse_config
 from rlhf.evaluation import bench
 from rlhf.evaluation.answers import Answers
@@ -27,7 +28,7 @@ from rlhf.models import Compute
 from rlhf.ppo.types import Sequences
 from rlhf.registry import Registry
 from rlhf.reward.scorer import open_scorer
-from rlhf.reward.sources import Responses, RewardError
+from rlhf.reward.sources import Responses, RewardError, reads_texts
 from rlhf.tokenization import TEMPLATES, encode_prompt
 
 MODELS = ("ppo/toy", "ppo/snaps")
@@ -117,7 +118,7 @@ def test_a_reward_model_of_another_tokenizer_reads_texts(
     ids = torch.zeros(4, 3, dtype=torch.long)
     wrong = Sequences(prompts=ids, prompt_mask=ids == 0, responses=ids, mask=ids == 0)
     given = Responses(sequences=wrong, batches=[], texts=texts, rows=[{"prompt": prompt} for prompt in asked])
-    found = bench.reads_texts(scorer)(given)
+    found = reads_texts(scorer)(given)
     expected = [scorer([encode_prompt(scorer.tokenizer, p) + own_ids(scorer.tokenizer, t)]) for p, t in zip(asked, texts, strict=True)]  # noqa: E501  # fmt: skip
     assert found.tolist() == pytest.approx([float(score) for score in expected], abs=1e-3)
 
@@ -200,6 +201,31 @@ def test_a_second_call_samples_nothing_again(
     assert plain == {k: v for k, v in result.items() if k not in volatile}
     with pytest.raises(AssertionError, match="the policy was opened"):
         run(options(world, folder, "--temperature", 0.5))
+
+
+def test_checks_stand_beside_score_and_kl(
+    world: World, folder: Path, tmp_path: Path, call: Callable[..., Call]
+) -> None:
+    """Figures of another model's answers, or of sampled ones. `rlhf generate`, which opens models in its own way, agrees."""
+    file = tmp_path / "films.jsonl"
+    rows = [{"prompt": 'Write one sentence of a movie review that starts with "The"', "reference": "The film is good"},
+            {"prompt": "A movie", "reference": ["A movie was great", "the plot is bad"]}]  # fmt: skip
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shutil.copytree(folder / "kept", tmp_path / "out" / "kept")
+    checks = ("--checks", f"summarisation={file}", "--check_length", 12, "--best_of", 0)
+    found = run(options(world, tmp_path / "out", *checks, models=("ppo/toy",)))
+    names = {f"check/films/{name}" for name in ("rouge1", "rouge2", "rougeL")}
+    for line in found["models"]:
+        assert names < set(line["figures"]) and {"score", "kl"} < set(line["figures"])
+        words = ["--model", line["name"], "--prompts", file, "--check", "summarisation", "--response_length", 12]
+        place = ["--temperature", 0, "--registry", world.registry, "--device", "cpu", "--dtype", "float32"]
+        said = call("rlhf.generation.generate", *words, *place).err
+        for name in names:
+            value = line["figures"][name]["value"]
+            assert f"{line['name']} {name.split('/')[-1]}: {value:.3f}" in said
+    assert any(figure(found, "ppo/toy@1", name) > 0 for name in names)
+    page = write_comparison([tmp_path / "out"], tmp_path / "page.html").read_text()
+    assert "check/films/rouge1" in page
 
 
 def test_a_broken_snapshot_does_not_cost_the_rest(world: World, folder: Path, tmp_path: Path) -> None:

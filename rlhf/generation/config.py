@@ -1,0 +1,106 @@
+"""Options of `rlhf generate` and `rlhf chat`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from rlhf.config import CHECKS, ComputeConfig, option, require
+
+
+@dataclass(kw_only=True)
+class SpeakConfig(ComputeConfig):
+    """Who speaks, and how answers are drawn."""
+
+    model: str | None = option(
+        "who answers: an artefact (pretrain/NAME, sft/NAME, ppo/NAME), a folder or a hub name", None
+    )
+    compare: list[str] = field(
+        default_factory=list,
+        metadata={"help": "several models in place of one: all answer with the same random numbers, side by side"},
+    )
+    chat_template: str | None = option(
+        "chat template: the model's own if not given, 'chatml', 'plain', or a file", None
+    )
+    trust_remote_code: bool = option("run code that comes with a hub model", False)
+    system: str | None = option("system prompt", None)
+    temperature: float = option("sampling temperature; 0 takes the likeliest token", 1.0)
+    top_p: float = option("each token is one of the likeliest that together have this much of the probability", 1.0)
+    response_length: int | None = option(
+        "longest answer, tokens, stop token included; default: 256, or half of the model's context if that is less",
+        None,
+    )
+    stop_strings: list[str] = field(
+        default_factory=list,
+        metadata={"help": "texts that end an answer, besides the model's stop tokens; kept in the answer"},
+    )
+    reward: str | None = option(
+        "scores the answers: reward/NAME, package.module:function, a classifier or a URL; default with compare: what the "
+        "first PPO policy was trained on",
+        None,
+    )
+    reward_timeout: float = option("seconds that an endpoint may take for a request", 60.0)
+
+    def __post_init__(self) -> None:
+        require((self.model is None) != (not self.compare), "say who answers: --model NAME, or --compare NAME NAME ...")
+        require(self.temperature >= 0, f"temperature must not be negative, got {self.temperature}")
+        require(0 < self.top_p <= 1, f"top_p must be above 0 and at most 1, got {self.top_p}")
+        require(
+            self.response_length is None or self.response_length >= 1,
+            f"response_length must be at least 1, got {self.response_length}",
+        )
+        require(all(self.stop_strings), "a stop string is empty: every answer would end at once")
+
+    @property
+    def names(self) -> list[str]:
+        """All who answer."""
+        return self.compare or [str(self.model)]
+
+
+@dataclass(kw_only=True)
+class GenerateConfig(SpeakConfig):
+    """Answers to prompts, shown as they come or written to a file."""
+
+    prompt: list[str] = field(
+        default_factory=list, metadata={"help": "texts to answer; without prompt and prompts, all of standard input"}
+    )
+    prompts: str | None = option(
+        "file of prompts: .txt, one a line, or .jsonl, .json, .csv, .parquet with a column prompt or messages", None
+    )
+    output: str | None = option("file for the answers, JSON lines; default: standard output, as text", None)
+    samples_per_prompt: int = option("answers to each prompt", 1)
+    check: str | None = option(
+        "the answers are compared with the prompts' references: summarisation, translation, question_answering or "
+        "classification, as in rlhf evaluate --checks; temperature 0 is usual",
+        None,
+    )
+    per_device_eval_batch_size: int = option("answers a forward pass, where a file is written", 16)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(not (self.prompt and self.prompts), "give the prompts once: --prompt TEXT, or --prompts FILE")
+        require(
+            self.check is None or (self.check in CHECKS and self.prompts is not None),
+            f"check is one of {', '.join(CHECKS)}, and needs --prompts FILE with a column reference",
+        )
+        for size in ("samples_per_prompt", "per_device_eval_batch_size"):
+            require(getattr(self, size) >= 1, f"{size} must be at least 1, got {getattr(self, size)}")
+
+
+@dataclass(kw_only=True)
+class ChatConfig(SpeakConfig):
+    """A conversation, at a terminal or through a pipe, a line a turn."""
+
+    history_tokens: int | None = option(
+        "longest history with the new question, tokens: the oldest turns are left out, the system prompt never; default: "
+        "what the model's context leaves beside the answer",
+        None,
+    )
+    load: str | None = option("file of a saved conversation to go on with", None)
+    save: str | None = option("file that the conversation is saved in after every turn", None)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self.history_tokens is None or self.history_tokens >= 1,
+            f"history_tokens must be at least 1, got {self.history_tokens}",
+        )

@@ -1,0 +1,146 @@
+"""`rlhf generate`: answers of artefacts and folders, as text and as lines, against transformers' own generation."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from judged import toy_gold
+from peft import PeftModel
+from toys import Call
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rlhf.registry import Registry
+from rlhf.tokenization import encode_prompt
+
+MODULE = "rlhf.generation.generate"
+ASK = 'Write one sentence of a movie review that starts with "The"'
+GREEDY = ["--temperature", "0", "--response_length", "12"]
+Caller = Callable[..., Call]
+
+
+def lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def bare(text: str) -> str:
+    """Without white space, at which streams break texts, and which answers are stripped of."""
+    return "".join(text.split())
+
+
+def expected(finished: tuple[Path, Path], prompt: str) -> str:
+    """What the PPO policy says by greedy search, opened by hand and written by transformers."""
+    registry = Registry(finished[0])
+    m, sft = registry.read("ppo/toy").manifest, registry.read("sft/toy")
+    base = AutoModelForCausalLM.from_pretrained(m.base_model, dtype=torch.float32)
+    model: Any = PeftModel.from_pretrained(base, str(sft.path)).merge_and_unload()
+    model = PeftModel.from_pretrained(model, str(registry.read("ppo/toy").path)).eval()
+    tokenizer = AutoTokenizer.from_pretrained(sft.path)
+    ids = torch.tensor([encode_prompt(tokenizer, [{"role": "user", "content": prompt}])])
+    said = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False,
+                          eos_token_id=m.stop_token_ids, pad_token_id=m.pad_token_id)[0, ids.shape[1] :]  # fmt: skip
+    return str(tokenizer.decode(said, skip_special_tokens=True)).strip()
+
+
+def test_an_artefact_says_what_its_weights_say(finished: tuple[Path, Path], place: list[str], call: Caller) -> None:
+    """A PPO policy without the SFT adapter below it, or a sampling habit that is left on."""
+    said = call(MODULE, "--model", "ppo/toy", "--prompt", ASK, *GREEDY, *place)
+    assert (said.code, bare(said.out)) == (0, bare(expected(finished, ASK)))
+
+
+def test_standard_input_is_a_prompt(
+    finished: tuple[Path, Path], place: list[str], call: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pipe whose text is taken for several prompts, or whose answer comes with headings."""
+    text = f"{ASK}\nand ends with good"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(text + "\n"))
+    said = call(MODULE, "--model", "ppo/toy", *GREEDY, *place)
+    assert bare(said.out) == bare(expected(finished, text))
+
+
+def test_a_file_of_prompts_becomes_lines(place: list[str], call: Caller, tmp_path: Path) -> None:
+    """Answers that depend on the batch that they were made in; a sample that repeats another; a score of another answer."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text(f"{ASK}\n\nA\nOf the plot and the acting\n")
+    words = ["--model", "ppo/toy", "--prompts", prompts, "--samples_per_prompt", "2", "--response_length", "10"]
+    words += ["--reward", "judged:toy_reward", *place]
+    for size in (1, 4):
+        assert (
+            call(MODULE, *words, "--per_device_eval_batch_size", size, "--output", tmp_path / f"{size}.jsonl").code == 0
+        )
+    rows = lines(tmp_path / "4.jsonl")
+    assert rows == lines(tmp_path / "1.jsonl")
+    assert [(row["number"], row["sample"]) for row in rows] == [(n, s) for n in (1, 2, 3) for s in (0, 1)]
+    assert {row["model"] for row in rows} == {"ppo/toy@1"}
+    assert rows[0]["response"] != rows[1]["response"]
+    assert [row["score"] for row in rows] == pytest.approx(toy_gold([row["response"] for row in rows]), abs=1e-6)
+    shown = call(MODULE, *words)
+    assert bare(shown.out) == bare("".join(row["response"] for row in rows))
+    assert "there already" in call(MODULE, *words, "--output", tmp_path / "4.jsonl").complaint
+    other = call(MODULE, *words, "--seed", "1", "--output", tmp_path / "other.jsonl")
+    assert other.code == 0 and lines(tmp_path / "other.jsonl") != rows
+
+
+def test_models_side_by_side(place: list[str], call: Caller, tmp_path: Path) -> None:
+    """Models that draw with different random numbers; a comparison without the reward that one of them was trained on."""
+    words = ["--compare", "ppo/toy", "ppo/toy@1", "sft/toy", "--prompt", ASK, "--response_length", "10", *place]
+    assert call(MODULE, *words, "--output", tmp_path / "out.jsonl").code == 0
+    first, same, other = lines(tmp_path / "out.jsonl")
+    assert {**first, "model": ""} == {**same, "model": ""} and other["model"] == "sft/toy@1"
+    shown = call(MODULE, *words)
+    assert shown.out.count("[ppo/toy@1]") == 2 and shown.out.count("[sft/toy@1]") == 1
+    assert f"ppo/toy@1 {first['score']:+.2f}" in shown.err and f"sft/toy@1 {other['score']:+.2f}" in shown.err
+
+
+def test_a_stop_string_ends_the_answer(place: list[str], call: Caller, tmp_path: Path) -> None:
+    """A stop string that is accepted and not used."""
+    words = ["--model", "sft/toy", "--prompt", ASK, "--samples_per_prompt", "16", "--response_length", "12", *place]
+    for name, more in (("free", []), ("stopped", ["--stop_strings", "e"])):
+        assert call(MODULE, *words, *more, "--output", tmp_path / f"{name}.jsonl").code == 0
+    free, stopped = lines(tmp_path / "free.jsonl"), lines(tmp_path / "stopped.jsonl")
+    for whole, part in zip(free, stopped, strict=True):
+        assert whole["response"].startswith(part["response"])
+        assert ("e" in whole["response"]) == ("e" in part["response"]) <= part["stopped"]
+    assert sum(row["tokens"] for row in stopped) < sum(row["tokens"] for row in free)
+
+
+def test_a_folder_needs_a_chat_template(base_folder: Path, place: list[str], call: Caller) -> None:
+    """A base model that is talked to without any template, or is refused without a way out."""
+    words = ["--model", base_folder, "--prompt", ASK, *GREEDY, *place]
+    assert "plain" in call(MODULE, *words).complaint and "--chat_template" in call(MODULE, *words).complaint
+    assert call(MODULE, *words, "--chat_template", "plain").code == 0
+
+
+def test_figures_of_a_check(place: list[str], call: Caller, tmp_path: Path) -> None:
+    """A check of other rows than those that were answered."""
+    file = tmp_path / "right.jsonl"
+    said = call(MODULE, "--model", "ppo/toy", "--prompt", ASK, *GREEDY, *place).out.strip()
+    rows = [{"prompt": ASK, "reference": said or "x"}, {"prompt": "A", "reference": "nothing of the kind"}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    checked = call(MODULE, "--model", "ppo/toy", "--prompts", file, "--check", "question_answering", *GREEDY, *place)
+    assert "ppo/toy@1 exact_match: 0.500" in checked.err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--prompt", "A"], "--model NAME"),
+        (["--model", "ppo/toy", "--compare", "sft/toy", "--prompt", "A"], "--model NAME"),
+        (["--model", "ppo/toi", "--prompt", "A"], "did you mean 'ppo/toy'"),
+        (["--model", "reward/toy", "--prompt", "A"], "writes no text"),
+        (["--model", "ppo/toy", "--prompt", " "], "prompt 1: the prompt is empty"),
+        (["--model", "ppo/toy", "--prompt", "film " * 300], "context of 256 tokens"),
+        (["--model", "ppo/toy", "--prompts", "none.jsonl"], "no file none.jsonl"),
+        (["--model", "ppo/toy", "--prompt", "A", "--top_p", "0"], "top_p"),
+        (["--model", "ppo/toy", "--prompt", "A", "--check", "summary"], "check is one of"),
+    ],
+)
+def test_bad_input_is_one_line(words: list[str], message: str, place: list[str], call: Caller) -> None:
+    """A traceback, or an answer to something else."""
+    assert message in call(MODULE, *words, *place).complaint
