@@ -147,7 +147,7 @@ def fold_of(row: Row, folds: int) -> int:
 def pandalm(arguments: argparse.Namespace) -> dict[str, Any]:
     """Cross-validated accuracy on the annotators trained on, on the one held out, and of the rivals; and the ceiling."""
     rows = pandalm_rows(arguments.file)
-    untrained_policy(rows, arguments)
+    untrained_policy(rows, arguments, "pandalm")
     arguments.policy = "sft/pandalm"
     scored: list[Row] = []
     for fold in range(arguments.folds):
@@ -165,13 +165,13 @@ def pandalm(arguments: argparse.Namespace) -> dict[str, Any]:
     return pooled(scored)
 
 
-def untrained_policy(rows: Sequence[Row], arguments: argparse.Namespace) -> None:
-    """Registers the base model as sft/pandalm: one update with step size 0. It sees no answer of any fold."""
+def untrained_policy(rows: Sequence[Row], arguments: argparse.Namespace, name: str) -> None:
+    """Registers the base model as sft/NAME: one update with step size 0. It sees no answer, of prompts no more than 8."""
     folder = arguments.folder / "demonstrations"
     told = [{"prompt": row["prompt"], "completion": "."} for row in rows[:8]]
     write_data(folder, "demonstrations", {"train": told, "validation": told})
     config = SFTConfig(
-        name="pandalm",
+        name=name,
         dataset=str(folder),
         model_name_or_path=arguments.base,
         chat_template=arguments.chat_template or None,

@@ -132,7 +132,7 @@ def write_report(output_dir: str | Path) -> Path:
         headline=_headline(results),
         stages=_stage_cards(results, card),
         compared=_comparison_rows(_section(results, "ppo")),
-        health=_health(output_dir),
+        health=health(output_dir),
         samples=_pick_samples(samples),
         samples_total=len(samples),
         card=_flatten(card),
@@ -357,7 +357,7 @@ def _comparison_rows(ppo: Results) -> list[dict[str, str]]:
     return rows
 
 
-def _health(output_dir: Path) -> list[dict[str, Any]]:
+def health(output_dir: Path) -> list[dict[str, Any]]:
     """What the doctor finds in the stages' logs; nothing of a stage without any."""
     from rlhf.doctor.diagnosis import diagnose
 

@@ -96,9 +96,9 @@ def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         demonstrations, comparisons = [], []
         for i in range(count):
             first = firsts[split][i % len(firsts[split])]
-            demonstrations.append(
-                {"prompt": prompt(first), "completion": [{"role": "assistant", "content": sentence(first)[0]}]}
-            )
+            text, rating = sentence(first)
+            answer = [{"role": "assistant", "content": text}]
+            demonstrations.append({"prompt": prompt(first), "completion": answer, "rating": rating})
             answers = dict(sentence(first) for _ in range(4))
             if len(set(answers.values())) > 1:
                 comparisons.append(

@@ -15,7 +15,7 @@ from rlhf.comparison import charts, samples, tables
 from rlhf.comparison.lineage import draw_lineage, lineage
 from rlhf.comparison.runs import comparability, labels, overlaps, read_run
 from rlhf.errors import UserError
-from rlhf.report import _plotly_gzip_base64, _write_page, template
+from rlhf.report import _plotly_gzip_base64, _write_page, health, template
 
 
 def write_comparison(folders: Sequence[Path], file: Path, *, registry: Path | None = None, force: bool = False) -> Path:
@@ -56,6 +56,7 @@ def write_comparison(folders: Sequence[Path], file: Path, *, registry: Path | No
         win_rates=tables.win_rates(evaluations),
         cards=tables.card_table(runs),
         health=tables.health_table(runs),
+        diagnoses=[(run.label, stage) for run in runs for stage in health(run.folder)],
         samples=said[0],
         lineage=draw_lineage(*lineage(runs)),
         memory=tables.memory_table(runs),

