@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rlhf.errors import UserError
-from rlhf.evaluation.checks import Check, read_checks
+from rlhf.evaluation.checks import Check, _named, read_checks
 
 PROMPT = [{"role": "user", "content": "Say it"}]
 
@@ -62,6 +62,25 @@ def test_labels() -> None:
 
 
 @pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        (["A", "B", "C", "D"], {"A": "A", "(b)": "B", "**C**: no doubt": "C", "Dogs": "", "a, as it is": "A", "": ""}),
+        (["+1", "-1"], {"+1": "+1", "-1.": "-1", '"-1"': "-1", "1": "", "-12": "", "+1.5": ""}),
+        (["C", "C++", "Java"], {"c++": "C++", "C": "C", "C, not C++": "C", "C++, surely": "C++", "JavaScript": ""}),
+        (["the", "not the"], {"The": "the", "Not  the": "not the", "them": ""}),
+        (["正面", "负面"], {"正面": "正面", "“负面”。": "负面", "正面的评价": "正面", "很正面": ""}),
+    ],
+)
+def test_labels_that_are_marks_articles_or_parts_of_others(labels: list[str], said: dict[str, str]) -> None:
+    """A label of which nothing is left (`A`), with which every answer begins; +1 and -1, C and C++ taken for one."""
+    for answer, label in said.items():
+        number = _named(answer, [one.casefold() for one in labels])
+        assert (labels[number] if number >= 0 else "") == label, answer
+    found = figures("classification", [[one] for one in labels], [f" {one.upper()}." for one in labels])
+    assert found == {"accuracy": 1.0, "macro_f1": 1.0}
+
+
+@pytest.mark.parametrize(
     ("option", "rows", "message"),
     [
         ("summarization={}", [], "did you mean 'summarisation'"),
@@ -71,6 +90,12 @@ def test_labels() -> None:
         ("translation={}", [{"prompt": "A"}], "row 1: 'reference' must be"),
         ("translation={}", [{"prompt": "", "reference": "b"}], "row 1: empty prompt"),
         ("classification={}", [{"prompt": "A", "reference": ["b", "c"]}], "one reference"),
+        (
+            "classification={}",
+            [{"prompt": "A", "reference": r} for r in ("no", " no", "No")],
+            "row 3: the label 'No' is",
+        ),
+        ("classification={}", [{"prompt": "A", "reference": " "}], "row 1: 'reference' must be"),
     ],
 )
 def test_what_is_no_check_is_refused(tmp_path: Path, option: str, rows: list[dict[str, object]], message: str) -> None:
