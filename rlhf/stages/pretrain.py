@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -201,6 +202,11 @@ class PretrainTrainer(ResumableTrainer, Trainer):
         super().__init__(**kwargs)
         self._metrics, self._total_train_tokens = {"train": defaultdict(list)}, 0  # what a checkpoint of TRL's adds up
 
+    def finished(self, state: Any) -> bool:
+        """Also where patience had run out."""
+        patience = self.config.early_stopping_patience
+        return super().finished(state) or (patience is not None and out_of_patience(state.log_history, patience))
+
     def compute_loss(
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -246,9 +252,14 @@ class Patience(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """After each evaluation."""
-        losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
-        if len(losses) - 1 - losses.index(min(losses)) >= self.evaluations:
+        if out_of_patience(state.log_history, self.evaluations):
             control.should_training_stop = True
+
+
+def out_of_patience(history: Sequence[Mapping[str, Any]], evaluations: int) -> bool:
+    """Whether the last so many evaluations of a history have no lower held-out loss than those before."""
+    losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    return bool(losses) and len(losses) - 1 - losses.index(min(losses)) >= evaluations
 
 
 def main() -> None:
