@@ -121,6 +121,9 @@ def test_a_reward_model_of_another_tokenizer_reads_texts(
     found = reads_texts(scorer)(given)
     expected = [scorer([encode_prompt(scorer.tokenizer, p) + own_ids(scorer.tokenizer, t)]) for p, t in zip(asked, texts, strict=True)]  # noqa: E501  # fmt: skip
     assert found.tolist() == pytest.approx([float(score) for score in expected], abs=1e-3)
+    long = dataclasses.replace(given, texts=["film " * 300, *texts[1:]])
+    with pytest.raises(RewardError, match=r"has \d{3,} tokens .* its context is 256"):
+        reads_texts(scorer)(long)
 
 
 def own_ids(tokenizer: Any, text: str) -> list[int]:
