@@ -211,8 +211,11 @@ def test_checks_stand_beside_score_and_kl(
 ) -> None:
     """Figures of another model's answers, or of sampled ones. `rlhf generate`, which opens models in its own way, agrees."""
     file = tmp_path / "films.jsonl"
+    greedy = ("--response_length", 12, "--temperature", 0)
+    place = [*greedy, "--registry", world.registry, "--device", "cpu", "--dtype", "float32"]
+    own = call("rlhf.generation.generate", "--model", "ppo/toy", "--prompt", "A movie", *place).out.strip()
     rows = [{"prompt": 'Write one sentence of a movie review that starts with "The"', "reference": "The film is good"},
-            {"prompt": "A movie", "reference": ["A movie was great", "the plot is bad"]}]  # fmt: skip
+            {"prompt": "A movie", "reference": ["A movie was great", own or "x"]}]  # fmt: skip
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     shutil.copytree(folder / "kept", tmp_path / "out" / "kept")
     checks = ("--checks", f"summarisation={file}", "--check_length", 12, "--best_of", 0)
@@ -220,8 +223,7 @@ def test_checks_stand_beside_score_and_kl(
     names = {f"check/films/{name}" for name in ("rouge1", "rouge2", "rougeL")}
     for line in found["models"]:
         assert names < set(line["figures"]) and {"score", "kl"} < set(line["figures"])
-        words = ["--model", line["name"], "--prompts", file, "--check", "summarisation", "--response_length", 12]
-        place = ["--temperature", 0, "--registry", world.registry, "--device", "cpu", "--dtype", "float32"]
+        words = ["--model", line["name"], "--prompts", file, "--check", "summarisation"]
         said = call("rlhf.generation.generate", *words, *place).err
         for name in names:
             value = line["figures"][name]["value"]
