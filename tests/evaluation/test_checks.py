@@ -57,6 +57,7 @@ def test_labels() -> None:
     """An answer without a label that is left out of the F1, or a label that is found inside another."""
     right = [["positive"], ["positive"], ["not positive"], ["negative"]]
     found = figures("classification", right, ["Positive.", "who knows", "not positive at all", "positive"])
+    assert figures("classification", [["A"], ["b"], ["C++"]], [" a.", "B", "c++"])["macro_f1"] == 1.0
     # positive: 1 found of 2, 1 right of 2 said; not positive: 1 and 1; negative: never said
     assert found == pytest.approx({"accuracy": 0.5, "macro_f1": (0.5 + 1.0 + 0.0) / 3})
 
@@ -76,8 +77,6 @@ def test_labels_that_are_marks_articles_or_parts_of_others(labels: list[str], sa
     for answer, label in said.items():
         number = _named(answer, [one.casefold() for one in labels])
         assert (labels[number] if number >= 0 else "") == label, answer
-    found = figures("classification", [[one] for one in labels], [f" {one.upper()}." for one in labels])
-    assert found == {"accuracy": 1.0, "macro_f1": 1.0}
 
 
 @pytest.mark.parametrize(
