@@ -58,7 +58,7 @@ def reward(arguments: argparse.Namespace) -> dict[str, Any]:
     untrained_policy(list(told.select(range(min(8, len(told))))), arguments, JUDGE)
     arguments.policy = f"sft/{JUDGE}"
     card = run_reward_stage(JUDGE, folder, arguments)
-    return {key: card[key] for key in ("verdict", "accuracy", "accuracy_held_out_rater", "human_ceiling", "flags")}
+    return {key: card[key] for key in ("verdict", "accuracy", "accuracy_held_out_raters", "human_ceiling", "flags")}
 
 
 def frontier(arguments: argparse.Namespace) -> dict[str, Any]:
