@@ -129,6 +129,7 @@ def make_trainer(
         f"the text has {len(blocks.tokens) - 1} tokens, fewer than one block of max_length={config.max_length}; "
         "give more text, or shorter blocks",
     )
+    model: Any = build_model(config, tokenizer)
     arguments = TrainingArguments(
         **trainer_arguments(run, config),
         load_best_model_at_end=True,
@@ -138,7 +139,7 @@ def make_trainer(
     return PretrainTrainer(
         run,
         config,
-        model=build_model(config, tokenizer).to(run.compute.device),
+        model=model.to(run.compute.device),
         args=arguments,
         data_collator=lambda rows: {"input_ids": torch.tensor(rows)},
         train_dataset=FullBlocks(blocks.tokens, blocks.length),
@@ -196,6 +197,9 @@ def negative_log_likelihood(model: nn.Module, ids: Tensor) -> Tensor:
 
 class PretrainTrainer(ResumableTrainer, Trainer):
     """`transformers.Trainer` on blocks that predict all their tokens but the first, and which samples as it evaluates."""
+
+    train_dataset: Any
+    eval_dataset: Any
 
     def __init__(self, run: Run, config: PretrainConfig, **kwargs: Any) -> None:
         self.run, self.config = run, config
