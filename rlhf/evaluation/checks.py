@@ -201,7 +201,7 @@ def translation(references: Sequence[Sequence[str]], texts: Sequence[str], seed:
     for name, metric in metrics.items():
         several = len(texts) > 1
         score: Any = metric.corpus_score(list(texts), streams, n_bootstrap=bootstrap.DRAWS if several else 1)
-        low, high = (score._mean - score._ci, score._mean + score._ci) if several else (None, None)
+        low, high = (float(score._mean - score._ci), float(score._mean + score._ci)) if several else (None, None)
         found[name] = {"value": float(score.score), "low": low, "high": high}
     return found
 

@@ -218,19 +218,19 @@ def test_checks_stand_beside_score_and_kl(
             {"prompt": "A movie", "reference": ["A movie was great", own or "x"]}]  # fmt: skip
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     shutil.copytree(folder / "kept", tmp_path / "out" / "kept")
-    checks = ("--checks", f"summarisation={file}", "--check_length", 12, "--best_of", 0)
+    checks = ("--checks", f"translation={file}", "--check_length", 12, "--best_of", 0)
     found = run(options(world, tmp_path / "out", *checks, models=("ppo/toy",)))
-    names = {f"check/films/{name}" for name in ("rouge1", "rouge2", "rougeL")}
+    names = {f"check/films/{name}" for name in ("bleu", "chrf")}
     for line in found["models"]:
         assert names < set(line["figures"]) and {"score", "kl"} < set(line["figures"])
-        words = ["--model", line["name"], "--prompts", file, "--check", "summarisation"]
+        words = ["--model", line["name"], "--prompts", file, "--check", "translation"]
         said = call("rlhf.generation.generate", *words, *place).err
         for name in names:
             value = line["figures"][name]["value"]
             assert f"{line['name']} {name.split('/')[-1]}: {value:.3f}" in said
     assert any(figure(found, "ppo/toy@1", name) > 0 for name in names)
     page = write_comparison([tmp_path / "out"], tmp_path / "page.html").read_text()
-    assert "check/films/rouge1" in page
+    assert "check/films/chrf" in page
 
 
 def test_a_broken_snapshot_does_not_cost_the_rest(world: World, folder: Path, tmp_path: Path) -> None:
