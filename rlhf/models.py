@@ -21,6 +21,7 @@ import torch
 from accelerate import cpu_offload
 from peft import (
     LoraConfig,
+    PeftConfig,
     PeftModel,
     get_peft_model,
     get_peft_model_state_dict,
@@ -136,50 +137,74 @@ def _quantization(config: ComputeConfig, compute: Compute) -> BitsAndBytesConfig
     return BitsAndBytesConfig(load_in_8bit=True) if config.quantization == "8bit" else None
 
 
-def load_policy(artifact: Artifact, config: ComputeConfig, compute: Compute) -> PreTrainedModel:
+def load_policy(
+    artifact: Artifact, config: ComputeConfig, compute: Compute, adapter: Path | None = None
+) -> PreTrainedModel:
     """The policy of an `sft` artefact as a plain causal model: its base with the adapter merged in memory.
 
-    A quantised base is merged in full precision first and quantised afterwards: merging into 4-bit weights would round the
-    adapter away.
+    Args:
+        adapter: folder of a finished PPO policy on it, which is merged in, too.
+    """
+    folders = [artifact.path] if adapter is None else [artifact.path, adapter]
+    m = artifact.manifest
+    return load_merged(m.base_model, folders, config, compute, revision=m.base_model_revision)
+
+
+def load_merged(
+    name_or_path: str,
+    adapters: Sequence[Path],
+    config: ComputeConfig,
+    compute: Compute,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """A model with the adapters of several folders merged in, one on the other, frozen.
+
+    What is to be quantised is merged in full precision first and quantised afterwards: merging into 4-bit weights would round
+    the adapters away.
     """
     plain = _without_quantization(config)
-    base = load_base(artifact.manifest.base_model, plain, compute, revision=artifact.manifest.base_model_revision)
-    fit_vocabulary(base, artifact)
-    merged = PeftModel.from_pretrained(base, str(artifact.path)).merge_and_unload()
-    merged.requires_grad_(False)
+    merged = load_base(name_or_path, plain, compute, revision=revision, trust_remote_code=trust_remote_code)
+    for folder in adapters:
+        merged = merge_adapter(merged, folder)
     if config.quantization == "none":
         return merged
-    with tempfile.TemporaryDirectory() as folder:
-        merged.save_pretrained(folder)
-        return load_base(folder, config, compute).requires_grad_(False)
-
-
-def fit_vocabulary(base: PreTrainedModel, artifact: Artifact) -> None:
-    """Makes room for the tokens that an adapter has added; what is in the new rows comes with it.
-
-    Raises:
-        UserError: the artefact's tokenizer does not have the tokens that its adapter has rows for, or has more.
-    """
-    added = cast(LoraConfig, LoraConfig.from_pretrained(str(artifact.path))).trainable_token_indices
-    if not added:
-        return
-    largest = max(max(rows) for rows in (added.values() if isinstance(added, dict) else [added]))
-    tokens = len(load_tokenizer(str(artifact.path)))
-    if largest != tokens - 1:
-        raise UserError(
-            f"the tokenizer of {artifact.reference} has {tokens} tokens, and its adapter was trained with {largest + 1}: "
-            "two vocabularies; train it again"
-        )
-    fit_embeddings(base, tokens)
+    with tempfile.TemporaryDirectory() as saved:
+        merged.save_pretrained(saved)
+        return load_base(saved, config, compute, trust_remote_code=trust_remote_code).requires_grad_(False)
 
 
 def merge_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """The model with a finished policy's adapter merged in, for good: the base is used up."""
+    """The model with a finished adapter merged in, for good: the base is used up."""
+    fit_vocabulary(base, folder)
     try:
         adapted = PeftModel.from_pretrained(base, str(folder))
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder} holds no adapter for this model: {str(error).splitlines()[-1].strip()}") from error
     return cast(Any, adapted).merge_and_unload().requires_grad_(False)
+
+
+def fit_vocabulary(base: PreTrainedModel, folder: Path) -> None:
+    """Makes room for the tokens that the adapter in a folder has added; what is in the new rows comes with it.
+
+    Raises:
+        UserError: the tokenizer beside it does not have the tokens that it has rows for, or has more.
+    """
+    try:
+        added = getattr(PeftConfig.from_pretrained(str(folder)), "trainable_token_indices", None)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{folder} holds no adapter: {str(error).splitlines()[0]}") from error
+    if not added:
+        return
+    largest = max(max(rows) for rows in (added.values() if isinstance(added, dict) else [added]))
+    tokens = len(load_tokenizer(str(folder), chat_template="plain"))  # a template is not looked for: tokens are counted
+    if largest != tokens - 1:
+        raise UserError(
+            f"the tokenizer of {folder} has {tokens} tokens, and its adapter was trained with {largest + 1}: "
+            "two vocabularies; train it again"
+        )
+    fit_embeddings(base, tokens)
 
 
 def _without_quantization(config: ComputeConfig) -> ComputeConfig:
@@ -215,8 +240,17 @@ def lora_config(
 
 
 def token_rows(model: PreTrainedModel, tokens: Sequence[int]) -> dict[str, list[int]]:
-    """Names of the embedding layers, the output's only where its weights are its own, -> the tokens' rows in them."""
+    """Names of the embedding layers, the output's only where its weights are its own, -> the tokens' rows in them.
+
+    Raises:
+        UserError: the output layer has a bias, which peft's trained rows leave out.
+    """
     layers = [model.get_input_embeddings()]
+    if getattr(model.get_output_embeddings(), "bias", None) is not None:
+        raise UserError(
+            f"the output layer of {type(model).__name__} has a bias, which rows that are trained alone would lose; "
+            "leave out new_tokens and learn_tokens, or take another base model"
+        )
     if not model.config.get_text_config().tie_word_embeddings:
         layers.append(model.get_output_embeddings())
     return {name: list(tokens) for name, module in model.named_modules() if any(module is layer for layer in layers)}
@@ -285,9 +319,8 @@ def save_adapter(model: PeftModel, folder: Path, *, adapter: str, base_model: st
 
     The same adapter gives the same bytes.
     """
-    # With "auto", a vocabulary that has grown would bring both whole embeddings along.
-    embeddings: Any = False if cast(Any, model.peft_config[adapter]).trainable_token_indices else "auto"
-    state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=embeddings)
+    # Left to itself, peft brings both whole embeddings along wherever the vocabulary is not the base model's.
+    state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
     save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, folder / ADAPTER_FILE)
     config: Any = model.peft_config[adapter]
     changed = {"inference_mode": True, "base_model_name_or_path": base_model}

@@ -29,10 +29,28 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from rlhf import storage
-from rlhf.config import PPOConfig, PretrainConfig, RewardConfig, SFTConfig, build, read_yaml, reward_kind
+from rlhf.config import (
+    PPOConfig,
+    PretrainConfig,
+    RewardConfig,
+    SFTConfig,
+    TrainingLength,
+    build,
+    read_yaml,
+    reward_kind,
+)
 from rlhf.errors import UserError, did_you_mean, run_command
 
 STAGES: dict[str, Any] = {"pretrain": PretrainConfig, "sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig}
+#: Options that the stages share by name, and that mean another thing in pretraining: on the command line they are the others'.
+NOT_OF_PRETRAINING = {
+    "dataset",
+    "chat_template",
+    "quantization",
+    *("optim", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
+    *("lr_scheduler_type", "warmup_steps", "save_steps"),
+    *(option.name for option in dataclasses.fields(TrainingLength)),
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -45,21 +63,15 @@ def run(folder: Path, overrides: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         folder: holds the stages' YAML files.
-        overrides: options that go to every stage that has them (registry, output_dir, seed, device, ...).
+        overrides: options that go to every stage that has them (registry, output_dir, seed, device, ...), but for
+            `NOT_OF_PRETRAINING`.
     """
     from rlhf.registry import MANIFEST, Registry
     from rlhf.report import print_results, write_report
 
     started = time.perf_counter()
     data = _prepare_data(folder, overrides)
-    # All are read before the first trains: a slip in ppo.yaml must not show after ten minutes of SFT.
-    configs = {
-        stage: _stage_config(
-            folder / f"{stage}.yaml", kind, overrides if stage == "pretrain" else {**overrides, **data}
-        )
-        for stage, kind in STAGES.items()
-        if stage != "pretrain" or (folder / "pretrain.yaml").is_file()
-    }
+    configs = _stage_configs(folder, {**overrides, **data})
     group = configs["ppo"].wandb_group or configs["ppo"].name
     artifacts: dict[str, Any] = {}
     for stage, config in configs.items():
@@ -173,6 +185,16 @@ def _prepare_data(folder: Path, overrides: dict[str, Any]) -> dict[str, Any]:
     return {"dataset": str(prepare(read_recipe(values, str(file))))}
 
 
+def _stage_configs(folder: Path, overrides: dict[str, Any]) -> dict[str, Any]:
+    """All are read before the first trains: a slip in ppo.yaml must not show after ten minutes of SFT."""
+    to_pretrain = {name: value for name, value in overrides.items() if name not in NOT_OF_PRETRAINING}
+    return {
+        stage: _stage_config(folder / f"{stage}.yaml", kind, to_pretrain if stage == "pretrain" else overrides)
+        for stage, kind in STAGES.items()
+        if stage != "pretrain" or (folder / "pretrain.yaml").is_file()
+    }
+
+
 def _stage_config(file: Path, config_type: Any, overrides: dict[str, Any]) -> Any:
     fields = config_type.__dataclass_fields__
     return build(config_type, {**read_yaml(file), **{k: v for k, v in overrides.items() if k in fields}}, str(file))
@@ -205,7 +227,14 @@ def _results(artifacts: dict[str, Any], seed: int, seconds: float) -> dict[str, 
 
 def parse(argv: Sequence[str] | None = None) -> tuple[Path, dict[str, Any]]:
     """The config folder, and `--option value` pairs for every stage that has the option."""
-    parser = _Parser(prog="python -m rlhf.pipeline", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = _Parser(
+        prog="python -m rlhf.pipeline",
+        usage="%(prog)s --config CONFIG [--option value ...]",
+        description=__doc__.split("\n")[0],
+        epilog="An option goes to every stage that has it. Data, training length and optimisation of pretraining are not those "
+        "of the other stages: they stay as in pretrain.yaml.",
+        allow_abbrev=False,
+    )
     parser.add_argument(
         "--config",
         required=True,

@@ -37,6 +37,10 @@ class ResumableTrainer:
     _metrics: dict[str, Any]
     _tr_loss: torch.Tensor
 
+    def finished(self, state: Any) -> bool:
+        """Whether a run that came so far (`TrainerState`) had ended."""
+        return bool(state.global_step >= state.max_steps)
+
     def best_checkpoint(self) -> Path | None:
         """The saved checkpoint, or the one that is about to be, of the best evaluation; the folder may have been moved."""
         state, folder = self.state, Path(self.args.output_dir)

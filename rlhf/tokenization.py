@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -188,7 +189,13 @@ def encode_response(
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, answer_header: bool) -> str:
     plain = [dict(message) for message in messages]
-    return str(tokenizer.apply_chat_template(plain, add_generation_prompt=answer_header, tokenize=False))
+    try:
+        return str(tokenizer.apply_chat_template(plain, add_generation_prompt=answer_header, tokenize=False))
+    except TemplateError as error:  # its own complaint of roles and their order, or a slip in it
+        roles = ", ".join(message["role"] for message in messages)
+        raise UserError(
+            f"the chat template cannot write a conversation of {roles}: {error}; leave these out, or give another --chat_template"
+        ) from error
 
 
 def decode_response(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:

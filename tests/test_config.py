@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import rlhf
+from rlhf import pipeline
 from rlhf.config import (
     EvaluationConfig,
     PPOConfig,
@@ -215,6 +216,16 @@ def test_equals_sign_and_dashes() -> None:
 def test_text_that_starts_with_dashes() -> None:
     """A value in YAML that begins with '--' must not be taken for an option."""
     assert build(SFTConfig, {"dataset": "d", "model_name_or_path": "m", "name": "--seed"}, "x.yaml").name == "--seed"
+
+
+def test_options_of_the_other_stages_do_not_reach_pretraining() -> None:
+    """A step size for SFT and PPO that the base model is trained with, demonstrations that become its text."""
+    words = ["dataset=mine", "max_steps=3", "learning_rate=1e-5", "max_length=64"]
+    words += ["seed=4", "hidden_size=64", "registry=mine"]
+    folder, overrides = pipeline.parse(["--config", str(CONFIGS / "mini_gpt"), *(f"--{word}" for word in words)])
+    plain, ours = (pipeline._stage_configs(folder, options) for options in ({}, overrides))
+    assert ours["pretrain"] == dataclasses.replace(plain["pretrain"], seed=4, hidden_size=64, registry="mine")
+    assert (ours["sft"].dataset, ours["sft"].max_steps, ours["ppo"].learning_rate) == ("mine", 3, 1e-5)
 
 
 def test_abbreviations_are_refused() -> None:

@@ -88,7 +88,9 @@ def test_no_tokenizer(tmp_path: Path) -> None:
 
 def test_no_template(saved: Callable[..., str]) -> None:
     """A base model without a template: the message names those that can be given."""
-    with pytest.raises(UserError, match=r"no chat template; give one of \['chatml', 'plain'\] with --chat_template"):
+    with pytest.raises(
+        UserError, match=r"no chat template; give one of \['chatml', 'dialogue', 'plain'\] with --chat_template"
+    ):
         load_tokenizer(saved())
 
 
@@ -115,6 +117,15 @@ def test_template_that_changes_the_prompt(saved: Callable[..., str]) -> None:
     tokenizer = load_tokenizer(saved(chat_template=template))
     with pytest.raises(UserError, match="give another --chat_template"):
         encode_response(tokenizer, PROMPT, ANSWER)
+
+
+def test_a_template_that_refuses_a_role(saved: Callable[..., str]) -> None:
+    """A traceback out of jinja, as with Gemma's templates and a system prompt."""
+    refuses = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    tokenizer = load_tokenizer(saved(chat_template=refuses + TEMPLATES["chatml"]))
+    assert encode_prompt(tokenizer, PROMPT)
+    with pytest.raises(UserError, match=r"of system, user: System role not supported; .* --chat_template"):
+        encode_prompt(tokenizer, [{"role": "system", "content": "be brief"}, *PROMPT])
 
 
 # Prompt and answer

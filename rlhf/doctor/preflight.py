@@ -133,11 +133,11 @@ def likelihoods(
 
 
 def stage_of(options: Iterable[str]) -> str:
-    """The stage that options belong to: only SFT names a base model, only PPO a reward, only pretraining makes a vocabulary."""
+    """The stage that options belong to: only SFT names a base model, only PPO a reward, and pretraining not even a policy."""
     names = set(options)
-    if "vocab_size" in names:
-        return "pretrain"
-    return "sft" if "model_name_or_path" in names else "ppo" if "reward" in names else "reward"
+    if "model_name_or_path" in names:
+        return "sft"
+    return "ppo" if "reward" in names else "reward" if "policy" in names else "pretrain"
 
 
 def parse(argv: Sequence[str]) -> tuple[str, TrainingConfig]:

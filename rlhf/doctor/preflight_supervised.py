@@ -30,7 +30,7 @@ from rlhf.doctor.preflight_models import (
 )
 from rlhf.doctor.preflight_room import Kept, check_disk, check_memory
 from rlhf.doctor.preflight_text import check_labels, check_rankings, fitting_pairs
-from rlhf.models import direct_casting, merged_adapter, read_adapter, save_adapter
+from rlhf.models import context_length, direct_casting, merged_adapter, read_adapter, save_adapter
 from rlhf.optim import MIN_8BIT_SIZE, forget_overrides
 from rlhf.reward.parity import other_companies
 from rlhf.reward.ranking import ordered_pairs
@@ -56,7 +56,8 @@ def sft(ground: Ground, trainer: Any) -> list[Check]:
     causal, (demonstrations,) = model.get_base_model(), ground.training.values()
     lengths = [len(ids) for ids in rows["input_ids"]]
     with untouched(model, ground.compute.device):
-        pairs = fitting_pairs(ground.tokenizer, demonstrations.rows, config.max_length, LABELLED)
+        longest = min(config.max_length, context_length(causal))  # as the stage leaves rows out
+        pairs = fitting_pairs(ground.tokenizer, demonstrations.rows, longest, LABELLED)
         labels = check_labels(ground.tokenizer, pairs, trainer.data_collator([rows[i] for i in range(len(pairs))]))
         chosen = [rows[i] for i in few(lengths, ROWS)]
         ids, prompts = [row["input_ids"] for row in chosen], [row["labels"].count(-100) for row in chosen]

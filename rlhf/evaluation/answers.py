@@ -19,7 +19,7 @@ from rlhf.bootstrap import Array
 from rlhf.config import RunConfig
 from rlhf.evaluation.candidates import Candidate
 from rlhf.full import FinishedPair
-from rlhf.models import Compute, RoleModels, SharedModels, load_base, load_policy, merge_adapter
+from rlhf.models import Compute, RoleModels, SharedModels, load_base, load_policy
 from rlhf.packing import prompt_batches
 from rlhf.ppo import forward
 from rlhf.ppo import functional as F
@@ -80,9 +80,7 @@ def opened(
     if candidate.sft is None:
         policy = load_base(str(candidate.folder), config, compute)
     else:
-        policy = load_policy(candidate.sft, config, compute)
-        if candidate.folder is not None:
-            policy = merge_adapter(policy, candidate.folder)
+        policy = load_policy(candidate.sft, config, compute, candidate.folder)
     yield FinishedPair(policy, base, compute)
 
 

@@ -215,7 +215,7 @@ class Bench:
             base = load_base(
                 manifest.base_model, self.config, self.compute, revision=manifest.base_model_revision
             ).requires_grad_(False)
-            fit_vocabulary(base, self.comparison.reference)
+            fit_vocabulary(base, self.comparison.reference.path)
             for i, missing in enumerate(found):
                 if missing is None:
                     found[i] = self._keep(keys[i], self._response_logprobs(base, sets[i], texts[i]))

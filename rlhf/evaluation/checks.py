@@ -26,6 +26,7 @@ from rlhf.tokenization import decode_response, pad, stop_token_ids
 
 Figure = dict[str, float | None] | None
 _LONGEST_ROW = 100_000_000
+_MARKS = string.punctuation + "。，、；：？！“”‘’（）《》"
 _HAN = re.compile(r"[\u3400-\u9fff\uf900-\ufaff\U00020000-\U0002fa1f]")
 
 
@@ -82,7 +83,20 @@ def make_check(file: Path, kind: str, rows: Sequence[Row]) -> Check:
             raise UserError(f"{file}, row {number}: {error}") from error
         if kind == "classification" and len(references[-1]) > 1:
             raise UserError(f"{file}, row {number}: a row of a classification has one reference, its label")
+    if kind == "classification":
+        _require_distinct(file, [label.strip() for (label,) in references])
     return Check(file.stem, kind, [row["prompt"] for row in rows], references)
+
+
+def _require_distinct(file: Path, labels: Sequence[str]) -> None:
+    first: dict[str, str] = {}
+    for number, label in enumerate(labels, start=1):
+        other = first.setdefault(_folded(label), label)
+        require(
+            other == label,
+            f"{file}, row {number}: the label '{label}' is '{other}' but for case or spaces, which do not count in answers; "
+            "write both alike",
+        )
 
 
 def read_rows(file: Path) -> list[Row]:
@@ -187,7 +201,7 @@ def translation(references: Sequence[Sequence[str]], texts: Sequence[str], seed:
     for name, metric in metrics.items():
         several = len(texts) > 1
         score: Any = metric.corpus_score(list(texts), streams, n_bootstrap=bootstrap.DRAWS if several else 1)
-        low, high = (score._mean - score._ci, score._mean + score._ci) if several else (None, None)
+        low, high = (float(score._mean - score._ci), float(score._mean + score._ci)) if several else (None, None)
         found[name] = {"value": float(score.score), "low": low, "high": high}
     return found
 
@@ -204,9 +218,9 @@ def classification(references: Sequence[Sequence[str]], texts: Sequence[str], se
     """Accuracy, and F1 a label averaged over the labels; an answer that names no label is wrong, and is of none."""
     from sklearn.metrics import f1_score
 
-    labels = sorted({tuple(_words(label)) for (label,) in references})
-    right = np.array([labels.index(tuple(_words(label))) for (label,) in references])
-    named = np.array([_named(_words(text), labels) for text in texts])
+    labels = sorted({_folded(label) for (label,) in references})
+    right = np.array([labels.index(_folded(label)) for (label,) in references])
+    named = np.array([_named(text, labels) for text in texts])
 
     def macro_f1(times: Array) -> float:
         among = list(range(len(labels)))
@@ -235,7 +249,7 @@ def _mean(values: Any, seed: int) -> Figure:
 def _words(text: str) -> list[str]:
     """Words without case, punctuation and articles; Han characters one by one."""
     spaced = _HAN.sub(lambda found: f" {found[0]} ", text.lower())
-    bare = "".join(c for c in spaced if c not in string.punctuation and c not in "。，、；：？！“”‘’（）《》")
+    bare = "".join(c for c in spaced if c not in _MARKS)
     return [word for word in bare.split() if word not in ("a", "an", "the")]
 
 
@@ -245,10 +259,29 @@ def _overlap(said: list[str], right: list[str]) -> float:
     return 2 * common / (len(said) + len(right)) if said or right else 1.0
 
 
-def _named(said: list[str], labels: Sequence[tuple[str, ...]]) -> int:
-    """The number of the longest label that the answer begins with, or -1."""
-    found = [(len(label), number) for number, label in enumerate(labels) if tuple(said[: len(label)]) == label]
-    return max(found)[1] if found else -1
+def _folded(text: str) -> str:
+    """Without case, and with single spaces: all that does not count in a label. `A`, `+1` and `C++` are labels, too."""
+    return " ".join(text.casefold().split())
+
+
+def _named(text: str, labels: Sequence[str]) -> int:
+    """The number of the label that an answer is or begins with, of several the longest, or -1. Marks before it do not count."""
+    said = _folded(text)
+    for start in range(len(said) - len(said.lstrip(_MARKS + " ")) + 1):
+        found = [
+            (len(label), number)
+            for number, label in enumerate(labels)
+            if said.startswith(label, start) and _ends_word(said, start + len(label))
+        ]
+        if found:
+            return max(found)[1]
+    return -1
+
+
+def _ends_word(said: str, at: int) -> bool:
+    """Whether what is said up to `at` is whole words: marks, then a space or the end, follow. Han characters are words."""
+    rest = said[at:].lstrip(_MARKS)
+    return not rest or rest[0] == " " or bool(_HAN.match(rest) or _HAN.match(said[at - 1]))
 
 
 def _is_chinese(references: Sequence[Sequence[str]]) -> bool:

@@ -56,7 +56,7 @@ class Chat:
         whose answer was stopped before it began is forgotten.
 
         Raises:
-            UserError: the question alone does not fit into a model's context.
+            UserError: the question alone does not fit into a model's context, or the answers cannot be scored.
         """
         asked = [[*said, {"role": "user", "content": question}] for said in self.conversations]
         read = [self._read(speaker, said) for speaker, said in zip(self.speakers, asked, strict=True)]
@@ -69,14 +69,14 @@ class Chat:
         if not all(answer.tokens for answer in answers):
             print("(no answer: the question is forgotten)", file=sys.stderr)
             return
-        if self.source is not None:
-            found = scores(self.source, [{"prompt": said} for said in read], prompts, answers)
-            print(score_line(self.names, found), file=sys.stderr, flush=True)
         self.conversations = [
             [*said, {"role": "assistant", "content": answer.text}] for said, answer in zip(asked, answers, strict=True)
         ]
         if self.config.save is not None:
             self.save(Path(self.config.save))
+        if self.source is not None:  # last: what was said stays said where the reward fails
+            found = scores(self.source, [{"prompt": said} for said in read], prompts, answers)
+            print(score_line(self.names, found), file=sys.stderr, flush=True)
 
     def _read(self, speaker: Speaker, said: Messages) -> Messages:
         """What the model reads of a conversation."""

@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ from rlhf.errors import UserError
 from rlhf.evaluation.answers import Answers, score_answers
 from rlhf.evaluation.candidates import trained_on
 from rlhf.generation.config import SpeakConfig
-from rlhf.models import ADAPTER_FILE, Compute, context_length, load_base, merge_adapter
-from rlhf.registry import STAGES, Artifact, Registry
+from rlhf.models import ADAPTER_FILE, Compute, context_length, load_base, load_merged
+from rlhf.registry import MANIFEST, STAGES, Artifact, Registry, read_manifest
 from rlhf.registry.export import causal_model
 from rlhf.reward.sources import Source, open_source
 from rlhf.sampling import sample
@@ -157,8 +157,14 @@ def open_speakers(config: SpeakConfig, compute: Compute) -> list[Speaker]:
 
 
 def open_speaker(name: str, config: SpeakConfig, registry: Registry, compute: Compute) -> Speaker:
-    """A model by the name of an artefact (if it looks like one and is no folder), a folder or a hub name."""
-    if not Path(name).exists() and _ARTIFACT.fullmatch(name):
+    """A model by the name of an artefact (if it looks like one and is no folder), a folder or a hub name.
+
+    The folder of an artefact is that artefact: its adapter may sit on more than the base model that it names.
+    """
+    if (found := _registered(Path(name))) is not None:
+        name, root = found
+        registry, config = Registry(root), replace(config, registry=str(root))
+    if found is not None or (not Path(name).exists() and _ARTIFACT.fullmatch(name)):
         artifact = registry.get(name)
         if artifact.stage not in ("pretrain", "sft", "ppo"):
             raise UserError(f"{artifact.reference} writes no text; give pretrain/NAME, sft/NAME or ppo/NAME")
@@ -166,7 +172,9 @@ def open_speaker(name: str, config: SpeakConfig, registry: Registry, compute: Co
         model = causal_model(registry, artifact, config, compute)
         return Speaker(artifact.reference, model, tokenizer, config, stops=stop_token_ids(tokenizer), artifact=artifact)
     tokenizer = load_tokenizer(
-        resolve_model(name), chat_template=config.chat_template, trust_remote_code=config.trust_remote_code
+        resolve_model(name, config.registry),
+        chat_template=config.chat_template,
+        trust_remote_code=config.trust_remote_code,
     )
     model = _outside_model(name, config, compute)
     own = getattr(model.generation_config, "eos_token_id", None)  # chat models often end in another token than texts
@@ -174,6 +182,26 @@ def open_speaker(name: str, config: SpeakConfig, registry: Registry, compute: Co
     stops = dict.fromkeys([*stop_token_ids(tokenizer), *others])
     stops.pop(int(tokenizer.pad_token_id), None)
     return Speaker(name, model, tokenizer, config, stops=list(stops))
+
+
+def _registered(folder: Path) -> tuple[str, Path] | None:
+    """What the registry calls a folder that lies in one, and the registry's root; None for any other folder.
+
+    Raises:
+        UserError: a copy of an adapter that needs others of its registry below it.
+    """
+    if not (folder / MANIFEST).is_file() or not (folder / ADAPTER_FILE).is_file():
+        return None
+    manifest, place = read_manifest(folder), folder.resolve()
+    reference = f"{manifest.stage}/{manifest.name}@{manifest.version}"
+    if place.parts[-3:] == (manifest.stage, manifest.name, f"v{manifest.version}"):
+        return reference, place.parents[2]
+    if manifest.stage == "ppo":
+        raise UserError(
+            f"{folder} is a copy of {reference}, whose adapter sits on its SFT policy and not on the base model; open it in its "
+            f"registry (--registry FOLDER --model {reference}), or export it with --form merged"
+        )
+    return None
 
 
 def _outside_model(name: str, config: SpeakConfig, compute: Compute) -> PreTrainedModel:
@@ -186,7 +214,7 @@ def _outside_model(name: str, config: SpeakConfig, compute: Compute) -> PreTrain
         base = str(settings["base_model_name_or_path"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} holds an adapter, but adapter_config.json does not say for which model") from error
-    return merge_adapter(load_base(base, config, compute, trust_remote_code=config.trust_remote_code), folder)
+    return load_merged(base, [folder], config, compute, trust_remote_code=config.trust_remote_code)
 
 
 # Scores
@@ -196,8 +224,10 @@ def open_reward(
     config: SpeakConfig, speakers: Sequence[Speaker], compute: Compute, *, batch_size: int = 1
 ) -> Source | None:
     """What scores the answers: `--reward`, or in a comparison what the first PPO policy was trained on; else nothing."""
-    trained = (trained_on(s.artifact) for s in speakers if s.artifact is not None and s.artifact.stage == "ppo")
-    reference = config.reward or (next(trained, None) if config.compare else None)
+    trained = (s.artifact for s in speakers if s.artifact is not None and s.artifact.stage == "ppo")
+    reference = config.reward
+    if reference is None and config.compare and (policy := next(trained, None)) is not None:
+        reference, config = trained_on(policy), replace(config, registry=str(policy.path.parents[2]))
     if reference is None:
         return None
     registry = Registry(config.registry)

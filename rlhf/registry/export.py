@@ -22,7 +22,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from rlhf.config import ComputeConfig
 from rlhf.errors import UserError
-from rlhf.models import ADAPTER_FILE, Compute, load_base, load_policy, load_reward_model, merge_adapter
+from rlhf.models import ADAPTER_FILE, Compute, load_base, load_policy, load_reward_model
 from rlhf.registry import Artifact, Registry
 from rlhf.registry.model_card import model_card
 from rlhf.tokenization import load_tokenizer
@@ -92,7 +92,7 @@ def causal_model(registry: Registry, artifact: Artifact, config: ComputeConfig, 
         return load_base(str(artifact.path), config, compute).requires_grad_(False)
     if artifact.stage == "sft":
         return load_policy(artifact, config, compute)
-    return merge_adapter(load_policy(_policy_of(registry, artifact), config, compute), artifact.path)
+    return load_policy(_policy_of(registry, artifact), config, compute, artifact.path)
 
 
 def _policy_of(registry: Registry, artifact: Artifact) -> Artifact:

@@ -10,7 +10,7 @@ import math
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import requests
 import torch
@@ -22,7 +22,7 @@ from urllib3.util import Retry
 from rlhf import distributed
 from rlhf.config import ComputeConfig, PPOConfig, require, reward_kind
 from rlhf.errors import UserError
-from rlhf.models import Compute, RoleModels
+from rlhf.models import Compute, RoleModels, context_length
 from rlhf.ppo import forward
 from rlhf.ppo.types import Sequences
 from rlhf.registry import Registry
@@ -252,11 +252,18 @@ def open_source(
 
 
 def reads_texts(scorer: Scorer) -> Source:
-    """A reward model of any tokenizer or chat template: it gets texts, and encodes them as its own."""
+    """A reward model of any tokenizer or chat template: it gets texts, and encodes them as its own, which may be longer."""
+    context = context_length(cast(Any, scorer.model))
 
     def source(responses: Responses) -> Tensor:
         pairs = zip(responses.rows, responses.texts, strict=True)
-        return scorer([scorer.encode(row["prompt"], text) for row, text in pairs])
+        rows = [scorer.encode(row["prompt"], text) for row, text in pairs]
+        if (longest := max(map(len, rows))) > context:
+            raise RewardError(
+                f"a conversation has {longest} tokens in the reward model's own tokenizer, and its context is {context}: "
+                "shorten prompts or answers, or take a reward model of a longer context"
+            )
+        return scorer(rows)
 
     return source
 

@@ -376,9 +376,9 @@ def train(trainer: Any, run: Run) -> None:
 
 
 def _take_finished(trainer: Any, last: Path) -> bool:
-    """Whether the checkpoint holds all updates, and if so, takes it as the result: the trainer would make one more update."""
+    """Whether the checkpoint is of a run's end, and if so, takes it as the result: the trainer would make one more update."""
     state = TrainerState.load_from_json(str(last / STATE_FILE))
-    if state.global_step < state.max_steps:
+    if not trainer.finished(state):
         return False
     trainer.state = state
     best = trainer.best_checkpoint() if trainer.args.load_best_model_at_end else None

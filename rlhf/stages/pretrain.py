@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -128,6 +129,7 @@ def make_trainer(
         f"the text has {len(blocks.tokens) - 1} tokens, fewer than one block of max_length={config.max_length}; "
         "give more text, or shorter blocks",
     )
+    model: Any = build_model(config, tokenizer)
     arguments = TrainingArguments(
         **trainer_arguments(run, config),
         load_best_model_at_end=True,
@@ -137,7 +139,7 @@ def make_trainer(
     return PretrainTrainer(
         run,
         config,
-        model=build_model(config, tokenizer).to(run.compute.device),
+        model=model.to(run.compute.device),
         args=arguments,
         data_collator=lambda rows: {"input_ids": torch.tensor(rows)},
         train_dataset=FullBlocks(blocks.tokens, blocks.length),
@@ -196,10 +198,18 @@ def negative_log_likelihood(model: nn.Module, ids: Tensor) -> Tensor:
 class PretrainTrainer(ResumableTrainer, Trainer):
     """`transformers.Trainer` on blocks that predict all their tokens but the first, and which samples as it evaluates."""
 
+    train_dataset: Any
+    eval_dataset: Any
+
     def __init__(self, run: Run, config: PretrainConfig, **kwargs: Any) -> None:
         self.run, self.config = run, config
         super().__init__(**kwargs)
         self._metrics, self._total_train_tokens = {"train": defaultdict(list)}, 0  # what a checkpoint of TRL's adds up
+
+    def finished(self, state: Any) -> bool:
+        """Also where patience had run out."""
+        patience = self.config.early_stopping_patience
+        return super().finished(state) or (patience is not None and out_of_patience(state.log_history, patience))
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -246,9 +256,14 @@ class Patience(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """After each evaluation."""
-        losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
-        if len(losses) - 1 - losses.index(min(losses)) >= self.evaluations:
+        if out_of_patience(state.log_history, self.evaluations):
             control.should_training_stop = True
+
+
+def out_of_patience(history: Sequence[Mapping[str, Any]], evaluations: int) -> bool:
+    """Whether the last so many evaluations of a history have no lower held-out loss than those before."""
+    losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    return bool(losses) and len(losses) - 1 - losses.index(min(losses)) >= evaluations
 
 
 def main() -> None:

@@ -156,7 +156,7 @@ def make_trainer(
     tokenizer: PreTrainedTokenizerBase,
     sets: dict[str, Loaded],
     rewards: list[Artifact],
-) -> SFTTrainer:
+) -> _Trainer:
     """TRL's SFT trainer on the tokenised demonstrations; the reward model, if there is one, chooses the checkpoint."""
     held_out = sets["validation"]
     longest = min(config.max_length, context_length(model.get_base_model()))
@@ -285,7 +285,7 @@ class _Trainer(ResumableTrainer, SFTTrainer):
     def __init__(self, *args: Any, selection: Selection | None = None, **kwargs: Any) -> None:
         self.selection = selection
         super().__init__(*args, **kwargs)
-        self.held_out = HeldOut.of(self.eval_dataset["labels"], self.processing_class)
+        self.held_out = HeldOut.of(cast(Any, self.eval_dataset)["labels"], self.processing_class)
         self._nats = 0.0
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:

@@ -18,8 +18,8 @@ from toys import Call
 
 from rlhf.comparison import write_comparison
 from rlhf.comparison.charts import CURVES
-from rlhf.comparison.lineage import BOX_WIDTH, Edge, Node, draw_lineage
-from rlhf.comparison.runs import labels, reward_kl_points
+from rlhf.comparison.lineage import BOX_WIDTH, Edge, Node, draw_lineage, lineage
+from rlhf.comparison.runs import RunFolder, labels, reward_kl_points
 from rlhf.registry import Artifact, Registry
 
 ATTACK = '</script><script>document.title="owned"</script>'
@@ -356,6 +356,20 @@ def test_what_runs_share_is_drawn_once(runs: list[Path], tmp_path: Path) -> None
     titles = re.findall(r"<text x=\"10\" y=\"18\">([^<]+)</text>", drawing)
     assert sorted(titles) == ["data for ppo", "ppo/demo@1", "ppo/demo@2", "reward/demo@1", "sft/demo@1"]
     assert drawing.count("<path") == 2 * 3
+
+
+def test_a_base_of_ones_own_is_drawn_once(tmp_path: Path, registry: Registry) -> None:
+    """Bug: the pretrained base is left out as of no column, and appears as data instead."""
+    pretrained = publish(registry, "pretrain", kind="full", base_model="gpt2 from scratch")
+    sft = publish(registry, parents=[pretrained], base_model=pretrained.reference)
+    run = RunFolder(tmp_path, manifests={"sft": {**json.loads(sft.manifest.to_json()), "hash": sft.hash}})
+    nodes, edges = lineage([run])
+    assert {(node.kind, node.title) for node in nodes} == {
+        ("data", "data for sft"),
+        ("pretrain", "pretrain/demo@1"),
+        ("sft", "sft/demo@1"),
+    }
+    assert Edge(pretrained.hash, sft.hash) in edges and len(draw_lineage(nodes, edges)["paths"]) == 2
 
 
 def test_boxes_do_not_touch_and_arrows_start_at_them() -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -68,6 +70,36 @@ def test_fingerprint_tells_texts_apart(tmp_path: Path) -> None:
         (tmp_path / "a.txt").write_text(content)
         prints.add(load_text(str(tmp_path / "a.txt"), TextConfig(documents="line"))["train"].fingerprint)
     assert len(prints) == 2
+
+
+def test_hub_dataset_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name with a dot taken for a file, a configuration that cannot be named, a page of traceback when the network goes."""
+    import datasets
+
+    asked: list[Any] = []
+
+    def rows(fails: bool) -> Iterator[dict[str, str]]:
+        yield {"body": "one"}
+        yield {"body": "two"}
+        if fails:
+            raise ConnectionError("the network is gone\nand more")
+
+    def load_dataset(*words: Any, **options: Any) -> Any:
+        asked.append((words, options))
+        return datasets.IterableDataset.from_generator(rows, gen_kwargs={"fails": words[1] == "fails"})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    name, common = "owner/text-1.0", {"text_field": "body"}
+    read = load_text(name, TextConfig(**common, text_subset="raw"))
+    assert list(read["train"].rows["text"]) == ["one", "two"]
+    assert asked == [((name, "raw"), {"split": "train", "streaming": True})]
+    with pytest.raises(UserError, match=r"'owner/text-1.0' here.* after row 2: the network is gone \(.*--text_subset"):
+        load_text(name, TextConfig(**common, text_subset="fails"))
+    with pytest.raises(UserError, match=r"row 1 of owner/text-1\.0 has no text in 'text'; it has body"):
+        load_text(name, TextConfig())
+    for file in ("none.txt", "./owner/text-1.0", "a/b/text", "texts.v2"):
+        with pytest.raises(UserError, match="no text at"):
+            load_text(file, TextConfig())
 
 
 def test_rated_sentences_of_all_four_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from prepared import Built, pairs
+from registry.test_registry import FIELDS
 from toys import Call
 
 from rlhf.data_prep.loading import load_rows
 from rlhf.errors import UserError
+from rlhf.registry import Registry
 from rlhf.reward.rankings import encode_rankings
 from rlhf.stages import sft
 from rlhf.tokenization import check_encoding, load_tokenizer
@@ -54,6 +57,23 @@ def test_show_takes_a_stages_file(tmp_path: Path, toy_config: Path, call: Callab
         "rlhf.data_prep.__main__", "show", "--config", toy_config / "sft.yaml", "--n=1", "--split", "validation"
     )
     assert shown.code == 0 and "<|im_start|>assistant\n⟦This" in shown.out
+
+
+def test_a_tokenizer_of_the_registry(
+    tmp_path: Path, toy_config: Path, toy_base: Callable[[str], Path], call: Callable[..., Call]
+) -> None:
+    """Catches: pretrain/NAME looked up in another registry than the stage's."""
+
+    def write(folder: Path) -> None:
+        load_tokenizer(str(toy_base("llama")), chat_template="chatml").save_pretrained(folder)
+
+    Registry(tmp_path / "registry").publish("pretrain", "toy", write, **{**FIELDS, "kind": "full"})
+    values = yaml.safe_load((toy_config / "sft.yaml").read_text())
+    values |= {"model_name_or_path": "pretrain/toy", "registry": str(tmp_path / "registry")}
+    file = tmp_path / "sft.yaml"
+    file.write_text(yaml.safe_dump(values))
+    shown = call("rlhf.data_prep.__main__", "show", "--config", file, "--n=1")
+    assert shown.code == 0 and "<|im_start|>assistant\n⟦" in shown.out, shown.err
 
 
 @pytest.mark.parametrize(

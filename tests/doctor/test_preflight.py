@@ -238,6 +238,17 @@ def test_sft_labels_that_are_not_the_answer(
     assert told in failed(examine("sft"))["loss mask"]
 
 
+def test_a_row_beyond_the_context_is_no_fault(examine: Examine, toy_data: Path, tmp_path: Path) -> None:
+    """The stage leaves it out, whatever max_length is; labels that are read against the rows before that are all wrong."""
+    data = tmp_path / "data"
+    shutil.copytree(toy_data, data)
+    file = data / "demonstrations" / "train.jsonl"
+    rows = file.read_text()
+    long = {**json.loads(rows.splitlines()[0]), "completion": [{"role": "assistant", "content": "film " * 300}]}
+    file.write_text(json.dumps(long) + "\n" + rows)
+    assert failed(examine("sft", dataset=str(data), max_length=1024)) == {}
+
+
 def test_rankings_that_are_scored_before_their_end(examine: Examine, monkeypatch: pytest.MonkeyPatch) -> None:
     """A reward model trained on cut responses reads its score where PPO never will."""
     from rlhf.reward import rankings
@@ -645,6 +656,13 @@ def test_the_stage_is_known_by_its_config(stage: str) -> None:
     """A PPO file that is read as a reward model's: its first option would be unknown."""
     name, config = parse(["--config", str(CONFIGS / "demo" / f"{stage}.yaml"), "--seed", "5"])
     assert name == stage and type(config) is TYPES[stage] and config.seed == 5
+
+
+def test_pretraining_is_known_without_a_vocabulary_size(tmp_path: Path) -> None:
+    """A file that takes the default size of the vocabulary, read as a reward model's."""
+    file = tmp_path / "pretrain.yaml"
+    file.write_text("dataset: text.txt\nhidden_size: 64\n")
+    assert parse(["--config", str(file)])[0] == "pretrain"
 
 
 def test_the_command_without_a_file(call: Callable[..., Call]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rlhf.errors import UserError
-from rlhf.evaluation.checks import Check, read_checks
+from rlhf.evaluation.checks import Check, _named, read_checks
 
 PROMPT = [{"role": "user", "content": "Say it"}]
 
@@ -57,8 +57,26 @@ def test_labels() -> None:
     """An answer without a label that is left out of the F1, or a label that is found inside another."""
     right = [["positive"], ["positive"], ["not positive"], ["negative"]]
     found = figures("classification", right, ["Positive.", "who knows", "not positive at all", "positive"])
+    assert figures("classification", [["A"], ["b"], ["C++"]], [" a.", "B", "c++"])["macro_f1"] == 1.0
     # positive: 1 found of 2, 1 right of 2 said; not positive: 1 and 1; negative: never said
     assert found == pytest.approx({"accuracy": 0.5, "macro_f1": (0.5 + 1.0 + 0.0) / 3})
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        (["A", "B", "C", "D"], {"A": "A", "(b)": "B", "**C**: no doubt": "C", "Dogs": "", "a, as it is": "A", "": ""}),
+        (["+1", "-1"], {"+1": "+1", "-1.": "-1", '"-1"': "-1", "1": "", "-12": "", "+1.5": ""}),
+        (["C", "C++", "Java"], {"c++": "C++", "C": "C", "C, not C++": "C", "C++, surely": "C++", "JavaScript": ""}),
+        (["the", "not the"], {"The": "the", "Not  the": "not the", "them": ""}),
+        (["正面", "负面"], {"正面": "正面", "“负面”。": "负面", "正面的评价": "正面", "很正面": ""}),
+    ],
+)
+def test_labels_that_are_marks_articles_or_parts_of_others(labels: list[str], said: dict[str, str]) -> None:
+    """A label of which nothing is left (`A`), with which every answer begins; +1 and -1, C and C++ taken for one."""
+    for answer, label in said.items():
+        number = _named(answer, [one.casefold() for one in labels])
+        assert (labels[number] if number >= 0 else "") == label, answer
 
 
 @pytest.mark.parametrize(
@@ -71,6 +89,12 @@ def test_labels() -> None:
         ("translation={}", [{"prompt": "A"}], "row 1: 'reference' must be"),
         ("translation={}", [{"prompt": "", "reference": "b"}], "row 1: empty prompt"),
         ("classification={}", [{"prompt": "A", "reference": ["b", "c"]}], "one reference"),
+        (
+            "classification={}",
+            [{"prompt": "A", "reference": r} for r in ("no", " no", "No")],
+            "row 3: the label 'No' is",
+        ),
+        ("classification={}", [{"prompt": "A", "reference": " "}], "row 1: 'reference' must be"),
     ],
 )
 def test_what_is_no_check_is_refused(tmp_path: Path, option: str, rows: list[dict[str, object]], message: str) -> None:

@@ -121,6 +121,9 @@ def test_a_reward_model_of_another_tokenizer_reads_texts(
     found = reads_texts(scorer)(given)
     expected = [scorer([encode_prompt(scorer.tokenizer, p) + own_ids(scorer.tokenizer, t)]) for p, t in zip(asked, texts, strict=True)]  # noqa: E501  # fmt: skip
     assert found.tolist() == pytest.approx([float(score) for score in expected], abs=1e-3)
+    long = dataclasses.replace(given, texts=["film " * 300, *texts[1:]])
+    with pytest.raises(RewardError, match=r"has \d{3,} tokens .* its context is 256"):
+        reads_texts(scorer)(long)
 
 
 def own_ids(tokenizer: Any, text: str) -> list[int]:
@@ -208,24 +211,26 @@ def test_checks_stand_beside_score_and_kl(
 ) -> None:
     """Figures of another model's answers, or of sampled ones. `rlhf generate`, which opens models in its own way, agrees."""
     file = tmp_path / "films.jsonl"
+    greedy = ("--response_length", 12, "--temperature", 0)
+    place = [*greedy, "--registry", world.registry, "--device", "cpu", "--dtype", "float32"]
+    own = call("rlhf.generation.generate", "--model", "ppo/toy", "--prompt", "A movie", *place).out.strip()
     rows = [{"prompt": 'Write one sentence of a movie review that starts with "The"', "reference": "The film is good"},
-            {"prompt": "A movie", "reference": ["A movie was great", "the plot is bad"]}]  # fmt: skip
+            {"prompt": "A movie", "reference": ["A movie was great", own or "x"]}]  # fmt: skip
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     shutil.copytree(folder / "kept", tmp_path / "out" / "kept")
-    checks = ("--checks", f"summarisation={file}", "--check_length", 12, "--best_of", 0)
+    checks = ("--checks", f"translation={file}", "--check_length", 12, "--best_of", 0)
     found = run(options(world, tmp_path / "out", *checks, models=("ppo/toy",)))
-    names = {f"check/films/{name}" for name in ("rouge1", "rouge2", "rougeL")}
+    names = {f"check/films/{name}" for name in ("bleu", "chrf")}
     for line in found["models"]:
         assert names < set(line["figures"]) and {"score", "kl"} < set(line["figures"])
-        words = ["--model", line["name"], "--prompts", file, "--check", "summarisation", "--response_length", 12]
-        place = ["--temperature", 0, "--registry", world.registry, "--device", "cpu", "--dtype", "float32"]
+        words = ["--model", line["name"], "--prompts", file, "--check", "translation"]
         said = call("rlhf.generation.generate", *words, *place).err
         for name in names:
             value = line["figures"][name]["value"]
             assert f"{line['name']} {name.split('/')[-1]}: {value:.3f}" in said
     assert any(figure(found, "ppo/toy@1", name) > 0 for name in names)
     page = write_comparison([tmp_path / "out"], tmp_path / "page.html").read_text()
-    assert "check/films/rouge1" in page
+    assert "check/films/chrf" in page
 
 
 def test_a_broken_snapshot_does_not_cost_the_rest(world: World, folder: Path, tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def row(first: str, text: str, rating: float) -> dict[str, Any]:
 
 def test_rankings_are_of_one_prompt_each(script: Any) -> None:
     """Sentences of two prompts compared, a rating beside another's sentence, a ranking of one, or one larger than asked for."""
-    rows = [row("The", "a", 1), row("It", "b", 2), row("The", "c", 3), row("The", "d", 4), row("The", "e", 5), row("The", "f", 6)]  # noqa: E501  # fmt: skip
+    rows = [row("It" if text == "b" else "The", text, i) for i, text in enumerate("abcdef", start=1)]
     made = script.rankings(rows, largest=2)
     assert [[r[0]["content"] for r in m["responses"]] for m in made] == [["a", "c"], ["d", "e"]]
     assert [m["ratings"] for m in made] == [[1, 3], [4, 5]] and all(m["prompt"] == rows[0]["prompt"] for m in made)
@@ -67,7 +67,8 @@ def test_judge_and_frontier(
     told = [json.loads(line) for line in (toy_data / "demonstrations" / "train.jsonl").read_text().splitlines()]
     assert trained["responses"][0] in [row["completion"] for row in told]
 
-    sizes = ("--num_prompts", 6, "--samples_per_prompt", 2, "--response_length", 8, "--best_of", 2, "--best_of_prompts", 2)
+    sizes: tuple[Any, ...] = ("--num_prompts", 6, "--samples_per_prompt", 2, "--response_length", 8)
+    sizes += ("--best_of", 2, "--best_of_prompts", 2)
     found = run("frontier", "--runs", world.run, "--dataset", world.prompts, "--", *PLACE, *sizes)
     assert list(found["gold"]) == ["vader", "independent"]
     assert {point["update"] for point in found["frontier"]["points"]} >= {1, 2}

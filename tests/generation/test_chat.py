@@ -23,11 +23,13 @@ from rlhf.generation.speaker import Stream
 MODULE = "rlhf.generation.chat"
 SHORT = ["--temperature", "0", "--response_length", "10"]
 FIRST, SECOND = 'Write one sentence of a movie review that starts with "The"', "A movie"
+INPUT = builtins.input
 Caller = Callable[..., Call]
 
 
 def piped(monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("".join(line + "\n" for line in lines)))
+    monkeypatch.setattr(builtins, "input", INPUT)  # after `typed` in the same test
 
 
 def typed(monkeypatch: pytest.MonkeyPatch, *lines: str | type[BaseException]) -> None:
@@ -131,6 +133,20 @@ def test_each_model_of_a_comparison_has_its_own_history(
         alone = tmp_path / f"{number}.json"
         assert call(MODULE, "--model", name, *SHORT, *place, "--save", alone).code == 0
         assert messages(alone) == messages(file, number)
+
+
+def test_an_answer_without_a_score_is_remembered(
+    place: list[str], call: Caller, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A reward that fails after the answer was read, and takes the turn with it."""
+    (tmp_path / "sulking.py").write_text("def score(prompts, responses, **columns):\n    raise OSError('gone')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    file = tmp_path / "talk.json"
+    words = ["--model", "sft/toy", *SHORT, *place, "--reward", "sulking:score", "--save", file]
+    typed(monkeypatch, FIRST, SECOND, "/quit")
+    said = call(MODULE, *words)
+    assert said.code == 0 and said.err.count("error: sulking:score failed") == 2
+    assert [m["role"] for m in messages(file)] == ["user", "assistant"] * 2
 
 
 def test_mistakes_at_a_terminal_do_not_end_it(place: list[str], call: Caller, monkeypatch: pytest.MonkeyPatch) -> None:

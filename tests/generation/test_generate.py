@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,11 @@ from peft import PeftModel
 from toys import Call
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rlhf.generation.config import SpeakConfig
+from rlhf.generation.speaker import open_speaker
+from rlhf.models import Compute, load_base
 from rlhf.registry import Registry
+from rlhf.registry.export import merged_model
 from rlhf.tokenization import encode_prompt
 
 MODULE = "rlhf.generation.generate"
@@ -115,6 +120,40 @@ def test_a_folder_needs_a_chat_template(base_folder: Path, place: list[str], cal
     words = ["--model", base_folder, "--prompt", ASK, *GREEDY, *place]
     assert "plain" in call(MODULE, *words).complaint and "--chat_template" in call(MODULE, *words).complaint
     assert call(MODULE, *words, "--chat_template", "plain").code == 0
+
+
+def test_the_folder_of_an_artefact_is_that_artefact(
+    finished: tuple[Path, Path], place: list[str], call: Caller, tmp_path: Path
+) -> None:
+    """A PPO adapter on the base model, without the SFT policy between: it answers, and is nobody's policy."""
+    folder = finished[0] / "ppo" / "toy" / "v1"
+    elsewhere = ["--registry", tmp_path / "none", *place[2:]]
+    said = call(MODULE, "--model", folder, "--prompt", ASK, *GREEDY, *elsewhere)
+    assert bare(said.out) == bare(expected(finished, ASK))
+    compared = call(MODULE, "--compare", folder, folder, "--prompt", ASK, *GREEDY, *elsewhere)
+    assert compared.code == 0 and "score: ppo/toy@1" in compared.err
+    assert "writes no text" in call(MODULE, "--model", finished[0] / "reward/toy/v1", "--prompt", ASK, *place).complaint
+    shutil.copytree(folder, tmp_path / "copy")
+    complaint = call(MODULE, "--model", tmp_path / "copy", "--prompt", ASK, *place).complaint
+    assert "copy of ppo/toy@1" in complaint and "--form merged" in complaint
+
+
+def test_a_quantised_policy_is_quantised_once(finished: tuple[Path, Path], tmp_path: Path) -> None:
+    """An adapter merged into 4-bit weights: they are rounded a second time, and a small adapter is rounded away."""
+    registry = Registry(finished[0])
+    common: dict[str, Any] = {"registry": str(registry.root), "device": "cpu", "dtype": "float32"}
+    shutil.copytree(registry.read("sft/toy").path, tmp_path / "adapter")
+    for name, stage in (("ppo/toy", "ppo"), (str(tmp_path / "adapter"), "sft")):
+        whole = tmp_path / stage
+        merged_model(registry, registry.read(f"{stage}/toy")).save_pretrained(whole)
+        config = SpeakConfig(model=name, quantization="4bit", **common)
+        compute = Compute.choose(config)
+        ours = open_speaker(name, config, registry, compute).model
+        right = load_base(str(whole), config, compute).eval()
+        assert any(type(module).__name__ == "Linear4bit" for module in ours.modules())
+        ids = torch.arange(3, 40)[None]
+        with torch.no_grad():
+            assert torch.equal(ours(ids).logits, right(ids).logits), name
 
 
 def test_figures_of_a_check(place: list[str], call: Caller, tmp_path: Path) -> None:

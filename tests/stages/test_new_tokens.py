@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,11 +16,11 @@ import yaml
 from conftest import TOY
 from safetensors.torch import load_file
 from toys import Call
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PhiConfig
 
 from rlhf.config import RunConfig
 from rlhf.errors import UserError
-from rlhf.models import ADAPTER_FILE, Compute, load_policy
+from rlhf.models import ADAPTER_FILE, Compute, load_policy, token_rows
 from rlhf.registry import Artifact, Registry
 from rlhf.registry.export import export
 from rlhf.vocabulary import add_tokens, grow_embeddings, learn_tokens
@@ -113,20 +114,30 @@ def test_policy_of_a_grown_vocabulary(place: Place, toy_base: Callable[[str], Pa
         name: len(tensor) for name, tensor in state.items() if "embed" in name or "lm_head" in name or "wte" in name
     }
     assert set(rows.values()) == {7} and len(rows) == (1 if family == "gpt2" else 2), rows
+    shutil.copytree(artifact.path, place.folder / "copy")  # as a stranger to the registry has it
+    words = ("--prompt", "很", "--response_length", 4, "--device", "cpu", "--dtype", "float32")
+    said = place.call("rlhf.generation.generate", "--model", place.folder / "copy", *words)
+    assert said.code == 0, said.err[-3000:]
     figures = artifact.manifest.metrics
     assert figures["new_tokens"] == 7
     assert figures["eval_loss_per_character_after"] < figures["eval_loss_per_character_before"]
 
 
-def test_later_stages_have_the_new_tokens(place: Place, toy_base: Callable[[str], Path], tmp_path: Path) -> None:
-    """A reward model or a PPO policy on the old vocabulary."""
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_later_stages_have_the_new_tokens(
+    place: Place, toy_base: Callable[[str], Path], tmp_path: Path, family: str
+) -> None:
+    """A reward model or a PPO policy on the old vocabulary, or an adapter that carries whole embeddings (which, tied, cannot
+    even be written)."""
     file = tmp_path / "tokens.txt"
     file.write_text("\n".join(OFTEN) + "\n", encoding="utf-8")
-    options = {"model_name_or_path": str(toy_base("llama")), "chat_template": "chatml"}
+    options = {"model_name_or_path": str(toy_base(family)), "chat_template": "chatml"}
     plain = place.made("sft", **options)
     sft = place.made("sft", **options, new_tokens=str(file))
-    place.made("reward")
-    ppo = place.made("ppo")
+    reward, ppo = place.made("reward"), place.made("ppo")
+    for adapter in (reward, ppo):
+        names = load_file(adapter.path / ADAPTER_FILE)
+        assert not [name for name in names if "embed" in name or "wte" in name or "lm_head" in name]
     assert ppo.manifest.tokenizer_hash == sft.manifest.tokenizer_hash != plain.manifest.tokenizer_hash
     assert "train a reward model on sft/toy@1" in place.run("ppo", policy="sft/toy@1").complaint
     folder = export(place.registry, ppo, tmp_path / "merged")
@@ -157,6 +168,15 @@ def test_new_rows_are_the_mean_of_their_pieces(toy_base: Callable[[str], Path]) 
         assert len(old) > 1 and "".join(tokenizer.decode(old).split()) == tokenizer.decode([token])
         for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
             assert torch.allclose(layer.weight[token], sum(layer.weight[i] for i in old) / len(old), atol=1e-6)
+
+
+def test_an_output_layer_with_a_bias_is_refused() -> None:
+    """peft multiplies with the trained rows and drops the bias: a model that is another one without a word."""
+    common: dict[str, Any] = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    model: Any = AutoModelForCausalLM.from_config(PhiConfig(num_hidden_layers=1, **common))
+    assert model.lm_head.bias is not None
+    with pytest.raises(UserError, match="output layer of PhiForCausalLM has a bias"):
+        token_rows(model, [39])
 
 
 def test_new_tokens_that_cannot_be(place: Place, toy_base: Callable[[str], Path], tmp_path: Path) -> None:

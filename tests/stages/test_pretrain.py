@@ -166,6 +166,25 @@ def test_training_ends_when_the_held_out_loss_does_not_fall(place: Place) -> Non
         assert evaluated == list(range(0, last + 1, 2)) and artifact.manifest.metrics["steps"] == last
 
 
+def test_a_run_that_ended_early_and_was_killed_has_ended(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed between its last checkpoint and its registration, a resumed run that trains on past its end."""
+    options = {"max_steps": 20, "eval_steps": 2, "save_steps": 2, "doctor": ["off"], "num_samples": 0}
+    options |= {"learning_rate": 0.3, "early_stopping_patience": 2}  # too large a step: the loss rises
+    whole = place.made(**options)
+
+    def killed(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("rlhf.stages.common.Run.publish", killed)
+        assert place.run(**options).code == 130
+    resumed = place.made(**options, resume=True)
+    figures = [artifact.manifest.metrics for artifact in (whole, resumed)]
+    assert resumed.version == 2 and figures[0]["steps"] == figures[1]["steps"] < 20
+    assert figures[0]["best_step"] == figures[1]["best_step"] < figures[0]["steps"]
+    assert resumed.manifest.files == whole.manifest.files
+
+
 def test_chain_from_text_to_ppo(
     corpus: Path, toy_data: Path, tmp_path: Path, call: Caller, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -237,6 +256,7 @@ def test_what_cannot_be_trained_on_is_refused(place: Place, tmp_path: Path) -> N
         ({"vocab_size": 5000}, ("supports a tokenizer of", "not of vocab_size=5000")),
         ({"vocab_size": 200}, ("at least 258", "got 200")),
         ({"hidden_size": 30}, ("num_attention_heads",)),
+        ({"early_stopping_patience": 1, "save_steps": 6}, ("save_steps (6)", "eval_steps (3)")),
         ({"validation_share": 1e-9}, ("falls into validation",)),
     ]
     for options, told in cases:
