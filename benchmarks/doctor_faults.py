@@ -198,9 +198,9 @@ def _colder(original: Any) -> Any:
 
 
 def _top_k(original: Any) -> Any:
-    def draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    def draw(logits: Tensor, *given: Any, **named: Any) -> tuple[Tensor, Tensor]:
         limit = logits.topk(3, dim=-1).values[:, -1:]
-        return original(logits.masked_fill(logits < limit, -torch.inf), uniform, temperature)
+        return original(logits.masked_fill(logits < limit, -torch.inf), *given, **named)
 
     return draw
 
