@@ -60,7 +60,7 @@ WORLDS = [(size, seed) for size in ("small", "wide") for seed in (0, 1)]
 OVEROPTIMISED = Fault(
     name="overoptimised_demo",
     stage="ppo",
-    what="the demo with a weak KL penalty and a large step size",
+    what="the demo without clipped rewards, with a large constant step size",
     causes=("over_optimised", "responses_alike", "entropy_collapse", "repeated_text", "kl_high"),
 )
 
