@@ -53,7 +53,7 @@ CLEAN_PPO: dict[str, dict[str, Any]] = {
     "two_epochs": {"num_ppo_epochs": 2, "learning_rate": 1e-3},
     "kl_target": {"kl_target": 3.0, "kl_horizon": 500},
     "function_reward": {"reward": ["doctor_world:mood"], "value_warmup_updates": 3},
-    "shared_trunk": {"value_model": "shared_trunk", "whiten_rewards": True},
+    "shared_trunk": {"value_model": "shared_trunk"},
 }
 WORLDS = [(size, seed) for size in ("small", "wide") for seed in (0, 1)]
 #: The demo driven too far is a fault of its own, read from a folder: what its findings may be called.

@@ -346,7 +346,7 @@ PPO_FAULTS = (
     ),
     Fault(
         name="value_loss_off", stage="ppo", what="weight of the value loss 0",
-        causes=("value_untrained",), options={"vf_coef": 0.0},
+        causes=("value_untrained",), preflight=("gradients",), options={"vf_coef": 0.0},
     ),
     Fault(
         name="learning_rate_x100", stage="ppo", what="learning rate x 100",
@@ -370,7 +370,7 @@ PPO_FAULTS = (
     ),
     Fault(
         name="reward_sign", stage="ppo", what="reward sign flipped",
-        causes=("reward_opposes_judge",),
+        causes=("reward_opposes_judge",), preflight=("reward model loads as it was trained",),
         patch=after("rlhf.reward.sources.AdapterReward.__call__", lambda scores: -scores),
     ),
     Fault(

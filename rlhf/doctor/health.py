@@ -51,6 +51,7 @@ CHECKS: tuple[HealthCheck, ...] = (
     health_ppo.reward_scale,
     health_ppo.reward_opposes_judge,
     health_ppo.cut_off,
+    health_ppo.length_rewarded,
     # how it is set
     health_ppo.no_kl_penalty,
     health_ppo.steps_too_large,
@@ -59,7 +60,6 @@ CHECKS: tuple[HealthCheck, ...] = (
     health_ppo.controller_saturated,
     # what the reward pays for
     health_ppo.over_optimised,
-    health_ppo.length_rewarded,
     health_ppo.reward_ignores_judge,
     # what comes of it
     health_ppo.stop_rate_falling,

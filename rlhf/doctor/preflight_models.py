@@ -207,16 +207,21 @@ def check_merged(unmerged: Tensor, merged: Tensor, without: Tensor, compute: Com
     Args:
         without: what the base says; merged twice or not at all is as far off as this.
     """
-    difference, effect = (float((unmerged - other).abs().mean()) for other in (merged, without))
-    # Whole models have no adapter, and nothing is merged.
-    limit = effect * ROUNDING_OF_MERGING[compute.dtype] if effect else ROUNDING[compute.dtype]
+    difference, limit = float((unmerged - merged).abs().mean()), merging_limit(unmerged, without, compute)
     return Check(
         name="merged equals unmerged",
         passed=difference <= limit,
         measured=f"{what} differ by {difference:.2g} on average (limit {limit:.2g})",
-        cause="the adapter is merged with another scale, twice, or not at all, or the sampler computes with another temperature",
+        cause="the adapter is merged with another scale, twice, or not at all",
         fix="leave merging to rlhf.models; with use_rslora or use_dora, check that the saved adapter config says so",
     )
+
+
+def merging_limit(unmerged: Tensor, without: Tensor, compute: Compute) -> float:
+    """By how much rounding may change what a merged adapter says: a share of what the adapter changes."""
+    effect = float((unmerged - without).abs().mean())
+    # Whole models have no adapter, and nothing is merged.
+    return effect * ROUNDING_OF_MERGING[compute.dtype] if effect else ROUNDING[compute.dtype]
 
 
 def check_probe(

@@ -20,12 +20,14 @@ from rlhf.config import PPOConfig
 from rlhf.doctor.checks import Check
 from rlhf.doctor.preflight import Ground, check_data, check_policy, few
 from rlhf.doctor.preflight_models import (
+    ROUNDING,
     check_gradients,
     check_merged,
     check_optimizer,
     check_probe,
     check_reload,
     check_trainable,
+    merging_limit,
     of_adapter,
     stirred,
     uncovered,
@@ -183,26 +185,35 @@ def _sampler(ground: Ground, models: RoleModels, rollout: Rollout, temperature: 
     -log p of a token drawn from p has the entropy of p for its mean, and a variance that p tells. Cut to the likeliest
     tokens, or drawn at a lower temperature, tokens surprise less.
     """
-    mask = rollout.mask
-    said = (rollout.logprobs[mask], rollout.sampler_logprobs[mask], rollout.ref_logprobs[mask])
-    merged = check_merged(*said, ground.compute, "log-probabilities, nats,")
+    mask, tokens = rollout.mask, rollout.responses[rollout.mask][:, None]
+    with models.merged_policy():
+        merged = _distributions(models, rollout, temperature).gather(1, tokens).squeeze(1)
+    said = (rollout.logprobs[mask], merged, rollout.ref_logprobs[mask])
+    gap = float((rollout.sampler_logprobs[mask] - merged).abs().mean())
+    limit = max(ROUNDING[ground.compute.dtype], merging_limit(said[0], said[2], ground.compute))
     with models.role("policy"):
-        states = models.hidden(rollout.input_ids, rollout.attention_mask)[:, rollout.prompts.shape[1] - 1 : -1][mask]
-        logprobs = torch.log_softmax(models.logits(states).double() / temperature, dim=-1)  # (N, V)
-    surprise = -logprobs.gather(1, rollout.responses[mask][:, None]).squeeze(1)
+        logprobs = _distributions(models, rollout, temperature)
+    surprise = -logprobs.gather(1, tokens).squeeze(1)
     weighted = logprobs.exp() * -logprobs.nan_to_num(neginf=0.0)
     entropy = weighted.sum(dim=1)
     variance = (weighted * -logprobs.nan_to_num(neginf=0.0)).sum(dim=1) - entropy.square()
     off = float((surprise - entropy).sum() / variance.sum().clamp_min(1e-12).sqrt())
     sampled = Check(
         name="the sampler's distribution is the scored one",
-        passed=abs(off) <= SURPRISE,
+        passed=abs(off) <= SURPRISE and gap <= limit,
         measured=f"{len(surprise)} tokens surprise by {float(surprise.mean()):.3g} nats, entropy {float(entropy.mean()):.3g}, "
-        f"{off:+.1f} standard deviations off (limit {SURPRISE:g})",
+        f"{off:+.1f} standard deviations off (limit {SURPRISE:g}); the sampler says {gap:.2g} nats else (limit {limit:.2g})",
         cause="top-k, top-p, a penalty or another temperature in the sampler: what is trained on is not what is scored",
         fix="sample through rlhf.sampling with the run's temperature; no generation config is read",
     )
-    return [merged, sampled]
+    return [check_merged(*said, ground.compute, "log-probabilities, nats,"), sampled]
+
+
+def _distributions(models: RoleModels, rollout: Rollout, temperature: float) -> Tensor:
+    """Log-probabilities (N, V) of all tokens where each of the N response tokens was drawn, by whoever answers now."""
+    first = rollout.prompts.shape[1] - 1
+    states = models.hidden(rollout.input_ids, rollout.attention_mask)[:, first:-1][rollout.mask]
+    return torch.log_softmax(models.logits(states).double() / temperature, dim=-1)
 
 
 @torch.no_grad()
