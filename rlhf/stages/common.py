@@ -270,20 +270,26 @@ def preflight(
     Raises:
         UserError: checks failed; nothing was trained.
     """
-    assert isinstance(run.config, StageConfig)
-    ground = Ground(
-        config=run.config,
-        compute=run.compute,
-        folder=run.folder,
-        registry=run.registry.root,
-        parents=run.parents,
-        tokenizer=tokenizer,
-        training={
+
+    def checks() -> list[Check]:
+        assert isinstance(run.config, StageConfig)
+        training = {
             name: rows for name, rows in sets.items() if name != "validation" and "prompt" in rows.rows.column_names
-        },
-        validation=sets["validation"],
-    )
-    passes(run, lambda: examine(ground))
+        }
+        return examine(
+            Ground(
+                config=run.config,
+                compute=run.compute,
+                folder=run.folder,
+                registry=run.registry.root,
+                parents=run.parents,
+                tokenizer=tokenizer,
+                training=training,
+                validation=sets["validation"],
+            )
+        )
+
+    passes(run, checks)
 
 
 def passes(run: Run, checks: Callable[[], list[Check]]) -> None:

@@ -35,13 +35,14 @@ def test_a_finding_is_told_once_while_it_lasts(
     watched = doctor(tmp_path)
     sick = [*range(2, 8), 8 + QUIET_UPDATES + 5]
     for step in range(1, 30):
-        watched.examine(step, {"objective/score_std": 0.0 if step in sick or step + 1 in sick else 1.0})
-    lines = [line for line in capsys.readouterr().out.splitlines() if "reward_constant" in line]
+        bursts = {"ppo/approx_kl": 1.0 if step in sick else 0.001, "ppo/clipfrac": 0.0, "ppo/ratio_max": 1.0}
+        watched.examine(step, bursts)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "steps_too_large" in line]
     assert [line.split(":")[0] for line in lines] == ["doctor, update 2", f"doctor, update {sick[-1]}"]
-    assert "spread of the scores 0" in lines[0] and "Cause: " in lines[0] and "To do: " in lines[0]
+    assert "approx_kl 1 nats" in lines[0] and "Cause: " in lines[0] and "To do: " in lines[0]
     assert alerts == [
-        "critical ppo: reward_constant at update 2",
-        f"critical ppo: reward_constant at update {sick[-1]}",
+        "critical ppo: steps_too_large at update 2",
+        f"critical ppo: steps_too_large at update {sick[-1]}",
     ]
 
 

@@ -270,10 +270,10 @@ def test_a_rollout_whose_mask_covers_padding(examine: Examine, monkeypatch: pyte
     monkeypatch.setattr(sampling._Draft, "finished", all_true)
     draw = sampling._draw
 
-    def stop_soon(logits: torch.Tensor, *rest: Any) -> Any:
+    def stop_soon(logits: torch.Tensor, *rest: Any, **named: Any) -> Any:
         logits = logits.clone()
         logits[: len(logits) // 2, 2] += 100.0  # half of the responses end at once, so there is padding
-        return draw(logits, *rest)
+        return draw(logits, *rest, **named)
 
     monkeypatch.setattr(sampling, "_draw", stop_soon)
     assert "loss mask" in failed(examine("ppo"))
@@ -516,7 +516,7 @@ def test_data_that_changed_after_a_parent_was_trained_on_it(toy_data: Path, tmp_
     manifest = SimpleNamespace(
         stage="sft", config={"dataset": str(data)}, data={"fingerprint": joint_fingerprint(sets)}
     )
-    parent: Any = SimpleNamespace(reference="sft/a@1", manifest=manifest)
+    parent: Any = SimpleNamespace(reference="sft/a@1", stage="sft", manifest=manifest)
 
     def check() -> Check:
         return preflight_data.check_registered([parent], preflight_data.parents_data([parent]))
