@@ -30,7 +30,7 @@ from rlhf.doctor.preflight_models import (
 )
 from rlhf.doctor.preflight_room import Kept, check_disk, check_memory
 from rlhf.doctor.preflight_text import check_labels, check_rankings, fitting_pairs
-from rlhf.models import context_length, direct_casting, merged_adapter, read_adapter, save_adapter
+from rlhf.models import ScalarHead, context_length, direct_casting, merged_adapter, read_adapter, save_adapter
 from rlhf.optim import MIN_8BIT_SIZE, forget_overrides
 from rlhf.reward.parity import other_companies
 from rlhf.reward.ranking import ordered_pairs
@@ -123,9 +123,22 @@ def reward(ground: Ground, trainer: Any, policy: PreTrainedModel) -> list[Check]
 
 
 def check_company(scorer: Scorer, rows: Sequence[Sequence[int]]) -> Check:
-    """That a score does not depend on what else is in the batch, nor on padding."""
+    """That a score does not depend on what else is in the batch, nor on padding.
+
+    A fresh head may by chance give all rows scores near 0, of which rounding is a large share. So differences are also
+    measured against the scores that weights of this size give to states of this size in any other direction.
+    """
+    usual: list[float] = []
+
+    def look(head: nn.Module, given: tuple[Tensor, ...]) -> None:
+        states, weight = given[0].double(), cast(ScalarHead, head).weight.double()
+        usual.append(float(states.square().mean().sqrt() * weight.norm()))
+
+    hooks = [m.register_forward_pre_hook(look) for m in scorer.model.modules() if isinstance(m, ScalarHead)]
     together = scorer.raw(rows)
-    scale = max(float(together.double().square().mean().sqrt()), 1e-12)
+    for hook in hooks:
+        hook.remove()
+    scale = max(float(together.double().square().mean().sqrt()), *usual, 1e-12)
     worst, told, limit = 0.0, "", 0.0
     for how, allowed, scores in other_companies(scorer, rows):
         limit = allowed

@@ -19,12 +19,12 @@ from transformers import PreTrainedTokenizerBase
 from rlhf import sampling
 from rlhf.config import PPOConfig, RewardConfig, SFTConfig
 from rlhf.data_prep.loading import joint_fingerprint, load_rows
-from rlhf.doctor import preflight_data, preflight_room, preflight_text
+from rlhf.doctor import preflight_data, preflight_room, preflight_supervised, preflight_text
 from rlhf.doctor.checks import Check, require_all
 from rlhf.doctor.preflight import few, parse
 from rlhf.doctor.preflight_models import check_optimizer, stirred, untouched
 from rlhf.errors import UserError
-from rlhf.models import ScalarHead, SharedModels
+from rlhf.models import Compute, ScalarHead, SharedModels
 from rlhf.optim import build_optimizer
 from rlhf.ppo import forward
 from rlhf.registry import Registry
@@ -292,6 +292,25 @@ def test_a_score_that_depends_on_its_neighbours(examine: Examine, monkeypatch: p
     if stage == "reward":
         monkeypatch.setattr(ScalarHead, "forward", lambda self, x: answer(self, x) + 0.5 * (len(x) > 1))
     assert "alone" in failed(examine(stage))["score independent of batch and padding"]
+
+
+@pytest.mark.parametrize(("off", "passed"), [(1e-4, True), (1e-2, False)])
+def test_a_fresh_head_whose_scores_are_near_0_by_chance(off: float, passed: bool) -> None:
+    """Rounding that is a large share of scores that are next to nothing: the untuned SmolLM2 was refused for it in bf16."""
+    head = ScalarHead(4, bias=False, dtype=torch.float32)
+    head.weight.data = torch.tensor([[1.0, -1.0, 1.0, -1.0]])
+
+    def raw(rows: list[list[int]]) -> torch.Tensor:
+        return head(torch.ones(len(rows), 4)).detach().squeeze(-1)  # all 0
+
+    scorer: Any = SimpleNamespace(
+        model=torch.nn.Sequential(head),
+        compute=Compute(torch.device("cpu"), torch.float32),
+        raw=raw,
+        raw_padded=lambda rows, left, right: raw(rows) + off,
+    )
+    check = preflight_supervised.check_company(scorer, [[1], [2]])
+    assert check.passed == passed and f"{off / 2:.2g} of the scores' size" in check.measured
 
 
 @pytest.mark.parametrize(("stage", "lost"), [("sft", "lora_B"), ("reward", "score"), ("ppo", "q_proj.lora_A")])
