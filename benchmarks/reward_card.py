@@ -256,7 +256,9 @@ def speed(arguments: argparse.Namespace) -> dict[str, Any]:
             print(f"K={k}: no ranking of so many responses in {arguments.dataset}")
             continue
         seconds: dict[str, list[float]] = {"rankings": [], "single pairs": []}
-        forms = {"rankings": chosen, "single pairs": pairs_of(chosen)}
+        pairs = pairs_of(chosen)
+        # In the order of training, shuffled: side by side, the pairs of one ranking would be packed into it again.
+        forms = {"rankings": chosen, "single pairs": random.Random(0).sample(pairs, len(pairs))}
         encoded = {name: encode(part, tokenizer) for name, part in forms.items()}
         for _ in range(arguments.repeats + 1):
             for name in forms:
