@@ -364,6 +364,12 @@ def parser(description: str | None, *, runs: int) -> argparse.ArgumentParser:
     return made
 
 
+def words() -> tuple[list[str], list[str]]:
+    """The command line before and after `--`."""
+    at = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    return sys.argv[1:at], sys.argv[at + 1 :]
+
+
 def count(text: str) -> int:
     """An argparse type: a whole number from 1."""
     if not text.isdecimal() or int(text) < 1:

@@ -1,14 +1,13 @@
 """The demo over several seeds: `python benchmarks/demo.py --seeds 0 1 2 3`, one after the other.
 
-Runs `rlhf.pipeline` once a seed, writes every run's `results.json` into one file, and prints the table of the README with the
-median and the range over seeds.
+Runs `rlhf.pipeline` once a seed, writes every run's `results.json` into one file, and prints the table of the README, a column
+a seed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -53,13 +52,15 @@ def run_seed(config: Path, seed: int, folder: Path) -> dict[str, Any]:
 
 
 def table(runs: list[dict[str, Any]]) -> str:
-    """Markdown: the figure, what is wanted, the median over runs and their range."""
-    lines = ["| figure | wanted | median | range |", "|---|---|---|---|"]
+    """Markdown: the figure, what is wanted, and what each run had."""
+    lines = [
+        " | ".join(["| figure | wanted", *(f"seed {run['seed']}" for run in runs)]) + " |",
+        "|---" * (2 + len(runs)) + "|",
+    ]
     for stage, name, label, wanted in FIGURES:
         values = [(run[stage] if stage else run)[name] for run in runs]
         if None not in values:
-            spread = f"{min(values):.4g} to {max(values):.4g}" if len(values) > 1 else "one run"
-            lines.append(f"| {label} | {wanted} | {statistics.median(values):.4g} | {spread} |")
+            lines.append(" | ".join([f"| {label}", wanted, *(f"{value:.4g}" for value in values)]) + " |")
     return "\n".join(lines)
 
 

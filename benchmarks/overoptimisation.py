@@ -6,6 +6,8 @@ the sentences of the demonstrations, whose ratings neither the demo's reward mod
 `python benchmarks/overoptimisation.py frontier --runs outputs/demo outputs/demo_overoptimised` measures every snapshot of the
 runs with VADER and with that judge, and writes what `rlhf evaluate` found, without the answers, as a result.
 
+`python benchmarks/overoptimisation.py course --runs outputs/demo_overoptimised` tells what became of a run, from its log.
+
 Words after `--` go to the reward stage, or to the evaluation.
 """
 
@@ -13,22 +15,24 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+import common
 from reward_card import Row, comparisons_of, run_reward_stage, untrained_policy, write_data
 
 from rlhf.config import EvaluationConfig, parse_config
 from rlhf.data_prep.loading import load_rows
 from rlhf.errors import run_command
 from rlhf.evaluation import compare
+from rlhf.report import read_jsonl
 from rlhf.tokenization import last_user_text
 
 JUDGE = "independent"
+#: What is told of each rollout.
+COURSE = ("objective/score", "objective/gold", "objective/kl", "response/distinct_2", "response/length")
 #: What the result file keeps of `evaluation.json`.
 KEPT = ("prompts", "sampling", "reference", "reward", "gold", "marks", "models", "win_rates", "best_of_n", "frontier")
 
@@ -65,19 +69,51 @@ def frontier(arguments: argparse.Namespace) -> dict[str, Any]:
     """The evaluation of all runs; the policies it names are those that the runs registered."""
     models = [_registered(run) for run in arguments.runs]
     gold = ["rlhf.evaluation.gold:vader", f"reward/{JUDGE}"]
-    words: list[object] = [
-        "--models",
-        *models,
-        "--runs",
-        *arguments.runs,
-        "--prompts",
-        arguments.dataset,
-        "--gold",
-        *gold,
-    ]
-    words += ["--registry", arguments.registry, "--output_dir", arguments.folder / "evaluation"]
+    words: list[object] = ["--models", *models, "--runs", *arguments.runs, "--prompts", arguments.dataset]
+    words += ["--gold", *gold, "--registry", arguments.registry, "--output_dir", arguments.folder / "evaluation"]
     result = compare.run(parse_config(EvaluationConfig, [str(word) for word in [*words, *arguments.words]]))
+    print(frontier_table(result))
     return {key: result[key] for key in KEPT}
+
+
+def frontier_table(result: dict[str, Any]) -> str:
+    """Markdown: each snapshot's KL and gains over SFT, and those of best-of-n."""
+    lines = [" | ".join(["| checkpoint | KL, nats | proxy gain", *result["gold"]]) + " |"]
+    lines.append("|---" * (3 + len(result["gold"])) + "|")
+    for point in result["frontier"]["points"]:
+        gains = [f"{g['value']:+.2f} ({g['low']:.2f} to {g['high']:.2f})" for g in point["gold_gain"].values()]
+        figures = [point["model"], f"{point['kl']['value']:.1f}", f"{point['score_gain']['value']:+.2f}", *gains]
+        lines.append(f"| {' | '.join(figures)} |")
+    curve = result["best_of_n"]["curve"] if result["best_of_n"] else []
+    for best in curve[1:]:
+        pairs = [(best["score"], curve[0]["score"]), *((best["gold"][n], curve[0]["gold"][n]) for n in result["gold"])]
+        gains = [f"{one['value'] - first['value']:+.2f}" for one, first in pairs]
+        lines.append(f"| best of {best['n']} | {best['kl']:.1f} | {' | '.join(gains)} |")
+    return "\n".join(lines)
+
+
+def course(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What became of each run, rollout by rollout, from its log; nothing is measured."""
+    found = {}
+    for run in arguments.runs:
+        rows, _ = read_jsonl(run / "ppo" / "metrics.jsonl")
+        answers, _ = read_jsonl(run / "ppo" / "comparison.jsonl")
+        updates = [
+            {"step": row["step"], **{name: row.get(name) for name in COURSE}} for row in rows if COURSE[0] in row
+        ]
+        found[run.name] = {"answers": [row["ppo_response"] for row in answers[:8]], "updates": updates}
+        print(f"{run.name}\n{course_table(updates)}")
+    return found
+
+
+def course_table(updates: list[dict[str, Any]]) -> str:
+    """Markdown: about five rollouts of a run, the first and the last among them."""
+    lines = ["| rollout | score | gold (VADER) | KL, nats | distinct-2 | tokens |", "|---|---|---|---|---|---|"]
+    every = max(1, len(updates) // 5)
+    for row in [updates[0], *updates[every - 1 :: every]]:
+        figures = ("-" if row[name] is None else f"{row[name]:.2f}" for name in COURSE)  # a run may have had no judge
+        lines.append(f"| {row['step']} | {' | '.join(figures)} |")
+    return "\n".join(lines)
 
 
 def _registered(run: Path) -> str:
@@ -85,7 +121,7 @@ def _registered(run: Path) -> str:
     return f"ppo/{manifest['name']}@{manifest['version']}"
 
 
-COMMANDS = {"reward": reward, "frontier": frontier}
+COMMANDS = {"reward": reward, "frontier": frontier, "course": course}
 
 
 def main() -> None:
@@ -104,9 +140,9 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, default=None, help="default: benchmarks/results/overoptimisation_COMMAND.json"
     )
-    known = sys.argv[1 : sys.argv.index("--")] if "--" in sys.argv else sys.argv[1:]
+    known, more = common.words()
     arguments = parser.parse_args(known)
-    arguments.words = sys.argv[len(known) + 2 :]
+    arguments.words = more
     results = COMMANDS[arguments.command](arguments)
     out = arguments.out or Path(f"benchmarks/results/overoptimisation_{arguments.command}.json")
     out.parent.mkdir(parents=True, exist_ok=True)

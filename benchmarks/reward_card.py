@@ -21,8 +21,6 @@ import gc
 import hashlib
 import itertools
 import json
-import os
-import platform
 import random
 import statistics
 import sys
@@ -31,6 +29,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import common
 import numpy as np
 import torch
 
@@ -339,18 +338,17 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="speed: timed steps")
     parser.add_argument("--folds", type=int, default=5, help="pandalm: parts of the prompts, each held out once")
     parser.add_argument("--out", type=Path, default=None, help="default: benchmarks/results/reward_COMMAND.json")
-    known = sys.argv[1 : sys.argv.index("--")] if "--" in sys.argv else sys.argv[1:]
+    known, more = common.words()
     arguments = parser.parse_args(known)
-    arguments.words = sys.argv[len(known) + 2 :]
+    arguments.words = more
     if arguments.command == "pandalm" and arguments.file is None:
         parser.error("pandalm needs --file")
     if arguments.command != "pandalm" and arguments.config is None:
         arguments.config = Path("configs/demo/reward.yaml")
     results = COMMANDS[arguments.command](arguments)
-    machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
     out = arguments.out or Path(f"benchmarks/results/reward_{arguments.command}.json")
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"machine": machine, **results}, indent=1) + "\n", encoding="utf-8")
+    out.write_text(json.dumps({"machine": common.machine("cpu"), **results}, indent=1) + "\n", encoding="utf-8")
     if arguments.command == "flags" and not flagged(results):
         sys.exit("a reward model that did not learn from people was not flagged")
 

@@ -594,6 +594,25 @@ class PPOConfig(TextConfig, StageConfig):
         for name in ("kl_target", "max_approx_kl", "max_kl", "reward_clip"):
             value = getattr(self, name)
             require(value is None or value > 0, f"{name} must be above 0, got {value}")
+        require(self.kl_horizon >= 1, f"kl_horizon must be at least 1, got {self.kl_horizon}")
+        require(
+            self.kl_target is None or self.kl_coef > 0,
+            "kl_target needs a kl_coef above 0 to start from: the coefficient is multiplied",
+        )
+        require(
+            self.ema_decay is None or 0 < self.ema_decay < 1,
+            f"ema_decay must be between 0 and 1, both excluded, got {self.ema_decay}",
+        )
+        require(
+            not self.whiten_rewards or self.rollout_batch_size >= MIN_WHITENED,
+            f"whiten_rewards needs a rollout_batch_size of at least {MIN_WHITENED}, got {self.rollout_batch_size}: "
+            "the spread of fewer scores is noise",
+        )
+        self._check_models()
+        self._check_ptx()
+
+    def _check_models(self) -> None:
+        """Raises `UserError` for models that cannot be held or trained in this way."""
         require(
             self.value_model == "adapter" or self.value_warmup_updates == 0,
             "value_warmup_updates needs value_model adapter: on a shared trunk the value loss trains the policy",
@@ -619,6 +638,9 @@ class PPOConfig(TextConfig, StageConfig):
             not self.offload_base or (self.quantization == "none" and not self.use_dora),
             "offload_base works with plain weights only; leave out quantization and use_dora",
         )
+
+    def _check_ptx(self) -> None:
+        """Raises `UserError` for a mix of pretraining text that there cannot be."""
         require(
             not (self.ptx_text and self.ptx_dataset), "PPO-ptx takes ptx_dataset or ptx_text, not both; leave one out"
         )
@@ -626,20 +648,6 @@ class PPOConfig(TextConfig, StageConfig):
         require(
             self.ptx_coef == 0 or round(self.minibatch_size * self.ptx_ratio) >= 1,
             f"ptx_ratio {self.ptx_ratio} mixes no text into a minibatch of {self.minibatch_size}; raise it",
-        )
-        require(self.kl_horizon >= 1, f"kl_horizon must be at least 1, got {self.kl_horizon}")
-        require(
-            self.kl_target is None or self.kl_coef > 0,
-            "kl_target needs a kl_coef above 0 to start from: the coefficient is multiplied",
-        )
-        require(
-            self.ema_decay is None or 0 < self.ema_decay < 1,
-            f"ema_decay must be between 0 and 1, both excluded, got {self.ema_decay}",
-        )
-        require(
-            not self.whiten_rewards or self.rollout_batch_size >= MIN_WHITENED,
-            f"whiten_rewards needs a rollout_batch_size of at least {MIN_WHITENED}, got {self.rollout_batch_size}: "
-            "the spread of fewer scores is noise",
         )
 
     def recipe(self) -> dict[str, Any]:

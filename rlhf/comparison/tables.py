@@ -179,6 +179,7 @@ def health_table(runs: Sequence[RunFolder]) -> list[Row]:
 
 
 def memory_table(runs: Sequence[RunFolder]) -> list[Row]:
+    """Peak memory of each stage, the highest of its phases, in GB."""
     rows: list[Row] = []
     for key, what in (("peak_rss_gb", "memory"), ("peak_cuda_gb", "GPU memory")):
         for stage in STAGES:

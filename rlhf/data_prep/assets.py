@@ -160,6 +160,13 @@ def extract(archive: Path, members: Sequence[str], folder: Path) -> list[Path]:
     return targets
 
 
+def extract_ratings(archive: Path, members: Sequence[str], folder: Path) -> list[Path]:
+    """Members of the archive of rated sentences that vaderSentiment's source package holds, as `extract` gives them."""
+    packed = f"{VADER_SDIST.project}-{VADER_SDIST.version}/additional_resources/hutto_ICWSM_2014.tar.gz"
+    (inner,) = extract(archive, [packed], folder)
+    return extract(inner, [f"hutto_ICWSM_2014/{member}" for member in members], folder)
+
+
 def _open_regular(archive: tarfile.TarFile, member: str) -> IO[bytes]:
     """A member that is a plain file; a link could point anywhere."""
     info = archive.getmember(member)

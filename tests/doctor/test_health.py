@@ -244,6 +244,26 @@ def test_a_taste_for_length_that_grows_is_found_before_the_length_follows(sign: 
     assert names(run("ppo", {**constant, **steady})) == [], "the task itself may ask for length"
 
 
+def test_faults_of_the_start_are_looked_for_at_the_start() -> None:
+    """Catches: a policy that forgets to stop and samples a pad token by chance, told as pad = stop token; a reward that all
+    answers have come to please, told as a constant one."""
+    chance: dict[str, Course] = {
+        "rollout/pad_tokens": lambda n, t, e: 0.03 if n > 15 else 0.0,
+        "response/stop_rate": lambda n, t, e: 0.03 if n > 15 else 0.95,
+    }
+    assert "pad_is_stop" not in names(run("ppo", chance))
+    pleased: dict[str, Course] = {"objective/score_std": lambda n, t, e: 0.8 if n <= 5 else 0.0}
+    assert "reward_constant" not in names(run("ppo", pleased)) and "reward_saturated" in names(run("ppo", pleased))
+
+
+@pytest.mark.parametrize(("lows", "found"), [(1, True), (2, False)])
+def test_a_controller_that_holds_its_target_once_by_chance(lows: int, found: bool) -> None:
+    """Catches: one rollout below the target that hides nine beyond twice of it, and two that do not count."""
+    target, beyond = SETTINGS["kl_target"], range(UPDATES - 9, UPDATES + 1 - lows)
+    course: dict[str, Course] = {"objective/kl": lambda n, t, e: (2.5 if n in beyond else 0.5) * target}
+    assert ("controller_saturated" in names(run("ppo", course))) == found
+
+
 def test_a_sampled_kl_that_is_negative_by_chance_is_no_fault() -> None:
     """Catches: the KL of single rollouts, which is below 0 in half of them while the policy has hardly moved."""
     chance: dict[str, Course] = {

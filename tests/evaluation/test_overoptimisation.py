@@ -72,3 +72,13 @@ def test_judge_and_frontier(
     found = run("frontier", "--runs", world.run, "--dataset", world.prompts, "--", *PLACE, *sizes)
     assert list(found["gold"]) == ["vader", "independent"]
     assert {point["update"] for point in found["frontier"]["points"]} >= {1, 2}
+    point = found["frontier"]["points"][0]
+    row = script.frontier_table(found).splitlines()[2].split(" | ")
+    assert row[0] == f"| {point['model']}" and float(row[2]) == pytest.approx(point["score_gain"]["value"], abs=0.005)
+
+    told = run("course", "--runs", world.run)[world.run.name]
+    logged = [json.loads(line) for line in (world.run / "ppo" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["objective/score"] for r in told["updates"]] == [r["objective/score"] for r in logged]
+    assert told["answers"] and script.course_table(told["updates"]).splitlines()[-1].startswith(
+        f"| {logged[-1]['step']} |"
+    )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf.config import option
-from rlhf.data_prep.assets import VADER_SDIST, extract, fetch
+from rlhf.data_prep.assets import VADER_SDIST, extract_ratings, fetch
 from rlhf.data_prep.folder import made_once, write_card
 from rlhf.data_prep.reviews import sentiment
 from rlhf.data_prep.reviews.card import make_card, render
@@ -107,10 +107,8 @@ def _build(folder: Path, recipe: dict[str, Any], config: ReviewsConfig, archive:
 def _read_source(archive: Path) -> tuple[bytes, bytes]:
     """The sentence file and the ratings file: a tar archive inside the source package."""
     with tempfile.TemporaryDirectory() as scratch:
-        root = f"{VADER_SDIST.project}-{VADER_SDIST.version}"
-        (inner,) = extract(archive, [f"{root}/additional_resources/hutto_ICWSM_2014.tar.gz"], Path(scratch))
-        members = [f"hutto_ICWSM_2014/{_DATA}_{name}.txt" for name in ("GroundTruth", "anonDataRatings")]
-        texts, ratings = extract(inner, members, Path(scratch))
+        members = [f"{_DATA}_{name}.txt" for name in ("GroundTruth", "anonDataRatings")]
+        texts, ratings = extract_ratings(archive, members, Path(scratch))
         return texts.read_bytes(), ratings.read_bytes()
 
 
