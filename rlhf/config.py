@@ -194,7 +194,9 @@ class PretrainConfig(TextConfig, TrainingLength, TrainingConfig):
     num_hidden_layers: int = option("layers", 4)
     num_attention_heads: int = option("attention heads; divides hidden_size", 4)
     intermediate_size: int | None = option("width of the MLP; default: 4 times hidden_size", None)
-    dropout: float = option("dropout on embeddings, attention and layer outputs (llama: on attention only)", 0.0)
+    dropout: float = option(
+        "dropout on embeddings and layer outputs (llama, which has neither: on attention weights)", 0.0
+    )
     chat_template: str = option(
         "chat template of the tokenizer, for the stages that follow: a name or a file", "dialogue"
     )

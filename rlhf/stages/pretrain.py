@@ -95,10 +95,12 @@ def data_sets(config: PretrainConfig) -> dict[str, Loaded]:
     )
 
 
-def build_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def build_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> PreTrainedModel:
     """A fresh model in fp32: Gaussian weights, embeddings tied to the output layer."""
-    dropout = ("embd_pdrop", "attn_pdrop", "resid_pdrop") if config.model_type == "gpt2" else ("attention_dropout",)
-    mlp = "n_inner" if config.model_type == "gpt2" else "intermediate_size"
+    gpt2 = config.model_type == "gpt2"
+    # Of GPT-2's attention weights nothing is dropped: on a CPU the random numbers alone would take a fifth of a step.
+    none, dropped = (("attn_pdrop",), ("embd_pdrop", "resid_pdrop")) if gpt2 else ((), ("attention_dropout",))
+    mlp = "n_inner" if gpt2 else "intermediate_size"
     shape = AutoConfig.for_model(
         config.model_type,
         vocab_size=len(tokenizer),
@@ -110,10 +112,13 @@ def build_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase) -> P
         bos_token_id=tokenizer.eos_token_id,  # what a text begins after
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        **dict.fromkeys(dropout, config.dropout),
+        **dict.fromkeys(none, 0.0),
+        **dict.fromkeys(dropped, config.dropout),
         **{mlp: config.intermediate_size or 4 * config.hidden_size},
     )
-    attention = "sdpa" if config.attn_implementation == "auto" else config.attn_implementation
+    attention = config.attn_implementation
+    if attention == "auto":  # a CPU is slower at the fused kernel's gradient than at plain matrix products
+        attention = "sdpa" if device.type == "cuda" else "eager"
     set_seed(config.seed)
     return AutoModelForCausalLM.from_config(shape, attn_implementation=attention, dtype=torch.float32)
 
@@ -129,7 +134,7 @@ def make_trainer(
         f"the text has {len(blocks.tokens) - 1} tokens, fewer than one block of max_length={config.max_length}; "
         "give more text, or shorter blocks",
     )
-    model: Any = build_model(config, tokenizer)
+    model: Any = build_model(config, tokenizer, run.compute.device)
     arguments = TrainingArguments(
         **trainer_arguments(run, config),
         load_best_model_at_end=True,
@@ -192,7 +197,8 @@ def measure(trainer: PretrainTrainer, blocks: Blocks, count: int) -> dict[str, f
 def negative_log_likelihood(model: nn.Module, ids: Tensor) -> Tensor:
     """(B, T) nats of the tokens after the first, of ids (B, T + 1)."""
     logits = model(input_ids=ids[:, :-1], use_cache=False).logits
-    return F.cross_entropy(logits.float().transpose(1, 2), ids[:, 1:], reduction="none")
+    targets = ids[:, 1:]  # rows of logits stay whole: over a transposed vocabulary the softmax takes half of a step
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view_as(targets)
 
 
 class PretrainTrainer(ResumableTrainer, Trainer):

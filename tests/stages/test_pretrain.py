@@ -85,12 +85,18 @@ def rows(folder: Path, name: str = "metrics") -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "out/pretrain" / f"{name}.jsonl").read_text().splitlines()]
 
 
+#: What `dropout: 0.1` means for each shape.
+DROPOUT = {"gpt2": {"embd_pdrop": 0.1, "resid_pdrop": 0.1, "attn_pdrop": 0.0}, "llama": {"attention_dropout": 0.1}}
+
+
 @pytest.mark.parametrize("model_type", ["gpt2", "llama"])
 def test_figures_are_those_of_the_registered_model(place: Place, corpus: Path, model_type: str) -> None:
     """Bits per character over tokens, over padding, or without the documents' ends would be another model's figure; a stranger
     measures it again, token by token, on the held-out lines."""
     artifact = place.made(model_type=model_type, dropout=0.1, max_eval_samples=1000)
     model: Any = AutoModelForCausalLM.from_pretrained(artifact.path, dtype=torch.float64).eval().requires_grad_(False)
+    shares = {name: getattr(model.config, name) for name in DROPOUT[model_type]}
+    assert shares == DROPOUT[model_type]
     tokenizer = AutoTokenizer.from_pretrained(artifact.path)
     lines = corpus.read_text().splitlines()
     held_out = [t for t in lines if int(hashlib.sha256(t.encode()).hexdigest()[:13], 16) / 16**13 < 0.2]
