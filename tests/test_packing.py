@@ -86,3 +86,8 @@ def test_responses_to_one_prompt_stay_together_where_they_fit() -> None:
         [10, 11, 12],
     ]
     assert [batch.tolist() for batch in prompt_batches(prompt[:5], 4)] == [[0, 1, 2], [3, 4]]
+    lengths = torch.tensor([4, 5, 4, 9, 3, 3, 3, 3, 3, 3, 3, 3, 11])
+    for batch in (budget := prompt_batches(prompt, 5, lengths, 10)):
+        assert len(batch) == 1 or len(batch) * int(lengths[batch].max()) <= 10
+    assert torch.cat(budget).tolist() == list(range(len(prompt))), "rows lost or in another order"
+    assert len(budget) > len(prompt_batches(prompt, 5))

@@ -46,6 +46,7 @@ def evaluate_policy(
     *,
     reference: bool,
     batch_size: int,
+    batch_tokens: int | None = None,
     gold: GoldFunction | None,
     seed: int,
 ) -> Answers:
@@ -53,6 +54,7 @@ def evaluate_policy(
 
     Args:
         prompts, rows: token ids of the prompts, and the data rows that they came from.
+        batch_size, batch_tokens: responses a scoring pass, and tokens (responses times the longest of them).
     """
     parts = [
         respond(models, prompts[i : i + SAMPLED_AT_ONCE], options, reference=reference, seed=seed + i)
@@ -60,7 +62,7 @@ def evaluate_policy(
     ]
     sequences = concatenate([part for part, _ in parts], options.pad_token_id)
     stopped = torch.cat([sampled.stopped for _, sampled in parts])
-    batches = length_sorted_batches(sequences.lengths, batch_size)
+    batches = length_sorted_batches(sequences.lengths, batch_size, batch_tokens)
     texts = [
         decode_response(tokenizer, row[mask].tolist())
         for row, mask in zip(sequences.responses, sequences.mask, strict=True)

@@ -5,8 +5,9 @@ Legend: B responses, P padded prompt, R padded response, T = P + R, N real respo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,19 +46,11 @@ def compared_logprobs(models: RoleModels, batch: Sequences, temperature: float) 
     parts = []
     for part, ref_part, target in _together(states, ref_states, batch.responses[batch.mask]):
         with models.role("policy"):
-            logits = models.logits(part)
+            log_pi = F.log_distribution(models.logits(part), temperature=temperature)
         with models.role("reference"):
-            ref_logits = models.logits(ref_part)
-        parts.append(
-            torch.stack(
-                [
-                    F.sequence_logprobs(logits, target, temperature=temperature),
-                    F.sequence_logprobs(ref_logits, target, temperature=temperature),
-                    F.entropy(logits, temperature=temperature),
-                    F.full_kl(logits, ref_logits, temperature=temperature),
-                ]
-            )
-        )
+            log_ref = F.log_distribution(models.logits(ref_part), temperature=temperature)
+        of_tokens = [F.of_tokens(log_pi, target), F.of_tokens(log_ref, target)]
+        parts.append(torch.stack([*of_tokens, F.entropy(log_pi), F.full_kl(log_pi, log_ref)]))
     return torch.stack([_scatter(flat, batch.mask) for flat in torch.cat(parts, dim=1)])
 
 
@@ -82,10 +75,33 @@ def _logprobs(models: RoleModels, states: Tensor, batch: Sequences, temperature:
     def logprobs(states: Tensor, tokens: Tensor) -> Tensor:
         return F.sequence_logprobs(models.logits(states), tokens, temperature=temperature)
 
-    # In training mode (gradient_checkpointing) the logits are not kept for the backward pass either.
-    compute = partial(checkpoint, logprobs, use_reentrant=False) if models.training else logprobs
+    frozen = not any(parameter.requires_grad for parameter in models.causal.get_output_embeddings().parameters())
+    compute = partial(_Rowwise.apply, logprobs) if frozen and states.requires_grad else logprobs
+    if models.training and not frozen:  # gradient_checkpointing
+        compute = partial(checkpoint, logprobs, use_reentrant=False)
     parts = [compute(part, target) for part, target in _together(states, batch.responses[batch.mask])]
     return _scatter(torch.cat(parts), batch.mask)
+
+
+class _Rowwise(torch.autograd.Function):
+    """A function of rows (N, d) whose result (N,) at a row depends on that row alone, and on nothing else that is trained.
+
+    Its gradient is taken at once and kept, (N, d), in place of what autograd would keep until the backward pass: the
+    logits' softmax, (N, V), eighty times as much.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, function: Callable[[Tensor, Tensor], Tensor], states: Tensor, tokens: Tensor) -> Tensor:
+        with torch.enable_grad():
+            rows = states.detach().requires_grad_()
+            result = function(rows, tokens)
+            ctx.save_for_backward(*torch.autograd.grad(result.sum(), rows))
+        return result.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, None]:
+        (slopes,) = ctx.saved_tensors
+        return None, (gradients[0][:, None] * slopes).to(slopes.dtype), None
 
 
 def _together(*flat: Tensor) -> Iterator[tuple[Tensor, ...]]:

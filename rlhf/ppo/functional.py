@@ -9,7 +9,7 @@ Masks are boolean (B, R), True = counts, and every row is a non-empty prefix: Tr
 - Where a function takes a mask, its result is zero (or False) outside it, and what lies there, NaN and inf included,
   reaches neither a result nor a gradient. Inputs are therefore zeroed *before* any arithmetic: zeroing afterwards would
   still send 0 * NaN = NaN backwards.
-- The functions without a mask (`kl_*`, `sequence_logprobs`, `entropy`, `full_kl`) never mix two positions, so
+- The functions without a mask (`kl_*`, `log_distribution`, `entropy`, `full_kl`...) never mix two positions, so
   `masked_sum` of their result leaves out whatever was computed at padding. That holds for values: in a loss, NaN in
   their own input still gives that position a NaN gradient.
 - NaN at a token that counts is never hidden.
@@ -109,38 +109,52 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
 # ---- log-probabilities and KL ---------------------------------------------------------------------------------------
 
 
+def log_distribution(logits: Tensor, *, temperature: float) -> Tensor:
+    """log pi = log softmax(logits / temperature): the scaled logits minus their log-sum-exp.
+
+    Args: logits (..., V), where -inf means a token that cannot be drawn; temperature > 0, the sampler's own.
+    Returns: (..., V), nats.
+    """
+    return _tempered(logits, temperature).log_softmax(-1)
+
+
+def of_tokens(log_pi: Tensor, tokens: Tensor) -> Tensor:
+    """log pi(token) per position.
+
+    Position t of `log_pi` must already be the prediction *of* position t of `tokens` (the caller slices P-1:-1).
+
+    Args: log_pi (..., V); tokens (...) int64 from 0 to V - 1. Returns: (...), nats.
+    """
+    _check(log_pi.shape[:-1], tokens=tokens)
+    return log_pi.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+
+
 def sequence_logprobs(logits: Tensor, tokens: Tensor, *, temperature: float) -> Tensor:
-    """log pi(token) under softmax(logits / temperature): the scaled logit of the token minus the log-sum-exp of all.
+    """log pi(token) with pi = softmax(logits / temperature), per position: `of_tokens` of the `log_distribution`.
 
-    Position t of `logits` must already be the prediction *of* position t of `tokens` (the caller slices P-1:-1).
-
-    Args: logits (..., V); tokens (...) int64 from 0 to V - 1; temperature > 0, the sampler's own. Returns: (...), in nats.
+    Args: logits (..., V); tokens (...) int64; temperature > 0. Returns: (...), nats.
     """
-    _check(logits.shape[:-1], tokens=tokens)
-    return _tempered(logits, temperature).log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    return of_tokens(log_distribution(logits, temperature=temperature), tokens)
 
 
-def entropy(logits: Tensor, *, temperature: float) -> Tensor:
-    """H(pi) = -sum_v pi_v log pi_v with pi = softmax(logits / temperature), per position, in nats.
+def entropy(log_pi: Tensor) -> Tensor:
+    """H(pi) = -sum_v pi_v log pi_v, per position, in nats.
 
-    Args: logits (..., V), where -inf means a token that cannot be drawn and adds 0. Returns: (...), from 0 to log V.
+    Args: log_pi (..., V), where -inf means a token that cannot be drawn and adds 0. Returns: (...), from 0 to log V.
     """
-    logprobs = _tempered(logits, temperature).log_softmax(-1)
-    probs = logprobs.exp()
-    return -(probs * logprobs.masked_fill(probs == 0, 0.0)).sum(-1)  # 0 log 0 = 0, and not 0 * -inf = NaN
+    pi = log_pi.exp()
+    return -(pi * log_pi.masked_fill(pi == 0, 0.0)).sum(-1)  # 0 log 0 = 0, and not 0 * -inf = NaN
 
 
-def full_kl(logits: Tensor, ref_logits: Tensor, *, temperature: float) -> Tensor:
+def full_kl(log_pi: Tensor, log_ref: Tensor) -> Tensor:
     """KL(pi || ref) = sum_v pi_v (log pi_v - log ref_v), exact over the vocabulary, per position, in nats.
 
-    Args: logits, ref_logits (..., V); the temperature divides both. Returns: (...), not negative up to rounding;
-    inf where pi can draw a token that ref cannot.
+    Args: log_pi, log_ref (..., V). Returns: (...), not negative up to rounding; inf where pi can draw a token that ref
+    cannot.
     """
-    _check(logits.shape, ref_logits=ref_logits)
-    logprobs = _tempered(logits, temperature).log_softmax(-1)
-    ref_logprobs = _tempered(ref_logits, temperature).log_softmax(-1)
-    probs = logprobs.exp()
-    return (probs * (logprobs - ref_logprobs).masked_fill(probs == 0, 0.0)).sum(-1)
+    _check(log_pi.shape, log_ref=log_ref)
+    pi = log_pi.exp()
+    return (pi * (log_pi - log_ref).masked_fill(pi == 0, 0.0)).sum(-1)
 
 
 def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:

@@ -215,7 +215,11 @@ class PPOTrainer:
             texts = self._texts(sequences)
             # Responses to one prompt are neighbours; scored together, their prompt is computed once.
             numbers = torch.arange(len(chosen), device=sequences.mask.device) // c.num_responses_per_prompt
-            scored = batches if c.num_responses_per_prompt == 1 else prompt_batches(numbers, c.microbatch_size)
+            scored = (
+                batches
+                if c.num_responses_per_prompt == 1
+                else prompt_batches(numbers, c.microbatch_size, sequences.lengths, c.microbatch_tokens)
+            )
             scores, parts_of_score = self.reward(
                 Responses(sequences=sequences, batches=scored, texts=texts, rows=[self.rows[i] for i in chosen])
             )

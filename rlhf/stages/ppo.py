@@ -262,6 +262,7 @@ def _evaluate(
             reward,
             reference=reference,
             batch_size=config.microbatch_size,
+            batch_tokens=config.microbatch_tokens,
             gold=gold,
             seed=config.seed + 7,
         )

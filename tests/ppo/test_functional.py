@@ -38,8 +38,11 @@ masked_mean = checked(functional.masked_mean, Float[Tensor, "..."], x=Shaped[Ten
 whiten = checked(functional.whiten, GRID, x=GRID, mask=MASK)
 explained_variance = checked(functional.explained_variance, SCALAR, values=GRID, returns=GRID, mask=MASK)
 sequence_logprobs = checked(functional.sequence_logprobs, ANY, logits=LOGITS, tokens=TOKENS, temperature=float)
-entropy = checked(functional.entropy, ANY, logits=LOGITS, temperature=float)
-full_kl = checked(functional.full_kl, ANY, logits=LOGITS, ref_logits=LOGITS, temperature=float)
+log_distribution = checked(functional.log_distribution, LOGITS, logits=LOGITS, temperature=float)
+of_distribution = {
+    "entropy": checked(functional.entropy, ANY, log_pi=LOGITS),
+    "full_kl": checked(functional.full_kl, ANY, log_pi=LOGITS, log_ref=LOGITS),
+}
 kl_k1 = checked(functional.kl_k1, ANY, logprobs=ANY, ref_logprobs=ANY)
 kl_k2 = checked(functional.kl_k2, ANY, logprobs=ANY, ref_logprobs=ANY)
 kl_k3 = checked(functional.kl_k3, ANY, logprobs=ANY, ref_logprobs=ANY)
@@ -318,6 +321,15 @@ def test_explained_variance_of_equal_returns_is_zero(size: int) -> None:
 
 
 # ---- log-probabilities and KL ---------------------------------------------------------------------------------------
+
+
+def entropy(logits: Tensor, *, temperature: float) -> Tensor:
+    return of_distribution["entropy"](log_distribution(logits, temperature=temperature))
+
+
+def full_kl(logits: Tensor, ref_logits: Tensor, *, temperature: float) -> Tensor:
+    log_pi, log_ref = (log_distribution(x, temperature=temperature) for x in (logits, ref_logits))
+    return of_distribution["full_kl"](log_pi, log_ref)
 
 
 def log_softmax(logits: list[float], temperature: float) -> list[float]:
@@ -657,8 +669,8 @@ def test_other_bad_inputs_are_refused() -> None:
         functional.token_rewards(torch.zeros(3, 1), grid(0), grid(1), MASKED, kl_coef=0.1)
     with pytest.raises(ValueError, match=r"tokens has shape \(3, 3\), expected \(3, 4\)"):
         functional.sequence_logprobs(torch.zeros(3, 4, 9), torch.zeros(3, 3, dtype=torch.int64), temperature=1.0)
-    with pytest.raises(ValueError, match=r"ref_logits has shape \(3, 4\), expected \(3, 5\)"):
-        functional.full_kl(grid(0, 5), grid(0), temperature=1.0)
+    with pytest.raises(ValueError, match=r"log_ref has shape \(3, 4\), expected \(3, 5\)"):
+        functional.full_kl(grid(0, 5), grid(0))
     for estimator in (functional.kl_k1, functional.kl_k2, functional.kl_k3):
         with pytest.raises(ValueError, match=r"ref_logprobs has shape \(3, 1\), expected \(3, 4\)"):
             estimator(grid(0), grid(0)[:, :1])
@@ -668,7 +680,7 @@ def test_other_bad_inputs_are_refused() -> None:
         functional.masked_mean(torch.zeros(4), full(4), 1)
     for temperature in (0.0, -1.0, math.nan):
         with pytest.raises(ValueError, match="temperature must be above 0"):
-            functional.entropy(grid(0), temperature=temperature)
+            functional.log_distribution(grid(0), temperature=temperature)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from toys import FAMILIES
 
 from rlhf.errors import UserError
 from rlhf.models import RoleModels
+from rlhf.ppo import forward
 from rlhf.ppo.trainer import PPOTrainer
 from rlhf.ppo.types import length_sorted_batches
 
@@ -87,6 +89,31 @@ def test_a_budget_of_tokens_forms_the_microbatches(make: Make) -> None:
     plain, lean = make("gpt2", folder="plain"), make("gpt2", folder="lean", microbatch_size=8, microbatch_tokens=40)
     plain.step(), lean.step()
     assert_close(weights(plain.models), weights(lean.models))
+
+
+@pytest.mark.parametrize("finetuning", ["lora", "full"])
+def test_no_logits_wait_for_the_backward_pass(finetuning: str, make: Make) -> None:
+    """Catches: a softmax over the vocabulary kept for each token until its gradient is asked for: (responses, tokens, V)
+    after all, if a microbatch is the rollout. A head that is trained needs it."""
+
+    class Kept:
+        def __init__(self, tensor: torch.Tensor) -> None:
+            self.tensor = tensor
+
+    trainer = make("llama", finetuning=finetuning)
+    rollout, _ = trainer.collect()
+    kept: list[weakref.ref[Kept]] = []
+
+    def pack(tensor: torch.Tensor) -> Kept:
+        kept.append(weakref.ref(held := Kept(tensor)))
+        return held
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor), trainer.models.training_as("policy"):
+        result = forward.token_logprobs(trainer.models, "policy", rollout, 1.0)
+    vocabulary = trainer.models.causal.config.get_text_config().vocab_size
+    alive = [held.tensor.shape for ref in kept if (held := ref()) is not None]
+    assert result.requires_grad and alive
+    assert (vocabulary in {shape[-1] for shape in alive if len(shape) > 1}) == (finetuning == "full")
 
 
 @pytest.mark.parametrize(
