@@ -45,7 +45,7 @@ from rlhf.ppo import functional as F
 from rlhf.ppo.metrics import Totals
 from rlhf.ppo.trainer import RATIO_TOLERANCE, PPOTrainer
 from rlhf.ppo.types import Rollout, Sequences
-from rlhf.reward.parity import PADDINGS, REORDERED
+from rlhf.reward.parity import PADDINGS, REORDERED, deviation
 from rlhf.reward.sources import AdapterReward, ClassifierReward, ModelReward, Responses, Reward, Source
 from rlhf.tokenization import decode_response, pad
 from rlhf.tracking import PhaseTimer
@@ -266,11 +266,9 @@ def _company(ground: Ground, small: PPOTrainer, reward: Reward, rollout: Rollout
             how = f"with {left} padding tokens before and {right} after"
             found[how] = scores(source, padded(some, left, right, ground.pad_token_id), range(SCORED))
         scale = max(float(together.square().mean().sqrt()), 1.0)  # normalised scores are of size 1
-        differences = {
-            how: float((other - together).abs().nan_to_num(nan=torch.inf).max()) for how, other in found.items()
-        }
-        how = max(differences, key=lambda name: differences[name])
-        checks.append(of_company(differences[how] / scale, how, REORDERED[ground.compute.dtype]))
+        off = {how: deviation(other, together, scale) for how, other in found.items()}
+        how = max(off, key=lambda name: off[name])
+        checks.append(of_company(off[how], how, REORDERED[ground.compute.dtype]))
     return checks
 
 

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -32,7 +31,7 @@ from rlhf.doctor.preflight_room import Kept, check_disk, check_memory
 from rlhf.doctor.preflight_text import check_labels, check_rankings, fitting_pairs
 from rlhf.models import ScalarHead, context_length, direct_casting, merged_adapter, read_adapter, save_adapter
 from rlhf.optim import MIN_8BIT_SIZE, forget_overrides
-from rlhf.reward.parity import other_companies
+from rlhf.reward.parity import deviation, other_companies
 from rlhf.reward.ranking import ordered_pairs
 from rlhf.reward.scorer import Scorer
 
@@ -142,9 +141,8 @@ def check_company(scorer: Scorer, rows: Sequence[Sequence[int]]) -> Check:
     worst, told, limit = 0.0, "", 0.0
     for how, allowed, scores in other_companies(scorer, rows):
         limit = allowed
-        difference = float((scores - together).abs().nan_to_num(nan=torch.inf).max()) / scale
-        if difference >= worst:
-            worst, told = difference, how
+        if (found := deviation(scores, together, scale)) >= worst:
+            worst, told = found, how
     return of_company(worst, told, limit)
 
 
@@ -152,13 +150,13 @@ def of_company(worst: float, how: str, limit: float) -> Check:
     """The check of scores in other batches and among padding.
 
     Args:
-        worst: largest difference, as a share of the scores' root mean square.
+        worst: largest `deviation`, as a share of the scores' root mean square.
         how: where it was found.
     """
     return Check(
         name="score independent of batch and padding",
         passed=worst <= limit,
-        measured=f"{worst:.2g} of the scores' size at most, {how} (limit {limit:g})",
+        measured=f"off by {worst:.2g} of the scores' size, {how} (limit {limit:g})",
         cause="the score is read at a padding token, positions count padding, or rows see their neighbours",
         fix="use attn_implementation sdpa or eager, and a pad token that is no stop token",
     )

@@ -15,9 +15,12 @@ PARITY_TEXTS = 64
 PADDINGS = ((0, 16), (9, 0), (5, 7))
 """Padding tokens left and right of the longest text."""
 RELOADED = 1e-3
-"""Largest difference that saving may make, as a share of the scores' root mean square: the same numbers in the same order."""
+"""`deviation` that saving may make: the same numbers in the same order."""
 REORDERED = {torch.bfloat16: 0.05, torch.float32: 1e-3, torch.float64: 1e-5}
-"""Largest difference that other batches may make, likewise: sums in another order round differently."""
+"""`deviation` that other batches may make: sums in another order round differently."""
+OUTLIER = 4.0
+"""How many times further off a single score may be. Rounding to bf16 has such outliers: of a 135M model's scores of 64 answers
+by PandaLM, alone against together, .017 of their size at the root mean square and .058 at most; against fp32 .038 and .088."""
 
 
 def require_parity(trained: Tensor, saved: Scorer, rows: Sequence[Sequence[int]]) -> float:
@@ -32,7 +35,7 @@ def require_parity(trained: Tensor, saved: Scorer, rows: Sequence[Sequence[int]]
         rows: M token rows.
 
     Returns:
-        The largest difference found, as a share of the scores' root mean square.
+        The largest `deviation` found.
 
     Raises:
         UserError: a score is not finite, or a difference is more than rounding.
@@ -42,16 +45,25 @@ def require_parity(trained: Tensor, saved: Scorer, rows: Sequence[Sequence[int]]
     scale = max(float(trained.double().square().mean().sqrt()), 1e-12)
     worst = 0.0
     for how, allowed, scores in [("together", RELOADED, saved.raw(rows)), *other_companies(saved, rows)]:
-        difference = (scores - trained).abs().nan_to_num(nan=torch.inf)
-        text = int(difference.argmax())
-        if float(difference[text]) > allowed * scale:
+        found = deviation(scores, trained, scale)
+        if found > allowed:
+            text = int((scores - trained).abs().nan_to_num(nan=torch.inf).argmax())
             raise UserError(
                 f"the saved reward model is not the trained one: text {text + 1} of {len(rows)}, scored {how}, gets "
                 f"{float(scores[text]):.4g} from the saved files and {float(trained[text]):.4g} in memory; nothing was "
                 "registered, please report this with the command and the model's name"
             )
-        worst = max(worst, float(difference[text]) / scale)
+        worst = max(worst, found)
     return worst
+
+
+def deviation(scores: Tensor, expected: Tensor, scale: float) -> float:
+    """How far scores (M,) are off, as a share of `scale`: the root mean square difference, or the largest over `OUTLIER`.
+
+    A score that is NaN is infinitely far off.
+    """
+    difference = (scores - expected).abs().nan_to_num(nan=torch.inf).double()
+    return max(float(difference.square().mean().sqrt()), float(difference.max()) / OUTLIER) / scale
 
 
 def other_companies(scorer: Scorer, rows: Sequence[Sequence[int]]) -> Iterator[tuple[str, float, Tensor]]:
