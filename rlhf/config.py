@@ -388,7 +388,9 @@ CHECKS = ("summarisation", "translation", "question_answering", "classification"
 class EvaluationConfig(RunConfig):
     """What policies are worth: figures, win rates, best-of-n, the reward-KL frontier and the alignment tax."""
 
-    models: list[str] = field(metadata={"help": "policies: sft/NAME, ppo/NAME, with @VERSION or the latest"})
+    models: list[str] = field(
+        metadata={"help": "policies: pretrain/NAME, sft/NAME, ppo/NAME, with @VERSION or the latest"}
+    )
     prompts: str = option("held-out prompts: folder made by rlhf.data_prep, a data file, or a hub name")
     split: Literal["validation", "train"] = option("split of the prompts", "validation")
     output_dir: str = option(
