@@ -121,11 +121,11 @@ class TrainingConfig(RunConfig):
     wandb_group: str | None = option("W&B group of the runs of one pipeline; default: the name", None)
 
     def __post_init__(self) -> None:
-        for size in ("save_steps", "logging_steps"):
-            require(getattr(self, size) >= 1, f"{size} must be at least 1, got {getattr(self, size)}")
+        require_at_least(1, self, "save_steps", "logging_steps")
+        require_at_least(0, self, "learning_rate", "weight_decay", "adam_epsilon", "warmup_steps")
+        require_above_zero(self, "max_grad_norm")
+        require_below_one(self, "adam_beta1", "adam_beta2")
         health.actions(self.doctor)  # complains of what it does not know
-        require(self.learning_rate >= 0, f"learning_rate must not be negative, got {self.learning_rate}")
-        require(self.max_grad_norm > 0, f"max_grad_norm must be above 0, got {self.max_grad_norm}")
 
     def recipe(self) -> dict[str, Any]:
         """The options that decide what comes out of given inputs."""
@@ -148,8 +148,8 @@ class StageConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for size in ("lora_r", "lora_alpha"):
-            require(getattr(self, size) >= 1, f"{size} must be at least 1, got {getattr(self, size)}")
+        require_at_least(1, self, "lora_r", "lora_alpha")
+        require_below_one(self, "lora_dropout")
 
 
 @dataclass(kw_only=True)
@@ -166,6 +166,12 @@ class TrainingLength:
     max_length: int = option("longest prompt + response, tokens; longer examples are dropped and counted", 1024)
     eval_steps: int = option("updates between evaluations on held-out data", 20)
     max_eval_samples: int = option("held-out examples used while training", 512)
+
+    def check_length(self) -> None:
+        """Raises `UserError` for sizes that train on nothing or measure nothing."""
+        batches = ("per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size")
+        require_at_least(1, self, *batches, "max_length", "eval_steps", "max_eval_samples")
+        require_above_zero(self, "num_train_epochs")
 
 
 @dataclass(kw_only=True)
@@ -217,17 +223,21 @@ class PretrainConfig(TextConfig, TrainingLength, TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_length()
         divides("eval_steps", self.eval_steps, "save_steps", self.save_steps)
         divides("num_attention_heads", self.num_attention_heads, "hidden_size", self.hidden_size)
-        for size in ("num_hidden_layers", "max_eval_samples", "sample_length"):
-            require(getattr(self, size) >= 1, f"{size} must be at least 1, got {getattr(self, size)}")
-        require(self.max_length >= 2, f"max_length must be at least 2 tokens, got {self.max_length}")
-        require(0 < self.validation_share < 1, f"validation_share must be between 0 and 1, got {self.validation_share}")
-        require(0 <= self.dropout < 1, f"dropout must be from 0 to below 1, got {self.dropout}")
+        head = self.hidden_size // self.num_attention_heads
         require(
-            self.early_stopping_patience is None or self.early_stopping_patience >= 1,
-            f"early_stopping_patience must be at least 1, got {self.early_stopping_patience}",
+            self.model_type == "gpt2" or head % 2 == 0,
+            f"a llama's heads turn pairs of numbers: hidden_size ({self.hidden_size}) by num_attention_heads "
+            f"({self.num_attention_heads}) is {head}, and must be even",
         )
+        require_at_least(1, self, "num_hidden_layers", "intermediate_size", "sample_length")
+        require_at_least(1, self, "early_stopping_patience", "max_characters")
+        require_at_least(2, self, "max_length")
+        require_at_least(0, self, "num_samples")
+        require(0 < self.validation_share < 1, f"validation_share must be between 0 and 1, got {self.validation_share}")
+        require_below_one(self, "dropout")
         require(
             self.early_stopping_patience is None or self.save_steps == self.eval_steps,
             f"early_stopping_patience needs save_steps ({self.save_steps}) equal to eval_steps ({self.eval_steps}): the best "
@@ -242,10 +252,10 @@ class SFTConfig(TrainingLength, StageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_length()
         divides("eval_steps", self.eval_steps, "save_steps", self.save_steps)
-        for size in ("selection_samples", "response_length"):
-            require(getattr(self, size) >= 1, f"{size} must be at least 1, got {getattr(self, size)}")
-        require(self.learn_tokens >= 0, f"learn_tokens must not be negative, got {self.learn_tokens}")
+        require_at_least(1, self, "selection_samples", "response_length")
+        require_at_least(0, self, "learn_tokens")
         require(
             not (self.new_tokens and self.learn_tokens),
             "new tokens come from new_tokens or learn_tokens; leave one out",
@@ -304,8 +314,9 @@ class CardConfig:
 
     def check_card(self) -> None:
         """Raises `UserError` for sizes that measure nothing."""
-        for size in ("card_policy_samples", "card_likelihood_responses", "card_probe_answers", "response_length"):
-            require(getattr(self, size) >= 1, f"{size} must be at least 1, got {getattr(self, size)}")
+        sizes = ("card_policy_samples", "card_likelihood_responses", "card_probe_answers", "response_length")
+        require_at_least(1, self, *sizes)
+        require_at_least(0, self, "eval_rating_difference")
 
 
 @dataclass(kw_only=True)
@@ -341,13 +352,13 @@ class RewardConfig(CardConfig, TrainingLength, StageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_length()
         self.check_card()
         require(
             0 <= self.label_smoothing < 0.5, f"label_smoothing must be from 0 to below 0.5, got {self.label_smoothing}"
         )
-        for name in ("min_rating_difference", "margin_per_rating", "center_rewards_coefficient"):
-            require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
-        require(self.min_responses >= 2, f"min_responses must be at least 2, got {self.min_responses}")
+        require_at_least(0, self, "min_rating_difference", "margin_per_rating", "center_rewards_coefficient")
+        require_at_least(2, self, "min_responses")
         require(
             self.finetuning == "lora" or self.quantization == "none",
             f"finetuning full cannot train weights that are held in {self.quantization}; use finetuning lora",
@@ -366,6 +377,7 @@ class RewardCardConfig(CardConfig, RunConfig):
 
     def __post_init__(self) -> None:
         self.check_card()
+        require_at_least(1, self, "per_device_eval_batch_size", "max_length")
 
 
 #: Tasks with references that answers can be checked against.
@@ -376,7 +388,9 @@ CHECKS = ("summarisation", "translation", "question_answering", "classification"
 class EvaluationConfig(RunConfig):
     """What policies are worth: figures, win rates, best-of-n, the reward-KL frontier and the alignment tax."""
 
-    models: list[str] = field(metadata={"help": "policies: sft/NAME, ppo/NAME, with @VERSION or the latest"})
+    models: list[str] = field(
+        metadata={"help": "policies: pretrain/NAME, sft/NAME, ppo/NAME, with @VERSION or the latest"}
+    )
     prompts: str = option("held-out prompts: folder made by rlhf.data_prep, a data file, or a hub name")
     split: Literal["validation", "train"] = option("split of the prompts", "validation")
     output_dir: str = option(
@@ -450,10 +464,10 @@ class EvaluationConfig(RunConfig):
 
     def __post_init__(self) -> None:
         sizes = ("num_prompts", "samples_per_prompt", "response_length", "max_prompt_length", "best_of_prompts")
-        for size in (*sizes, "per_device_eval_batch_size", "judge_pairs", "judge_parallel", "check_length"):
-            require(getattr(self, size) >= 1, f"{size} must be at least 1, got {getattr(self, size)}")
-        require(self.temperature > 0, f"temperature must be above 0, got {self.temperature}")
-        require(self.best_of >= 0, f"best_of must not be negative, got {self.best_of}")
+        require_at_least(1, self, *sizes, "per_device_eval_batch_size", "judge_pairs", "judge_parallel")
+        require_at_least(1, self, "check_length", "task_limit")
+        require_above_zero(self, "temperature", "judge_timeout")
+        require_at_least(0, self, "best_of")
         require(
             (self.judge_url is None) == (self.judge_model is None),
             "a chat judge needs both: --judge_url URL and --judge_model NAME",
@@ -576,12 +590,13 @@ class PPOConfig(TextConfig, StageConfig):
         divides("rollout_batch_size", self.rollout_batch_size, "total_episodes", self.total_episodes)
         divides("minibatch_size", self.minibatch_size, "rollout_batch_size", self.rollout_batch_size)
         divides("microbatch_size", self.microbatch_size, "minibatch_size", self.minibatch_size)
-        require(self.temperature > 0, f"temperature must be above 0, got {self.temperature}")
         require(0 <= self.gamma <= 1, f"gamma must be between 0 and 1, got {self.gamma}")
         require(0 <= self.lam <= 1, f"lam must be between 0 and 1, got {self.lam}")
-        require(self.clip_range > 0, f"clip_range must be above 0, got {self.clip_range}")
-        require(self.response_length >= 1, f"response_length must be at least 1, got {self.response_length}")
-        require(self.kl_coef >= 0, f"kl_coef must not be negative, got {self.kl_coef}")
+        require_above_zero(self, "temperature", "reward_timeout", "clip_range", "clip_range_value")
+        require_above_zero(self, "kl_target", "max_approx_kl", "max_kl", "reward_clip")
+        require_at_least(1, self, "num_ppo_epochs", "max_prompt_length", "response_length", "kl_horizon")
+        require_at_least(0, self, "kl_coef", "vf_coef", "value_learning_rate", "value_warmup_updates")
+        require_at_least(0, self, "min_response_length", "num_eval_samples", "num_logged_samples")
         require(
             not self.reward_weights or len(self.reward_weights) == len(self.reward),
             f"reward_weights has {len(self.reward_weights)} numbers for {len(self.reward)} rewards; give one for each",
@@ -593,10 +608,6 @@ class PPOConfig(TextConfig, StageConfig):
         divides(
             "num_responses_per_prompt", self.num_responses_per_prompt, "rollout_batch_size", self.rollout_batch_size
         )
-        for name in ("kl_target", "max_approx_kl", "max_kl", "reward_clip"):
-            value = getattr(self, name)
-            require(value is None or value > 0, f"{name} must be above 0, got {value}")
-        require(self.kl_horizon >= 1, f"kl_horizon must be at least 1, got {self.kl_horizon}")
         require(
             self.kl_target is None or self.kl_coef > 0,
             "kl_target needs a kl_coef above 0 to start from: the coefficient is multiplied",
@@ -628,10 +639,7 @@ class PPOConfig(TextConfig, StageConfig):
             f"snapshot_steps must be at least 1, got {self.snapshot_steps}, and needs finetuning lora: a whole model every few "
             "rollouts would fill the disk",
         )
-        require(
-            self.microbatch_tokens is None or self.microbatch_tokens >= 1,
-            f"microbatch_tokens must be at least 1, got {self.microbatch_tokens}",
-        )
+        require_at_least(1, self, "microbatch_tokens")
         require(
             not self.offload_base or (self.gradient_checkpointing and self.finetuning == "lora"),
             "offload_base needs gradient_checkpointing (the backward pass would hold all layers otherwise) and finetuning lora",
@@ -646,7 +654,12 @@ class PPOConfig(TextConfig, StageConfig):
         require(
             not (self.ptx_text and self.ptx_dataset), "PPO-ptx takes ptx_dataset or ptx_text, not both; leave one out"
         )
-        require(self.ptx_coef >= 0, f"ptx_coef must not be negative, got {self.ptx_coef}")
+        require_at_least(0, self, "ptx_coef")
+        for name in ("ptx_text", "ptx_dataset"):
+            require(
+                self.ptx_coef > 0 or getattr(self, name) is None,
+                f"{name} is not used without a ptx_coef above 0 (InstructGPT: 27.8); set it, or leave {name} out",
+            )
         require(
             self.ptx_coef == 0 or round(self.minibatch_size * self.ptx_ratio) >= 1,
             f"ptx_ratio {self.ptx_ratio} mixes no text into a minibatch of {self.minibatch_size}; raise it",
@@ -675,6 +688,28 @@ def require(condition: bool, message: str) -> None:
     """Raises `UserError(message)` unless the condition holds."""
     if not condition:
         raise UserError(message)
+
+
+def require_at_least(smallest: int, config: object, *names: str) -> None:
+    """Raises `UserError` for the first of the options that is set and is less."""
+    for name, value in _given(config, names):
+        require(value >= smallest, f"{name} must be at least {smallest}, got {value}")
+
+
+def require_above_zero(config: object, *names: str) -> None:
+    """Raises `UserError` for the first of the options that is set and is 0 or less."""
+    for name, value in _given(config, names):
+        require(value > 0, f"{name} must be above 0, got {value}")
+
+
+def require_below_one(config: object, *names: str) -> None:
+    """Raises `UserError` for the first of the options that is no share: 0 or more, and less than 1."""
+    for name, value in _given(config, names):
+        require(0 <= value < 1, f"{name} must be from 0 to below 1, got {value}")
+
+
+def _given(config: object, names: tuple[str, ...]) -> list[tuple[str, float]]:
+    return [(name, value) for name in names if (value := getattr(config, name)) is not None]
 
 
 def divides(small_name: str, small: int, large_name: str, large: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import traceback
@@ -23,7 +24,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def run_command(main: Callable[[], object]) -> None:
-    """Runs a command-line entry point: `UserError` and full disks become one line and exit code 2, Ctrl-C exit code 130.
+    """Runs a command-line entry point: `UserError` and full disks become one line and exit code 2, Ctrl-C exit code 130, an
+    output that nobody reads any more (`| head`) exit code 141 without a word.
 
     SIGTERM is turned into `SystemExit(143)`, so that `finally` blocks run and nothing is left half-written. What is printed of
     an error holds no secrets.
@@ -32,7 +34,10 @@ def run_command(main: Callable[[], object]) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        main()
+        try:
+            main()
+        finally:
+            _flush()
     except UserError as error:
         sys.exit(_complain(str(error)))
     except OSError as error:
@@ -42,6 +47,16 @@ def run_command(main: Callable[[], object]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _flush() -> None:
+    """Writes what is left for standard output, whatever `main` ended with; if its reader is gone, ends as SIGPIPE would."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The interpreter flushes once more when it ends, and would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
 
 
 def _complain(message: str) -> int:

@@ -32,7 +32,13 @@ from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+)
 
 from rlhf.config import ComputeConfig, RewardConfig, StageConfig
 from rlhf.data_prep.assets import resolve_model
@@ -311,7 +317,25 @@ def backbone(causal: PreTrainedModel) -> nn.Module:
 
 def context_length(model: PreTrainedModel) -> int:
     """Tokens that the model has positions for; as good as endless where its config names no limit (ALiBi)."""
-    return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize)
+    return _positions(model.config)
+
+
+def base_context_length(artifact: Artifact, registry: str) -> int:
+    """The same of the model that an artefact is an adapter on, by its config alone.
+
+    Raises:
+        UserError: the base model is not there.
+    """
+    m = artifact.manifest
+    place = resolve_model(m.base_model, registry)
+    try:
+        return _positions(AutoConfig.from_pretrained(place, revision=m.base_model_revision, trust_remote_code=False))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load the model '{m.base_model}': {str(error).splitlines()[0]}") from error
+
+
+def _positions(config: Any) -> int:
+    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize)
 
 
 def save_adapter(model: PeftModel, folder: Path, *, adapter: str, base_model: str) -> None:

@@ -23,6 +23,7 @@ from rlhf.errors import UserError, run_command
 from rlhf.progress import format_seconds
 
 STAGES = ("sft", "reward", "ppo")
+"""Of every run; pretraining comes before them where a run has it."""
 SAMPLES_SHOWN = 20
 POINTS_PER_CURVE = 400
 """Enough for a plot 500 pixels wide; a run of 100,000 steps would make a page of many megabytes otherwise."""
@@ -55,6 +56,18 @@ class Chart(NamedTuple):
 
 
 CHARTS = (
+    Chart(
+        "Pretraining loss",
+        (("pretrain", "pretrain/loss", "training"), ("pretrain", "pretrain/eval_loss", "held out")),
+        "nats per token",
+        "Held out should fall with training, fast and then slowly. If it turns up, the text was read too often.",
+    ),
+    Chart(
+        "Pretraining, bits per character",
+        (("pretrain", "pretrain/eval_bits_per_character", "held out"),),
+        "",
+        "What a held-out character costs, whatever the tokenizer. Plain bytes cost 8 bits.",
+    ),
     Chart(
         "Reward score",
         (("ppo", "objective/score", "score"), ("ppo", "objective/rlhf_reward", "score less KL cost")),
@@ -113,14 +126,16 @@ def write_report(output_dir: str | Path) -> Path:
         UserError: there is no `results.json`, or it is not JSON.
     """
     output_dir = Path(output_dir)
-    from rlhf.comparison.runs import overlaps, read_run  # which builds on this module
+    from rlhf.comparison.runs import overlaps, read_run  # which build on this module
+    from rlhf.comparison.tables import evaluated
 
-    results = read_results(output_dir)
-    missing: list[str] = []
-    metrics = {stage: _read_rows(output_dir / stage / "metrics.jsonl", missing) for stage in STAGES}
+    results, run = read_results(output_dir), read_run(output_dir)
+    missing = [problem for problem in run.problems if problem.startswith("evaluation.json")]
+    stages = ("pretrain", *STAGES) if (output_dir / "pretrain").is_dir() else STAGES
+    metrics = {stage: _read_rows(output_dir / stage / "metrics.jsonl", missing) for stage in stages}
     samples = _read_rows(output_dir / "ppo" / "comparison.jsonl", missing)
     card = _read_card(output_dir / "data" / "card.json", missing)
-    for stage in STAGES:
+    for stage in stages:
         if not _section(results, stage):
             missing.append(f"results.json has nothing about {stage}")
     charts = [drawn for chart in CHARTS if (drawn := _draw(chart, metrics))]
@@ -130,7 +145,7 @@ def write_report(output_dir: str | Path) -> Path:
         title="RLHF report",
         results=results,
         headline=_headline(results),
-        stages=_stage_cards(results, card),
+        stages=_stage_cards(results, card, metrics),
         compared=_comparison_rows(_section(results, "ppo")),
         health=health(output_dir),
         samples=_pick_samples(samples),
@@ -143,7 +158,8 @@ def write_report(output_dir: str | Path) -> Path:
         reward_card=reward_card,
         plots=charts + timing + reward_card.get("charts", []),
         missing=missing,
-        marks=overlaps([read_run(output_dir)]),
+        evaluated=evaluated([run]) if run.evaluation else [],
+        marks=overlaps([run]),
         plotly=_plotly_gzip_base64() if charts or timing or reward_card else "",
     )
     return _write_page(page, output_dir / "report.html")
@@ -267,9 +283,12 @@ def _headline(results: Results) -> str:
     return text + judge
 
 
-def _stage_cards(results: Results, card: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The chain data -> SFT -> reward model -> PPO, each with its figure and the marks to read it against."""
-    return [_data_box(card, results), _sft_box(results), _reward_box(results), _ppo_box(results)]
+def _stage_cards(
+    results: Results, card: Mapping[str, Any], metrics: Mapping[str, list[dict[str, Any]]]
+) -> list[dict[str, Any]]:
+    """The chain data -> (pretraining ->) SFT -> reward model -> PPO, each with its figure and the marks to read it against."""
+    pretrain = [_pretrain_box(results, metrics["pretrain"])] if "pretrain" in metrics else []
+    return [_data_box(card, results), *pretrain, _sft_box(results), _reward_box(results), _ppo_box(results)]
 
 
 def _data_box(card: Mapping[str, Any], results: Results) -> dict[str, Any]:
@@ -280,6 +299,19 @@ def _data_box(card: Mapping[str, Any], results: Results) -> dict[str, Any]:
     if not counts and pairs is not None:
         counts = [("preference pairs", f"{pairs:,.0f}")]
     return {"name": "Data", "id": "data", "counts": counts}
+
+
+def _pretrain_box(results: Results, log: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The log tells what a fresh model begins at."""
+    pretrain, name = _section(results, "pretrain"), "eval_bits_per_character"
+    before = next((bits for row in log if (bits := _number(row.get(f"pretrain/{name}"))) is not None), None)
+    after = _number(pretrain.get(name))
+    top = max([value for value in (before, after) if value is not None] + [1e-9])
+    return {
+        "name": "Pretraining", "id": "pretrain", "figure": _text(after),
+        "what": "held-out bits per character; lower is better", "low": "0", "high": _text(top),
+        "marks": _marks(0, top, ("before", before, "base"), ("after", after, "main")), "seconds": _seconds(pretrain),
+    }  # fmt: skip
 
 
 def _sft_box(results: Results) -> dict[str, Any]:
@@ -390,13 +422,15 @@ def health(output_dir: Path) -> list[dict[str, Any]]:
 
 def _table_rows(results: Results) -> list[tuple[str, str, str, str]]:
     sft, reward, ppo = (_section(results, stage) for stage in STAGES)
+    bits = _number(_section(results, "pretrain").get("eval_bits_per_character"))
     rows = [
+        ("pretraining", "held-out bits per character", "", _text(bits)),
         (
             "SFT",
             "held-out loss",
             _text(_number(sft.get("eval_loss_before"))),
             _text(_number(sft.get("eval_loss_after"))),
-        )
+        ),
     ]
     for key, label in (
         ("accuracy", "held-out accuracy"), ("accuracy_held_out_raters", "  raters it never saw"),
@@ -566,7 +600,8 @@ def _list(tree: Mapping[str, Any], name: str) -> list[Any]:
 def _draw(chart: Chart, metrics: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any] | None:
     traces = []
     for stage, metric, label in chart.curves:
-        points = [(row.get("step"), value) for row in metrics[stage] if (value := _number(row.get(metric))) is not None]
+        rows = metrics.get(stage, [])
+        points = [(row.get("step"), value) for row in rows if (value := _number(row.get(metric))) is not None]
         if points:
             points = _thin(points)
             traces.append({"name": label, "x": [x for x, _ in points], "y": [float(f"{y:.5g}") for _, y in points]})

@@ -178,7 +178,7 @@ def test_memory_compares_stages_on_equal_lengths(load: Callable[[str], Any], tmp
     with load("common").model_folder("tiny") as model:
         tokenizer = load_tokenizer(model, chat_template="plain")
     load("memory").write_data(tmp_path, 3, 512, prompt=6, response=5)
-    rows = tokenize(load_rows(tmp_path, "train", kind="demonstrations"), tokenizer, max_length=11)
+    rows, _ = tokenize(load_rows(tmp_path, "train", kind="demonstrations"), tokenizer, max_length=11)
     assert [len(ids) for ids in rows["input_ids"]] == [11, 11, 11]
     assert [labels.count(-100) for labels in rows["labels"]] == [6, 6, 6]
 

@@ -288,6 +288,60 @@ def test_impossible_ppo_options(words: list[str], told: tuple[str, ...]) -> None
     assert all(part in str(error.value) for part in told)
 
 
+PRETRAIN = ["--dataset", "d", "--model_type", "llama"]
+NEEDED: dict[Any, list[str]] = {
+    SFTConfig: SFT,
+    PPOConfig: PPO,
+    PretrainConfig: PRETRAIN,
+    RewardConfig: ["--dataset", "d", "--policy", "sft/a"],
+    RewardCardConfig: ["--model", "reward/a", "--data", "d"],
+    EvaluationConfig: ["--models", "sft/a", "--prompts", "p"],
+    GenerateConfig: ["--model", "sft/a"],
+}
+
+
+@pytest.mark.parametrize(
+    "config_type, words",
+    [
+        (SFTConfig, "per_device_eval_batch_size=0"),
+        (SFTConfig, "per_device_train_batch_size=-1"),
+        (SFTConfig, "num_train_epochs=0"),
+        (SFTConfig, "lora_dropout=1.5"),  # peft's refusal was told as one of lora_target_modules
+        (RewardConfig, "gradient_accumulation_steps=0"),
+        (RewardConfig, "max_eval_samples=0"),
+        (RewardConfig, "eval_steps=0"),
+        (RewardCardConfig, "per_device_eval_batch_size=0"),
+        (RewardCardConfig, "max_length=0"),
+        (PretrainConfig, "per_device_train_batch_size=0"),
+        (PretrainConfig, "num_samples=-1"),
+        (PretrainConfig, "intermediate_size=0"),
+        (PretrainConfig, "max_characters=0"),
+        (PretrainConfig, "num_attention_heads=256"),  # a head of one number has none to turn it with
+        (PPOConfig, "adam_beta1=1.0"),
+        (PPOConfig, "warmup_steps=-3"),
+        (PPOConfig, "num_ppo_epochs=0"),
+        (PPOConfig, "reward_timeout=0"),
+        (EvaluationConfig, "task_limit=0"),
+        (EvaluationConfig, "judge_timeout=0"),
+        (GenerateConfig, "reward_timeout=-1"),
+    ],
+)
+def test_sizes_that_mean_nothing(config_type: Any, words: str) -> None:
+    """Each was a traceback minutes later, from torch, transformers or peft, or trained on nothing."""
+    name, value = words.split("=")
+    with pytest.raises(UserError, match=name) as error:
+        parse_config(config_type, [*NEEDED[config_type], f"--{words}"])
+    assert value in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["ptx_text", "ptx_dataset"])
+def test_texts_of_ptx_that_nothing_reads(name: str) -> None:
+    """By default their weight is 0: the run would be plain PPO, and its user believe otherwise."""
+    with pytest.raises(UserError, match=f"{name} is not used without a ptx_coef"):
+        ppo(f"--{name}", "t")
+    assert getattr(ppo(f"--{name}", "t", "--ptx_coef", "1"), name) == "t"
+
+
 def test_sft_saves_only_what_was_evaluated() -> None:
     """The best checkpoint is chosen by evaluation: one saved between two evaluations could never be it."""
     with pytest.raises(UserError, match=re.escape("save_steps (25) must be a multiple of eval_steps (10)")):

@@ -175,6 +175,37 @@ def test_the_page_shows_every_part(run: Path) -> None:
     assert "Missing from this report" not in page
 
 
+def test_pretraining_and_an_evaluation_are_shown_where_a_run_has_them(run: Path) -> None:
+    """Bug: the first stage of a run, or the task checks of its models, that its page does not know."""
+    assert "Pretraining" not in without_plotly(write_report(run).read_text(encoding="utf-8"))
+    log = [{"step": s, "pretrain/eval_loss": 9.0 - s, "pretrain/eval_bits_per_character": 3.5 - s} for s in (0, 1)]
+    write_jsonl(run / "pretrain" / "metrics.jsonl", [*log, {"step": 1, "pretrain/loss": 8.5}])
+    figures = {
+        "score": {"value": 0.81, "low": 0.7, "high": 0.9},
+        "check/mine/rouge1": {"value": 0.325, "low": 0.3, "high": 0.35},
+    }
+    models = [
+        {"name": "sft/demo@1", "figures": {"score": figures["score"]}},
+        {"name": "ppo/demo@1", "figures": figures},
+    ]
+    (run / "evaluation.json").write_text(json.dumps({"models": models}))
+    results = made_up_results() | {"pretrain": {"eval_bits_per_character": 2.34, "seconds": 60.0}}
+    (run / "results.json").write_text(json.dumps(results))
+    page = write_report(run).read_text(encoding="utf-8")
+    assert [len(plot["traces"]) for plot in plots_of(page)][:2] == [2, 1]
+    for text in (
+        "2.34",
+        "held-out bits per character",
+        "check/mine/rouge1",
+        "0.325 (0.3 to 0.35)",
+        "0.81 (0.7 to 0.9)",
+    ):
+        assert text in page, text
+    assert "Missing from this report" not in page
+    (run / "evaluation.json").write_text('{"models": ')
+    assert "evaluation.json cannot be read" in write_report(run).read_text(encoding="utf-8")
+
+
 def test_the_report_card_is_a_section_of_the_page(run: Path) -> None:
     """Bug: a part of the card that is computed and not shown, or an interval drawn about 0 instead of about its value."""
     plain = len(plots_of(write_report(run).read_text(encoding="utf-8")))

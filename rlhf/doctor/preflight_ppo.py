@@ -116,6 +116,8 @@ def rehearsal(trainer: PPOTrainer) -> PPOTrainer:
         num_ppo_epochs=1,
         value_warmup_updates=0,
         ptx_coef=0.0,
+        ptx_text=None,
+        ptx_dataset=None,
     )
     small.sampling = dataclasses.replace(
         trainer.sampling,

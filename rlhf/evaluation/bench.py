@@ -21,7 +21,15 @@ from rlhf.evaluation.answers import Answers, opened, sample_answers, score_answe
 from rlhf.evaluation.candidates import Candidate, gather
 from rlhf.evaluation.checks import Check, likeliest_answers, read_checks
 from rlhf.evaluation.tax import PLAIN_TEXT, Tasks, text_logprobs, text_windows
-from rlhf.models import Compute, RoleModels, context_length, fit_vocabulary, load_base, load_policy
+from rlhf.models import (
+    Compute,
+    RoleModels,
+    base_context_length,
+    context_length,
+    fit_vocabulary,
+    load_base,
+    load_policy,
+)
 from rlhf.ppo.rollout import SamplingOptions
 from rlhf.registry import Registry, sha256_file
 from rlhf.reward.evaluate import load_function, mean_logprobs
@@ -55,7 +63,9 @@ class Bench:
         self.prompts = [encode_prompt(self.tokenizer, row["prompt"]) for row in self.rows]
         self._check_lengths()
         self.text = Path(config.texts) if config.texts else PLAIN_TEXT
-        self.windows = text_windows(self.tokenizer, self.text)
+        self.windows = text_windows(
+            self.tokenizer, self.text, base_context_length(self.comparison.reference, config.registry)
+        )
         self.tasks = Tasks(config.tasks, config.task_folder, config.task_limit) if config.tasks else None
         self.checks = read_checks(config.checks)
         self.compute = Compute.choose(config)

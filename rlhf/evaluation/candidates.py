@@ -116,8 +116,8 @@ def gather(config: EvaluationConfig, registry: Registry) -> Comparison:
 
 def _policy(registry: Registry, name: str) -> Artifact:
     artifact = registry.get(name)
-    if artifact.stage not in ("sft", "ppo"):
-        raise UserError(f"{artifact.reference} is no policy; give sft/NAME or ppo/NAME")
+    if artifact.stage not in ("pretrain", "sft", "ppo"):
+        raise UserError(f"{artifact.reference} is no policy; give pretrain/NAME, sft/NAME or ppo/NAME")
     return artifact
 
 
@@ -127,15 +127,14 @@ def _parent(artifact: Artifact, stage: str) -> str | None:
 
 
 def _candidate(artifact: Artifact, registry: Registry) -> Candidate:
-    sft: Artifact | None = artifact
-    if artifact.stage == "ppo":
-        adapter, parent = artifact.manifest.kind == "adapter", _parent(artifact, "sft")
-        sft = registry.get(parent) if adapter and parent else None
+    sft = artifact if artifact.stage == "sft" else None
+    if artifact.stage == "ppo" and artifact.manifest.kind == "adapter" and (parent := _parent(artifact, "sft")):
+        sft = registry.get(parent)
     return Candidate(
         name=artifact.reference,
         hash=artifact.hash,
         sft=sft,
-        folder=artifact.path if artifact.stage == "ppo" else None,
+        folder=None if artifact.stage == "sft" else artifact.path,
         artifact=artifact,
     )
 
@@ -147,7 +146,10 @@ def _reference(config: EvaluationConfig, registry: Registry, named: list[Artifac
     parents = [parent for artifact in named if artifact.stage == "ppo" and (parent := _parent(artifact, "sft"))]
     if parents:
         return registry.get(parents[0])
-    return runs[0].sft if runs else named[0]
+    policies = [*(run.sft for run in runs), *(artifact for artifact in named if artifact.stage == "sft")]
+    if not policies:
+        raise UserError("no SFT policy that KL could be measured against; say which: --reference sft/NAME")
+    return policies[0]
 
 
 def _default_reward(named: list[Artifact], runs: list[_Run]) -> str:

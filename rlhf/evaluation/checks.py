@@ -224,7 +224,8 @@ def classification(references: Sequence[Sequence[str]], texts: Sequence[str], se
 
     def macro_f1(times: Array) -> float:
         among = list(range(len(labels)))
-        return float(f1_score(right, named, labels=among, average="macro", sample_weight=times, zero_division=0.0))
+        # A label that a draw misses, and no answer in it names, has no F1: as 0 it would pull every interval down.
+        return float(f1_score(right, named, labels=among, average="macro", sample_weight=times, zero_division=np.nan))
 
     low = high = None
     if len(texts) > 1:

@@ -326,7 +326,7 @@ def _best_of_n(bench: Bench, answers: Answers, scores: Mapping[str, Array]) -> F
 def _frontier(bench: Bench, measured: Sequence[Measured]) -> Figures:
     """Every PPO policy and snapshot by its KL, the fits of each run, and the checkpoint to use."""
     reference = next(one for one in measured if one.candidate.name == bench.comparison.reference.reference)
-    policies = [one for one in measured if one.candidate.folder is not None]
+    policies = [one for one in measured if one.candidate.artifact is None or one.candidate.artifact.stage == "ppo"]
     points = [_point(one, reference, bench.config.seed) for one in policies]
     fits: list[Figures] = []
     for run in dict.fromkeys(point["run"] for point in points if point["run"]):

@@ -24,8 +24,9 @@ WINDOW = 512
 PLAIN_TEXT = Path(__file__).with_name("plain.txt")
 
 
-def text_windows(tokenizer: PreTrainedTokenizerBase, file: Path) -> list[list[int]]:
-    """Token rows of the paragraphs of a plain text, without a chat template; long ones in pieces of `WINDOW` tokens.
+def text_windows(tokenizer: PreTrainedTokenizerBase, file: Path, context: int = WINDOW) -> list[list[int]]:
+    """Token rows of the paragraphs of a plain text, without a chat template; long ones in pieces of `WINDOW` tokens, or of the
+    model's context where that is less.
 
     Raises:
         UserError: no such file, or nothing in it.
@@ -35,7 +36,8 @@ def text_windows(tokenizer: PreTrainedTokenizerBase, file: Path) -> list[list[in
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the plain text {file}: {error}") from error
     rows = [tokenizer(part.strip())["input_ids"] for part in text.split("\n\n") if part.strip()]
-    pieces = [row[i : i + WINDOW] for row in rows for i in range(0, len(row), WINDOW)]
+    longest = min(WINDOW, context)
+    pieces = [row[i : i + longest] for row in rows for i in range(0, len(row), longest)]
     pieces = [piece for piece in pieces if len(piece) > 1]  # nothing precedes the first token that could predict it
     if not pieces:
         raise UserError(f"the plain text {file} has no paragraph of two tokens")

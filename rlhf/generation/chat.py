@@ -16,7 +16,7 @@ from rlhf.errors import UserError, did_you_mean, run_command
 from rlhf.generation import history
 from rlhf.generation.config import ChatConfig
 from rlhf.generation.page import say_aloud, score_line, spread
-from rlhf.generation.speaker import Answer, Speaker, open_reward, open_speakers, scores
+from rlhf.generation.speaker import Answer, Speaker, check_text, open_reward, open_speakers, read_input, scores
 from rlhf.models import Compute
 from rlhf.redaction import redact
 from rlhf.tokenization import encode_prompt
@@ -45,20 +45,32 @@ class Chat:
         self.source = open_reward(config, self.speakers, compute)
         self.conversations = self._fresh()
         if config.load is not None:
-            self.conversations = history.load(Path(config.load), len(self.speakers))
+            self.conversations = self._load(Path(config.load))
 
     def _fresh(self) -> list[Messages]:
         system = self.config.system
         return [[{"role": "system", "content": system}] if system else [] for _ in self.speakers]
+
+    def _load(self, file: Path) -> list[Messages]:
+        """Saved conversations, with the system prompt of the options where they have none."""
+        loaded = []
+        for fresh, said in zip(self._fresh(), history.load(file, len(self.speakers)), strict=True):
+            own = [message for message in said[:1] if message["role"] == "system"]
+            if own and fresh and own != fresh:
+                raise UserError(f"{file} was held under another system prompt; leave --system out, or say the same")
+            loaded.append([*(own or fresh), *said[len(own) :]])
+        return loaded
 
     def turn(self, question: str) -> None:
         """Asks all models, shows their answers and remembers them, also one that is nothing but a stop token; a question
         whose answer was stopped before it began is forgotten.
 
         Raises:
-            UserError: the question alone does not fit into a model's context, or the answers cannot be scored.
+            UserError: the question is no text, or alone does not fit into a model's context, or the answers cannot be scored.
         """
         asked = [[*said, {"role": "user", "content": question}] for said in self.conversations]
+        for conversation in asked:
+            check_text(conversation)
         read = [self._read(speaker, said) for speaker, said in zip(self.speakers, asked, strict=True)]
         prompts = [speaker.encode(said) for speaker, said in zip(self.speakers, read, strict=True)]
         seed = self.config.seed * 1_000_003 + sum(message["role"] == "user" for message in asked[0])
@@ -103,7 +115,7 @@ class Chat:
         elif word == "/save":
             self.save(Path(file))
         elif word == "/load":
-            self.conversations = history.load(Path(file), len(self.speakers))
+            self.conversations = self._load(Path(file))
         elif word == "/help":
             print("\n".join(f"{command:11s} {what}" for command, what in COMMANDS.items()), file=sys.stderr)
         elif word != "/quit":
@@ -120,7 +132,7 @@ class Chat:
             print(f"{', '.join(self.names)}: /help lists the commands, Ctrl-C stops an answer", file=sys.stderr)
         while True:
             try:
-                line = input("> " if at_terminal else "").strip()
+                line = read_input(partial(input, "> " if at_terminal else "")).strip()
                 if line.startswith("/"):
                     if not self.command(line):
                         return

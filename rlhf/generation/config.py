@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from rlhf.config import CHECKS, ComputeConfig, option, require
+from rlhf.config import CHECKS, ComputeConfig, option, require, require_above_zero, require_at_least
 
 
 @dataclass(kw_only=True)
@@ -42,12 +42,10 @@ class SpeakConfig(ComputeConfig):
 
     def __post_init__(self) -> None:
         require((self.model is None) != (not self.compare), "say who answers: --model NAME, or --compare NAME NAME ...")
-        require(self.temperature >= 0, f"temperature must not be negative, got {self.temperature}")
+        require_at_least(0, self, "temperature")
         require(0 < self.top_p <= 1, f"top_p must be above 0 and at most 1, got {self.top_p}")
-        require(
-            self.response_length is None or self.response_length >= 1,
-            f"response_length must be at least 1, got {self.response_length}",
-        )
+        require_at_least(1, self, "response_length")
+        require_above_zero(self, "reward_timeout")
         require(all(self.stop_strings), "a stop string is empty: every answer would end at once")
 
     @property
@@ -82,8 +80,7 @@ class GenerateConfig(SpeakConfig):
             self.check is None or (self.check in CHECKS and self.prompts is not None),
             f"check is one of {', '.join(CHECKS)}, and needs --prompts FILE with a column reference",
         )
-        for size in ("samples_per_prompt", "per_device_eval_batch_size"):
-            require(getattr(self, size) >= 1, f"{size} must be at least 1, got {getattr(self, size)}")
+        require_at_least(1, self, "samples_per_prompt", "per_device_eval_batch_size")
 
 
 @dataclass(kw_only=True)
@@ -100,7 +97,4 @@ class ChatConfig(SpeakConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(
-            self.history_tokens is None or self.history_tokens >= 1,
-            f"history_tokens must be at least 1, got {self.history_tokens}",
-        )
+        require_at_least(1, self, "history_tokens")

@@ -1,8 +1,9 @@
 """`rlhf generate --model ppo/demo --prompt "..."`: answers to prompts, as text that comes as it is made, or as JSON lines.
 
 A line of the file: `number` of the prompt, from 1, `sample`, `model`, `prompt` (messages), `response`, `tokens` (their number,
-the stop token included), `stopped`, and `score` where something scores. The same seed gives the same answers, in either form
-and whatever the batch size: each answer has random numbers of its own, the same for all models.
+the stop token included), `stopped`, and `score` where something scores; the figures of a check are beside it, in
+`NAME.check.json`. The same seed gives the same answers, in either form and whatever the batch size: each answer has random
+numbers of its own, the same for all models.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from typing import Any
 from rlhf.config import parse_config
 from rlhf.data_prep.rows import Row
 from rlhf.errors import UserError, run_command
-from rlhf.evaluation.checks import make_check, read_rows
+from rlhf.evaluation.checks import Figure, make_check, read_rows
 from rlhf.generation.config import GenerateConfig
 from rlhf.generation.page import say_aloud, score_line, spread
-from rlhf.generation.speaker import Answer, Speaker, open_reward, open_speakers, scores
+from rlhf.generation.speaker import Answer, Speaker, open_reward, open_speakers, read_input, scores
 from rlhf.models import Compute
 from rlhf.progress import Progress
 from rlhf.reward.sources import Source
@@ -64,8 +65,9 @@ class Work:
 def run(config: GenerateConfig) -> None:
     """Reads the prompts, opens the models, and answers."""
     output = Path(config.output) if config.output else None
-    if output is not None and output.exists():
-        raise UserError(f"{output} is there already; give another --output")
+    for file in (output, _figures_file(output)) if output is not None else ():
+        if file.exists():
+            raise UserError(f"{file} is there already; give another --output")
     rows = _prompts(config)
     check = make_check(Path(str(config.prompts)), config.check, rows) if config.check else None
     compute = Compute.choose(config)
@@ -75,10 +77,22 @@ def run(config: GenerateConfig) -> None:
     work = Work(config, rows, speakers, prompts, source)
     said = dict(_show(work) if output is None else _write(work, output))
     if check is not None:
-        for number, speaker in enumerate(speakers):
-            texts = [said[row, 0][number].text for row in range(len(rows))]
-            for name, figure in check.figures(texts, config.seed).items():
-                print(f"{speaker.name} {name}: {_figure(figure)}", file=sys.stderr)
+        answers = [[said[row, 0][number].text for row in range(len(rows))] for number in range(len(speakers))]
+        _report(config, output, {s.name: check.figures(a, config.seed) for s, a in zip(speakers, answers, strict=True)})
+
+
+def _report(config: GenerateConfig, output: Path | None, models: dict[str, dict[str, Figure]]) -> None:
+    """Shows the figures of a check, and keeps them beside the answers: `check`, `prompts` and `models`, by name."""
+    for model, figures in models.items():
+        for name, figure in figures.items():
+            print(f"{model} {name}: {_figure(figure)}", file=sys.stderr)
+    if output is not None:
+        content = {"check": config.check, "prompts": config.prompts, "models": models}
+        _figures_file(output).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _figures_file(output: Path) -> Path:
+    return output.with_suffix(".check.json")
 
 
 def _figure(figure: Any) -> str:
@@ -95,7 +109,7 @@ def _prompts(config: GenerateConfig) -> list[Row]:
     if config.prompts is None:
         if not config.prompt and sys.stdin.isatty():
             raise UserError("no prompt: give --prompt TEXT or --prompts FILE, or pipe a text in")
-        texts = config.prompt or [sys.stdin.read().strip()]
+        texts = config.prompt or [read_input(sys.stdin.read).strip()]
         rows = [{"prompt": [{"role": "user", "content": text}]} for text in texts]
     elif config.prompts.endswith(".txt"):
         rows = [{"prompt": [{"role": "user", "content": line}]} for line in _lines(Path(config.prompts))]

@@ -29,6 +29,8 @@ from rlhf.tokenization import Message, decode_response, encode_prompt, load_toke
 
 #: Longest answer where nobody says how long, tokens.
 DEFAULT_LENGTH = 256
+#: Half of a surrogate pair: what Python makes of a byte that is not UTF-8, and JSON may spell out.
+_HALF_PAIR = re.compile(r"[\ud800-\udfff]")
 _ARTIFACT = re.compile(rf"({'|'.join(STAGES)})/[^/]+")
 
 
@@ -74,10 +76,11 @@ class Speaker:
         """Token ids of a prompt.
 
         Raises:
-            UserError: it is empty, or leaves no room for the answer in the model's context.
+            UserError: it is empty, is no text, or leaves no room for the answer in the model's context.
         """
         if not messages or not messages[-1]["content"].strip():
             raise UserError("the prompt is empty")
+        check_text(messages)
         ids = encode_prompt(self.tokenizer, messages)
         if len(ids) + self.length > self.context:
             raise UserError(
@@ -140,6 +143,24 @@ class Stream(TextStreamer):
         """Shows what cannot change any more."""
         if text:
             self.show(text)
+
+
+def read_input(read: Callable[[], str]) -> str:
+    """What `read` gets from standard input. Raises `UserError` for bytes that are no text."""
+    try:
+        return read()
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input is not {error.encoding.upper()} (byte {error.start + 1})") from error
+
+
+def check_text(messages: Sequence[Message]) -> None:
+    """Raises `UserError` for a conversation that no tokenizer takes."""
+    for message in messages:
+        if bad := _HALF_PAIR.search(message["content"]):
+            raise UserError(
+                f"the {message['role']} message is no text: character {bad.start() + 1} is a byte that is not UTF-8, or half of "
+                "a surrogate pair"
+            )
 
 
 # Opening

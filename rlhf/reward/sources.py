@@ -6,10 +6,12 @@ A source is called with `Responses` and gives one finite number for each. Anythi
 
 from __future__ import annotations
 
+import json
 import math
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import requests
@@ -17,6 +19,7 @@ import torch
 from requests.adapters import HTTPAdapter
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils import cached_file
 from urllib3.util import Retry
 
 from rlhf import distributed
@@ -26,9 +29,10 @@ from rlhf.models import Compute, RoleModels, context_length
 from rlhf.ppo import forward
 from rlhf.ppo.types import Sequences
 from rlhf.registry import Registry
+from rlhf.registry.export import MANIFESTS
 from rlhf.reward.evaluate import load_function
 from rlhf.reward.scorer import Scorer, open_scorer
-from rlhf.tokenization import last_user_text
+from rlhf.tokenization import encode_prompt, encode_response, last_user_text
 
 #: Times that a request is repeated, with waits of 0.5, 1 and 2 seconds between.
 _RETRIES = 3
@@ -137,7 +141,8 @@ class GoldSource(FunctionReward):
 class ClassifierReward:
     """A sequence classifier with one output, of any family, read through *its* tokenizer and chat template.
 
-    A tokenizer without a template reads the last question and the answer as a pair of texts.
+    A tokenizer without a template reads the last question and the answer as a pair of texts. A reward model that was exported
+    from a registry is read up to the stop token and normalised, as it is there.
     """
 
     def __init__(self, name_or_path: str, compute: Compute, batch_size: int) -> None:
@@ -162,23 +167,42 @@ class ClassifierReward:
         )
         model.config.pad_token_id = self.tokenizer.pad_token_id
         self.model = model.to(compute.device).eval().requires_grad_(False)
+        self.context = context_length(model)
+        self.exported = _exported(name_or_path)
+        self.mean, self.std = self.exported or (0.0, 1.0)
 
     @torch.no_grad()
     def __call__(self, responses: Responses) -> Tensor:
         conversations = [(row["prompt"], text) for row, text in zip(responses.rows, responses.texts, strict=True)]
         encoded = [self._encode(prompt, text) for prompt, text in conversations]
+        _require_room(encoded, self.context)
         scores = []
         for first in range(0, len(encoded), self.batch_size):
             batch = self.tokenizer.pad({"input_ids": encoded[first : first + self.batch_size]}, return_tensors="pt")
             scores.append(self.model(**batch.to(self.model.device)).logits[:, 0].float())
-        return torch.cat(scores)
+        return (torch.cat(scores) - self.mean) / self.std
 
     def _encode(self, prompt: list[dict[str, str]], text: str) -> list[int]:
+        answer = [{"role": "assistant", "content": text}]
+        if self.exported is not None:
+            return encode_prompt(self.tokenizer, prompt) + encode_response(self.tokenizer, prompt, answer)
         if self.tokenizer.chat_template is None:
             return list(self.tokenizer(last_user_text(prompt), text, truncation=True).input_ids)
-        messages = [*prompt, {"role": "assistant", "content": text}]
-        encoded: Any = self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)
+        encoded: Any = self.tokenizer.apply_chat_template([*prompt, *answer], tokenize=True, return_dict=True)
         return list(encoded["input_ids"])
+
+
+def _exported(name_or_path: str) -> tuple[float, float] | None:
+    """Mean and spread of a reward model's scores, out of the manifests that its export left in the folder; None: no export."""
+    try:
+        file = cached_file(name_or_path, MANIFESTS)
+    except OSError:  # what transformers raises where there is none
+        return None
+    try:
+        *_, manifest = json.loads(Path(str(file)).read_text(encoding="utf-8")).values()  # parents come before children
+        return float(manifest["reward_mean"] or 0.0), float(manifest["reward_std"] or 1.0)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{MANIFESTS} in {name_or_path} is no manifest of a reward model; export it again") from error
 
 
 class EndpointReward:
@@ -258,14 +282,18 @@ def reads_texts(scorer: Scorer) -> Source:
     def source(responses: Responses) -> Tensor:
         pairs = zip(responses.rows, responses.texts, strict=True)
         rows = [scorer.encode(row["prompt"], text) for row, text in pairs]
-        if (longest := max(map(len, rows))) > context:
-            raise RewardError(
-                f"a conversation has {longest} tokens in the reward model's own tokenizer, and its context is {context}: "
-                "shorten prompts or answers, or take a reward model of a longer context"
-            )
+        _require_room(rows, context)
         return scorer(rows)
 
     return source
+
+
+def _require_room(rows: Sequence[Sequence[int]], context: int) -> None:
+    if (longest := max(map(len, rows))) > context:
+        raise RewardError(
+            f"a conversation has {longest} tokens in the reward model's own tokenizer, and its context is {context}: "
+            "shorten prompts or answers, or take a reward model of a longer context"
+        )
 
 
 def source_name(reference: str) -> str:

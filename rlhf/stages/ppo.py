@@ -31,7 +31,16 @@ from rlhf.reward.evaluate import GoldFunction, load_function
 from rlhf.reward.scorer import open_scorer
 from rlhf.reward.sources import AdapterReward, ModelReward, Reward, open_sources, source_name
 from rlhf.sampling import fits_loop
-from rlhf.stages.common import Run, describe_data, finished_already, open_run, overlap, preflight, stage_recipe
+from rlhf.stages.common import (
+    Run,
+    add_dropped,
+    describe_data,
+    finished_already,
+    open_run,
+    overlap,
+    preflight,
+    stage_recipe,
+)
 from rlhf.tokenization import encode_prompt, encode_response, last_user_text, load_tokenizer
 
 #: Held-out prompts whose answers before and after are shown side by side.
@@ -60,6 +69,10 @@ def run(config: PPOConfig, *, reuse: bool = False, only_preflight: bool = False)
         held_out_ids = encode_prompts(held_out, tokenizer, config.max_prompt_length)
         models, reward_sum = build_models(config, run.compute, policy, rewards)
         context = check_lengths(config, models, train_ids, held_out_ids)
+        texts: Sequence[tuple[list[int], list[int]]] = ()
+        if "ptx" in sets:
+            texts, too_long = encode_texts(sets["ptx"], tokenizer, config, context, run.folder)
+            add_dropped(run.data, "ptx", too_long)
         trainer = PPOTrainer(
             models,
             train_ids,
@@ -70,7 +83,7 @@ def run(config: PPOConfig, *, reuse: bool = False, only_preflight: bool = False)
             run.timer,
             reward=reward_sum,
             rows=prompts.rows,
-            texts=encode_texts(sets["ptx"], tokenizer, config, context, run.folder) if "ptx" in sets else (),
+            texts=texts,
             gold=gold,
         )
         preflight(run, partial(check_ppo, trainer=trainer), tokenizer, sets)
@@ -203,8 +216,9 @@ def check_lengths(config: PPOConfig, models: RoleModels, train: list[list[int]],
 
 def encode_texts(
     data: Loaded, tokenizer: PreTrainedTokenizerBase, config: PPOConfig, context: int, folder: Path
-) -> Sequence[tuple[list[int], list[int]]]:
-    """Token ids (prompt, answer) of the texts of PPO-ptx; those longer than an episode can be are left out.
+) -> tuple[Sequence[tuple[list[int], list[int]]], dict[str, list[int]]]:
+    """Token ids (prompt, answer) of the texts of PPO-ptx, and what was left out: reason -> line or row numbers. Those longer
+    than an episode can be are left out.
 
     Plain text is packed into blocks as long as an episode can be; all of a block but its first token is answer.
 
@@ -213,14 +227,18 @@ def encode_texts(
     """
     longest = min(config.max_prompt_length + config.response_length, context)
     if config.ptx_text:
-        return _BlocksAsPairs(Blocks.of(data.rows["text"], tokenizer, longest - 1, folder))
-    pairs = [
-        (encode_prompt(tokenizer, row["prompt"]), encode_response(tokenizer, row["prompt"], row["completion"]))
-        for row in data.rows
-    ]
-    kept = [(prompt, answer) for prompt, answer in pairs if len(prompt) + len(answer) <= longest]
+        return _BlocksAsPairs(Blocks.of(data.rows["text"], tokenizer, longest - 1, folder)), {}
+    kept: list[tuple[list[int], list[int]]] = []
+    too_long: list[int] = []
+    for number, row in zip(data.numbers, data.rows, strict=True):
+        prompt = encode_prompt(tokenizer, row["prompt"])
+        answer = encode_response(tokenizer, row["prompt"], row["completion"])
+        if len(prompt) + len(answer) <= longest:
+            kept.append((prompt, answer))
+        else:
+            too_long.append(number)
     require(bool(kept), f"no text of ptx_dataset fits into an episode of at most {longest} tokens")
-    return kept
+    return kept, {f"prompt and answer of more than {longest} tokens": too_long} if too_long else {}
 
 
 class _BlocksAsPairs(Sequence[tuple[list[int], list[int]]]):

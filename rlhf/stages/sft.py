@@ -47,6 +47,7 @@ from rlhf.reward.scorer import open_scorer
 from rlhf.stages.common import (
     Run,
     SortedStepSampler,
+    add_dropped,
     describe_data,
     finished_already,
     open_run,
@@ -160,6 +161,10 @@ def make_trainer(
     """TRL's SFT trainer on the tokenised demonstrations; the reward model, if there is one, chooses the checkpoint."""
     held_out = sets["validation"]
     longest = min(config.max_length, context_length(model.get_base_model()))
+    training, dropped = tokenize(sets["train"], tokenizer, longest)
+    evaluated, held_out_dropped = tokenize(held_out, tokenizer, longest, limit=config.max_eval_samples)
+    add_dropped(run.data, "train", dropped)
+    add_dropped(run.data, "validation", held_out_dropped)
     selection = [Selection(config, run, tokenizer, held_out, reward) for reward in rewards]
     return _Trainer(
         model=model,
@@ -170,8 +175,8 @@ def make_trainer(
             metric_for_best_model=SELECTION_METRIC if rewards else "eval_loss",
             greater_is_better=bool(rewards),
         ),
-        train_dataset=tokenize(sets["train"], tokenizer, longest),
-        eval_dataset=tokenize(held_out, tokenizer, longest, limit=config.max_eval_samples),
+        train_dataset=training,
+        eval_dataset=evaluated,
         processing_class=tokenizer,
         selection=selection[0] if rewards else None,
     )
@@ -238,21 +243,34 @@ class Selection:
         return float(self.scorer(rows).mean())
 
 
-def tokenize(data: Loaded, tokenizer: PreTrainedTokenizerBase, max_length: int, limit: int | None = None) -> Dataset:
-    """Demonstrations as `input_ids` and `labels` (-100 on the prompt). Longer ones than `max_length` tokens are left out."""
+def tokenize(
+    data: Loaded, tokenizer: PreTrainedTokenizerBase, max_length: int, limit: int | None = None
+) -> tuple[Dataset, dict[str, list[int]]]:
+    """Demonstrations as `input_ids` and `labels` (-100 on the prompt), and what was left out: reason -> line or row numbers.
+
+    Longer ones than `max_length` tokens are left out, and nothing is read beyond the first `limit` that are not.
+
+    Raises:
+        UserError: nothing is left.
+    """
     check_rows(tokenizer, ((row["prompt"], row["completion"]) for row in data.rows))
     rows: list[dict[str, Any]] = []
-    for row in data.rows:
+    too_long: list[int] = []
+    for number, row in zip(data.numbers, data.rows, strict=True):
         prompt = encode_prompt(tokenizer, row["prompt"])
         answer = encode_response(tokenizer, row["prompt"], row["completion"])
         if len(prompt) + len(answer) <= max_length:
             rows.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})
+        else:
+            too_long.append(number)
         if len(rows) == limit:
             break
     if limit is not None:
         rows.sort(key=lambda row: len(row["input_ids"]))  # held-out rows: their order is free, and padding costs time
     require(bool(rows), f"no demonstration fits into max_length={max_length} tokens; raise it")
-    return Dataset.from_list(rows)
+    return Dataset.from_list(rows), {
+        f"prompt and answer of more than {max_length} tokens": too_long
+    } if too_long else {}
 
 
 @dataclass(frozen=True)

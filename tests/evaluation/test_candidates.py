@@ -95,6 +95,9 @@ def test_policies_of_another_sft_policy(registry: Registry) -> None:
 def test_what_is_not_there_is_refused_with_the_nearest(registry: Registry) -> None:
     with pytest.raises(UserError, match="did you mean 'ppo/one'"):
         compared(registry, "ppo/onne")
+    publish(registry, "pretrain", "a")
+    with pytest.raises(UserError, match="--reference sft/NAME"):
+        compared(registry, "pretrain/a", reward="reward/a")
     with pytest.raises(UserError, match="reward/a@1 is no policy"):
         compared(registry, "reward/a")
     with pytest.raises(UserError, match="say which one to use: --reward"):

@@ -62,6 +62,13 @@ def test_labels() -> None:
     assert found == pytest.approx({"accuracy": 0.5, "macro_f1": (0.5 + 1.0 + 0.0) / 3})
 
 
+def test_interval_of_f1_where_draws_miss_a_rare_label() -> None:
+    """The F1 of a label that a draw does not hold, counted as 0: the interval of a perfect classifier began at a half."""
+    labels = ["a"] * 19 + ["rare"]
+    found = Check("x", "classification", [[]] * 20, [[label] for label in labels]).figures(labels)["macro_f1"]
+    assert found == {"value": 1.0, "low": 1.0, "high": 1.0}
+
+
 @pytest.mark.parametrize(
     ("labels", "said"),
     [

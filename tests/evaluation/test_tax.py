@@ -51,6 +51,7 @@ def test_long_paragraphs_are_cut(toy_base: Callable[[str], Path], tmp_path: Path
     file.write_text("good " * 2000)
     rows = text_windows(tokenizer, file)
     assert all(2 <= len(row) <= 512 for row in rows) and len(rows) > 1
+    assert max(map(len, text_windows(tokenizer, file, context=96))) == 96, "learned positions end in an IndexError"
     file.write_text(" \n\n ")
     with pytest.raises(UserError, match="no paragraph"):
         text_windows(tokenizer, file)

@@ -16,6 +16,8 @@ import torch
 from toys import Call
 
 from rlhf.config import parse_config
+from rlhf.errors import UserError
+from rlhf.generation import history
 from rlhf.generation.chat import Chat
 from rlhf.generation.config import ChatConfig
 from rlhf.generation.speaker import Stream
@@ -81,6 +83,22 @@ def test_a_saved_conversation_goes_on(
     piped(monkeypatch, SECOND)
     assert call(MODULE, *words, "--load", half, "--save", rest).code == 0
     assert messages(rest) == messages(whole) and len(messages(half)) == len(messages(fresh)) == 2
+
+
+def test_a_system_prompt_for_a_saved_conversation(place: list[str], tmp_path: Path) -> None:
+    """--system beside --load, which nobody read: put in where there is none, and never in place of another."""
+    file, talk = tmp_path / "talk.json", [{"role": "user", "content": "A"}, {"role": "assistant", "content": "B"}]
+    words = ["--model", "ppo/toy", *place, "--system", "of the film", "--load", str(file)]
+    config, system = parse_config(ChatConfig, words), {"role": "system", "content": "of the film"}
+    history.save(file, ["ppo/toy"], [talk])
+    chat = Chat(config)
+    assert chat.conversations == [[system, *talk]]
+    history.save(file, ["ppo/toy"], chat.conversations)
+    chat.command(f"/load {file}")
+    assert chat.conversations == [[system, *talk]]
+    history.save(file, ["ppo/toy"], [[{**system, "content": "of the play"}, *talk]])
+    with pytest.raises(UserError, match="another system prompt"):
+        chat.command(f"/load {file}")
 
 
 def test_old_turns_are_left_out_and_kept_in_the_file(place: list[str], tmp_path: Path) -> None:

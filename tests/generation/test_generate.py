@@ -69,6 +69,17 @@ def test_standard_input_is_a_prompt(
     assert bare(said.out) == bare(expected(finished, text))
 
 
+@pytest.mark.parametrize("module", [MODULE, "rlhf.generation.chat"])
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # the second in a C locale
+def test_input_that_is_no_text(
+    module: str, errors: str, place: list[str], call: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A traceback of the decoder, or of the tokenizer, which takes no half pairs."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9 au lait\n"), "utf-8", errors))
+    told = call(module, "--model", "ppo/toy", *place).complaint
+    assert "standard input is not UTF-8 (byte 4)" in told or "character 4 is a byte that is not UTF-8" in told
+
+
 def test_a_file_of_prompts_becomes_lines(place: list[str], call: Caller, tmp_path: Path) -> None:
     """Answers that depend on the batch that they were made in; a sample that repeats another; a score of another answer."""
     prompts = tmp_path / "prompts.txt"
@@ -164,6 +175,12 @@ def test_figures_of_a_check(place: list[str], call: Caller, tmp_path: Path) -> N
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     checked = call(MODULE, "--model", "ppo/toy", "--prompts", file, "--check", "question_answering", *GREEDY, *place)
     assert "ppo/toy@1 exact_match: 0.500" in checked.err
+    words = ["--prompts", file, "--check", "question_answering", "--output", tmp_path / "said.jsonl", *GREEDY, *place]
+    assert call(MODULE, "--model", "ppo/toy", *words).code == 0
+    kept = json.loads((tmp_path / "said.check.json").read_text())
+    assert kept["check"] == "question_answering" and kept["models"]["ppo/toy@1"]["exact_match"]["value"] == 0.5
+    (tmp_path / "said.jsonl").unlink()
+    assert "said.check.json is there already" in call(MODULE, "--model", "ppo/toy", *words).complaint
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,11 @@ from rlhf.config import RunConfig
 from rlhf.data_prep.loading import load_rows
 from rlhf.errors import UserError
 from rlhf.models import Compute
+from rlhf.ppo.types import Sequences
 from rlhf.registry import Artifact, Registry
 from rlhf.registry.export import FORMS, _stacked, check_adapter, export
 from rlhf.reward.scorer import open_scorer
+from rlhf.reward.sources import ClassifierReward, Responses
 from rlhf.tokenization import encode_prompt, encode_response
 
 STRANGER = """
@@ -138,6 +140,26 @@ def test_a_stranger_scores_alike(
     scores = torch.tensor(found[f"reward-{form}"])
     torch.testing.assert_close(scores, scorer.raw(ids["reward"]).float().cpu().flatten(), atol=1e-4, rtol=1e-4)
     assert float(scores.max() - scores.min()) > 1e-2
+
+
+def test_an_exported_reward_model_scores_as_in_its_registry(
+    registry: Registry, ids: dict[str, list[list[int]]], toy_data: Path, tmp_path: Path
+) -> None:
+    """Raw scores, without the zero and the unit that PPO trains on, or of the line break that follows the stop token."""
+    export(registry, registry.get("reward/toy"), tmp_path / "it")
+    config = RunConfig(registry=str(registry.root), device="cpu", dtype="float32")
+    compute = Compute(torch.device("cpu"), torch.float32)
+    rows = list(load_rows(toy_data, "train", kind="demonstrations").rows.select(range(4)))
+    tokens, mask = torch.ones(4, 1, dtype=torch.long), torch.ones(4, 1, dtype=torch.bool)
+    unread = Sequences(prompts=tokens, prompt_mask=mask, responses=tokens, mask=mask)
+    texts = [row["completion"][0]["content"] for row in rows]
+    asked = Responses(sequences=unread, batches=[torch.arange(4)], texts=texts, rows=rows)
+    classifier = ClassifierReward(str(tmp_path / "it"), compute, 2)
+    scores = open_scorer(registry.read("reward/toy"), registry, config, compute, 2)(ids["reward"])
+    torch.testing.assert_close(classifier(asked), scores, atol=1e-4, rtol=1e-4)
+    (tmp_path / "it" / "rlhf_manifests.json").write_text("{}")
+    with pytest.raises(UserError, match="is no manifest of a reward model"):
+        ClassifierReward(str(tmp_path / "it"), compute, 2)
 
 
 def test_the_card_says_where_it_comes_from(registry: Registry, tmp_path: Path, call: Callable[..., Call]) -> None:

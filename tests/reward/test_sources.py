@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import threading
@@ -204,6 +205,16 @@ def test_classifier_reads_through_its_own_template(
             expected = model(input_ids=torch.tensor([alone.input_ids])).logits.item()
         assert score == pytest.approx(expected, abs=1e-5)
     assert len({round(x, 3) for x in got.tolist()}) == 3
+
+
+def test_conversation_longer_than_the_classifier_reads(toy_base: Callable[[str], Path], tmp_path: Path) -> None:
+    """Catches: an IndexError of learned positions, or the noise of rotary ones beyond those that were trained."""
+    tokenizer = AutoTokenizer.from_pretrained(toy_base("gpt2"))
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    save_classifier(tmp_path, tokenizer)
+    asked = dataclasses.replace(responses(), texts=["good", "z" * 300, "bad"])
+    with pytest.raises(RewardError, match="its context is 256: shorten"):
+        ClassifierReward(str(tmp_path), Compute(torch.device("cpu"), torch.float32), 2)(asked)
 
 
 def test_classifiers_that_cannot_score_are_refused(toy_base: Callable[[str], Path], tmp_path: Path) -> None:

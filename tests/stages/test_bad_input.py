@@ -218,16 +218,32 @@ def test_texts_of_ptx_longer_than_the_context(toy_base: Callable[[str], Path], t
     ]
 
     def kept(rows: list[dict[str, Any]], **options: Any) -> list[int]:
-        data = Loaded(rows=Dataset.from_list(rows), dropped={}, fingerprint="")
-        texts = encode_texts(data, tokenizer, ppo_config(max_prompt_length=512, **options), context, tmp_path)
+        data = Loaded(rows=Dataset.from_list(rows), dropped={}, fingerprint="", numbers=[3, 7])
+        texts, dropped = encode_texts(data, tokenizer, ppo_config(max_prompt_length=512, **options), context, tmp_path)
+        assert dropped == ({} if options else {"prompt and answer of more than 256 tokens": [7]})
         return [len(answer) for _, answer in texts]
 
     assert kept(rows) == [201]
-    assert kept([{"text": "z" * 300}, {"text": "z" * 9}], ptx_text="t") == [255, 56], (
+    assert kept([{"text": "z" * 300}, {"text": "z" * 9}], ptx_coef=1.0, ptx_text="t") == [255, 56], (
         "plain text is packed, not left out"
     )
     with pytest.raises(UserError, match="at most 256 tokens"):
-        kept(rows[1:])
+        kept([rows[1], rows[1]])
+
+
+def test_demonstrations_longer_than_max_length_are_counted(place: Place, toy_data: Path, tmp_path: Path) -> None:
+    """The manifest said that they were trained on, and nothing that they were not."""
+    shutil.copytree(toy_data, tmp_path / "data")
+    file = tmp_path / "data" / "demonstrations" / "train.jsonl"
+    row = json.loads(file.read_text().splitlines()[0])
+    long = {**row, "completion": [{"role": "assistant", "content": "good " * 400}]}
+    file.write_text(json.dumps(row) + "\n" + json.dumps(long) + "\n" + json.dumps(row) + "\n")
+    options = {"dataset": str(tmp_path / "data"), "max_steps": 1, "save_steps": 1, "eval_steps": 1, "preflight": False}
+    assert place.run("sft", **options).code == 0
+    data = Registry(place.registry).get("sft/toy").manifest.data
+    reason = "prompt and answer of more than 256 tokens"  # the model's context, not max_length
+    assert data["rows"]["train"] == 2 and data["dropped"] == {"train": {reason: 1}}
+    assert data["dropped_rows"] == {"train": {reason: [2]}}
 
 
 def write_data(folder: Path, kind: str, rows: list[dict[str, str]]) -> None:

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rlhf import checkpoint, pipeline
 from rlhf.registry import Registry
 from rlhf.registry.export import export
+from rlhf.report import write_report
 
 Caller = Callable[..., Call]
 OPTIONS: dict[str, Any] = {
@@ -217,6 +218,35 @@ def test_chain_from_text_to_ppo(
     assert "pretrain/toy@1" in call("rlhf.registry.__main__", "show", "ppo/toy", "--registry", registry).out
     lines = (tmp_path / "o/ppo/metrics.jsonl").read_text().splitlines()
     assert all(0 < json.loads(line)["ppo/ptx_loss"] < math.log(300) for line in lines)
+    (tmp_path / "asked.jsonl").write_text('{"prompt": "A film", "reference": "good"}\n')
+    small = ("--num_prompts", 1, "--samples_per_prompt", 2, "--response_length", 4, "--best_of", 0, "--check_length", 4)
+    asked = (
+        "--checks",
+        f"question_answering={tmp_path / 'asked.jsonl'}",
+        "--prompts",
+        toy_data,
+        "--output_dir",
+        tmp_path / "o",
+    )
+    words = (
+        "--wandb_mode",
+        "disabled",
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+        "--registry",
+        registry,
+        *asked,
+        *small,
+    )
+    models = ("--models", "pretrain/toy", "sft/toy", "ppo/toy")
+    assert call("rlhf.evaluation.__main__", *models, *words).code == 0
+    found = json.loads((tmp_path / "o" / "evaluation.json").read_text())
+    assert [line["name"] for line in found["models"]] == ["sft/toy@1", "pretrain/toy@1", "ppo/toy@1"]
+    assert found["models"][1]["figures"]["kl_full"]["value"] > 0 and len(found["frontier"]["points"]) == 1
+    page = write_report(tmp_path / "o").read_text()
+    assert "Pretraining, bits per character" in page and "check/asked/f1" in page
     merged = export(Registry(registry), ppo, tmp_path / "merged")
     assert AutoModelForCausalLM.from_pretrained(merged).num_parameters() > 0
     base = Registry(registry).get("pretrain/toy").path / "model.safetensors"
