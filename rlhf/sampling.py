@@ -1,8 +1,8 @@
 """Sampling responses from a causal model: nothing is inherited from its generation config.
 
 A plain loop over the library's own cache. Unless told otherwise it samples from exactly the distribution that PPO scores:
-softmax(logits / T) over the whole vocabulary, no top-k, no top-p, no penalties. A model whose cache does not fit the loop is
-sampled through transformers' `generate`, with the same random numbers.
+softmax(logits / T) over the whole vocabulary, no top-k, no top-p, no penalties. A model whose cache or head does not fit the
+loop is sampled through transformers' `generate`, with the same random numbers.
 
 Legend: B responses, P padded prompt, R response, V vocabulary.
 """
@@ -10,9 +10,11 @@ Legend: B responses, P padded prompt, R response, V vocabulary.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, cast
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -30,10 +32,11 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
+from rlhf.models import has_plain_head
 from rlhf.packing import common_prefix
 
 #: How responses are computed: `loop`, with a growing cache; `compiled`, the same with a fixed cache and torch.compile (CUDA
-#: graphs on a GPU); `generate` of transformers; `auto` is `loop`, or `generate` where the model's cache does not fit it.
+#: graphs on a GPU); `generate` of transformers; `auto` is `loop`, or `generate` where that does not fit the model.
 Sampler = Literal["auto", "loop", "compiled", "generate"]
 #: The batch is cut down to its unfinished rows once fewer than this share of it is still being written.
 _COMPACT_BELOW = 0.75
@@ -41,6 +44,8 @@ _COMPACT_BELOW = 0.75
 _LOOK_EVERY = {"cpu": 1, "cuda": 8}
 #: Responses that evaluations sample together: their keys and values are in memory at once.
 SAMPLED_AT_ONCE = 64
+#: Models of which it was said that `generate` samples from them.
+_SAID: WeakSet[PreTrainedModel] = WeakSet()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +97,9 @@ def sample(
         stop_strings,
         heard,
     )
-    if sampler == "generate" or (sampler == "auto" and not fits_loop(model)):
+    if sampler == "auto":
+        sampler = _best(model)
+    if sampler == "generate":
         _generate(model, prompts, prompt_mask, draft)
     else:
         _loop(model, prompts, prompt_mask, draft, compiled=sampler == "compiled")
@@ -190,15 +197,32 @@ def _kept(stopped: Tensor, *, compiled: bool) -> Tensor:
     return torch.argsort(stopped.int(), stable=True)[:wanted].sort().values
 
 
-def fits_loop(model: PreTrainedModel, *, compiled: bool = False) -> bool:
-    """Whether the model keeps plain keys and values, one entry a token, which `_loop` can copy, repeat and cut.
+def _best(model: PreTrainedModel) -> Literal["loop", "generate"]:
+    """`loop` if it fits the model. That it does not is said once a model, on standard error: answers go to standard output."""
+    if fits_loop(model):
+        return "loop"
+    if model not in _SAID:
+        _SAID.add(model)
+        print(
+            f"{type(model).__name__} keeps more than keys and values of its tokens, or changes its logits after the output "
+            "embedding: sampled through transformers' generate, slower",
+            file=sys.stderr,
+            flush=True,
+        )
+    return "generate"
 
-    Compiled, they also have to stay in their places: no sliding window.
+
+def fits_loop(model: PreTrainedModel, *, compiled: bool = False) -> bool:
+    """Whether the model keeps plain keys and values, one entry a token, which `_loop` can copy, repeat and cut, and its
+    logits are just its head on the last hidden states.
+
+    Compiled, keys and values also have to stay in their places: no sliding window.
     """
     if model._is_stateful or not hasattr(model, model.base_model_prefix):
         return False
     layers = DynamicCache(config=model.config).layers
-    return all(isinstance(layer, DynamicLayer) and not (compiled and layer.is_sliding) for layer in layers)
+    plain = all(isinstance(layer, DynamicLayer) and not (compiled and layer.is_sliding) for layer in layers)
+    return plain and has_plain_head(model)
 
 
 @functools.cache

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import shapes  # noqa: F401  (switches the checks on)
 import torch
-from toys import FAMILIES, build_model
+from toys import BENT, FAMILIES, build_bent, build_model
 from transformers import AutoModelForCausalLM, MambaConfig, MistralConfig, PreTrainedModel
 
 from rlhf import sampling
@@ -157,7 +157,10 @@ def test_finished_rows_leave_the_batch_and_nothing_else_changes(monkeypatch: pyt
     for share in (0.0, sampling._COMPACT_BELOW, 1.01):
         sizes.clear()
         monkeypatch.setattr(sampling, "_COMPACT_BELOW", share)
-        results[share] = draw(model, PROMPTS * 4, length=12, seed=3), sizes[1:]  # the prompts are computed before
+        results[share] = (
+            draw(model, PROMPTS * 4, length=12, seed=3, sampler="loop"),
+            sizes[1:],
+        )  # the prompts are computed before
     (never, all_sizes), (usual, some_sizes), (always, least_sizes) = results.values()
     assert set(all_sizes) == {32}
     assert some_sizes[0] > 16 and some_sizes[-1] < 16 and some_sizes == sorted(some_sizes, reverse=True)
@@ -173,7 +176,7 @@ def test_length_limit_of_one() -> None:
     model = build_model("gpt2", VOCAB)
     calls: list[int] = []
     model.transformer.register_forward_pre_hook(lambda m, args: calls.append(1))
-    result = draw(model, PROMPTS, length=1)
+    result = draw(model, PROMPTS, length=1, sampler="loop")
     assert result.responses.shape == (len(PROMPTS), 1) and result.mask.all()
     assert len(calls) == 1
 
@@ -236,10 +239,10 @@ def test_an_opening_that_all_prompts_share_changes_nothing(family: str, monkeypa
     model.base_model.register_forward_pre_hook(
         lambda m, args, kwargs: widths.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
-    shared = draw(model, prompts, seed=4)
+    shared = draw(model, prompts, seed=4, sampler="loop")
     assert widths[:2] == [3, len(PROMPTS) * max(map(len, PROMPTS))]
     monkeypatch.setattr(sampling, "common_prefix", lambda ids, mask: 0)
-    plain = draw(model, prompts, seed=4)
+    plain = draw(model, prompts, seed=4, sampler="loop")
     assert torch.equal(shared.responses, plain.responses) and torch.equal(shared.mask, plain.mask)
     torch.testing.assert_close(shared.logprobs, plain.logprobs, rtol=0, atol=1e-5)
 
@@ -297,6 +300,25 @@ def test_a_model_with_another_state_is_sampled_through_generate() -> None:
     assert len({len(r) for r in rows(result)}) > 1
 
 
+@pytest.mark.parametrize("family", BENT)
+def test_logits_that_are_more_than_the_heads_are_sampled_through_generate(
+    family: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Catches: Granite, Cohere and Gemma 2 sampled from the bare product of their head, which is another distribution. The
+    notice comes once, and not on standard output."""
+    model = build_bent(family, VOCAB)
+    for seed in (4, 5):
+        result = draw(model, PROMPTS, seed=seed)
+        generator = torch.Generator().manual_seed(seed)
+        uniforms = [torch.rand(len(PROMPTS), 1, generator=generator).squeeze(1).tolist() for _ in range(8)]
+        for i, prompt in enumerate(PROMPTS):
+            response, logprobs = sample_alone(model, prompt, [step[i] for step in uniforms], 1.0)
+            assert rows(result)[i] == response
+            assert result.logprobs[i][result.mask[i]].tolist() == pytest.approx(logprobs, abs=1e-4)
+    told = capfd.readouterr()
+    assert told.err.count(f"{type(model).__name__} keeps") == 1 and not told.out
+
+
 def test_a_sliding_window_is_not_compiled() -> None:
     """A fixed cache of the whole length would let the first tokens be seen for ever."""
     config = MistralConfig(
@@ -315,7 +337,7 @@ def test_a_prompt_with_several_responses_is_computed_once() -> None:
     model.model.register_forward_pre_hook(
         lambda m, args, kwargs: seen.append(len(kwargs["input_ids"])), with_kwargs=True
     )
-    result = draw(model, repeated, seed=4)
+    result = draw(model, repeated, seed=4, sampler="loop")
     assert seen[0] == len(PROMPTS) and seen[1] <= len(repeated)
     generator = torch.Generator().manual_seed(4)
     uniforms = [torch.rand(len(repeated), 1, generator=generator).squeeze(1).tolist() for _ in range(8)]
