@@ -273,14 +273,48 @@ def test_a_compiled_step_draws_the_same() -> None:
     assert torch.equal(usual.responses, compiled.responses) and torch.equal(usual.mask, compiled.mask)
 
 
-def test_a_batch_of_fixed_sizes_is_only_halved(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_of_fixed_sizes_is_only_halved() -> None:
     """Catches: a compiled batch that is cut to every size there is, each of which would be compiled anew."""
     stopped = torch.tensor([True, False, False, True, False, True, False, False])
-    assert sampling._kept(stopped, compiled=True).tolist() == list(range(8))
+    assert sampling._kept(stopped, least=1).tolist() == list(range(8))
     stopped[[1, 2]] = True
-    assert sampling._kept(stopped, compiled=True).tolist() == [0, 4, 6, 7]  # three live rows, and a finished one
-    assert sampling._kept(stopped, compiled=False).tolist() == [4, 6, 7]
-    assert len(sampling._kept(torch.ones(4, dtype=torch.bool), compiled=True)) == 0
+    assert sampling._kept(stopped, least=4).tolist() == [0, 4, 6, 7]  # three live rows, and a finished one
+    assert sampling._kept(stopped, least=5).tolist() == list(range(8))
+    assert sampling._kept(stopped, least=None).tolist() == [4, 6, 7]
+    assert len(sampling._kept(torch.ones(4, dtype=torch.bool), least=4)) == 0
+
+
+def test_prompts_of_any_width_share_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches: a graph for each width of a rollout's prompts (past eight torch.compile gives up without a word), keys and
+    values in another place each time (CUDA graphs are then recorded anew), and what an earlier rollout left in them."""
+    model, graphs = build_model("llama", VOCAB), list[torch.fx.GraphModule]()
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    step = torch.compile(sampling._last_logits, backend=backend, dynamic=False)
+    monkeypatch.setattr(sampling, "_compiled", lambda: step)
+    places = set()
+    for width in range(1, 13):
+        prompts = [[*range(5, 5 + width)], [7, 8][:width], [9], [10]]
+        plain = draw(model, prompts, seed=width, sampler="loop")
+        compiled = draw(model, prompts, seed=width, sampler="compiled")
+        assert torch.equal(plain.responses, compiled.responses) and torch.equal(plain.mask, compiled.mask)
+        places.add(sampling._FIXED[model]._whole.layers[0].keys.data_ptr())
+    assert len(graphs) == 3, "one for each of 4, 2 and 1 rows"
+    assert len(places) == 1
+
+
+def test_fixed_keys_and_values_grow_with_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches: a later batch of more rows, or of longer prompts, that is written past the end of the first one's cache."""
+    monkeypatch.setattr(sampling, "_compiled", lambda: sampling._last_logits)
+    model, sizes = build_model("gpt2", VOCAB), []
+    for prompts in (PROMPTS[:2], PROMPTS, [[5] * 60, [3]], PROMPTS[:3]):
+        plain, compiled = (draw(model, prompts, sampler=sampler) for sampler in ("loop", "compiled"))
+        assert torch.equal(plain.responses, compiled.responses)
+        sizes.append((sampling._FIXED[model].rows, sampling._FIXED[model].width))
+    assert sizes == [(2, 64), (8, 64), (8, 128), (8, 128)]
 
 
 def test_a_model_with_another_state_is_sampled_through_generate() -> None:
