@@ -31,7 +31,7 @@ from transformers import (
     StopStringCriteria,
     TopPLogitsWarper,
 )
-from transformers.cache_utils import DynamicLayer, StaticLayer
+from transformers.cache_utils import DynamicLayer
 
 from rlhf.models import has_plain_head
 from rlhf.packing import common_prefix
@@ -210,8 +210,13 @@ def _kept(stopped: Tensor, least: int | None) -> Tensor:
 
 def _cut(cache: DynamicCache, keep: Tensor) -> DynamicCache:
     """The cache with these rows left."""
-    cache.reorder_cache(keep)
+    cache.reorder_cache(cast(torch.LongTensor, keep))
     return cache
+
+
+def _layers(cache: DynamicCache | StaticCache) -> list[Any]:
+    """A cache's layers; keys and values are (rows, heads, tokens, width)."""
+    return cast(list[Any], cache.layers)
 
 
 def _best(model: PreTrainedModel) -> Literal["loop", "generate"]:
@@ -258,23 +263,27 @@ class _Fixed:
         """`width` in tokens; heads and type as in the cache `like`."""
         self.rows, self.width = rows, width
         self._whole = StaticCache(model.config, max_cache_len=width)
-        for layer, other in zip(self._whole.layers, like.layers, strict=True):
-            keys, values = (x[:1].expand(rows, -1, -1, -1) for x in (other.keys, other.values))
-            cast(StaticLayer, layer).lazy_initialization(keys, values)
+        for layer, other in zip(_layers(self._whole), _layers(like), strict=True):
+            layer.lazy_initialization(*(x[:1].expand(rows, -1, -1, -1) for x in (other.keys, other.values)))
         self._sizes: dict[int, StaticCache] = {}
+
+    def holds(self, keys: Tensor, width: int) -> bool:
+        """Whether there is room for a batch with such keys, up to this width."""
+        own = _layers(self._whole)[0].keys
+        return (own.dtype, own.device) == (keys.dtype, keys.device) and len(keys) <= self.rows and width <= self.width
 
     def filled(self, cache: DynamicCache) -> StaticCache:
         """With the prompts' keys and values, and nothing of the rollout before."""
-        fixed = self._first(len(cast(Tensor, cache.layers[0].keys)))
+        fixed = self._first(len(_layers(cache)[0].keys))
         fixed.reset()
-        for number, layer in enumerate(cache.layers):
-            fixed.update(cast(Tensor, layer.keys), cast(Tensor, layer.values), number)
+        for number, layer in enumerate(_layers(cache)):
+            fixed.update(layer.keys, layer.values, number)
         return fixed
 
     def cut(self, cache: StaticCache, keep: Tensor) -> StaticCache:
         """With these rows of the cache left."""
         fixed = self._first(len(keep))
-        for layer, other in zip(fixed.layers, cache.layers, strict=True):
+        for layer, other in zip(_layers(fixed), _layers(cache), strict=True):
             layer.keys.copy_(other.keys[keep])
             layer.values.copy_(other.values[keep])
         return fixed
@@ -283,7 +292,7 @@ class _Fixed:
         if rows not in self._sizes:
             self._sizes[rows] = part = copy.copy(self._whole)
             part.layers = [copy.copy(layer) for layer in self._whole.layers]  # of one length, a tensor in each layer
-            for layer in cast(list[StaticLayer], part.layers):
+            for layer in _layers(part):
                 layer.batch_size, layer.keys, layer.values = rows, layer.keys[:rows], layer.values[:rows]
                 torch._dynamo.mark_static_address(layer.keys)
                 torch._dynamo.mark_static_address(layer.values)
@@ -292,13 +301,13 @@ class _Fixed:
 
 def _fixed(model: PreTrainedModel, cache: DynamicCache, width: int) -> _Fixed:
     """The model's fixed keys and values, made anew only where those there are cannot hold the batch."""
-    keys, there = cast(Tensor, cache.layers[0].keys), _FIXED.get(model)
+    keys, there = _layers(cache)[0].keys, _FIXED.get(model)
     rows, width = len(keys), -(-width // _FIXED_STEP) * _FIXED_STEP
     if there is not None:
-        whole = there._whole.layers[0]
-        if (whole.dtype, whole.device) == (keys.dtype, keys.device) and there.rows >= rows and there.width >= width:
+        if there.holds(keys, width):
             return there
         rows, width = max(rows, there.rows), max(width, there.width)
+        del _FIXED[model], there  # its memory goes before the larger one's is taken
     _FIXED[model] = _Fixed(model, cache, rows, width)
     return _FIXED[model]
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import shapes  # noqa: F401  (switches the checks on)
 import torch
-from toys import BENT, FAMILIES, build_bent, build_model
+from toys import BENT, FAMILIES, PROMPTS, build_bent, build_model, rows
 from transformers import AutoModelForCausalLM, MambaConfig, MistralConfig, PreTrainedModel
 
 from rlhf import sampling
@@ -18,7 +18,6 @@ from rlhf.tokenization import pad
 VOCAB = 40
 PAD = 0
 STOPS = [2, 9, 17, 23, 31]
-PROMPTS = [[5, 6, 7], [8], [10, 11, 12, 13, 14], [5, 6], [20, 21, 22, 23], [30, 31, 33], [5], [12, 12, 12]]
 
 
 def draw(
@@ -45,10 +44,6 @@ def draw(
         sampler=sampler,
         **more,
     )
-
-
-def rows(result: Sampled) -> list[list[int]]:
-    return [r[m].tolist() for r, m in zip(result.responses, result.mask, strict=True)]
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import (
@@ -14,17 +15,27 @@ from transformers import (
     PreTrainedModel,
 )
 
+if TYPE_CHECKING:
+    from rlhf.sampling import Sampled
+
 WORDS = [
     *("The", "A", "It", "This", "film", "movie", "plot", "acting", "is", "was", "good", "bad", "great", "awful"),
     *("funny", "dull", "and", "or", "but", "very", "not", "a", "the", "of"),
 ]
 FAMILIES = ("llama", "gpt2", "gpt_neox")
+#: Prompts of several lengths, in a vocabulary of 40.
+PROMPTS = [[5, 6, 7], [8], [10, 11, 12, 13, 14], [5, 6], [20, 21, 22, 23], [30, 31, 33], [5], [12, 12, 12]]
 #: Families whose logits are more than their head's product, and what says so in their configs.
 BENT: dict[str, dict[str, float]] = {
     "granite": {"logits_scaling": 8.0},
     "cohere": {"logit_scale": 0.0625},
     "gemma2": {"final_logit_softcapping": 2.0, "head_dim": 8},
 }
+
+
+def rows(result: Sampled) -> list[list[int]]:
+    """The tokens of each response, without padding."""
+    return [r[m].tolist() for r, m in zip(result.responses, result.mask, strict=True)]
 
 
 @dataclass(frozen=True)
