@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -149,3 +151,16 @@ def test_optimiser_states_are_8_bit_on_cuda(device: str) -> None:
     assert {state.dtype for name, state in optimizer.state[weight].items() if name in ("state1", "state2")} == {
         torch.uint8
     }
+
+
+def test_these_tests_need_few_packages() -> None:
+    """A GPU machine without a network has a handful of the project's packages: here the others cannot be imported."""
+    others = (
+        "jaxtyping beartype datasketch nltk lm_eval playwright gguf vaderSentiment ijson ftfy opencc phonenumbers plotly "
+        "py3langid rensa rouge_score sacrebleu sklearn wandb_workspaces"
+    )
+    collect = ["--collect-only", "-q", "-p", "no:cacheprovider", __file__]
+    code = f"import sys; sys.modules.update(dict.fromkeys({others.split()})); import pytest; sys.exit(pytest.main({collect}))"
+    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # some of them are pytest's plugins
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
