@@ -3,8 +3,10 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+# The GPU targets install nothing: a GPU machine often has its own torch, and no network.
+GPU_PYTHON ?= python3
 
-.PHONY: demo test lint test-gpu bench-gpu clean
+.PHONY: demo test test-slow lint test-gpu bench-gpu clean
 
 demo: $(STAMP)
 	$(BIN)/python -m rlhf.pipeline --config configs/demo $(ARGS)
@@ -12,18 +14,21 @@ demo: $(STAMP)
 test: $(STAMP) lint
 	$(BIN)/python -m pytest -m "not gpu and not slow" $(ARGS)
 
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test-gpu: $(STAMP)
-	$(BIN)/python -m pytest -m gpu $(ARGS)
+test-gpu:
+	$(GPU_PYTHON) -m pytest -m gpu tests/test_gpu.py $(ARGS)
 
-bench-gpu: $(STAMP)
-	$(BIN)/python benchmarks/rollout.py --device cuda $(ARGS)
-	$(BIN)/python benchmarks/memory.py --device cuda $(ARGS)
-	$(BIN)/python benchmarks/scaling.py --device cuda $(ARGS)
+bench-gpu:
+	$(GPU_PYTHON) benchmarks/rollout.py --device cuda --variants default sampler=compiled $(ARGS)
+	$(GPU_PYTHON) benchmarks/memory.py --device cuda $(ARGS)
+	$(GPU_PYTHON) benchmarks/scaling.py --device cuda $(ARGS)
 
 # torch first and alone: pip then sees the pinned version and does not go looking for another build.
 $(STAMP): pyproject.toml constraints.txt

@@ -12,14 +12,19 @@ from transformers import PreTrainedModel
 from rlhf.errors import UserError
 from rlhf.tracking import PhaseTimer
 
-#: What to lower when a phase runs out of memory.
+#: What helps a phase that runs out of memory; loading is in none.
 _REMEDIES = {
-    "train": "per_device_train_batch_size (and raise gradient_accumulation_steps as much), or set gradient_checkpointing",
-    "rollout": "rollout_batch_size or response_length",
-    "score": "microbatch_size, or set microbatch_tokens",
-    "optimise": "microbatch_size, or set microbatch_tokens or gradient_checkpointing",
+    "start": "set dtype bfloat16, quantization 4bit or, for PPO, offload_base; or take a smaller model",
+    "train": "lower per_device_train_batch_size (and raise gradient_accumulation_steps as much), or set gradient_checkpointing",
+    "preflight": "lower microbatch_size in PPO, per_device_train_batch_size elsewhere, or set gradient_checkpointing",
+    "rollout": "lower rollout_batch_size or response_length",
+    "score": "lower microbatch_size, or set microbatch_tokens",
+    "optimise": "lower microbatch_size, or set microbatch_tokens or gradient_checkpointing",
+    "evaluate": "lower microbatch_size in PPO, per_device_eval_batch_size elsewhere, or response_length",
 }
-_OTHERWISE = "the batch sizes"
+_OTHERWISE = "lower the batch sizes"
+#: What allocators say whose error is a mere RuntimeError: main memory's, CUDA's own outside of torch's, and cuBLAS's.
+_MESSAGES = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 @contextlib.contextmanager
@@ -36,14 +41,14 @@ def explained(timer: PhaseTimer) -> Iterator[None]:
             raise
         phase = timer.failed or "start"
         raise UserError(
-            f"out of memory in the phase '{phase}': lower {_REMEDIES.get(phase, _OTHERWISE)}; checkpoints made before are "
+            f"out of memory in the phase '{phase}': {_REMEDIES.get(phase, _OTHERWISE)}; checkpoints made before are "
             "intact, so --resume goes on from the last one"
         ) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether it says that no memory was left, on a GPU or in main memory."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(text in str(error) for text in _MESSAGES)
 
 
 def cache_bytes(causal: PreTrainedModel, tokens: int) -> int:
@@ -65,13 +70,14 @@ def free_bytes(device: torch.device) -> int:
 def check_rollout_fits(
     models: torch.nn.Module, causal: PreTrainedModel, device: torch.device, *, responses: int, tokens: int
 ) -> None:
-    """Refuses a rollout of `responses` rows of `tokens` tokens whose keys and values cannot be in memory with the weights.
+    """Refuses a rollout of `responses` rows of `tokens` tokens whose keys and values cannot be in memory with the weights;
+    those that are offloaded, which have no place of their own (`meta`), are elsewhere.
 
     Raises:
         UserError: they are more than the whole device has; other work needs room as well, so passing proves nothing.
     """
     cache = cache_bytes(causal, responses * tokens)
-    weights = sum(p.numel() * p.element_size() for p in models.parameters())
+    weights = sum(p.numel() * p.element_size() for p in models.parameters() if not p.is_meta)
     there = (
         torch.cuda.get_device_properties(device).total_memory
         if device.type == "cuda"

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -253,9 +254,7 @@ def _causal(size: int, device: torch.device, sliding_window: int | None) -> Tens
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, dropout: float) -> Tensor:
     """softmax(query key^T * scaling) value, (B, H, T, D); mask (..., T, S) bool, True = seen."""
     if query.device.type != "cpu":
-        return nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling, enable_gqa=True
-        )
+        return _attend_fused(query, key, value, mask, scaling, dropout)
     # On a CPU, products of the query heads that share a key head in one go beat the fused kernel and copy no keys.
     batch, heads, length, width = query.shape
     groups = heads // key.shape[1]
@@ -268,6 +267,19 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scal
         )  # finite: a row that sees nothing stays a number
     weights = nn.functional.dropout(scores.softmax(dim=-1), p=dropout).view(batch, key.shape[1], groups * length, -1)
     return (weights @ value).view(batch, heads, length, width)
+
+
+def _attend_fused(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, dropout: float
+) -> Tensor:
+    """The same through torch's kernel. With a mask and fewer key heads than query heads CUDA has no memory-efficient one, so
+    keys and values are repeated then; transformers does the same."""
+    if mask is not None:
+        groups = query.shape[1] // key.shape[1]
+        key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    return nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+    )
 
 
 class _Unpack(torch.autograd.Function):

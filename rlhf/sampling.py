@@ -1,21 +1,24 @@
 """Sampling responses from a causal model: nothing is inherited from its generation config.
 
 A plain loop over the library's own cache. Unless told otherwise it samples from exactly the distribution that PPO scores:
-softmax(logits / T) over the whole vocabulary, no top-k, no top-p, no penalties. A model whose cache does not fit the loop is
-sampled through transformers' `generate`, with the same random numbers.
+softmax(logits / T) over the whole vocabulary, no top-k, no top-p, no penalties. A model whose cache or head does not fit the
+loop is sampled through transformers' `generate`, with the same random numbers.
 
 Legend: B responses, P padded prompt, R response, V vocabulary.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, cast
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     DynamicCache,
     GenerationConfig,
@@ -28,12 +31,13 @@ from transformers import (
     StopStringCriteria,
     TopPLogitsWarper,
 )
-from transformers.cache_utils import DynamicLayer, StaticLayer
+from transformers.cache_utils import DynamicLayer
 
+from rlhf.models import has_plain_head
 from rlhf.packing import common_prefix
 
 #: How responses are computed: `loop`, with a growing cache; `compiled`, the same with a fixed cache and torch.compile (CUDA
-#: graphs on a GPU); `generate` of transformers; `auto` is `loop`, or `generate` where the model's cache does not fit it.
+#: graphs on a GPU); `generate` of transformers; `auto` is `loop`, or `generate` where that does not fit the model.
 Sampler = Literal["auto", "loop", "compiled", "generate"]
 #: The batch is cut down to its unfinished rows once fewer than this share of it is still being written.
 _COMPACT_BELOW = 0.75
@@ -41,6 +45,15 @@ _COMPACT_BELOW = 0.75
 _LOOK_EVERY = {"cpu": 1, "cuda": 8}
 #: Responses that evaluations sample together: their keys and values are in memory at once.
 SAMPLED_AT_ONCE = 64
+#: A compiled batch is halved down to this part of it, and no further: a GPU takes as long for few rows as for fewer, and each
+#: size has to be compiled.
+_SMALLEST_SHARE = 8
+#: The width of a fixed cache is a multiple of so many tokens.
+_FIXED_STEP = 64
+#: Models of which it was said that `generate` samples from them.
+_SAID: WeakSet[PreTrainedModel] = WeakSet()
+#: The keys and values of each model that is sampled compiled.
+_FIXED: WeakKeyDictionary[PreTrainedModel, _Fixed] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +105,9 @@ def sample(
         stop_strings,
         heard,
     )
-    if sampler == "generate" or (sampler == "auto" and not fits_loop(model)):
+    if sampler == "auto":
+        sampler = _best(model)
+    if sampler == "generate":
         _generate(model, prompts, prompt_mask, draft)
     else:
         _loop(model, prompts, prompt_mask, draft, compiled=sampler == "compiled")
@@ -152,12 +167,14 @@ def _loop(model: PreTrainedModel, prompts: Tensor, prompt_mask: Tensor, draft: _
     """Token by token over the model's own cache; finished rows leave the batch."""
     device, look_every = prompts.device, _LOOK_EVERY.get(prompts.device.type, 8)
     cache: Any = DynamicCache(config=model.config)
-    logits, seen = _prefill(model, prompts, prompt_mask, cache)
-    column = seen.shape[1]  # of the next token in the cache
-    attention = torch.cat([seen, seen.new_zeros(len(prompts), draft.length)], dim=1)
+    logits, attention = _prefill(model, prompts, prompt_mask, cache)  # not compiled: each batch has a width of its own
+    column = attention.shape[1]  # of the next token in the cache
     decode: Callable[..., Tensor] = _last_logits
+    width, fixed, least = column + draft.length, None, None
     if compiled:
-        decode, cache = _compiled(), _fixed(cache, attention.shape[1], model)
+        decode, fixed, least = _compiled(), _fixed(model, cache, width), max(len(prompts) // _SMALLEST_SHARE, 1)
+        width, cache = fixed.width, fixed.filled(cache)
+    attention = nn.functional.pad(attention, (0, width - column))
     position = prompt_mask.sum(dim=1, keepdim=True)  # of the next token, per row
     rows = torch.arange(len(prompts), device=device)  # which rows of the batch are still in the model's batch
     for t in range(draft.length):
@@ -165,13 +182,12 @@ def _loop(model: PreTrainedModel, prompts: Tensor, prompt_mask: Tensor, draft: _
         if t + 1 == draft.length:
             break
         if (t + 1) % look_every == 0:
-            keep = _kept(draft.stopped[rows], compiled=compiled)
+            keep = _kept(draft.stopped[rows], least)
             if len(keep) == 0:
                 break
             if len(keep) < len(rows):
                 rows, tokens, attention, position = rows[keep], tokens[keep], attention[keep], position[keep]
-                cache.reorder_cache(keep)
-                _mark_fixed(cache)
+                cache = fixed.cut(cache, keep) if fixed else _cut(cache, keep)
         attention[:, column] = 1
         column += 1
         seen = attention if compiled else attention[:, :column]
@@ -179,48 +195,121 @@ def _loop(model: PreTrainedModel, prompts: Tensor, prompt_mask: Tensor, draft: _
         position = position + 1
 
 
-def _kept(stopped: Tensor, *, compiled: bool) -> Tensor:
-    """Which rows of the batch stay in it: not many finished ones. A compiled batch is only ever halved, because each size
-    is compiled anew."""
+def _kept(stopped: Tensor, least: int | None) -> Tensor:
+    """Which rows of the batch stay in it: not many finished ones. A compiled batch, which has a `least` size, is only ever
+    halved, and never below that, because each size is compiled anew."""
     size, live = len(stopped), int((~stopped).sum())
-    if compiled:
-        wanted = size if live > size // 2 else size // 2 if live else 0
+    if live == 0:
+        wanted = 0
+    elif least is not None:
+        wanted = size if live > size // 2 or size // 2 < least else size // 2
     else:
         wanted = size if live >= _COMPACT_BELOW * size else live
     return torch.argsort(stopped.int(), stable=True)[:wanted].sort().values
 
 
-def fits_loop(model: PreTrainedModel, *, compiled: bool = False) -> bool:
-    """Whether the model keeps plain keys and values, one entry a token, which `_loop` can copy, repeat and cut.
+def _cut(cache: DynamicCache, keep: Tensor) -> DynamicCache:
+    """The cache with these rows left."""
+    cache.reorder_cache(cast(torch.LongTensor, keep))
+    return cache
 
-    Compiled, they also have to stay in their places: no sliding window.
+
+def _layers(cache: DynamicCache | StaticCache) -> list[Any]:
+    """A cache's layers; keys and values are (rows, heads, tokens, width)."""
+    return cast(list[Any], cache.layers)
+
+
+def _best(model: PreTrainedModel) -> Literal["loop", "generate"]:
+    """`loop` if it fits the model. That it does not is said once a model, on standard error: answers go to standard output."""
+    if fits_loop(model):
+        return "loop"
+    if model not in _SAID:
+        _SAID.add(model)
+        print(
+            f"{type(model).__name__} keeps more than keys and values of its tokens, or changes its logits after the output "
+            "embedding: sampled through transformers' generate, slower",
+            file=sys.stderr,
+            flush=True,
+        )
+    return "generate"
+
+
+def fits_loop(model: PreTrainedModel, *, compiled: bool = False) -> bool:
+    """Whether the model keeps plain keys and values, one entry a token, which `_loop` can copy, repeat and cut, and its
+    logits are just its head on the last hidden states.
+
+    Compiled, keys and values also have to stay in their places: no sliding window.
     """
     if model._is_stateful or not hasattr(model, model.base_model_prefix):
         return False
     layers = DynamicCache(config=model.config).layers
-    return all(isinstance(layer, DynamicLayer) and not (compiled and layer.is_sliding) for layer in layers)
+    plain = all(isinstance(layer, DynamicLayer) and not (compiled and layer.is_sliding) for layer in layers)
+    return plain and has_plain_head(model)
 
 
 @functools.cache
 def _compiled() -> Callable[..., Tensor]:
     """The decoding step through torch.compile; on a GPU it is replayed as one CUDA graph instead of launched op by op."""
+    # Past its limit of 8 torch.compile goes on uncompiled: each batch has four sizes, and others before its cache grew.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
     return torch.compile(_last_logits, mode="reduce-overhead", dynamic=False)
 
 
-def _fixed(cache: DynamicCache, length: int, model: PreTrainedModel) -> StaticCache:
-    """The prompts' keys and values in a cache of fixed size, whose shapes no step changes."""
-    fixed = StaticCache(model.config, max_cache_len=length)
-    for number, layer in enumerate(cast(list[DynamicLayer], cache.layers)):
-        fixed.update(cast(Tensor, layer.keys), cast(Tensor, layer.values), number)
-    return fixed
+class _Fixed:
+    """Keys and values of fixed size that stay where they are in memory, from one rollout to the next: what is compiled, or
+    recorded as a CUDA graph, for one serves the others. A batch of fewer rows has their beginning."""
+
+    def __init__(self, model: PreTrainedModel, like: DynamicCache, rows: int, width: int) -> None:
+        """`width` in tokens; heads and type as in the cache `like`."""
+        self.rows, self.width = rows, width
+        self._whole = StaticCache(model.config, max_cache_len=width)
+        for layer, other in zip(_layers(self._whole), _layers(like), strict=True):
+            layer.lazy_initialization(*(x[:1].expand(rows, -1, -1, -1) for x in (other.keys, other.values)))
+        self._sizes: dict[int, StaticCache] = {}
+
+    def holds(self, keys: Tensor, width: int) -> bool:
+        """Whether there is room for a batch with such keys, up to this width."""
+        own = _layers(self._whole)[0].keys
+        return (own.dtype, own.device) == (keys.dtype, keys.device) and len(keys) <= self.rows and width <= self.width
+
+    def filled(self, cache: DynamicCache) -> StaticCache:
+        """With the prompts' keys and values, and nothing of the rollout before."""
+        fixed = self._first(len(_layers(cache)[0].keys))
+        fixed.reset()
+        for number, layer in enumerate(_layers(cache)):
+            fixed.update(layer.keys, layer.values, number)
+        return fixed
+
+    def cut(self, cache: StaticCache, keep: Tensor) -> StaticCache:
+        """With these rows of the cache left."""
+        fixed = self._first(len(keep))
+        for layer, other in zip(_layers(fixed), _layers(cache), strict=True):
+            layer.keys.copy_(other.keys[keep])
+            layer.values.copy_(other.values[keep])
+        return fixed
+
+    def _first(self, rows: int) -> StaticCache:
+        if rows not in self._sizes:
+            self._sizes[rows] = part = copy.copy(self._whole)
+            part.layers = [copy.copy(layer) for layer in self._whole.layers]  # of one length, a tensor in each layer
+            for layer in _layers(part):
+                layer.batch_size, layer.keys, layer.values = rows, layer.keys[:rows], layer.values[:rows]
+                torch._dynamo.mark_static_address(layer.keys)
+                torch._dynamo.mark_static_address(layer.values)
+        return self._sizes[rows]
 
 
-def _mark_fixed(cache: DynamicCache | StaticCache) -> None:
-    """Tells torch.compile that a fixed cache stays where it is in memory, after its rows were cut; others are left alone."""
-    for layer in cache.layers:
-        if isinstance(layer, StaticLayer):
-            torch._dynamo.mark_static_address(layer.keys)
-            torch._dynamo.mark_static_address(layer.values)
+def _fixed(model: PreTrainedModel, cache: DynamicCache, width: int) -> _Fixed:
+    """The model's fixed keys and values, made anew only where those there are cannot hold the batch."""
+    keys, there = _layers(cache)[0].keys, _FIXED.get(model)
+    rows, width = len(keys), -(-width // _FIXED_STEP) * _FIXED_STEP
+    if there is not None:
+        if there.holds(keys, width):
+            return there
+        rows, width = max(rows, there.rows), max(width, there.width)
+        del _FIXED[model], there  # its memory goes before the larger one's is taken
+    _FIXED[model] = _Fixed(model, cache, rows, width)
+    return _FIXED[model]
 
 
 def _prefill(model: PreTrainedModel, prompts: Tensor, mask: Tensor, cache: DynamicCache) -> tuple[Tensor, Tensor]:

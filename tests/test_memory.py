@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
+from accelerate import cpu_offload
 from toys import build_model
 
 from rlhf import memory
+from rlhf.config import PPOConfig, SFTConfig
 from rlhf.errors import UserError
 from rlhf.tracking import PhaseTimer
 
@@ -20,11 +23,24 @@ CPU_MESSAGE = (
 
 
 @pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError(CPU_MESSAGE), MemoryError()]
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError(CPU_MESSAGE),
+        MemoryError(),
+        torch.AcceleratorError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
 )
 @pytest.mark.parametrize(
     ("phase", "option"),
-    [("train", "per_device_train_batch_size"), ("rollout", "response_length"), ("optimise", "gradient_checkpointing")],
+    [
+        ("train", "per_device_train_batch_size"),
+        ("rollout", "response_length"),
+        ("optimise", "gradient_checkpointing"),
+        ("preflight", "microbatch_size"),
+        ("evaluate", "per_device_eval_batch_size"),
+    ],
 )
 def test_out_of_memory_names_the_phase_and_what_to_lower(error: Exception, phase: str, option: str) -> None:
     """Catches: an allocator's traceback, and advice for another phase."""
@@ -33,6 +49,19 @@ def test_out_of_memory_names_the_phase_and_what_to_lower(error: Exception, phase
         pass
     with pytest.raises(UserError, match=f"'{phase}'.*{option}.*--resume"), memory.explained(timer), timer.phase(phase):
         raise error
+
+
+def test_out_of_memory_while_loading_names_what_makes_weights_smaller() -> None:
+    """Batch sizes play no part in it."""
+    with pytest.raises(UserError, match=r"'start'.*quantization.*offload_base"), memory.explained(PhaseTimer()):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+def test_every_option_that_is_advised_exists() -> None:
+    """Catches: advice that names an option by a word that no config knows."""
+    options = {field.name for config in (SFTConfig, PPOConfig) for field in dataclasses.fields(config)}
+    for advice in memory._REMEDIES.values():
+        assert {word.strip(";,()") for word in advice.split() if "_" in word} <= options
 
 
 def test_a_real_allocation_that_is_too_large_is_recognised() -> None:
@@ -57,3 +86,13 @@ def test_a_rollout_whose_keys_and_values_cannot_fit_is_refused(monkeypatch: pyte
     memory.check_rollout_fits(model, model, device, responses=10, tokens=100)
     with pytest.raises(UserError, match=r"11 responses of up to 100 tokens.*rollout_batch_size or response_length"):
         memory.check_rollout_fits(model, model, device, responses=11, tokens=100)
+
+
+def test_offloaded_weights_need_no_place_beside_a_rollout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches: a base that is larger than the GPU refused just where offload_base is there for it."""
+    model, device = build_model("llama", 32), torch.device("cpu")
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=256 * 10 * 100))
+    with pytest.raises(UserError, match="lower rollout_batch_size"):
+        memory.check_rollout_fits(model, model, device, responses=10, tokens=100)
+    cpu_offload(model, execution_device=device)
+    memory.check_rollout_fits(model, model, device, responses=10, tokens=100)

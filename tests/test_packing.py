@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from toys import FAMILIES, build_model
 
+from rlhf import packing
 from rlhf.models import backbone
 from rlhf.packing import common_prefix, pack_rows, prompt_batches
 
@@ -54,6 +57,28 @@ def test_hidden_states_and_gradients_are_those_of_separate_rows(family: str, sid
     atol = 1e-4 if family == "llama" else 1e-9  # Llama's norm works in fp32 whatever the model's type
     for one, two in zip(results[0][1], results[1][1], strict=True):
         torch.testing.assert_close(one, two, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("mask_shape", [(5, 7), (3, 1, 5, 7), None])
+def test_a_gpus_attention_is_that_of_a_cpu(mask_shape: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Key heads repeated in another order than query heads share them; and grouped heads asked for together with a mask, for
+    which CUDA has only the slow kernel that holds all weights."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(3, heads, n, 8, generator=generator) for heads, n in ((6, 5), (2, 7), (2, 7)))
+    mask = None if mask_shape is None else torch.rand(mask_shape, generator=generator) < 0.7
+    kernel, asked = torch.nn.functional.scaled_dot_product_attention, list[bool]()
+
+    def spy(*args: Any, enable_gqa: bool, **kwargs: Any) -> torch.Tensor:
+        asked.append(enable_gqa)
+        return kernel(*args, enable_gqa=enable_gqa, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    fused = packing._attend_fused(query, key, value, mask, 0.3, 0.0)
+    seen = torch.ones(3, 1, 5, dtype=torch.bool) if mask is None else mask.any(dim=-1).expand(3, 1, 5)
+    plain = packing._attend(query, key, value, mask, 0.3, 0.0)
+    rows = seen.expand(3, 6, 5)  # a row that sees nothing is padding, and anything
+    torch.testing.assert_close(fused[rows], plain[rows], rtol=0, atol=1e-5)
+    assert asked == [mask is None]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

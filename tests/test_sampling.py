@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import shapes  # noqa: F401  (switches the checks on)
 import torch
-from toys import FAMILIES, build_model
+from toys import BENT, FAMILIES, PROMPTS, build_bent, build_model, rows
 from transformers import AutoModelForCausalLM, MambaConfig, MistralConfig, PreTrainedModel
 
 from rlhf import sampling
@@ -18,7 +18,6 @@ from rlhf.tokenization import pad
 VOCAB = 40
 PAD = 0
 STOPS = [2, 9, 17, 23, 31]
-PROMPTS = [[5, 6, 7], [8], [10, 11, 12, 13, 14], [5, 6], [20, 21, 22, 23], [30, 31, 33], [5], [12, 12, 12]]
 
 
 def draw(
@@ -45,10 +44,6 @@ def draw(
         sampler=sampler,
         **more,
     )
-
-
-def rows(result: Sampled) -> list[list[int]]:
-    return [r[m].tolist() for r, m in zip(result.responses, result.mask, strict=True)]
 
 
 @torch.no_grad()
@@ -157,7 +152,10 @@ def test_finished_rows_leave_the_batch_and_nothing_else_changes(monkeypatch: pyt
     for share in (0.0, sampling._COMPACT_BELOW, 1.01):
         sizes.clear()
         monkeypatch.setattr(sampling, "_COMPACT_BELOW", share)
-        results[share] = draw(model, PROMPTS * 4, length=12, seed=3), sizes[1:]  # the prompts are computed before
+        results[share] = (
+            draw(model, PROMPTS * 4, length=12, seed=3, sampler="loop"),
+            sizes[1:],
+        )  # the prompts are computed before
     (never, all_sizes), (usual, some_sizes), (always, least_sizes) = results.values()
     assert set(all_sizes) == {32}
     assert some_sizes[0] > 16 and some_sizes[-1] < 16 and some_sizes == sorted(some_sizes, reverse=True)
@@ -173,7 +171,7 @@ def test_length_limit_of_one() -> None:
     model = build_model("gpt2", VOCAB)
     calls: list[int] = []
     model.transformer.register_forward_pre_hook(lambda m, args: calls.append(1))
-    result = draw(model, PROMPTS, length=1)
+    result = draw(model, PROMPTS, length=1, sampler="loop")
     assert result.responses.shape == (len(PROMPTS), 1) and result.mask.all()
     assert len(calls) == 1
 
@@ -236,10 +234,10 @@ def test_an_opening_that_all_prompts_share_changes_nothing(family: str, monkeypa
     model.base_model.register_forward_pre_hook(
         lambda m, args, kwargs: widths.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
-    shared = draw(model, prompts, seed=4)
+    shared = draw(model, prompts, seed=4, sampler="loop")
     assert widths[:2] == [3, len(PROMPTS) * max(map(len, PROMPTS))]
     monkeypatch.setattr(sampling, "common_prefix", lambda ids, mask: 0)
-    plain = draw(model, prompts, seed=4)
+    plain = draw(model, prompts, seed=4, sampler="loop")
     assert torch.equal(shared.responses, plain.responses) and torch.equal(shared.mask, plain.mask)
     torch.testing.assert_close(shared.logprobs, plain.logprobs, rtol=0, atol=1e-5)
 
@@ -270,14 +268,48 @@ def test_a_compiled_step_draws_the_same() -> None:
     assert torch.equal(usual.responses, compiled.responses) and torch.equal(usual.mask, compiled.mask)
 
 
-def test_a_batch_of_fixed_sizes_is_only_halved(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_of_fixed_sizes_is_only_halved() -> None:
     """Catches: a compiled batch that is cut to every size there is, each of which would be compiled anew."""
     stopped = torch.tensor([True, False, False, True, False, True, False, False])
-    assert sampling._kept(stopped, compiled=True).tolist() == list(range(8))
+    assert sampling._kept(stopped, least=1).tolist() == list(range(8))
     stopped[[1, 2]] = True
-    assert sampling._kept(stopped, compiled=True).tolist() == [0, 4, 6, 7]  # three live rows, and a finished one
-    assert sampling._kept(stopped, compiled=False).tolist() == [4, 6, 7]
-    assert len(sampling._kept(torch.ones(4, dtype=torch.bool), compiled=True)) == 0
+    assert sampling._kept(stopped, least=4).tolist() == [0, 4, 6, 7]  # three live rows, and a finished one
+    assert sampling._kept(stopped, least=5).tolist() == list(range(8))
+    assert sampling._kept(stopped, least=None).tolist() == [4, 6, 7]
+    assert len(sampling._kept(torch.ones(4, dtype=torch.bool), least=4)) == 0
+
+
+def test_prompts_of_any_width_share_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches: a graph for each width of a rollout's prompts (past eight torch.compile gives up without a word), keys and
+    values in another place each time (CUDA graphs are then recorded anew), and what an earlier rollout left in them."""
+    model, graphs = build_model("llama", VOCAB), list[torch.fx.GraphModule]()
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    step = torch.compile(sampling._last_logits, backend=backend, dynamic=False)
+    monkeypatch.setattr(sampling, "_compiled", lambda: step)
+    places = set()
+    for width in range(1, 13):
+        prompts = [[*range(5, 5 + width)], [7, 8][:width], [9], [10]]
+        plain = draw(model, prompts, seed=width, sampler="loop")
+        compiled = draw(model, prompts, seed=width, sampler="compiled")
+        assert torch.equal(plain.responses, compiled.responses) and torch.equal(plain.mask, compiled.mask)
+        places.add(sampling._FIXED[model]._whole.layers[0].keys.data_ptr())
+    assert len(graphs) == 3, "one for each of 4, 2 and 1 rows"
+    assert len(places) == 1
+
+
+def test_fixed_keys_and_values_grow_with_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches: a later batch of more rows, or of longer prompts, that is written past the end of the first one's cache."""
+    monkeypatch.setattr(sampling, "_compiled", lambda: sampling._last_logits)
+    model, sizes = build_model("gpt2", VOCAB), []
+    for prompts in (PROMPTS[:2], PROMPTS, [[5] * 60, [3]], PROMPTS[:3]):
+        plain, compiled = (draw(model, prompts, sampler=sampler) for sampler in ("loop", "compiled"))
+        assert torch.equal(plain.responses, compiled.responses)
+        sizes.append((sampling._FIXED[model].rows, sampling._FIXED[model].width))
+    assert sizes == [(2, 64), (8, 64), (8, 128), (8, 128)]
 
 
 def test_a_model_with_another_state_is_sampled_through_generate() -> None:
@@ -295,6 +327,25 @@ def test_a_model_with_another_state_is_sampled_through_generate() -> None:
         assert rows(result)[i] == response
         assert result.logprobs[i][result.mask[i]].tolist() == pytest.approx(logprobs, abs=1e-3)  # fp32 twice
     assert len({len(r) for r in rows(result)}) > 1
+
+
+@pytest.mark.parametrize("family", BENT)
+def test_logits_that_are_more_than_the_heads_are_sampled_through_generate(
+    family: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Catches: Granite, Cohere and Gemma 2 sampled from the bare product of their head, which is another distribution. The
+    notice comes once, and not on standard output."""
+    model = build_bent(family, VOCAB)
+    for seed in (4, 5):
+        result = draw(model, PROMPTS, seed=seed)
+        generator = torch.Generator().manual_seed(seed)
+        uniforms = [torch.rand(len(PROMPTS), 1, generator=generator).squeeze(1).tolist() for _ in range(8)]
+        for i, prompt in enumerate(PROMPTS):
+            response, logprobs = sample_alone(model, prompt, [step[i] for step in uniforms], 1.0)
+            assert rows(result)[i] == response
+            assert result.logprobs[i][result.mask[i]].tolist() == pytest.approx(logprobs, abs=1e-4)
+    told = capfd.readouterr()
+    assert told.err.count(f"{type(model).__name__} keeps") == 1 and not told.out
 
 
 def test_a_sliding_window_is_not_compiled() -> None:
@@ -315,7 +366,7 @@ def test_a_prompt_with_several_responses_is_computed_once() -> None:
     model.model.register_forward_pre_hook(
         lambda m, args, kwargs: seen.append(len(kwargs["input_ids"])), with_kwargs=True
     )
-    result = draw(model, repeated, seed=4)
+    result = draw(model, repeated, seed=4, sampler="loop")
     assert seen[0] == len(PROMPTS) and seen[1] <= len(repeated)
     generator = torch.Generator().manual_seed(4)
     uniforms = [torch.rand(len(repeated), 1, generator=generator).squeeze(1).tolist() for _ in range(8)]

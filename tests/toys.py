@@ -3,15 +3,39 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    PreTrainedModel,
+)
+
+if TYPE_CHECKING:
+    from rlhf.sampling import Sampled
 
 WORDS = [
     *("The", "A", "It", "This", "film", "movie", "plot", "acting", "is", "was", "good", "bad", "great", "awful"),
     *("funny", "dull", "and", "or", "but", "very", "not", "a", "the", "of"),
 ]
 FAMILIES = ("llama", "gpt2", "gpt_neox")
+#: Prompts of several lengths, in a vocabulary of 40.
+PROMPTS = [[5, 6, 7], [8], [10, 11, 12, 13, 14], [5, 6], [20, 21, 22, 23], [30, 31, 33], [5], [12, 12, 12]]
+#: Families whose logits are more than their head's product, and what says so in their configs.
+BENT: dict[str, dict[str, float]] = {
+    "granite": {"logits_scaling": 8.0},
+    "cohere": {"logit_scale": 0.0625},
+    "gemma2": {"final_logit_softcapping": 2.0, "head_dim": 8},
+}
+
+
+def rows(result: Sampled) -> list[list[int]]:
+    """The tokens of each response, without padding."""
+    return [r[m].tolist() for r, m in zip(result.responses, result.mask, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -61,3 +85,14 @@ def build_model(family: str, vocab_size: int, *, seed: int = 0, dtype: torch.dty
         )
     # Not eager: its softmax is fp32 at most, which turns a float64 mask into -inf and padded rows into NaN.
     return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").to(dtype).eval()
+
+
+def build_bent(family: str, vocab_size: int) -> PreTrainedModel:
+    """The same of a family of `BENT`."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        family, vocab_size=vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.5, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2, **BENT[family],
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config).eval()

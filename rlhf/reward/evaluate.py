@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.errors import UserError
-from rlhf.models import Compute, backbone
+from rlhf.models import Compute, before_head
 from rlhf.packing import prompt_batches
 from rlhf.ppo.functional import sequence_logprobs
 from rlhf.sampling import SAMPLED_AT_ONCE, sample
@@ -89,13 +89,14 @@ def mean_logprobs(
         answer = (mask[:, 1:] & (column >= starts[:, None] - 1)).to(compute.device)
         ids, mask = ids.to(compute.device), mask.to(compute.device)
         with compute.autocast():
-            hidden = backbone(policy)(input_ids=ids, attention_mask=mask.long(), use_cache=False).last_hidden_state[
-                :, :-1
-            ][answer]  # (N, d): from the state before each response token
-            head, tokens = policy.get_output_embeddings(), ids[:, 1:][answer]
+            states, head = before_head(policy, ids, mask.long())
+            before, tokens = (
+                states[:, :-1][answer],
+                ids[:, 1:][answer],
+            )  # (N, ...), (N,): before each response token, it
             parts = [
-                sequence_logprobs(head(states), target, temperature=1.0)
-                for states, target in zip(hidden.split(_TOKENS_AT_ONCE), tokens.split(_TOKENS_AT_ONCE), strict=True)
+                sequence_logprobs(head(part), target, temperature=1.0)
+                for part, target in zip(before.split(_TOKENS_AT_ONCE), tokens.split(_TOKENS_AT_ONCE), strict=True)
             ]
         logprobs = torch.zeros(answer.shape, device=compute.device).masked_scatter(answer, torch.cat(parts).float())
         means[numbers] = (logprobs.sum(dim=1) / answer.sum(dim=1)).cpu()

@@ -161,14 +161,16 @@ def build_models(
 
 
 def check_sampler(config: PPOConfig, base: PreTrainedModel) -> None:
-    """Refuses a way of sampling that the model does not allow; says so when `auto` has to take the slow one."""
-    kind = type(base).__name__
-    if config.sampler == "auto" and not fits_loop(base):
-        print(f"{kind} keeps more than keys and values of its tokens: sampled through transformers' generate, slower")
+    """Refuses a way of sampling that the model, or where its weights are, does not allow."""
     require(
         config.sampler in ("auto", "generate") or fits_loop(base, compiled=config.sampler == "compiled"),
-        f"sampler {config.sampler} does not fit {kind}, which keeps more than keys and values of its tokens in their places; "
-        "use sampler auto",
+        f"sampler {config.sampler} does not fit {type(base).__name__}, which keeps more than keys and values of its tokens in "
+        "their places, or changes its logits after the output embedding; use sampler auto",
+    )
+    require(
+        not (config.sampler == "compiled" and config.offload_base),
+        "sampler compiled needs all weights in their places, and offload_base brings a layer's in while it computes; use "
+        "sampler auto, or leave out offload_base",
     )
 
 

@@ -29,7 +29,7 @@ from rlhf.doctor.probe import ROWS as PROBE_ROWS
 from rlhf.doctor.probe import Probe
 from rlhf.errors import run_command
 from rlhf.models import (
-    backbone,
+    before_head,
     context_length,
     direct_casting,
     load_base,
@@ -341,10 +341,8 @@ class _Trainer(ResumableTrainer, SFTTrainer):
             return result
         answer = inputs["labels"][:, 1:] != -100
         with self.accelerator.autocast():  # accelerate wraps only the outermost forward, which is not called here
-            hidden = backbone(causal)(
-                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
-            ).last_hidden_state[:, :-1]
-            logits, tokens = causal.get_output_embeddings()(hidden[answer]), inputs["labels"][:, 1:][answer]
+            states, head = before_head(causal, inputs["input_ids"], inputs["attention_mask"])
+            logits, tokens = head(states[:, :-1][answer]), inputs["labels"][:, 1:][answer]
         total = -sequence_logprobs(logits, tokens, temperature=1.0).sum()
         accuracy = (logits.detach().argmax(dim=-1) == tokens).float().mean()
         self._metrics["train" if model.training else "eval"]["mean_token_accuracy"].append(float(accuracy))

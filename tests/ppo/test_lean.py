@@ -10,13 +10,14 @@ import torch
 from ppo.conftest import Make
 from ppo.test_trainer import weights
 from test_models import ppo_config
-from toys import FAMILIES
+from toys import FAMILIES, build_model
 
 from rlhf.errors import UserError
 from rlhf.models import RoleModels
 from rlhf.ppo import forward
 from rlhf.ppo.trainer import PPOTrainer
 from rlhf.ppo.types import length_sorted_batches
+from rlhf.stages.ppo import check_sampler
 
 
 def count_attention(models: RoleModels) -> list[int]:
@@ -129,3 +130,10 @@ def test_options_that_cannot_work_are_refused(options: dict[str, Any], complaint
     """An option that would do nothing, or break far into the run."""
     with pytest.raises(UserError, match=complaint):
         ppo_config(**options)
+
+
+def test_a_compiled_sampler_is_refused_with_weights_that_come_and_go() -> None:
+    """Catches: a graph for each layer's arrival: such a toy run took minutes, not seconds."""
+    config = ppo_config(offload_base=True, gradient_checkpointing=True, sampler="compiled")
+    with pytest.raises(UserError, match="leave out offload_base"):
+        check_sampler(config, build_model("llama", 32))
