@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from rlhf.bootstrap import Array, interval, mean, resampled
+from rlhf.data_prep.ratings import is_clear
 
 Figures = dict[str, Any]
 
@@ -84,7 +85,7 @@ def rated_pairs(verdict: Array, judged: Judged, min_difference: float = 0.0) -> 
     starts = np.flatnonzero(np.diff(judged.ranking)) + 1
     for rows in np.split(np.arange(len(verdict)), starts):
         gap = verdict[rows][:, None] - verdict[rows][None, :]
-        i, j = np.nonzero((gap > 0) & (gap >= min_difference - 1e-9))  # means of ratings are not exact
+        i, j = np.nonzero(is_clear(gap, min_difference))
         better.append(rows[i])
         worse.append(rows[j])
     first, second = np.concatenate(better), np.concatenate(worse)
