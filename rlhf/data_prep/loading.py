@@ -70,6 +70,10 @@ _MANY_ROWS = 20_000
 NAMED_ROWS = 20
 
 
+class NoneOfKind(UserError):
+    """The data holds other kinds of rows, and none that is meant to be of this one."""
+
+
 @dataclass(frozen=True)
 class Loaded:
     """Rows a stage can train on.
@@ -105,6 +109,8 @@ class _Raw:
     has_split: bool
     """False: these are all rows, and train and validation have to be told apart by a hash of the prompt."""
     prepared: str | None = None
+    in_folder_of_kind: bool = False
+    """The file is KIND/SPLIT.*, so its rows are meant to be of this kind."""
 
 
 def load_rows(path: str | Path, split: str, *, kind: Kind) -> Loaded:
@@ -118,6 +124,7 @@ def load_rows(path: str | Path, split: str, *, kind: Kind) -> Loaded:
         kind: what the rows are for.
 
     Raises:
+        NoneOfKind: there is data, and none of this kind.
         UserError: nothing there, columns are missing, a row has a wrong type (it is named), or no row is left.
     """
     if split not in _OTHER_NAMES:
@@ -126,7 +133,7 @@ def load_rows(path: str | Path, split: str, *, kind: Kind) -> Loaded:
     if not raw.rows:
         raise UserError(f"{raw.source} is empty: it holds no rows")
     columns = set().union(*(row.keys() for _, row in raw.rows))
-    normalise = _normaliser(kind, columns, raw.source)
+    normalise = _normaliser(kind, columns, raw)
     rows, dropped = _normalise_all(raw, normalise, kind)
     if kind == "comparisons":
         rows = _without_contradictions(rows, dropped)
@@ -162,7 +169,13 @@ def _read(path: str, split: str, kind: str) -> _Raw:
         return _Raw(path, _read_file(place), has_split=False)
     if place.is_dir():
         file = _file_in_folder(place, split, kind)
-        return _Raw(str(file), _read_file(file), has_split=True, prepared=prepared_fingerprint(file))
+        return _Raw(
+            str(file),
+            _read_file(file),
+            has_split=True,
+            prepared=prepared_fingerprint(file),
+            in_folder_of_kind=file.parent != place,
+        )
     if _looks_local(path, place):
         siblings = [str(p) for p in place.parent.iterdir()] if place.parent.is_dir() else []
         near = did_you_mean(str(place), siblings)
@@ -189,7 +202,7 @@ def _file_in_folder(folder: Path, split: str, kind: str) -> Path:
     found = next((file for file in candidates if file.is_file()), None)
     if found is None:
         there = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if is_data(p))
-        raise UserError(
+        raise NoneOfKind(
             f"no {kind} for {split} in {folder}: expected {kind}/{split}.parquet (or .jsonl, .json, .csv); "
             f"there are {', '.join(there[:8]) or 'no data files'}{did_you_mean(f'{kind}/{split}.parquet', there)}"
         )
@@ -250,7 +263,7 @@ def _normalise_all(
     return rows, dropped
 
 
-def _normaliser(kind: Kind, columns: set[str], source: str) -> Callable[[Row], Row]:
+def _normaliser(kind: Kind, columns: set[str], raw: _Raw) -> Callable[[Row], Row]:
     """The function that brings a row of data with these columns into the shape of its kind.
 
     Each row is read by the columns that it has itself: files of several sources mix their forms.
@@ -271,7 +284,8 @@ def _normaliser(kind: Kind, columns: set[str], source: str) -> Callable[[Row], R
     }
     known = [(needed, normalise) for needed, normalise in shapes[kind] if needed <= columns]
     if not known:
-        raise UserError(f"{source} has columns {', '.join(sorted(columns))}; {kind} need {NEEDED[kind]}")
+        error = UserError if raw.in_folder_of_kind else NoneOfKind
+        raise error(f"{raw.source} has columns {', '.join(sorted(columns))}; {kind} need {NEEDED[kind]}")
 
     def by_its_columns(row: Row) -> Row:
         there = {name for name, value in row.items() if value is not None}

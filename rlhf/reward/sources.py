@@ -28,7 +28,7 @@ from rlhf.ppo.types import Sequences
 from rlhf.registry import Registry
 from rlhf.reward.evaluate import load_function
 from rlhf.reward.scorer import Scorer, open_scorer
-from rlhf.tokenization import last_user_text
+from rlhf.tokenization import Message, last_user_text
 
 #: Times that a request is repeated, with waits of 0.5, 1 and 2 seconds between.
 _RETRIES = 3
@@ -253,19 +253,27 @@ def open_source(
 
 def reads_texts(scorer: Scorer) -> Source:
     """A reward model of any tokenizer or chat template: it gets texts, and encodes them as its own, which may be longer."""
-    context = context_length(cast(Any, scorer.model))
 
     def source(responses: Responses) -> Tensor:
-        pairs = zip(responses.rows, responses.texts, strict=True)
-        rows = [scorer.encode(row["prompt"], text) for row, text in pairs]
-        if (longest := max(map(len, rows))) > context:
-            raise RewardError(
-                f"a conversation has {longest} tokens in the reward model's own tokenizer, and its context is {context}: "
-                "shorten prompts or answers, or take a reward model of a longer context"
-            )
-        return scorer(rows)
+        return scores_of_texts(scorer, [row["prompt"] for row in responses.rows], responses.texts)
 
     return source
+
+
+def scores_of_texts(scorer: Scorer, prompts: Sequence[Sequence[Message]], answers: Sequence[str]) -> Tensor:
+    """Normalised scores (M,) of answers as the reward model's own tokenizer writes them.
+
+    Raises:
+        RewardError: one is longer than its context.
+    """
+    context = context_length(cast(Any, scorer.model))
+    rows = [scorer.encode(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    if (longest := max(map(len, rows))) > context:
+        raise RewardError(
+            f"a conversation has {longest} tokens in the reward model's own tokenizer, and its context is {context}: "
+            "shorten prompts or answers, or take a reward model of a longer context"
+        )
+    return scorer(rows)
 
 
 def source_name(reference: str) -> str:
