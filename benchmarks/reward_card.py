@@ -86,6 +86,9 @@ def run_reward_stage(name: str, dataset: Path, arguments: argparse.Namespace, *w
 
 # Flags
 
+#: Parts of the cards that are kept.
+SAVED = ("verdict", "flags", "accuracy", "accuracy_held_out_raters", "human_ceiling", "length", "rivals")
+
 
 def length_labels(row: Row, generator: random.Random) -> Row:
     """The longer response is the better one."""
@@ -105,15 +108,16 @@ def flags(arguments: argparse.Namespace) -> dict[str, Any]:
         generator, folder = random.Random(0), arguments.folder / f"{name}_labels"
         write_data(folder, "comparisons", {**splits, "train": [spoil(row, generator) for row in splits["train"]]})
         card = run_reward_stage(f"{name}-labels", folder, arguments, "--normalize_on", "demonstrations")
-        found[name] = {key: card[key] for key in ("verdict", "flags", "accuracy", "length", "rivals")}
+        found[name] = {key: card[key] for key in SAVED}
         print(f"{name}: {card['verdict']}\n  " + "\n  ".join(flag["message"] for flag in card["flags"]))
     return found
 
 
 def flagged(found: dict[str, Any]) -> bool:
-    """Whether the card saw through both."""
+    """Whether the card saw through both, by what more data would show all the more: that a rival is not clearly beaten may
+    only say that the pairs are few."""
     seen = {name: {flag["name"] for flag in part["flags"]} for name, part in found.items()}
-    return bool(seen["length"] & {"length", "rival"}) and bool(seen["shuffled"] & {"coin", "rival"})
+    return "length" in seen["length"] and bool(seen["shuffled"] & {"coin", "ceiling"})
 
 
 # PandaLM

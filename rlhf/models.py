@@ -28,7 +28,6 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
-from peft.helpers import disable_input_dtype_casting
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -283,12 +282,22 @@ def with_adapter(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
         ) from error
 
 
-def direct_casting(model: nn.Module, compute: Compute) -> contextlib.AbstractContextManager[None]:
+@contextlib.contextmanager
+def direct_casting(model: nn.Module, compute: Compute) -> Iterator[None]:
     """Context for adapters under bf16 autocast: leaves out PEFT's cast of each layer's input to the adapter's fp32.
 
-    Autocast would cast it straight back to bf16, so the products are the same, and two casts a layer cheaper.
+    Autocast would cast it straight back to bf16, so the products are the same, and two casts a layer cheaper. (PEFT's own
+    `disable_input_dtype_casting` breaks at the layers of added tokens.)
     """
-    return disable_input_dtype_casting(model, active=compute.bf16)
+    layers = list(lora_layers(model).values()) if compute.bf16 else []
+    was = [layer.cast_input_dtype_enabled for layer in layers]
+    for layer in layers:
+        layer.cast_input_dtype_enabled = False
+    try:
+        yield
+    finally:
+        for layer, enabled in zip(layers, was, strict=True):
+            layer.cast_input_dtype_enabled = enabled
 
 
 def sequence_classifier(causal: PreTrainedModel, pad_token_id: int, *, seed: int) -> PreTrainedModel:

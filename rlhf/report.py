@@ -487,6 +487,7 @@ def _card_section(card: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "verdict": str(card.get("verdict", "")),
         "flags": _list(card, "flags"),
+        "notes": card.get("notes") or [],
         "facts": _card_facts(card),
         "probes": probes,
         "examples": _list(_section(card, "samples"), "examples"),

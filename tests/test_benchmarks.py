@@ -336,12 +336,38 @@ def reward_card(
     return run
 
 
-def test_reward_card_flags(reward_card: Callable[..., dict[str, Any]]) -> None:
+def test_reward_card_flags(
+    reward_card: Callable[..., dict[str, Any]], load: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Labels that are spoilt in the held-out rows too, so that the card has nothing to compare with, or not spoilt at all."""
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(
+        load("reward_card"), "flagged", lambda found: asked.append(found) or True
+    )  # the toy learns no length
     found = reward_card("flags")
+    assert len(asked) == 1
     for name in ("length", "shuffled"):
         assert found[name]["flags"] and "FALLS SHORT" in found[name]["verdict"]
+        assert found[name]["human_ceiling"]["value"] == 1.0 and found[name]["accuracy_held_out_raters"]
     assert found["length"]["accuracy"] != found["shuffled"]["accuracy"]
+
+
+@pytest.mark.parametrize(
+    "length, shuffled, seen_through",
+    [
+        ("length", "coin", True),
+        ("length", "ceiling", True),
+        ("length", "rival", False),  # which may only say that the pairs are few
+        ("length", "probe", False),
+        ("rival", "ceiling", False),
+    ],
+)
+def test_reward_card_demands_flags_that_more_data_would_not_take_away(
+    load: Callable[[str], Any], length: str, shuffled: str, seen_through: bool
+) -> None:
+    """A benchmark that passes because its held-out pairs are too few to beat a rival on."""
+    found = {"length": {"flags": [{"name": length}]}, "shuffled": {"flags": [{"name": "samples"}, {"name": shuffled}]}}
+    assert load("reward_card").flagged(found) == seen_through
 
 
 def test_reward_card_pandalm(

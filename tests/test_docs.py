@@ -93,6 +93,8 @@ def test_thresholds_of_the_card_are_those_of_the_code() -> None:
     assert f"{card.LENGTH_BIAS:.0%} more pairs" in flagged["length"]
     assert f"above {card.POOR_CALIBRATION:.0%}" in flagged["calibration"]
     assert f"more than {card.OUTSIDE:.0%}" in flagged["samples"]
+    assert f"below {card.CEILING_SHARE:.0%} of the way" in flagged["held-out raters, human ceiling"]
+    assert f"beyond {card.RIVAL_GAIN:.0%}" in flagged["rivals"]
     assert f"gains {probes.FLAGGED_GAIN} standard deviations" in flagged["hack probes"]
 
 

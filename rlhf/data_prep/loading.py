@@ -9,6 +9,8 @@
 Texts are lists of `{role, content}` messages, plain strings, or transcripts as in Anthropic/hh-rlhf
 (`\\n\\nHuman: ...\\n\\nAssistant: ...`). After loading they are lists of messages. Other columns are kept.
 
+`margin` beside `chosen` and `rejected` (TRL's format) is by how much the chosen one is rated higher; 1 where there is none.
+
 `rater_ratings` holds, for each response, the numbers of its raters, null where one gave none. In place of `ratings` it is
 split: raters at even places are trained on (`ratings`, their means, and `rater_ratings`), raters at odd places are held out
 (`ratings_held_out`, `rater_ratings_held_out`). So a rater who has the same place in every row is in one half only.
@@ -68,6 +70,10 @@ _MANY_ROWS = 20_000
 NAMED_ROWS = 20
 
 
+class NoneOfKind(UserError):
+    """The data holds other kinds of rows, and none that is meant to be of this one."""
+
+
 @dataclass(frozen=True)
 class Loaded:
     """Rows a stage can train on.
@@ -103,6 +109,8 @@ class _Raw:
     has_split: bool
     """False: these are all rows, and train and validation have to be told apart by a hash of the prompt."""
     prepared: str | None = None
+    in_folder_of_kind: bool = False
+    """The file is KIND/SPLIT.*, so its rows are meant to be of this kind."""
 
 
 def load_rows(path: str | Path, split: str, *, kind: Kind) -> Loaded:
@@ -116,6 +124,7 @@ def load_rows(path: str | Path, split: str, *, kind: Kind) -> Loaded:
         kind: what the rows are for.
 
     Raises:
+        NoneOfKind: there is data, and none of this kind.
         UserError: nothing there, columns are missing, a row has a wrong type (it is named), or no row is left.
     """
     if split not in _OTHER_NAMES:
@@ -124,7 +133,7 @@ def load_rows(path: str | Path, split: str, *, kind: Kind) -> Loaded:
     if not raw.rows:
         raise UserError(f"{raw.source} is empty: it holds no rows")
     columns = set().union(*(row.keys() for _, row in raw.rows))
-    normalise = _normaliser(kind, columns, raw.source)
+    normalise = _normaliser(kind, columns, raw)
     rows, dropped = _normalise_all(raw, normalise, kind)
     if kind == "comparisons":
         rows = _without_contradictions(rows, dropped)
@@ -160,7 +169,13 @@ def _read(path: str, split: str, kind: str) -> _Raw:
         return _Raw(path, _read_file(place), has_split=False)
     if place.is_dir():
         file = _file_in_folder(place, split, kind)
-        return _Raw(str(file), _read_file(file), has_split=True, prepared=prepared_fingerprint(file))
+        return _Raw(
+            str(file),
+            _read_file(file),
+            has_split=True,
+            prepared=prepared_fingerprint(file),
+            in_folder_of_kind=file.parent != place,
+        )
     if _looks_local(path, place):
         siblings = [str(p) for p in place.parent.iterdir()] if place.parent.is_dir() else []
         near = did_you_mean(str(place), siblings)
@@ -187,7 +202,7 @@ def _file_in_folder(folder: Path, split: str, kind: str) -> Path:
     found = next((file for file in candidates if file.is_file()), None)
     if found is None:
         there = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if is_data(p))
-        raise UserError(
+        raise NoneOfKind(
             f"no {kind} for {split} in {folder}: expected {kind}/{split}.parquet (or .jsonl, .json, .csv); "
             f"there are {', '.join(there[:8]) or 'no data files'}{did_you_mean(f'{kind}/{split}.parquet', there)}"
         )
@@ -248,8 +263,11 @@ def _normalise_all(
     return rows, dropped
 
 
-def _normaliser(kind: Kind, columns: set[str], source: str) -> Callable[[Row], Row]:
-    """The function that brings a row with these columns into the shape of its kind."""
+def _normaliser(kind: Kind, columns: set[str], raw: _Raw) -> Callable[[Row], Row]:
+    """The function that brings a row of data with these columns into the shape of its kind.
+
+    Each row is read by the columns that it has itself: files of several sources mix their forms.
+    """
     shapes: dict[str, list[tuple[set[str], Callable[[Row], Row]]]] = {
         "demonstrations": [
             ({"prompt", "completion"}, _demonstration),
@@ -264,10 +282,17 @@ def _normaliser(kind: Kind, columns: set[str], source: str) -> Callable[[Row], R
         ],
         "prompts": [({"prompt"}, _prompt_row), ({"messages"}, _prompt_row), ({"chosen"}, _prompt_of_chosen)],
     }
-    for needed, normalise in shapes[kind]:
-        if needed <= columns:
-            return normalise
-    raise UserError(f"{source} has columns {', '.join(sorted(columns))}; {kind} need {NEEDED[kind]}")
+    known = [(needed, normalise) for needed, normalise in shapes[kind] if needed <= columns]
+    if not known:
+        error = UserError if raw.in_folder_of_kind else NoneOfKind
+        raise error(f"{raw.source} has columns {', '.join(sorted(columns))}; {kind} need {NEEDED[kind]}")
+
+    def by_its_columns(row: Row) -> Row:
+        there = {name for name, value in row.items() if value is not None}
+        # A row that has too little for any form is told what the first of them misses.
+        return next((normalise for needed, normalise in known if needed <= there), known[0][1])(row)
+
+    return by_its_columns
 
 
 def _demonstration(row: Row) -> Row:
@@ -301,14 +326,28 @@ def _pair(row: Row) -> Row:
         raise Untrainable("chosen and rejected do not answer the same prompt")
     if chosen == rejected:
         raise Untrainable("chosen and rejected are the same")
-    others = {**_others(row, "prompt", "chosen", "rejected"), **_single_ratings(row, 2)}
-    return {"prompt": prompt, "responses": [chosen, rejected], "ratings": [1.0, 0.0], **others}
+    others = {**_others(row, "prompt", "chosen", "rejected", "margin"), **_single_ratings(row, 2)}
+    return {"prompt": prompt, "responses": [chosen, rejected], "ratings": [_margin(row), 0.0], **others}
+
+
+def _margin(row: Row) -> float:
+    """By how much the chosen response is rated higher; 1 where the row does not say."""
+    margin = row.get("margin")
+    if margin is None:
+        return 1.0
+    if not is_number(margin):
+        raise Malformed(f"'margin' must be a number, got {show_value(margin)}")
+    if not (math.isfinite(margin) and margin > 0):
+        raise Untrainable("a margin that is not above 0 and finite")
+    return float(margin)
 
 
 def _ranking(row: Row) -> Row:
     prompt, values = as_prompt(row.get("prompt")), row.get("responses")
     if not isinstance(values, list):
         raise Malformed(f"'responses' must be a list, got {show_value(values)}")
+    if row.get("ratings") is None and row.get("ranks") is None:
+        raise Malformed("it has 'responses', but no 'ratings', 'ranks' or 'rater_ratings'")
     name, sign = ("ratings", 1.0) if row.get("ratings") is not None else ("ranks", -1.0)
     ratings = [sign * v for v in _ratings(row, name, len(values))]
     if not all(map(math.isfinite, ratings)):

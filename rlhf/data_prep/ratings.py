@@ -11,10 +11,20 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import combinations
+from typing import Any
 
 from rlhf.data_prep.records import Record
 
 Matrix = Sequence[Sequence[float | None]]
+
+#: Means of ratings are not exact: 1.3 - 0.8 is below 0.5 in fp32, and 0.7 - 0.2 in fp64.
+_TOLERANCE = 1e-6
+
+
+def is_clear(difference: Any, minimum: float) -> Any:
+    """Whether ratings that differ by this (a number, or elementwise an array or tensor) are a preference: by `minimum` or
+    more, and no tie. Whoever forms pairs asks here, so that a pair is not kept in one place and a tie in another."""
+    return (difference > _TOLERANCE) & (difference >= minimum - _TOLERANCE)
 
 
 def mean_ratings(matrix: Matrix) -> list[float]:
@@ -153,7 +163,7 @@ def clear_pairs(record: Record, rule: str, min_difference: float) -> list[tuple[
     return [
         (i, j) if ratings[i] > ratings[j] else (j, i)
         for i, j in combinations(range(len(ratings)), 2)
-        if ratings[i] != ratings[j] and distance(rule, ratings, i, j) >= min_difference
+        if is_clear(distance(rule, ratings, i, j), min_difference)
     ]
 
 

@@ -28,11 +28,12 @@ class TrainingPrompts:
         judged = [prompt_key(prompt) for prompt in prompts]
         found: dict[str, int | None] = {}
         for line in _ancestors(self.registry.lineage(artifact)):
-            own = self._prompts(line)
+            own = self.of(line)
             found[line.reference] = None if own is None else sum(key in own for key in judged)
         return found
 
-    def _prompts(self, artifact: Artifact) -> set[str] | None:
+    def of(self, artifact: Artifact) -> set[str] | None:
+        """Keys of the prompts that its stage trained on; None where its data is gone or has changed."""
         if artifact.hash not in self._read:
             self._read[artifact.hash] = _training_prompts(artifact)
         return self._read[artifact.hash]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,21 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf.config import RewardCardConfig, RewardConfig, parse_config
 from rlhf.data_prep.loading import load_rows
 from rlhf.errors import run_command
+from rlhf.evaluation.overlap import TrainingPrompts, prompt_key
 from rlhf.models import Compute, context_length, load_policy
 from rlhf.registry import Registry
 from rlhf.report import write_card_page
 from rlhf.reward import card as statistics
 from rlhf.reward import probes
 from rlhf.reward.card import Array, Judged, RatedPairs, rated_pairs
-from rlhf.reward.evaluate import GoldFunction, load_function, mean_logprobs, own_responses, prompt_numbers
+from rlhf.reward.evaluate import (
+    GoldFunction,
+    answerable,
+    load_function,
+    mean_logprobs,
+    own_responses,
+    prompt_numbers,
+)
 from rlhf.reward.rankings import Encoded, encode_rankings
 from rlhf.reward.scorer import Scorer, open_scorer
 from rlhf.tokenization import decode_response, last_user_text, load_tokenizer
@@ -61,7 +69,8 @@ def policy_evidence(
     held_out: Encoded,
 ) -> PolicyEvidence:
     """Samples from the SFT policy, and its likelihoods of held-out responses."""
-    prompts = [row["prompt"] for row in _first(training.rows, options.card_policy_samples)]
+    first = [row["prompt"] for row in _first(training.rows, options.card_policy_samples)]
+    prompts = answerable(first, tokenizer, context_length(policy), options.response_length)
     prompts = [prompts[i % len(prompts)] for i in range(options.card_policy_samples)]
     answers = own_responses(policy, tokenizer, prompts, response_length=options.response_length, seed=options.seed)
     texts = [decode_response(tokenizer, response) for _, response in answers]
@@ -90,6 +99,7 @@ def make_card(
     evidence: PolicyEvidence,
     options: Options,
     max_length: int,
+    seen: Set[str] | None,
 ) -> tuple[Card, list[dict[str, Any]]]:
     """The card, as plain data, and a row for each held-out response with its scores.
 
@@ -97,15 +107,15 @@ def make_card(
         name: of the model, for the first line.
         evidence: of the policy that the model was trained on.
         max_length: longest prompt and response together, tokens.
+        seen: keys of the prompts of the comparisons that the model was trained on; None where nobody knows.
     """
-    seen = {_key(prompt) for prompt in training.rows["prompt"]}
     judged = judge_rows(held_out.rows, seen, options.slice_columns)
     rows = [ids for row in held_out.rows["input_ids"] for ids in row]
     raw = scorer.raw(rows, torch.from_numpy(judged.ranking)).double().numpy()
     scores = (raw - scorer.mean) / scorer.std
     minimum, seed = options.eval_rating_difference, options.seed
     pairs = rated_pairs(judged.ratings, judged, minimum)
-    new = pairs.where(~judged.seen[pairs.better])
+    new = None if judged.seen is None else pairs.where(~judged.seen[pairs.better])
     others, ceiling = statistics.raters(scores, judged, minimum, seed)
     rivals = _rivals(judged, training.rows, evidence, seed)
     gold = _gold(options.gold, judged.texts)
@@ -116,7 +126,7 @@ def make_card(
         "left_out": {"train": training.left_out, "validation": held_out.left_out},
         "min_rating_difference": minimum,
         "accuracy": statistics.accuracy(scores, pairs, seed),
-        "accuracy_held_out_prompts": statistics.accuracy(scores, new, seed),
+        "accuracy_held_out_prompts": None if new is None else statistics.accuracy(scores, new, seed),
         "accuracy_held_out_raters": others,
         "human_ceiling": ceiling,
         "gold_accuracy": None if gold is None else statistics.accuracy(gold, pairs, seed),
@@ -127,16 +137,17 @@ def make_card(
         "probes": _probe(scorer, held_out.rows, scores, judged, options.card_probe_answers, max_length),
         "samples": _samples(scorer, training.rows, evidence, options),
     }
+    card["notes"] = _notes(held_out.rows, judged)
     card["flags"] = statistics.flags(card)
     card["verdict"] = statistics.verdict(card)
     return card, _score_rows(held_out.rows, judged, scores, rivals)
 
 
-def judge_rows(rows: Dataset, seen: set[str], columns: Sequence[str]) -> Judged:
-    """The columns of tokenised rankings as flat arrays."""
+def judge_rows(rows: Dataset, seen: Set[str] | None, columns: Sequence[str]) -> Judged:
+    """The columns of tokenised rankings as flat arrays; `seen` as `make_card` takes it."""
     table = rows.remove_columns("input_ids").to_list()
     sizes = [len(row["lengths"]) for row in table]
-    keys = [_key(row["prompt"]) for row in table]
+    keys = [prompt_key(row["prompt"]) for row in table]
     number = {key: i for i, key in enumerate(dict.fromkeys(keys))}
 
     def flat(name: str) -> Array:
@@ -145,23 +156,38 @@ def judge_rows(rows: Dataset, seen: set[str], columns: Sequence[str]) -> Judged:
     def repeated(values: Sequence[Any]) -> Array:
         return np.repeat(np.array(values), sizes)
 
-    held_out = all(row.get("ratings_held_out") is not None for row in table)
+    others = [row.get("ratings_held_out") or [np.nan] * size for row, size in zip(table, sizes, strict=True)]
+    held_out = np.array([value for row in others for value in row], dtype=float)
     return Judged(
         ranking=repeated(range(len(table))),
         prompt=repeated([number[key] for key in keys]),
         ratings=flat("ratings"),
-        held_out=flat("ratings_held_out") if held_out else None,
+        held_out=None if np.isnan(held_out).all() else held_out,
         lengths=flat("lengths").astype(int),
         texts=[response[-1]["content"] for row in table for response in row["responses"]],
-        seen=repeated([key in seen for key in keys]),
+        seen=None if seen is None else repeated([key in seen for key in keys]),
         columns={
             name: list(repeated([str(row[name]) for row in table])) for name in columns if name in rows.column_names
         },
     )
 
 
-def _key(prompt: Sequence[Mapping[str, str]]) -> str:
-    return json.dumps(list(prompt), sort_keys=True)
+def _notes(rows: Dataset, judged: Judged) -> list[str]:
+    """Why figures are missing that the data could have given."""
+    notes = []
+    raters = rows["rater_ratings"] if "rater_ratings" in rows.column_names else []
+    if judged.held_out is None and any(
+        min(map(len, of_responses), default=0) > 1 for of_responses in raters if of_responses
+    ):
+        notes.append(
+            "no human ceiling: several raters rated these responses and none is held out; prepare the data with "
+            "held_out_raters (python -m rlhf.data_prep), or leave out the column 'ratings'"
+        )
+    if judged.seen is None:
+        notes.append(
+            "no accuracy on new prompts: the comparisons that the model was trained on are gone, or have changed since"
+        )
+    return notes
 
 
 def _first(rows: Dataset, count: int) -> list[dict[str, Any]]:
@@ -245,6 +271,7 @@ def _samples(scorer: Scorer, rows: Dataset, evidence: PolicyEvidence, options: O
 
 def _score_rows(rows: Dataset, judged: Judged, scores: Array, rivals: Mapping[str, Array]) -> list[dict[str, Any]]:
     prompts = [last_user_text(prompt) for prompt in rows["prompt"]]
+    others = np.full(len(scores), np.nan) if judged.held_out is None else judged.held_out
     return [
         {
             "ranking": int(judged.ranking[i]),
@@ -252,7 +279,7 @@ def _score_rows(rows: Dataset, judged: Judged, scores: Array, rivals: Mapping[st
             "response": text,
             "score": float(scores[i]),
             "rating": float(judged.ratings[i]),
-            "rating_held_out": None if judged.held_out is None else float(judged.held_out[i]),
+            "rating_held_out": None if np.isnan(others[i]) else float(others[i]),
             "length": int(judged.lengths[i]),
             **{name: float(theirs[i]) if i < len(theirs) else None for name, theirs in rivals.items()},
         }
@@ -345,6 +372,8 @@ def print_card(card: Card) -> None:
     console.print(card["verdict"], style="bold", markup=False)
     for flag in card["flags"]:
         console.print(f"! {flag['message']}", markup=False)
+    for note in card["notes"]:
+        console.print(note, markup=False)
     table = Table("accuracy", "", "95% interval", "pairs", show_edge=False, pad_edge=False)
     for line in accuracy_lines(card):
         low, high = line["low"], line["high"]
@@ -389,7 +418,8 @@ def run(config: RewardCardConfig) -> Card:
     evidence = policy_evidence(policy, tokenizer, compute, config, training, held_out)
     del policy
     scorer = open_scorer(artifact, registry, config, compute, config.per_device_eval_batch_size)
-    card, rows = make_card(scorer, artifact.reference, training, held_out, evidence, config, limit)
+    seen = TrainingPrompts(registry).of(artifact)
+    card, rows = make_card(scorer, artifact.reference, training, held_out, evidence, config, limit, seen)
     folder = Path(config.output_dir)
     save_card(card, rows, folder)
     with Tracker(

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from rlhf.bootstrap import Array, interval, mean, resampled
+from rlhf.data_prep.ratings import is_clear
 
 Figures = dict[str, Any]
 
@@ -27,6 +28,13 @@ LENGTH_BIAS = 0.15
 """Share of pairs by which scores may prefer longer (or shorter) responses more than people do before it is flagged."""
 POOR_CALIBRATION = 0.1
 """Expected calibration error above which it is flagged."""
+CEILING_SHARE = 0.5
+"""Least share of the way from a coin to the human ceiling that agreement with held-out raters has to reach. InstructGPT's
+reward model went 72% of it (69.6% with held-out labellers, who agree with each other in 77.3%; sections 3.4 and 5.1); below
+a half, most of what people agree on is not in the scores, however surely they are better than a coin."""
+RIVAL_GAIN = 0.1
+"""A gain over a rival that is not told from 0 is a fault only where its interval rules out that it is as large as this;
+an interval that reaches further says that the pairs are too few."""
 OUTSIDE = 0.1
 """Share of the policy's samples outside the central 98% of training scores above which it is flagged: 2% would be even."""
 
@@ -42,13 +50,13 @@ class Judged:
     ratings: Array
     """(M,) by the raters whose verdicts a model is trained on; higher is better."""
     held_out: Array | None
-    """(M,) by other raters, or None."""
+    """(M,) by other raters, NaN where there are none; None where there are none at all."""
     lengths: Array
     """(M,) tokens of each response."""
     texts: Sequence[str]
     """(M,) the responses."""
-    seen: Array
-    """(M,) bool: the prompt is in the training comparisons, too."""
+    seen: Array | None
+    """(M,) bool: the prompt is in the training comparisons, too; None where nobody knows."""
     columns: Mapping[str, Sequence[str]]
     """Columns (M,) of the data by which accuracy is listed."""
 
@@ -84,7 +92,7 @@ def rated_pairs(verdict: Array, judged: Judged, min_difference: float = 0.0) -> 
     starts = np.flatnonzero(np.diff(judged.ranking)) + 1
     for rows in np.split(np.arange(len(verdict)), starts):
         gap = verdict[rows][:, None] - verdict[rows][None, :]
-        i, j = np.nonzero((gap > 0) & (gap >= min_difference - 1e-9))  # means of ratings are not exact
+        i, j = np.nonzero(is_clear(gap, min_difference))
         better.append(rows[i])
         worse.append(rows[j])
     first, second = np.concatenate(better), np.concatenate(worse)
@@ -196,9 +204,11 @@ def slices(scores: Array, judged: Judged, min_difference: float, seed: int = 0) 
             ("better one shorter", longer <= -SIMILAR_LENGTH),
         )
     ]
-    first, seen = pairs.better < pairs.worse, judged.seen[pairs.better]
+    first = pairs.better < pairs.worse
     parts += [("position", "better one first", pairs, first), ("position", "better one later", pairs, ~first)]
-    parts += [("prompt", "also in training", pairs, seen), ("prompt", "new", pairs, ~seen)]
+    if judged.seen is not None:
+        seen = judged.seen[pairs.better]
+        parts += [("prompt", "also in training", pairs, seen), ("prompt", "new", pairs, ~seen)]
     for name, column in judged.columns.items():
         values = np.array([column[i] for i in pairs.better])
         kinds, counts = np.unique(values, return_counts=True)
@@ -376,7 +386,7 @@ def rival(name: str, theirs: Array, scores: Array, pairs: RatedPairs, seed: int 
 
 
 def flags(card: Mapping[str, Any]) -> list[Figures]:
-    """What is wrong with the model, worst first: `name` and `message`."""
+    """What is wrong with the model, worst first: `name` and `message`. Those named in `SHORTFALLS` make its verdict."""
     found: list[Figures] = []
 
     def flag(name: str, message: str) -> None:
@@ -387,14 +397,17 @@ def flags(card: Mapping[str, Any]) -> list[Figures]:
         flag("no pairs", "no held-out pair differs by eval_rating_difference; nothing can be said")
     elif overall["low"] is None or overall["low"] <= 0.5:
         flag("coin", f"its accuracy of {overall['value']:.1%} is not told from a coin's")
+    own, ceiling = card["accuracy_held_out_raters"], card["human_ceiling"]
+    halfway = 0.5 + CEILING_SHARE * (ceiling["value"] - 0.5) if ceiling else 0.5
+    if halfway > 0.5 and own["high"] is not None and own["high"] < halfway:
+        flag(
+            "ceiling",
+            f"it is far below what people reach: it agrees with raters it never saw in {own['value']:.1%}, less than halfway "
+            f"from a coin to people's {ceiling['value']:.1%}",
+        )
     for line in card["rivals"]:
         if not line["beaten"]:
-            theirs, gain = line["accuracy"]["value"], line["gain"]
-            word = "is beaten by" if gain["high"] is not None and gain["high"] < 0 else "does not clearly beat"
-            flag(
-                "rival",
-                f"it {word} {line['name']}: {theirs + gain['value']:.1%} against {theirs:.1%} of the same pairs",
-            )
+            flag(*_unbeaten(line))
     if length["prefers_longer"] is not None:
         bias = length["prefers_longer"] - length["people_prefer_longer"]
         if abs(bias) > LENGTH_BIAS:
@@ -410,10 +423,27 @@ def flags(card: Mapping[str, Any]) -> list[Figures]:
     return found
 
 
+def _unbeaten(line: Mapping[str, Any]) -> tuple[str, str]:
+    """Name and message of the flag of a rival that is not beaten, or not known to be."""
+    theirs, gain = line["accuracy"]["value"], line["gain"]
+    low, high = gain["low"], gain["high"]
+    few = f"{gain['pairs']:,} pairs of {gain['prompts']:,} prompt{'s' if gain['prompts'] > 1 else ''}"
+    measured = f"{line['name']}: {theirs + gain['value']:.1%} against {theirs:.1%} of the same {few}"
+    if high is not None and high < 0:
+        return "rival", f"it is beaten by {measured}"
+    if gain["value"] > 0 and (low is None or high > RIVAL_GAIN):
+        return "rival unclear", f"too few pairs tell whether it beats {measured}"
+    return "rival", f"it does not clearly beat {measured}"
+
+
+#: Flags for which a model falls short, whatever else it is.
+SHORTFALLS = ("no pairs", "coin", "ceiling", "rival")
+
+
 def verdict(card: Mapping[str, Any]) -> str:
     """The first line: how good the model is, beside people and rivals, and what to look at."""
     found, overall = card["flags"], card["accuracy"]
-    worst = [flag["message"] for flag in found if flag["name"] in ("no pairs", "coin", "rival")]
+    worst = [flag["message"] for flag in found if flag["name"] in SHORTFALLS]
     if overall is None:
         return f"{card['model']} NOT JUDGED: {worst[0]}."
     text = f"right in {overall['value']:.1%} of {overall['pairs']:,} held-out pairs"
@@ -426,5 +456,5 @@ def verdict(card: Mapping[str, Any]) -> str:
         return f"{card['model']} FALLS SHORT: {'; '.join(worst)}. It is {text}."
     others = len(found)
     rest = f" {others} warning{'s' if others > 1 else ''} below." if others else " Nothing flagged."
-    beaten = ", ".join(line["name"] for line in card["rivals"])
+    beaten = ", ".join(line["name"] for line in card["rivals"] if line["beaten"])
     return f"{card['model']} is {text}; it beats {beaten}.{rest}" if beaten else f"{card['model']} is {text}.{rest}"

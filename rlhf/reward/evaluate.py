@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf.config import require
 from rlhf.errors import UserError
 from rlhf.models import Compute, before_head
 from rlhf.packing import prompt_batches
@@ -28,6 +29,29 @@ def prompt_numbers(nested: Sequence[Sequence[Any]]) -> Tensor:
     return torch.tensor([i for i, inner in enumerate(nested) for _ in inner])
 
 
+def answerable(
+    prompts: Sequence[Sequence[Message]], tokenizer: PreTrainedTokenizerBase, context: int, response_length: int
+) -> list[Sequence[Message]]:
+    """The prompts that leave room in a context for an answer of `response_length`, both in tokens; says how many do not.
+
+    Raises:
+        UserError: none does.
+    """
+    kept = [prompt for prompt in prompts if len(encode_prompt(tokenizer, prompt)) + response_length <= context]
+    require(
+        bool(kept),
+        f"no prompt leaves room for response_length={response_length} tokens in the model's context of {context}; "
+        "lower response_length",
+    )
+    if left_out := len(prompts) - len(kept):
+        print(
+            f"{left_out} of {len(prompts)} prompts leave no room for response_length={response_length} tokens in the model's "
+            f"context of {context}, and are not answered",
+            flush=True,
+        )
+    return kept
+
+
 @torch.no_grad()
 def own_responses(
     policy: PreTrainedModel,
@@ -40,6 +64,7 @@ def own_responses(
     """Token ids (prompt, response) of one response to each prompt, sampled at temperature 1.
 
     Args:
+        prompts: with room for a response in the policy's context (`answerable`).
         response_length: longest response, tokens.
     """
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from trl import RewardTrainer
 
+from rlhf.data_prep.ratings import is_clear
 from rlhf.packing import prompt_batches
 from rlhf.resumable import ResumableTrainer
 from rlhf.tokenization import pad
@@ -60,12 +61,12 @@ def ordered_pairs(
     """
     gap = ratings[:, None] - ratings[None, :]
     same = prompt[:, None] == prompt[None, :]
-    better, worse = (same & (gap > 0) & (gap >= min_difference)).nonzero(as_tuple=True)
+    better, worse = (same & is_clear(gap, min_difference)).nonzero(as_tuple=True)
     count = same.sum(dim=1).to(torch.float32)
     weight = (2.0 / (count * (count - 1)).clamp_min(1.0))[better]
     if confidence is not None:
         weight = weight * confidence[better, worse]
-    return Pairs(better, worse, weight, gap[better, worse])
+    return Pairs(better, worse, weight, gap[better, worse].float())
 
 
 def agreement(ratings: Sequence[Sequence[float]]) -> Tensor:
@@ -118,7 +119,8 @@ class RankingCollator:
             "input_ids": ids,
             "attention_mask": mask,
             "prompt": torch.tensor(prompt),
-            "ratings": torch.tensor([r for row in rows for r in row["ratings"]], dtype=torch.float32),
+            # In fp32, differences of ratings on a scale to 100 would be off by more than what passes for rounding.
+            "ratings": torch.tensor([r for row in rows for r in row["ratings"]], dtype=torch.float64),
         }
         if self.weight_by_agreement:
             batch["confidence"] = torch.block_diag(*(agreement(row["rater_ratings"]) for row in rows))

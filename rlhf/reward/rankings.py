@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.config import require
 from rlhf.data_prep.loading import NAMED_ROWS, Loaded
+from rlhf.data_prep.ratings import is_clear
 from rlhf.tokenization import check_rows, encode_prompt, encode_response
 
 
@@ -61,7 +62,7 @@ def encode_rankings(
             dropped[f"prompt and response of more than {max_length} tokens"].append(number)
         elif len(ids) < min_responses:
             dropped[f"fewer than {min_responses} responses"].append(number)
-        elif min_rating_difference is not None and (spread == 0 or spread < min_rating_difference):
+        elif min_rating_difference is not None and not is_clear(spread, min_rating_difference):
             dropped["no two ratings that differ enough"].append(number)
         else:
             lengths = [len(tokens) - len(prompt) for tokens in ids]

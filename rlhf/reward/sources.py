@@ -32,7 +32,7 @@ from rlhf.registry import Registry
 from rlhf.registry.export import MANIFESTS
 from rlhf.reward.evaluate import load_function
 from rlhf.reward.scorer import Scorer, open_scorer
-from rlhf.tokenization import encode_prompt, encode_response, last_user_text
+from rlhf.tokenization import Message, encode_prompt, encode_response, last_user_text
 
 #: Times that a request is repeated, with waits of 0.5, 1 and 2 seconds between.
 _RETRIES = 3
@@ -277,15 +277,22 @@ def open_source(
 
 def reads_texts(scorer: Scorer) -> Source:
     """A reward model of any tokenizer or chat template: it gets texts, and encodes them as its own, which may be longer."""
-    context = context_length(cast(Any, scorer.model))
 
     def source(responses: Responses) -> Tensor:
-        pairs = zip(responses.rows, responses.texts, strict=True)
-        rows = [scorer.encode(row["prompt"], text) for row, text in pairs]
-        _require_room(rows, context)
-        return scorer(rows)
+        return scores_of_texts(scorer, [row["prompt"] for row in responses.rows], responses.texts)
 
     return source
+
+
+def scores_of_texts(scorer: Scorer, prompts: Sequence[Sequence[Message]], answers: Sequence[str]) -> Tensor:
+    """Normalised scores (M,) of answers as the reward model's own tokenizer writes them.
+
+    Raises:
+        RewardError: one is longer than its context.
+    """
+    rows = [scorer.encode(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    _require_room(rows, context_length(cast(Any, scorer.model)))
+    return scorer(rows)
 
 
 def _require_room(rows: Sequence[Sequence[int]], context: int) -> None:

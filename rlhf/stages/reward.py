@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,10 +22,11 @@ from trl import RewardConfig as TrlRewardConfig
 
 from rlhf import checkpoint, storage
 from rlhf.config import RewardConfig, parse_config, require
-from rlhf.data_prep.loading import Loaded, load_rows
+from rlhf.data_prep.loading import Loaded, NoneOfKind, load_rows
 from rlhf.doctor.preflight_supervised import reward as check_reward
 from rlhf.doctor.probe import Probe
-from rlhf.errors import UserError, run_command
+from rlhf.errors import run_command
+from rlhf.evaluation.overlap import prompt_key
 from rlhf.evaluation.reward import (
     PolicyEvidence,
     figures,
@@ -44,7 +45,7 @@ from rlhf.models import (
     trainable_reward_model,
 )
 from rlhf.registry import Artifact, Registry
-from rlhf.reward.evaluate import load_function, own_responses
+from rlhf.reward.evaluate import answerable, load_function, own_responses
 from rlhf.reward.parity import PARITY_TEXTS, require_parity
 from rlhf.reward.ranking import Objective, RankingCollator, RankingTrainer
 from rlhf.reward.rankings import Encoded, encode_rankings
@@ -71,12 +72,23 @@ NORMALIZATION_SAMPLES = 256
 
 
 @dataclass(frozen=True, kw_only=True)
+class Zero:
+    """Responses whose scores become 0 on average."""
+
+    kind: str
+    """What they are, in words."""
+    rows: list[list[int]]
+    """Token rows, prompt and response."""
+    too_long: int
+    """How many were left out, because the model is trained on nothing so long."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Beforehand:
     """What only the SFT policy can tell, which the training uses up."""
 
     evidence: PolicyEvidence
-    zero: list[list[int]]
-    """Token rows whose scores become 0 on average."""
+    zero: Zero
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +100,8 @@ class Prepared:
     validation: Encoded
     limit: int
     """Longest prompt and response together, tokens."""
+    seen: set[str]
+    """Keys of the training comparisons' prompts."""
 
     @property
     def texts(self) -> list[list[int]]:
@@ -100,10 +114,9 @@ def run(config: RewardConfig, *, reuse: bool = False, only_preflight: bool = Fal
     """Trains and registers; with `reuse`, an artefact of the same recipe is returned instead of trained again; with
     `only_preflight`, it ends before the training, without an artefact."""
     policy = Registry(config.registry).get(config.policy, expect_stage="sft")
-    sets = data_sets(config)
-    comparisons, held_out = sets["train"], sets["validation"]
+    sets, given = data_sets(config), normalizing_data(config)
     data = describe_data(sets)
-    recipe = stage_recipe(config, [policy], data)
+    recipe = stage_recipe(config, [policy], describe_data(sets | ({"normalization": given} if given else {})))
     if reuse and (artifact := finished_already("reward", config, recipe)):
         return artifact
     if config.gold:
@@ -118,8 +131,8 @@ def run(config: RewardConfig, *, reuse: bool = False, only_preflight: bool = Fal
         tempfile.TemporaryDirectory(dir=run.folder, prefix=SCRATCH) as place,
     ):
         base = load_policy(policy, config, run.compute)
-        prepared = prepare(run, config, base, policy, comparisons, held_out)
-        before = None if only_preflight else ask_policy(run, config, base, prepared, comparisons)
+        prepared = prepare(run, config, base, policy, sets["train"], sets["validation"])
+        before = None if only_preflight else ask_policy(run, config, base, prepared, given)
         model = trainable_reward_model(base, config, int(prepared.tokenizer.pad_token_id))
         trainer = make_trainer(run, config, model, prepared)
         examine = partial(check_reward, trainer=trainer, policy=base)
@@ -133,8 +146,19 @@ def run(config: RewardConfig, *, reuse: bool = False, only_preflight: bool = Fal
 
 
 def data_sets(config: RewardConfig) -> dict[str, Loaded]:
-    """Everything that the stage reads, by split."""
+    """What the stage trains on and is judged on, by split."""
     return {split: load_rows(config.dataset, split, kind="comparisons") for split in ("train", "validation")}
+
+
+def normalizing_data(config: RewardConfig) -> Loaded | None:
+    """The rows that `normalize_on` asks for: demonstrations, or the prompts that the policy answers. None where the data has
+    no demonstrations at all; those that cannot be read are an error, or the zero would be another one unnoticed."""
+    if config.normalize_on == "policy":
+        return load_rows(config.dataset, "train", kind="prompts")
+    try:
+        return load_rows(config.dataset, "train", kind="demonstrations")
+    except NoneOfKind:
+        return None
 
 
 def prepare(
@@ -159,19 +183,29 @@ def prepare(
             f"weight_by_agreement needs 'rater_ratings' in every row of {config.dataset} ({name}): for each response, "
             "the numbers of its raters",
         )
-    return Prepared(tokenizer=tokenizer, training=training, validation=validation, limit=limit)
+    seen = {prompt_key(prompt) for prompt in comparisons.rows["prompt"]}
+    return Prepared(tokenizer=tokenizer, training=training, validation=validation, limit=limit, seen=seen)
 
 
 def ask_policy(
-    run: Run, config: RewardConfig, base: PreTrainedModel, prepared: Prepared, comparisons: Loaded
+    run: Run, config: RewardConfig, base: PreTrainedModel, prepared: Prepared, given: Loaded | None
 ) -> Beforehand:
-    """What only the SFT policy can tell, before it is trained into a reward model."""
+    """What only the SFT policy can tell, before it is trained into a reward model; notes what the zero will be."""
     tokenizer, training, validation = prepared.tokenizer, prepared.training, prepared.validation
     with run.timer.phase("evaluate"):
-        return Beforehand(
-            evidence=policy_evidence(base, tokenizer, run.compute, config, training, validation),
-            zero=normalizing_rows(config, base, tokenizer, comparisons),
-        )
+        zero = normalizing_rows(config, base, prepared, given)
+        evidence = policy_evidence(base, tokenizer, run.compute, config, training, validation)
+    run.data["normalization"] = {
+        "kind": zero.kind,
+        "responses": len(zero.rows),
+        "dropped": {f"prompt and response of more than {prepared.limit} tokens": zero.too_long}
+        if zero.too_long
+        else {},
+        "fingerprint": given.fingerprint if given else None,
+    }
+    longer = f"; {zero.too_long} of more than {prepared.limit} tokens are left out" if zero.too_long else ""
+    print(f"reward: {len(zero.rows)} {zero.kind} score 0 on average{longer}", flush=True)
+    return Beforehand(evidence=evidence, zero=zero)
 
 
 def train_and_save(
@@ -211,7 +245,7 @@ def finish(
         model = load_reward_model(saved, policy, config, run.compute, int(prepared.tokenizer.pad_token_id))
         scorer = Scorer(model, prepared.tokenizer, run.compute, config.per_device_eval_batch_size)
         difference = require_parity(trained, scorer, prepared.texts)
-        scorer.mean, scorer.std = normalization(config, scorer, before.zero)
+        scorer.mean, scorer.std = normalization(config, scorer, before.zero.rows)
         card, rows = make_card(
             scorer,
             f"reward/{config.name}",
@@ -220,6 +254,7 @@ def finish(
             before.evidence,
             config,
             prepared.limit,
+            prepared.seen,
         )
     save_card(card, rows, run.folder)
     log_card(card, run.tracker, steps)
@@ -270,25 +305,56 @@ def normalization(config: RewardConfig, scorer: Scorer, rows: Sequence[Sequence[
     return float(scores.mean()), std
 
 
-def normalizing_rows(
-    config: RewardConfig, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, comparisons: Loaded
-) -> list[list[int]]:
-    """Token rows of the responses that `normalize_on` names: the SFT policy's own; or demonstrations, and where there are
-    none, the best response of each ranking."""
-    if config.normalize_on == "policy":
-        rows = load_rows(config.dataset, "train", kind="prompts").rows
-        prompts = [rows[i % len(rows)]["prompt"] for i in range(NORMALIZATION_SAMPLES)]
-        answers = own_responses(base, tokenizer, prompts, response_length=config.response_length, seed=config.seed)
-        return [prompt + response for prompt, response in answers]
-    try:
-        rows = load_rows(config.dataset, "train", kind="demonstrations").rows
-        pairs = [
-            (row["prompt"], row["completion"]) for row in rows.select(range(min(len(rows), NORMALIZATION_SAMPLES)))
-        ]
-    except UserError:
-        rows = comparisons.rows.select(range(min(len(comparisons.rows), NORMALIZATION_SAMPLES)))
-        pairs = [(row["prompt"], row["responses"][row["ratings"].index(max(row["ratings"]))]) for row in rows]
-    return [encode_prompt(tokenizer, p) + encode_response(tokenizer, p, a) for p, a in pairs]
+def normalizing_rows(config: RewardConfig, base: PreTrainedModel, prepared: Prepared, given: Loaded | None) -> Zero:
+    """The responses that `normalize_on` names, as long as the model is trained on at most: the SFT policy's own; or
+    demonstrations, and where there are none, the best response of each training ranking.
+
+    Raises:
+        UserError: all are too long.
+    """
+    if given is None:
+        kind, rows = "best responses of the comparisons (there are no demonstrations)", _best(prepared.training)
+    elif config.normalize_on == "policy":
+        kind, rows = "responses of the SFT policy", _answers(config, base, prepared.tokenizer, given)
+    else:
+        kind, rows = "demonstrations", _demonstrations(prepared.tokenizer, given)
+    kept: list[list[int]] = []
+    too_long = 0
+    for ids in rows:
+        if len(ids) > prepared.limit:
+            too_long += 1
+        else:
+            kept.append(ids)
+        if len(kept) == NORMALIZATION_SAMPLES:
+            break
+    require(
+        bool(kept),
+        f"normalize_on {config.normalize_on}: none of the {too_long} {kind} fits into max_length={prepared.limit} tokens, so "
+        "nothing can score 0; raise max_length, or normalise on something else",
+    )
+    return Zero(kind=kind, rows=kept, too_long=too_long)
+
+
+def _best(training: Encoded) -> Iterator[list[int]]:
+    for row in training.rows:
+        yield row["input_ids"][row["ratings"].index(max(row["ratings"]))]
+
+
+def _demonstrations(tokenizer: PreTrainedTokenizerBase, given: Loaded) -> Iterator[list[int]]:
+    for row in given.rows:
+        prompt = row["prompt"]
+        yield encode_prompt(tokenizer, prompt) + encode_response(tokenizer, prompt, row["completion"])
+
+
+def _answers(
+    config: RewardConfig, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, given: Loaded
+) -> Iterator[list[int]]:
+    """As many as are needed, to each prompt in turn."""
+    first = given.rows.select(range(min(len(given.rows), NORMALIZATION_SAMPLES)))["prompt"]
+    prompts = answerable(first, tokenizer, context_length(base), config.response_length)
+    prompts = [prompts[i % len(prompts)] for i in range(NORMALIZATION_SAMPLES)]
+    answers = own_responses(base, tokenizer, prompts, response_length=config.response_length, seed=config.seed)
+    return iter([prompt + response for prompt, response in answers])
 
 
 def main() -> None:

@@ -42,8 +42,9 @@ from rlhf.models import (
 from rlhf.ppo.functional import sequence_logprobs
 from rlhf.registry import Artifact, Registry
 from rlhf.resumable import ResumableTrainer
-from rlhf.reward.evaluate import mean_logprobs, own_responses
+from rlhf.reward.evaluate import answerable, mean_logprobs, own_responses
 from rlhf.reward.scorer import open_scorer
+from rlhf.reward.sources import scores_of_texts
 from rlhf.stages.common import (
     Run,
     SortedStepSampler,
@@ -160,12 +161,13 @@ def make_trainer(
 ) -> _Trainer:
     """TRL's SFT trainer on the tokenised demonstrations; the reward model, if there is one, chooses the checkpoint."""
     held_out = sets["validation"]
-    longest = min(config.max_length, context_length(model.get_base_model()))
+    context = context_length(model.get_base_model())
+    longest = min(config.max_length, context)
     training, dropped = tokenize(sets["train"], tokenizer, longest)
     evaluated, held_out_dropped = tokenize(held_out, tokenizer, longest, limit=config.max_eval_samples)
     add_dropped(run.data, "train", dropped)
     add_dropped(run.data, "validation", held_out_dropped)
-    selection = [Selection(config, run, tokenizer, held_out, reward) for reward in rewards]
+    selection = [Selection(config, run, tokenizer, held_out, reward, context) for reward in rewards]
     return _Trainer(
         model=model,
         args=TrlSFTConfig(
@@ -223,11 +225,22 @@ class Selection:
     """
 
     def __init__(
-        self, config: SFTConfig, run: Run, tokenizer: PreTrainedTokenizerBase, held_out: Loaded, reward: Artifact
+        self,
+        config: SFTConfig,
+        run: Run,
+        tokenizer: PreTrainedTokenizerBase,
+        held_out: Loaded,
+        reward: Artifact,
+        context: int,
     ) -> None:
+        """Leaves out prompts after which an answer has no room in the policy's `context`, or in the reward model's."""
         self.config, self.compute, self.tokenizer = config, run.compute, tokenizer
-        self.prompts = held_out.rows.select(range(min(config.selection_samples, len(held_out.rows))))["prompt"]
         self.scorer = open_scorer(reward, run.registry, config, run.compute, config.per_device_eval_batch_size)
+        prompts = held_out.rows.select(range(min(config.selection_samples, len(held_out.rows))))["prompt"]
+        readers = ((tokenizer, context), (self.scorer.tokenizer, context_length(cast(Any, self.scorer.model))))
+        for reader, room in readers:
+            prompts = answerable(prompts, reader, room, config.response_length)
+        self.prompts = prompts
 
     def __call__(self, policy: PreTrainedModel) -> float:
         with self.compute.autocast():
@@ -239,8 +252,7 @@ class Selection:
                 seed=self.config.seed,
             )
         texts = [decode_response(self.tokenizer, response) for _, response in answers]
-        rows = [self.scorer.encode(prompt, text) for prompt, text in zip(self.prompts, texts, strict=True)]
-        return float(self.scorer(rows).mean())
+        return float(scores_of_texts(self.scorer, self.prompts, texts).mean())
 
 
 def tokenize(

@@ -86,6 +86,12 @@ def test_demonstrations(tmp_path: Path, row: Any, prompt: Any, completion: str) 
         ),
         ({"chosen": HH + " Fine.", "rejected": HH + " Bad."}, HH_PROMPT, ["Fine.", "Bad."], [1.0, 0.0]),
         ({"prompt": HH, "chosen": " Fine.", "rejected": " Bad."}, HH_PROMPT, ["Fine.", "Bad."], [1.0, 0.0]),
+        (  # TRL's column: how much better the chosen one is, and null where nobody said
+            {"prompt": "Hi", "chosen": "Hello", "rejected": "No", "margin": 2.5}, [user("Hi")], ["Hello", "No"], [2.5, 0.0],
+        ),
+        (
+            {"prompt": "Hi", "chosen": "Hello", "rejected": "No", "margin": None}, [user("Hi")], ["Hello", "No"], [1.0, 0.0],
+        ),
         (
             {"prompt": "Hi", "responses": ["a", "b", "c"], "ratings": [1, 3.5, 2]},
             [user("Hi")], ["a", "b", "c"], [1.0, 3.5, 2.0],
@@ -168,6 +174,22 @@ def test_rows_that_contradict_each_other_are_left_out(tmp_path: Path) -> None:
     assert loaded.dropped_rows == {"contradicts another row": [1, 2]} and loaded.numbers == [3]
 
 
+def test_a_file_may_mix_its_forms(tmp_path: Path) -> None:
+    """Bug: every row is read by the columns of the whole file, and a row of single raters' numbers among rows of ratings is
+    refused for having no ranks."""
+    rows = [
+        ranked(["a", "b"], [0, 1]),
+        {"prompt": "q", "responses": ["a", "b"], "ranks": [1, 2]},
+        {"prompt": "r", "responses": ["a", "b"], "rater_ratings": [[3, 1], [0, 2]]},
+        {**pair("a", "b"), "prompt": "s"},
+    ]
+    loaded = load(tmp_path, "comparisons", *rows).rows
+    assert loaded["ratings"] == [[0, 1], [-1, -2], [3, 0], [1, 0]]
+    assert loaded["ratings_held_out"] == [None, None, [1, 2], None]
+    mixed = load(tmp_path, "demonstrations", {"messages": [user("a"), assistant("b")]}, answer("c")).rows
+    assert [completion[0]["content"] for completion in mixed["completion"]] == ["b", "c"]
+
+
 def test_other_columns_are_kept(tmp_path: Path) -> None:
     """Bug: the held-out ratings are lost, or a column of mixed types that nobody needs stops the run."""
     row = {"prompt": "p", "responses": ["a", "b"], "ratings": [0, 1], "ratings_held_out": [0.5, 1.5]}
@@ -192,6 +214,9 @@ def test_other_columns_are_kept(tmp_path: Path) -> None:
             "rater_ratings that are missing or not finite",
         ),
         ("comparisons", pair("a", "a"), "chosen and rejected are the same"),
+        ("comparisons", {**pair("a", "b"), "margin": 0}, "a margin that is not above 0 and finite"),
+        ("comparisons", {**pair("a", "b"), "margin": -1.0}, "a margin that is not above 0 and finite"),
+        ("comparisons", {**pair("a", "b"), "margin": float("nan")}, "a margin that is not above 0 and finite"),
         ("comparisons", {**pair("a", "b"), "prompt": ""}, "empty prompt"),
         (
             "comparisons",
@@ -255,6 +280,12 @@ def test_rows_without_a_lesson_are_dropped_and_counted(tmp_path: Path, kind: str
         ),
         ("comparisons", {**ranked(["a", "b"], [1, 2]), "ratings_held_out": [1]}, r"2 responses but 1 ratings_held_out"),
         ("comparisons", ranked(["a", "b"], [True, False]), r"row 2: 'ratings' must be a list of numbers"),
+        (
+            "comparisons",
+            ranked(["a", "b"], None),
+            r"row 2: it has 'responses', but no 'ratings', 'ranks' or 'rater_ratings'",
+        ),
+        ("comparisons", {**pair("a", "b"), "margin": "2"}, r"row 2: 'margin' must be a number, got str '2'"),
     ],
 )
 def test_wrong_types_name_file_and_row(tmp_path: Path, kind: str, row: Any, message: str) -> None:

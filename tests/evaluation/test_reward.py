@@ -5,19 +5,23 @@ from __future__ import annotations
 import html
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from toys import Call
 
 from rlhf.config import RewardCardConfig
 from rlhf.data_prep.loading import load_rows
-from rlhf.evaluation.reward import judge_rows, print_card
+from rlhf.evaluation.overlap import prompt_key
+from rlhf.evaluation.reward import _notes, _score_rows, judge_rows, print_card
 from rlhf.models import Compute
 from rlhf.registry import Registry
+from rlhf.reward import card as statistics
 from rlhf.reward.rankings import encode_rankings
 from rlhf.reward.scorer import open_scorer
 from rlhf.tokenization import load_tokenizer
@@ -101,7 +105,7 @@ def test_columns_of_the_data_are_flattened_in_step(toy_base: Callable[[str], Pat
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tokenizer = load_tokenizer(str(toy_base("llama")), chat_template="chatml")
     encoded = encode_rankings(load_rows(tmp_path, "train", kind="comparisons"), tokenizer, 200)
-    key = json.dumps([{"content": "q", "role": "user"}], sort_keys=True)
+    key = prompt_key([{"role": "user", "content": "q"}])
     judged = judge_rows(encoded.rows, {key}, ["source", "no_such_column"])
     assert judged.ranking.tolist() == [0, 0, 1, 1, 1, 2, 2] and judged.prompt.tolist() == [0, 0, 1, 1, 1, 0, 0]
     assert judged.ratings.tolist() == [1, 0, 0, 1, 2, 1, 0]
@@ -109,15 +113,50 @@ def test_columns_of_the_data_are_flattened_in_step(toy_base: Callable[[str], Pat
     assert list(judged.texts) == ["good", "bad film", "a", "b", "c", "x", "y"]
     expected = [len(tokenizer(text)["input_ids"]) + 1 for text in judged.texts]  # and the stop token
     assert judged.lengths.tolist() == expected
-    assert judged.seen.tolist() == [False, False, True, True, True, False, False]
+    assert judged.seen is not None and judged.seen.tolist() == [False, False, True, True, True, False, False]
     assert dict(judged.columns) == {"source": ["a", "a", "b", "b", "b", "a", "a"]}
+
+
+def test_rows_without_held_out_raters_do_not_count_and_are_told(
+    toy_base: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """One row without held-out raters that takes the ceiling from all others; a rating of theirs that is made up; no word of
+    why there is no ceiling, where several raters rated every response."""
+
+    def encoded(*rows: dict[str, Any]) -> Any:
+        (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return encode_rankings(load_rows(tmp_path, "train", kind="comparisons"), tokenizer, 200).rows
+
+    tokenizer = load_tokenizer(str(toy_base("llama")), chat_template="chatml")
+    plain = {"prompt": "p", "responses": ["a", "b"], "ratings": [0, 1], "rater_ratings": [[0, 0], [1, 1]]}
+    split = {**plain, "prompt": "q", "ratings_held_out": [0, 2], "rater_ratings_held_out": [[0], [2]]}
+    rows = encoded(plain, split)
+    judged = judge_rows(rows, None, [])
+    assert judged.held_out is not None and str(judged.held_out.tolist()) == "[nan, nan, 0.0, 2.0]"
+    own, ceiling = statistics.raters(np.array([1.0, 0.0, 0.0, 1.0]), judged, 1.0)
+    assert own is not None and ceiling is not None and (own["value"], own["pairs"], ceiling["value"]) == (1.0, 1, 1.0)
+    listed = _score_rows(rows, judged, np.zeros(4), {})
+    assert [line["rating_held_out"] for line in listed] == [None, None, 0.0, 2.0]
+    assert not [line for line in statistics.slices(np.zeros(4), judged, 0.0) if line["slice"] == "prompt"]
+    assert [note.split(":")[0] for note in _notes(rows, judged)] == ["no accuracy on new prompts"]
+
+    rows = encoded(plain)
+    judged = judge_rows(rows, set(), [])
+    assert judged.held_out is None and "held_out_raters" in _notes(rows, judged)[0]
+    rows = encoded({**plain, "rater_ratings": [[0], [1]]})
+    assert _notes(rows, judge_rows(rows, set(), [])) == [], "a single rater cannot be held out"
 
 
 def test_the_command_judges_a_registered_model(
     finished: tuple[Path, Path], toy_data: Path, tmp_path: Path, call: Callable[..., Call], card: dict[str, Any]
 ) -> None:
-    """A command whose figures are not those of the stage on the same data, or that leaves no page, no JSON, no table."""
-    words = ["--model", "reward/toy", "--data", toy_data, "--registry", finished[0], "--output_dir", tmp_path]
+    """A command whose figures are not those of the stage on the same held-out data, or that leaves no page, no JSON, no table.
+    Its training split here has the held-out prompts, and is not what the model was trained on: they are new all the same."""
+    data = tmp_path / "data"
+    (data / "comparisons").mkdir(parents=True)
+    for split in ("train", "validation"):
+        shutil.copy(toy_data / "comparisons" / "validation.jsonl", data / "comparisons" / f"{split}.jsonl")
+    words = ["--model", "reward/toy", "--data", data, "--registry", finished[0], "--output_dir", tmp_path]
     sizes = [
         "--response_length",
         8,
@@ -132,7 +171,7 @@ def test_the_command_judges_a_registered_model(
     assert done.code == 0, done.err[-3000:]
     made = json.loads((tmp_path / "card.json").read_text())
     assert made["model"] == "reward/toy@1"
-    for part in ("accuracy", "human_ceiling", "length", "calibration", "slices"):
+    for part in ("accuracy", "accuracy_held_out_prompts", "human_ceiling", "length", "calibration", "slices"):
         assert json.dumps(made[part]) == json.dumps(card[part]), part
     assert [line["name"] for line in made["rivals"]] == [line["name"] for line in card["rivals"]]
     assert made["verdict"].split(" ", 1)[1].split(".")[0] in done.out.replace("\n", " ")

@@ -278,6 +278,48 @@ def test_a_model_of_shuffled_labels_is_flagged() -> None:
     assert "bag of words" in made["verdict"]
 
 
+def test_a_model_far_below_people_falls_short() -> None:
+    """A model of shuffled labels that by chance is better than a coin and beats the free rivals passes, with people right in
+    99 of 100 pairs, as soon as there is enough data to be sure of its 60%."""
+    figures = {"low": 0.56, "high": 0.65, "pairs": 3000, "prompts": 100}
+    beaten = {
+        "name": "length",
+        "accuracy": {"value": 0.5},
+        "gain": {"value": 0.1, "low": 0.05, "high": 0.15},
+        "beaten": True,
+    }
+    good = {"scores": world().ratings, "people": world(), "training": world(seed=1), "rivals": [beaten]}
+    own, ceiling = {"value": 0.606, **figures}, {"value": 0.987, **figures}
+    made = make(**good, accuracy=own, accuracy_held_out_raters=own, human_ceiling=ceiling)
+    assert names(made) == {"ceiling"} and made["verdict"].startswith(
+        "reward/toy FALLS SHORT: it is far below what people"
+    )
+    for value in (
+        0.79,
+        0.5,
+        0.45,
+    ):  # halfway there is .645, within the interval; people who do not agree are no ceiling
+        made = make(**good, accuracy=own, accuracy_held_out_raters=own, human_ceiling={**ceiling, "value": value})
+        assert names(made) == set(), value
+
+
+def test_few_pairs_are_no_fault_of_the_model() -> None:
+    """A good model that falls short because a rival was measured on 11 prompts; or an excuse for one that has no gain."""
+    good = {"scores": world().ratings, "people": world(), "training": world(seed=1)}
+    line = {"name": "likelihood", "accuracy": {"value": 0.5}, "beaten": False}
+    for value, low, high, name in (
+        (0.15, -0.02, 0.3, "rival unclear"),
+        (0.15, None, None, "rival unclear"),
+        (0.02, -0.02, 0.06, "rival"),
+        (-0.01, -0.2, 0.2, "rival"),
+        (-0.2, -0.3, -0.1, "rival"),
+    ):
+        gain = {"value": value, "low": low, "high": high, "pairs": 331, "prompts": 11}
+        made = make(**good, rivals=[{**line, "gain": gain}])
+        assert names(made) == {name} and "331 pairs of 11 prompts" in made["flags"][0]["message"]
+        assert ("FALLS SHORT" in made["verdict"]) == (name == "rival") and "it beats" not in made["verdict"]
+
+
 def test_a_length_biased_model_is_flagged() -> None:
     """On people's ratings it prefers length where they do not. On labels that themselves prefer length it cannot be told by
     its preference, but does not beat the length itself."""

@@ -11,10 +11,10 @@ from toys import BENT, FAMILIES, Call, build_bent, build_model
 
 from rlhf.errors import UserError
 from rlhf.evaluation.gold import vader
-from rlhf.models import Compute
+from rlhf.models import Compute, context_length
 from rlhf.packing import pack_rows
 from rlhf.registry import Registry
-from rlhf.reward.evaluate import load_function, mean_logprobs, own_responses
+from rlhf.reward.evaluate import answerable, load_function, mean_logprobs, own_responses
 from rlhf.tokenization import encode_prompt, load_tokenizer
 
 
@@ -50,6 +50,24 @@ def test_own_responses_answer_their_prompts(toy_base: Callable[[str], Path]) -> 
     assert [prompt for prompt, _ in first] == [encode_prompt(tokenizer, prompt) for prompt in prompts]
     assert all(1 <= len(response) <= 6 for _, response in first)
     assert first == again != other
+
+
+def test_prompts_without_room_for_an_answer(
+    toy_base: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An answer that runs out of the context: an IndexError where positions are a table, after the whole training. The
+    longest prompt that is kept fills a model of absolute positions to the last one."""
+    tokenizer = load_tokenizer(str(toy_base("llama")), chat_template="chatml")
+    prompts = [[{"role": "user", "content": "good " * n}] for n in (1, 5, 40, 200, 300)]
+    model = build_model("gpt2", len(tokenizer))
+    context = context_length(model)
+    room = context - len(encode_prompt(tokenizer, prompts[2]))
+    kept = answerable(prompts, tokenizer, context, room)
+    assert kept == prompts[:3] and "2 of 5 prompts leave no room" in capsys.readouterr().out
+    assert len(own_responses(model, tokenizer, kept, response_length=room, seed=0)) == 3
+    assert answerable(prompts, tokenizer, context, room + 1) == prompts[:2]
+    with pytest.raises(UserError, match=f"response_length={context} .*lower response_length"):
+        answerable(prompts, tokenizer, context, context)
 
 
 def test_load_function() -> None:

@@ -12,6 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.data_prep.loading import load_rows
 from rlhf.errors import UserError
+from rlhf.evaluation.reward import judge_rows
+from rlhf.reward.card import rated_pairs
+from rlhf.reward.ranking import RankingCollator, ordered_pairs
 from rlhf.reward.rankings import Encoded, encode_rankings
 from rlhf.tokenization import encode_prompt, encode_response, load_tokenizer
 
@@ -72,3 +75,22 @@ def test_nothing_left_is_the_users_error(tmp_path: Path, tokenizer: PreTrainedTo
     """A stage that trains on nothing."""
     with pytest.raises(UserError, match=r"max_length=50 tokens \(.*fewer than 9 responses: 3"):
         encoded(tmp_path, tokenizer, min_responses=9)
+
+
+def test_a_difference_of_exactly_the_minimum_is_one_everywhere(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Rankings that are kept for a pair that training takes for a tie, and that the card counts: 0.7 - 0.2 is below 0.5 in
+    fp64, 1.3 - 0.8 in fp32, and 50.3 - 49.8 by more than a rounding error of small numbers. 0.1 + 0.2 and 0.3 are a tie."""
+    high_low = [(n / 10 + 0.5, n / 10) for n in range(30)] + [(0.7, 0.2), (1.3, 0.8), (50.3, 49.8), (0.1 + 0.2, 0.3)]
+    rows = [{"prompt": f"film {i}", "responses": ["a", "b"], "ratings": r} for i, r in enumerate(high_low)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = load_rows(tmp_path, "train", kind="comparisons")
+    kept = encode_rankings(data, tokenizer, 50, min_rating_difference=0.5)
+    assert kept.dropped == {"no two ratings that differ enough": [len(rows)]}
+    batch = RankingCollator(0)(kept.rows.to_list())
+    trained_on = ordered_pairs(batch["ratings"], batch["prompt"], min_difference=0.5)
+    judged = judge_rows(kept.rows, set(), [])
+    assert len(trained_on.better) == len(rated_pairs(judged.ratings, judged, 0.5)) == len(rows) - 1
+    everything = encode_rankings(data, tokenizer, 50, min_rating_difference=0.0)
+    assert everything.dropped == {"no two ratings that differ enough": [len(rows)]}

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -240,7 +241,9 @@ def test_own_responses_of_the_policy_can_score_zero_instead(
     config = RewardConfig(**reward.manifest.config)
     models = SharedModels(load_policy(policy, FP32, COMPUTE), lora_config(FP32, "CAUSAL_LM", dropout=0.0), COMPUTE)
     with models.role("reference"):
-        rows = reward_stage.normalizing_rows(config, models.causal, load_tokenizer(str(policy.path)), None)  # type: ignore[arg-type]
+        prepared: Any = SimpleNamespace(tokenizer=load_tokenizer(str(policy.path)), limit=256)
+        given = reward_stage.normalizing_data(config)
+        rows = reward_stage.normalizing_rows(config, models.causal, prepared, given).rows
     assert len(rows) == 256 and len({tuple(row) for row in rows}) > 50
     mean, std = float(reward.manifest.reward_mean), float(reward.manifest.reward_std)
     scores = ppo_scores({"sft": policy, "reward": reward}, rows, mean, std)

@@ -147,6 +147,13 @@ def test_later_stages_have_the_new_tokens(
         export(place.registry, ppo, tmp_path / "adapter", form="adapter")
 
 
+def test_new_tokens_in_bf16(place: Place, toy_base: Callable[[str], Path]) -> None:
+    """Layers of added tokens break what leaves out PEFT's casts, which is used in bf16 only."""
+    options = {"model_name_or_path": str(toy_base("llama")), "chat_template": "chatml", "dtype": "bfloat16"}
+    figures = place.made("sft", **options, learn_tokens=7).manifest.metrics
+    assert figures["eval_loss_per_character_after"] < figures["eval_loss_per_character_before"]
+
+
 def test_tokens_that_are_learned_and_those_that_are_not(toy_tokenizer: Any, toy_base: Callable[[str], Path]) -> None:
     """Rare sequences, words of a script that the tokenizer knows (a token in the midst of a word), one character for two."""
     tokenizer = AutoTokenizer.from_pretrained(toy_base("llama"))

@@ -287,3 +287,69 @@ def test_rows_that_are_left_out_are_in_manifest_and_card(
     left_out = json.loads((artifact.path / "card.json").read_text())["left_out"]["train"]
     assert left_out["fewer than two responses"] == {"count": 1, "rows": [kept + 1]}
     assert left_out["prompt of 256 tokens or more"] == {"count": 1, "rows": [kept + 2]}
+
+
+# Zero
+
+
+@pytest.fixture
+def data(toy_data: Path, tmp_path: Path) -> Path:
+    """A copy of the data, to be spoilt."""
+    shutil.copytree(toy_data, tmp_path / "data")
+    return tmp_path / "data"
+
+
+def test_demonstrations_that_set_the_zero(
+    stage: Callable[..., Call], data: Path, tmp_path: Path, toy_config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A demonstration beyond the context, which is scored after the training and fails it there; and other demonstrations,
+    that is another zero, under the recipe of the old ones."""
+    file = data / "demonstrations" / "train.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    long = {**rows[0], "completion": [{"role": "assistant", "content": "good " * 400}]}
+    file.write_text("".join(json.dumps(row) + "\n" for row in [long, *rows]))
+    done = stage("--dataset", data)
+    assert done.code == 0, done.err[-3000:]
+    assert f"{len(rows)} demonstrations score 0 on average; 1 of more than 256 tokens are left out" in done.out
+    artifact = Registry(tmp_path / "registry").get("reward/toy")
+    note = artifact.manifest.data["normalization"]
+    assert (note["kind"], note["responses"]) == ("demonstrations", len(rows))
+    assert note["dropped"] == {"prompt and response of more than 256 tokens": 1}
+
+    words = ["--config", toy_config / "reward.yaml", "--registry", tmp_path / "registry", "--dataset", data]
+    options = parse_config(RewardConfig, [str(word) for word in [*words, "--output_dir", tmp_path / "out"]])
+    again = reward_stage.run(options, reuse=True)
+    assert again is not None and again.hash == artifact.hash
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def trained_anew(*_: Any) -> Any:
+        raise InterruptedError
+
+    monkeypatch.setattr(reward_stage, "open_run", trained_anew)
+    with pytest.raises(InterruptedError):
+        reward_stage.run(options, reuse=True)
+
+
+def test_only_where_there_are_no_demonstrations_comparisons_set_the_zero(
+    stage: Callable[..., Call], data: Path, tmp_path: Path
+) -> None:
+    """A slip in the demonstrations, after which the zero is another one and nobody is told."""
+    file = data / "demonstrations" / "train.jsonl"
+    for spoilt in ('{"prompt": "p", "completion": 3}\n', '{"promt": "p", "completion": "c"}\n', ""):
+        file.write_text(spoilt)
+        assert "demonstrations/train.jsonl" in stage("--dataset", data).complaint
+    shutil.rmtree(file.parent)
+    done = stage("--dataset", data)
+    assert done.code == 0, done.err[-3000:]
+    assert "best responses of the comparisons (there are no demonstrations) score 0 on average" in done.out
+    note = Registry(tmp_path / "registry").get("reward/toy").manifest.data["normalization"]
+    assert note["kind"].startswith("best responses") and note["fingerprint"] is None
+
+
+@pytest.mark.parametrize("words", [["--response_length", 300], ["--normalize_on", "policy", "--response_length", 300]])
+def test_samples_without_room_are_told_before_the_training(
+    stage: Callable[..., Call], tmp_path: Path, words: list[object]
+) -> None:
+    """Answers beyond the context: a traceback, or scores of texts that the model was never meant for."""
+    assert "response_length=300" in stage(*words).complaint
+    assert not (tmp_path / "out" / "reward" / "metrics.jsonl").exists()

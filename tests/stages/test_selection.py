@@ -78,3 +78,9 @@ def test_without_a_reward_model_the_loss_chooses(finished: tuple[Path, Path]) ->
 def test_a_missing_reward_model_is_told_before_the_training(stage: Callable[..., Call]) -> None:
     """Found at the first evaluation, after the model was loaded."""
     assert "reward/tox" in stage("--selection_reward", "reward/tox").complaint
+
+
+def test_answers_without_room_are_told_before_the_training(stage: Callable[..., Call], tmp_path: Path) -> None:
+    """A traceback at the first evaluation, or scores of texts beyond the context."""
+    assert "response_length=300" in stage("--response_length", 300).complaint
+    assert not (tmp_path / "out" / "sft" / "metrics.jsonl").exists()
