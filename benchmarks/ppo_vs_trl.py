@@ -24,6 +24,8 @@ from typing import Any
 import common
 
 TRL = "trl==1.12.0"
+#: Of an update of ours, in order.
+PHASES = ("rollout", "score", "optimise")
 
 
 def main() -> None:
@@ -55,7 +57,7 @@ def main() -> None:
             subjects["trl"] = partial(run, "trl", work, python=str(trl_python))
         runs = common.alternate(arguments.runs, subjects)
     summary = summarise(runs)
-    print(table(summary))
+    print(table(summary), parts(runs), sep="\n\n")
     work["model"] = arguments.model
     common.save("ppo_vs_trl", arguments, {"machine": machine, "work": work, "summary": summary, "runs": runs})
 
@@ -89,9 +91,42 @@ def make_environment(folder: Path) -> Path:
 
 
 def ours(*, updates: int, device: str, **work: Any) -> dict[str, Any]:
-    """Updates of our trainer."""
-    with common.ppo_trainer(**work, device=device, updates=updates) as trainer:
-        return {"seconds": common.seconds_of(trainer.step, updates, device)}
+    """Updates of our trainer, where their time goes, and after them where the bytes of one more go."""
+    with common.ppo_trainer(**work, device=device, updates=updates + 1) as trainer:
+        told: list[dict[str, float]] = []
+        seconds = common.seconds_of(lambda: told.append(trainer.step()), updates, device)
+        warm = told[1:] or told
+        phases = {name: statistics.median(metrics[f"time/{name}"] for metrics in warm) for name in PHASES}
+        tokens = work["episodes"] * (work["prompt"] + work["response"])
+        return {"seconds": seconds, "phases": phases, "gb": gigabytes(trainer, tokens)}
+
+
+def gigabytes(trainer: Any, tokens: int) -> dict[str, float]:
+    """What an update holds, 10^9 bytes; `tokens` of the whole rollout have keys and values while it is sampled."""
+    import torch
+
+    from rlhf.doctor.preflight_room import Kept
+    from rlhf.memory import cache_bytes
+
+    kept = Kept(trainer.models)
+    with kept.counted():
+        trainer.step()
+    weights = list(trainer.models.parameters())
+    states = [x for state in trainer.optimizer.state.values() for x in state.values() if isinstance(x, torch.Tensor)]
+
+    def size(tensors: Sequence[Any]) -> int:
+        return sum(x.numel() * x.element_size() for x in tensors)
+
+    trained = size([p for p in weights if p.requires_grad])
+    found = {
+        "frozen weights": size(weights) - trained,
+        "trained weights": trained,
+        "their gradients": trained,
+        "optimiser states": size(states),
+        "keys and values, in sampling": cache_bytes(trainer.models.causal, tokens),
+        "activations of a microbatch": kept.peak,
+    }
+    return {name: count / 1e9 for name, count in found.items()}
 
 
 def trl(
@@ -187,6 +222,17 @@ def table(summary: Mapping[str, Any]) -> str:
         lines.append(
             "| " + " | ".join([name, common.show(seconds), common.show(summary["peak_gb"][name]), *ratios]) + " |"
         )
+    return "\n".join(lines)
+
+
+def parts(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Markdown: where the time and the bytes of our updates go."""
+    own = {name: of for name, of in runs.items() if name != "trl"}
+    lines = ["| " + " | ".join(["", *own]) + " |", "|---" * (1 + len(own)) + "|"]
+    for key, unit in (("phases", "s"), ("gb", "GB")):
+        for part in next(iter(own.values()))[0][key]:
+            figures = [f"{statistics.median(run[key][part] for run in of):.3g}" for of in own.values()]
+            lines.append("| " + " | ".join([f"{part}, {unit}", *figures]) + " |")
     return "\n".join(lines)
 
 

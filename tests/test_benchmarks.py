@@ -127,6 +127,10 @@ def test_ppo_as_a_user_starts_it(tmp_path: Path) -> None:
     (run,) = result["runs"]["ours, default"]
     assert len(run["seconds"]) == 2 and run["peak_rss_gb"] > 0.1
     assert result["summary"]["seconds_per_update"]["ours, default"]["median"] == run["seconds"][1]
+    assert sum(run["phases"].values()) <= run["seconds"][1], "the warm-up's phases, or phases counted twice"
+    assert all(figure > 0 for figure in run["gb"].values())
+    assert run["gb"]["optimiser states"] == pytest.approx(2 * run["gb"]["trained weights"], rel=0.01)
+    assert "| optimiser states, GB |" in done.stdout
 
 
 @pytest.mark.skipif(not TRL_PYTHON.is_file(), reason="needs TRL 1.12.0 in .venv-trl, which the first run makes")
