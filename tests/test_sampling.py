@@ -282,6 +282,7 @@ def test_a_batch_of_fixed_sizes_is_only_halved() -> None:
 def test_prompts_of_any_width_share_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches: a graph for each width of a rollout's prompts (past eight torch.compile gives up without a word), keys and
     values in another place each time (CUDA graphs are then recorded anew), and what an earlier rollout left in them."""
+    torch._dynamo.reset()  # what other tests compiled counts towards the limit
     model, graphs = build_model("llama", VOCAB), list[torch.fx.GraphModule]()
 
     def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:

@@ -232,7 +232,8 @@ def test_sft_labels_that_are_not_the_answer(
     made = sft.tokenize
 
     def tokenize(*args: Any, **options: Any) -> Any:
-        return made(*args, **options).map(lambda row: {"labels": spoil(row["input_ids"], row["labels"])})
+        rows, dropped = made(*args, **options)
+        return rows.map(lambda row: {"labels": spoil(row["input_ids"], row["labels"])}), dropped
 
     monkeypatch.setattr(sft, "tokenize", tokenize)
     assert told in failed(examine("sft"))["loss mask"]

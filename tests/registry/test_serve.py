@@ -109,4 +109,5 @@ def test_transformers_chat_says_the_same(served: str, exported: Path, said: str)
         env={**os.environ, "COLUMNS": "500", "TERM": "dumb", "HF_HUB_OFFLINE": "0"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert " ".join(said.split()) in " ".join(done.stdout.split()), done.stdout[-3000:]
+    whole = said.rstrip("\ufffd")  # half a character at the end of the budget is not shown
+    assert whole and " ".join(whole.split()) in " ".join(done.stdout.split()), done.stdout[-3000:]
