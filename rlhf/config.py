@@ -38,6 +38,7 @@ PLACE_OPTIONS = {
     "gradient_checkpointing",
     "offload_base",
     "sampler",
+    "merge_adapter",
     "preflight",
 }
 #: Options that name an input by place; a recipe holds the input's hash instead.
@@ -514,6 +515,11 @@ class PPOConfig(TextConfig, StageConfig):
         "how responses are computed: loop, our own; compiled, the same with torch.compile (CUDA graphs on a GPU); generate, "
         "transformers' own; auto is loop, or generate for models that it does not fit",
         "auto",
+    )
+    merge_adapter: bool = option(
+        "sample from a copy of the weights with the adapter added in; false leaves it beside them: slower, and no rounding "
+        "of the sum to the base's type",
+        True,
     )
     num_ppo_epochs: int = option("passes over each rollout", 1)
     max_prompt_length: int = option("longest prompt, tokens; longer ones are refused", 512)

@@ -27,6 +27,7 @@ class SamplingOptions:
     pad_token_id: int
     stop_strings: StopStringCriteria | None = None
     sampler: Sampler = "auto"
+    merge_adapter: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +56,8 @@ def respond(
     ids, mask = ids.to(device), mask.to(device)
     generator = torch.Generator().manual_seed(seed)
     own = torch.arange(distributed.rank(), len(prompts), distributed.size())
-    source = models.role("reference") if reference else models.merged_policy()
+    merged = options.merge_adapter and not reference
+    source = models.merged_policy() if merged else models.role("reference" if reference else "policy")
     with source:
         sampled = sample(
             models.causal,

@@ -518,6 +518,7 @@ def sampling_options(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> S
         pad_token_id=int(tokenizer.pad_token_id),
         stop_strings=StopStringCriteria(tokenizer, config.stop_strings) if config.stop_strings else None,
         sampler=config.sampler,
+        merge_adapter=config.merge_adapter,
     )
 
 

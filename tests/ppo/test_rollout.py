@@ -266,6 +266,16 @@ def test_sampler_and_training_forward_agree(family: str, mode: str, temperature:
     assert float((rollout.logprobs - rollout.ref_logprobs).abs().max()) > 1e-2
 
 
+def test_the_adapter_may_stay_beside_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches: an option that merges all the same, one that samples from the base, or from the last role's adapter."""
+    models = shared_models("llama", tmp_path / "reward", ppo_config())
+    prompts = [p for p, _ in ROWS] * 3
+    merged, _ = respond(models, prompts, OPTIONS, reference=False, seed=3)
+    monkeypatch.setattr(models, "merged_policy", None)
+    beside, _ = respond(models, prompts, dataclasses.replace(OPTIONS, merge_adapter=False), reference=False, seed=3)
+    assert torch.equal(merged.responses, beside.responses) and torch.equal(merged.mask, beside.mask)
+
+
 def test_same_seed_same_responses_and_the_reference_has_no_adapter(tmp_path: Path) -> None:
     """Catches: a draw from the global generator, and an evaluation of the reference that samples the policy."""
     models = shared_models("gpt2", tmp_path / "reward", ppo_config())
