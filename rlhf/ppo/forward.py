@@ -87,7 +87,7 @@ class _Rowwise(torch.autograd.Function):
     """A function of rows (N, d) whose result (N,) at a row depends on that row alone, and on nothing else that is trained.
 
     Its gradient is taken at once and kept, (N, d), in place of what autograd would keep until the backward pass: the
-    logits' softmax, (N, V), eighty times as much.
+    logits' softmax, (N, V).
     """
 
     @staticmethod

@@ -30,7 +30,7 @@ POOR_CALIBRATION = 0.1
 """Expected calibration error above which it is flagged."""
 CEILING_SHARE = 0.5
 """Least share of the way from a coin to the human ceiling that agreement with held-out raters has to reach. InstructGPT's
-reward model went 72% of it (69.6% with held-out labellers, who agree with each other in 77.3%; sections 3.4 and 5.1); below
+reward model went 72% of it (69.6% with held-out labellers, who agree with each other in 77.3%); below
 a half, most of what people agree on is not in the scores, however surely they are better than a coin."""
 RIVAL_GAIN = 0.1
 """A gain over a rival that is not told from 0 is a fault only where its interval rules out that it is as large as this;

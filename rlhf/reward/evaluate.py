@@ -115,10 +115,7 @@ def mean_logprobs(
         ids, mask = ids.to(compute.device), mask.to(compute.device)
         with compute.autocast():
             states, head = before_head(policy, ids, mask.long())
-            before, tokens = (
-                states[:, :-1][answer],
-                ids[:, 1:][answer],
-            )  # (N, ...), (N,): before each response token, it
+            before, tokens = states[:, :-1][answer], ids[:, 1:][answer]  # (N, ...), (N,): the state before each token
             parts = [
                 sequence_logprobs(head(part), target, temperature=1.0)
                 for part, target in zip(before.split(_TOKENS_AT_ONCE), tokens.split(_TOKENS_AT_ONCE), strict=True)

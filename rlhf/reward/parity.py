@@ -19,8 +19,7 @@ RELOADED = 1e-3
 REORDERED = {torch.bfloat16: 0.05, torch.float32: 1e-3, torch.float64: 1e-5}
 """`deviation` that other batches may make: sums in another order round differently."""
 OUTLIER = 4.0
-"""How many times further off a single score may be. Rounding to bf16 has such outliers: of a 135M model's scores of 64 answers
-by PandaLM, alone against together, .017 of their size at the root mean square and .058 at most; against fp32 .038 and .088."""
+"""How many times further off a single score may be: rounding to bf16 has outliers among the texts of a sound model."""
 
 
 def require_parity(trained: Tensor, saved: Scorer, rows: Sequence[Sequence[int]]) -> float:

@@ -249,6 +249,7 @@ def overlap(sets: dict[str, Loaded], parents: Sequence[Artifact], registry: Regi
 
 def add_dropped(data: dict[str, Any], name: str, dropped: dict[str, list[int]]) -> None:
     """Adds what was left out after loading to `describe_data`'s result: reason -> line or row numbers."""
+    dropped = {reason: numbers for reason, numbers in dropped.items() if numbers}
     if dropped:
         data["rows"][name] -= sum(map(len, dropped.values()))
         data["dropped"].setdefault(name, {}).update({reason: len(numbers) for reason, numbers in dropped.items()})

@@ -240,7 +240,7 @@ def encode_texts(
         else:
             too_long.append(number)
     require(bool(kept), f"no text of ptx_dataset fits into an episode of at most {longest} tokens")
-    return kept, {f"prompt and answer of more than {longest} tokens": too_long} if too_long else {}
+    return kept, {f"prompt and answer of more than {longest} tokens": too_long}
 
 
 class _BlocksAsPairs(Sequence[tuple[list[int], list[int]]]):

@@ -98,7 +98,7 @@ def data_sets(config: PretrainConfig) -> dict[str, Loaded]:
 def build_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> PreTrainedModel:
     """A fresh model in fp32: Gaussian weights, embeddings tied to the output layer."""
     gpt2 = config.model_type == "gpt2"
-    # Of GPT-2's attention weights nothing is dropped: on a CPU the random numbers alone would take a fifth of a step.
+    # Of GPT-2's attention weights nothing is dropped: on a CPU one thread would draw the random numbers for all of them.
     none, dropped = (("attn_pdrop",), ("embd_pdrop", "resid_pdrop")) if gpt2 else ((), ("attention_dropout",))
     mlp = "n_inner" if gpt2 else "intermediate_size"
     shape = AutoConfig.for_model(
@@ -197,7 +197,7 @@ def measure(trainer: PretrainTrainer, blocks: Blocks, count: int) -> dict[str, f
 def negative_log_likelihood(model: nn.Module, ids: Tensor) -> Tensor:
     """(B, T) nats of the tokens after the first, of ids (B, T + 1)."""
     logits = model(input_ids=ids[:, :-1], use_cache=False).logits
-    targets = ids[:, 1:]  # rows of logits stay whole: over a transposed vocabulary the softmax takes half of a step
+    targets = ids[:, 1:]  # rows of logits stay whole: a softmax over a transposed vocabulary is slower
     return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view_as(targets)
 
 

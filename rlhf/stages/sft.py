@@ -280,9 +280,7 @@ def tokenize(
     if limit is not None:
         rows.sort(key=lambda row: len(row["input_ids"]))  # held-out rows: their order is free, and padding costs time
     require(bool(rows), f"no demonstration fits into max_length={max_length} tokens; raise it")
-    return Dataset.from_list(rows), {
-        f"prompt and answer of more than {max_length} tokens": too_long
-    } if too_long else {}
+    return Dataset.from_list(rows), {f"prompt and answer of more than {max_length} tokens": too_long}
 
 
 @dataclass(frozen=True)
