@@ -23,6 +23,7 @@ from rlhf.stages import sft
 from rlhf.tokenization import decode_response, load_tokenizer
 
 PROMPT = "写一条以“{opening}”开头的评论"
+PER_CHARACTER = f"sft/{sft.PER_CHARACTER}"
 #: Characters of a review that the prompt gives away, and of reviews that are taken.
 OPENING, SHORTEST, LONGEST = 4, 12, 40
 
@@ -60,12 +61,19 @@ def figures(artifact: Artifact, config: SFTConfig, samples: int) -> dict[str, An
     return {**{name: metrics[name] for name in kept}, "samples": texts, "broken_samples": broken}
 
 
+def course(log: Path) -> dict[int, float]:
+    """Held-out loss a character by updates; of a run that was taken up again, what was logged last."""
+    entries = map(json.loads, log.read_text(encoding="utf-8").splitlines())
+    return {entry["step"]: entry[PER_CHARACTER] for entry in entries if PER_CHARACTER in entry}
+
+
 def run(given: argparse.Namespace) -> None:
     data = given.folder / "data"
     prepare(data)
     values = read_yaml(ROOT / "configs" / "chinese" / "sft.yaml")
     place = {"dataset": str(data), "registry": str(given.folder / "registry"), "wandb_mode": "disabled"}
-    values = {**values, **place, "max_steps": given.updates, "eval_steps": given.updates, "save_steps": given.updates}
+    every = max(given.updates // 4, 1)
+    values = {**values, **place, "max_steps": given.updates, "eval_steps": every, "save_steps": every}
     results = {}
     for name, tokens in (("old", 0), ("new", values["learn_tokens"])):
         own = {"name": name, "learn_tokens": tokens, "output_dir": str(given.folder / name)}
@@ -73,19 +81,21 @@ def run(given: argparse.Namespace) -> None:
         made = sft.run(config, reuse=True)
         assert made is not None
         results[name] = figures(Registry(config.registry).get(made.reference), config, given.samples)
+        results[name]["course"] = course(Path(config.output_dir) / "sft" / "metrics.jsonl")
     content = {"updates": given.updates, "machine": machine("cpu"), **results}
     given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     for name, result in results.items():
         loss = f"{result['eval_loss_per_character_before']:.3f} -> {result['eval_loss_per_character_after']:.3f}"
         print(f"{name}: {result['tokens_per_character']:.2f} tokens a character, held-out loss a character {loss} nats")
+        print(f"{name}: by updates {', '.join(f'{step}: {nats:.2f}' for step, nats in result['course'].items())}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--prepare", type=Path, help="only writes the data into this folder")
     parser.add_argument("--folder", type=Path, default=Path("outputs/chinese"), help="for data, registry and runs")
-    parser.add_argument("--updates", type=int, default=60)
+    parser.add_argument("--updates", type=int, default=400)
     parser.add_argument("--samples", type=int, default=4, help="answers to each of three prompts")
     parser.add_argument("--out", type=Path, default=RESULTS / "chinese.json")
     given = parser.parse_args()

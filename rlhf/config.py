@@ -281,8 +281,8 @@ class SFTConfig(TrainingLength, StageConfig):
         None,
     )
     learn_tokens: int = option(
-        "new tokens learned from the training answers, in place of new_tokens: what costs the tokenizer a token or more a "
-        "character; 0 learns none",
+        "new tokens learned from the training answers, in place of new_tokens: characters that cost the tokenizer several "
+        "tokens, then sequences of characters that cost one or more each; 0 learns none",
         0,
     )
     selection_reward: str | None = option(

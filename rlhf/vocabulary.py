@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,43 +18,71 @@ from rlhf.errors import UserError
 MIN_USES = 4
 #: Longest learned token, characters.
 LONGEST = 8
+#: Letters that stand for other bytes than their own in the vocabularies of byte-level tokenizers.
+_BYTES = frozenset(letter for letter in pre_tokenizers.ByteLevel.alphabet() if not letter.isascii())
 
 
 def learn_tokens(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, count: int) -> list[str]:
-    """The `count` character sequences that would save most tokens in texts whose script the tokenizer does not know.
+    """`count` new tokens for texts whose script the tokenizer does not know.
 
-    Candidates are those of a BPE over characters, within a script; of them the ones whose every character costs the tokenizer
-    a token or more. (Words of a script that it knows are left alone: a new token would cut them off their leading space.)
-    They are ranked by uses times tokens saved a use.
+    As in BPE: characters that it writes in several tokens come first, those that save most of them in front, then sequences of
+    characters, in the order in which a BPE within each script merges them. Only sequences whose every character costs a token
+    or more are taken (new tokens for words of a script that it knows would cut them off their leading space), and only those
+    that the text uses where longer ones are taken first. Characters come first because one without a token is left to byte
+    tokens, which a model that now seldom sees them puts together wrongly.
 
     Raises:
         UserError: there are fewer.
     """
+    uses = Counter(itertools.chain.from_iterable(texts))
+    common = [character for character, n in uses.items() if n >= MIN_USES and _is_writable(character)]
+    costs = _costs(common, tokenizer)
+    alone = [character for character in common if costs[character] > 1]
+    alone.sort(key=lambda character: (-uses[character] * (costs[character] - 1), character))
+    merged = _merged(texts, len(uses) + 4 * count)
+    costs = _costs(merged, tokenizer)
+    learned = [*alone, *(token for token in merged if costs[token] >= len(token) and _is_writable(token))]
+    while rare := _rare(learned[:count], texts):
+        learned = [token for token in learned if token not in rare]
+    if len(learned) < count:
+        raise UserError(
+            f"the training text supports {len(learned)} new tokens, not learn_tokens={count}: so many characters and sequences "
+            f"of them occur {MIN_USES} times and cost the tokenizer a token or more for each character; lower it"
+        )
+    return learned[:count]
+
+
+def _is_writable(token: str) -> bool:
+    """Whether any tokenizer writes an added token as it is: byte-level ones mistake the letters that stand for bytes."""
+    return not any(character.isspace() or character in _BYTES for character in token)
+
+
+def _rare(tokens: Sequence[str], texts: Sequence[str]) -> set[str]:
+    """The sequences among the tokens that too few places of the texts are read as: the others are read as longer ones."""
+    longest_first = sorted(tokens, key=len, reverse=True)
+    find = re.compile("|".join(map(re.escape, longest_first))).findall
+    uses = Counter(itertools.chain.from_iterable(map(find, texts)))
+    return {token for token in tokens if len(token) > 1 and uses[token] < MIN_USES}
+
+
+def _costs(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """The tokens of each text."""
+    pieces = tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
+    return dict(zip(texts, map(len, pieces), strict=True))
+
+
+def _merged(texts: Sequence[str], size: int) -> list[str]:
+    """The sequences of characters in a BPE vocabulary of that size, as they were merged; none crosses scripts."""
     learner: Any = Tokenizer(models.BPE())
     learner.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation(), pre_tokenizers.UnicodeScripts()]
     )
-    alphabet = len({character for text in texts for character in text})
     learner.train_from_iterator(
         texts,
-        trainers.BpeTrainer(
-            vocab_size=alphabet + 4 * count, min_frequency=MIN_USES, max_token_length=LONGEST, show_progress=False
-        ),
+        trainers.BpeTrainer(vocab_size=size, min_frequency=MIN_USES, max_token_length=LONGEST, show_progress=False),
     )
-    uses = Counter(token for found in learner.encode_batch(list(texts)) for token in found.tokens)
-    common = sorted(token for token, n in uses.items() if n >= MIN_USES)
-    pieces = tokenizer(common, add_special_tokens=False)["input_ids"] if common else []
-    gains = {
-        token: uses[token] * (len(old) - 1)
-        for token, old in zip(common, pieces, strict=True)
-        if len(old) > 1 and len(old) >= len(token)
-    }
-    if len(gains) < count:
-        raise UserError(
-            f"the training text supports {len(gains)} new tokens, not learn_tokens={count}: so many character sequences occur "
-            f"{MIN_USES} times and cost the tokenizer a token or more for each character; lower it"
-        )
-    return sorted(gains, key=lambda token: (-gains[token], token))[:count]
+    vocabulary: dict[str, int] = learner.get_vocab()
+    return [token for token in sorted(vocabulary, key=vocabulary.__getitem__) if len(token) > 1]
 
 
 def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> dict[int, list[int]]:
