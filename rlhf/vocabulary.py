@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -59,9 +58,11 @@ def _is_writable(token: str) -> bool:
 
 def _rare(tokens: Sequence[str], texts: Sequence[str]) -> set[str]:
     """The sequences among the tokens that too few places of the texts are read as: the others are read as longer ones."""
-    longest_first = sorted(tokens, key=len, reverse=True)
-    find = re.compile("|".join(map(re.escape, longest_first))).findall
-    uses = Counter(itertools.chain.from_iterable(map(find, texts)))
+    reader: Any = Tokenizer(
+        models.WordLevel({"": 0}, unk_token="")
+    )  # knows the tokens only, which it finds as any tokenizer does
+    reader.add_tokens([AddedToken(token, normalized=False) for token in tokens])
+    uses = Counter(token for read in reader.encode_batch(list(texts)) for token in read.tokens)
     return {token for token in tokens if len(token) > 1 and uses[token] < MIN_USES}
 
 
