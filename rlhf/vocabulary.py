@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
@@ -13,10 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.errors import UserError
 
-#: Uses in the training text that a learned sequence needs at least: an embedding of fewer is noise.
+#: Uses in the training text that a learned token needs at least: an embedding of fewer is noise.
 MIN_USES = 4
-#: The characters that get a token make up this share of the text, as in SentencePiece: others are left to byte tokens.
-COVERAGE = 0.9995
 #: Longest learned token, characters.
 LONGEST = 8
 #: Letters that stand for other bytes than their own in the vocabularies of byte-level tokenizers.
@@ -29,16 +27,16 @@ def learn_tokens(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, count
     As in BPE: characters that it writes in several tokens come first, those that save most of them in front, then sequences of
     characters, in the order in which a BPE within each script merges them. Only sequences whose every character costs a token
     or more are taken (new tokens for words of a script that it knows would cut them off their leading space), and only those
-    that the text uses where longer ones are taken first. Characters come first, rare ones too, because one without a token is
-    left to byte tokens, which a model that now seldom sees them puts together wrongly.
+    that the text uses where longer ones are taken first. Characters come first because one without a token is left to byte
+    tokens, which a model that now seldom sees them puts together wrongly.
 
     Raises:
         UserError: there are fewer.
     """
     uses = Counter(itertools.chain.from_iterable(texts))
-    covering = [character for character in _covering(uses) if _is_writable(character)]
-    costs = _costs(covering, tokenizer)
-    alone = [character for character in covering if costs[character] > 1]
+    common = [character for character, n in uses.items() if n >= MIN_USES and _is_writable(character)]
+    costs = _costs(common, tokenizer)
+    alone = [character for character in common if costs[character] > 1]
     alone.sort(key=lambda character: (-uses[character] * (costs[character] - 1), character))
     merged = _merged(texts, len(uses) + 4 * count)
     costs = _costs(merged, tokenizer)
@@ -47,20 +45,10 @@ def learn_tokens(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, count
         learned = [token for token in learned if token not in rare]
     if len(learned) < count:
         raise UserError(
-            f"the training text supports {len(learned)} new tokens, not learn_tokens={count}: so many characters, and sequences "
-            f"of them that occur {MIN_USES} times, cost the tokenizer a token or more for each character; lower it"
+            f"the training text supports {len(learned)} new tokens, not learn_tokens={count}: so many characters and sequences "
+            f"of them occur {MIN_USES} times and cost the tokenizer a token or more for each character; lower it"
         )
     return learned[:count]
-
-
-def _covering(uses: Counter[str]) -> Iterator[str]:
-    """The most used characters that make up `COVERAGE` of all uses."""
-    left = uses.total() * COVERAGE
-    for character, n in uses.most_common():
-        if left <= 0:
-            break
-        yield character
-        left -= n
 
 
 def _is_writable(token: str) -> bool:

@@ -164,16 +164,10 @@ def test_new_tokens_in_bf16(place: Place, toy_base: Callable[[str], Path]) -> No
 
 
 def test_tokens_that_are_learned_and_those_that_are_not(toy_base: Callable[[str], Path]) -> None:
-    """Characters that are hardly ever used, words of a script that the tokenizer knows (a token in the midst of a word),
-    sequences before characters (which leaves these to byte tokens), sequences that are only parts of longer ones, what cannot be
-    an added token."""
+    """Rare characters, words of a script that the tokenizer knows (a token in the midst of a word), sequences before characters
+    (which leaves these to byte tokens), sequences that are only parts of longer ones, what cannot be an added token."""
     tokenizer = AutoTokenizer.from_pretrained(toy_base("llama"))
-    texts = (
-        ["".join(OFTEN) + " The film was"] * 600
-        + ["".join(OFTEN[:3]), "".join(RARELY)]
-        + ["h\u0101o\u3000"] * 6
-       
-    )
+    texts = ["".join(OFTEN) + " The film was"] * 6 + ["".join(OFTEN[:3]), "".join(RARELY)] + ["h\u0101o\u3000"] * 6
     characters = set("".join(OFTEN))
     learned = learn_tokens(texts, tokenizer, len(characters) + 3)
     assert learned == learn_tokens(texts, tokenizer, len(learned))
