@@ -207,8 +207,7 @@ def _ordered_weights(model: PreTrainedModel) -> Iterator[None]:
 
     Otherwise they are put into that order again at each step, which takes longer than the product of a few rows with them.
     """
-    ready = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    layers = [layer for layer in model.modules() if ready and _can_be_ordered(layer)]
+    layers = [layer for layer in model.modules() if _can_be_ordered(layer)] if _has_ordered_products() else []
     if sum(layer.weight.nbytes for layer in layers) > _ORDERED_AT_MOST:
         layers = []
     try:
@@ -219,6 +218,11 @@ def _ordered_weights(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for layer in layers:
             vars(layer).pop("forward", None)
+
+
+def _has_ordered_products() -> bool:
+    """Whether this build of torch, on this CPU, multiplies bf16 with weights of an order of its own."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _can_be_ordered(layer: nn.Module) -> TypeGuard[nn.Linear]:
