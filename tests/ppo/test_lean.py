@@ -14,7 +14,7 @@ from toys import FAMILIES, build_model
 
 from rlhf.errors import UserError
 from rlhf.models import RoleModels
-from rlhf.ppo import forward
+from rlhf.ppo import forward, functional
 from rlhf.ppo.trainer import PPOTrainer
 from rlhf.ppo.types import length_sorted_batches
 from rlhf.stages.ppo import check_sampler
@@ -115,6 +115,26 @@ def test_no_logits_wait_for_the_backward_pass(finetuning: str, make: Make) -> No
     alive = [held.tensor.shape for ref in kept if (held := ref()) is not None]
     assert result.requires_grad and alive
     assert (vocabulary in {shape[-1] for shape in alive if len(shape) > 1}) == (finetuning == "full")
+
+
+def test_distributions_are_made_few_at_a_time_and_are_the_same(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches: parts that lose, repeat or mix positions, and a whole batch of distributions held at once."""
+    trainer, sizes = make("llama"), []
+    log_distribution = functional.log_distribution
+
+    def watched(logits: torch.Tensor, *, temperature: float) -> torch.Tensor:
+        sizes.append(len(logits))
+        return log_distribution(logits, temperature=temperature)
+
+    monkeypatch.setattr(functional, "log_distribution", watched)
+    few, _ = trainer.collect()
+    assert max(sizes) == 8 < int(few.mask.sum())
+    monkeypatch.setattr(forward, "_DISTRIBUTIONS_AT_ONCE", {"cpu": 1024})
+    sizes.clear()
+    whole, _ = trainer.collect()
+    assert max(sizes) > 8
+    for name in ("logprobs", "ref_logprobs", "entropy", "full_kl"):
+        assert torch.equal(getattr(few, name), getattr(whole, name)), name
 
 
 @pytest.mark.parametrize(
