@@ -5,7 +5,7 @@ Legend: B responses, P padded prompt, R padded response, T = P + R, N real respo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -19,8 +19,6 @@ from rlhf.ppo.types import Sequences
 
 #: Positions whose logits are made together: enough for an efficient product, few enough to hold.
 _LOGITS_AT_ONCE = {"cpu": 128, "cuda": 1024}
-#: Positions whose distributions are made together: on a CPU so few that a vocabulary's worth of each stays in its cache.
-_DISTRIBUTIONS_AT_ONCE = {"cpu": 8, "cuda": 1024}
 
 
 def token_logprobs(models: RoleModels, role: Role, batch: Sequences, temperature: float) -> Tensor:
@@ -46,12 +44,12 @@ def compared_logprobs(models: RoleModels, batch: Sequences, temperature: float) 
     with models.role("reference"):
         ref_states = _states_before_tokens(models, batch)
     parts = []
-    for part, ref_part, targets in _split(_LOGITS_AT_ONCE, states, ref_states, batch.responses[batch.mask]):
+    for part, ref_part, targets in _together(states, ref_states, batch.responses[batch.mask]):
         with models.role("policy"):
             logits = models.logits(part)
         with models.role("reference"):
             ref_logits = models.logits(ref_part)
-        for few, ref_few, target in _split(_DISTRIBUTIONS_AT_ONCE, logits, ref_logits, targets):
+        for few, ref_few, target in F.few_at_a_time(logits, ref_logits, targets):
             log_pi = F.log_distribution(few, temperature=temperature)
             log_ref = F.log_distribution(ref_few, temperature=temperature)
             of_tokens = [F.of_tokens(log_pi, target), F.of_tokens(log_ref, target)]
@@ -78,14 +76,13 @@ def _logprobs(models: RoleModels, states: Tensor, batch: Sequences, temperature:
     """Of the response tokens (B, R). Logits exist only for real response tokens, a few at a time: never (B, T, V)."""
 
     def logprobs(states: Tensor, tokens: Tensor) -> Tensor:
-        few = _split(_DISTRIBUTIONS_AT_ONCE, models.logits(states), tokens)
-        return torch.cat([F.sequence_logprobs(*part, temperature=temperature) for part in few])
+        return F.sequence_logprobs(models.logits(states), tokens, temperature=temperature)
 
     frozen = not any(parameter.requires_grad for parameter in models.causal.get_output_embeddings().parameters())
     compute = partial(_Rowwise.apply, logprobs) if frozen and states.requires_grad else logprobs
     if models.training and not frozen:  # gradient_checkpointing
         compute = partial(checkpoint, logprobs, use_reentrant=False)
-    parts = [compute(*part) for part in _split(_LOGITS_AT_ONCE, states, batch.responses[batch.mask])]
+    parts = [compute(*part) for part in _together(states, batch.responses[batch.mask])]
     return _scatter(torch.cat(parts), batch.mask)
 
 
@@ -110,9 +107,9 @@ class _Rowwise(torch.autograd.Function):
         return None, (gradients[0][:, None] * slopes).to(slopes.dtype), None
 
 
-def _split(at_once: Mapping[str, int], *flat: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Tensors (N, ...) in parts of so many positions, by device."""
-    return zip(*(x.split(at_once.get(x.device.type, 1024)) for x in flat), strict=True)
+def _together(*flat: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors (N, ...) in parts of as many positions as have their logits made together."""
+    return zip(*(x.split(_LOGITS_AT_ONCE.get(x.device.type, 1024)) for x in flat), strict=True)
 
 
 def _states_before_tokens(models: RoleModels, batch: Sequences) -> Tensor:

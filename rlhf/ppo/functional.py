@@ -1,6 +1,6 @@
 """The maths of PPO with a KL penalty: masks, log-probabilities, KL, token rewards, GAE, whitening, losses.
 
-Pure functions of tensors and numbers; nothing is mutated and torch is the only import.
+Pure functions of tensors and numbers; nothing is mutated, and of other libraries torch is the only import.
 
 Shapes: `B` sequences, `R` padded response length in tokens, `V` vocabulary; `...` is any leading shape.
 
@@ -22,8 +22,13 @@ without a token (with the row).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
+
+#: Positions whose distributions a CPU makes together.
+_POSITIONS_AT_ONCE = 8
 
 # ---- masks ----------------------------------------------------------------------------------------------------------
 
@@ -134,7 +139,17 @@ def sequence_logprobs(logits: Tensor, tokens: Tensor, *, temperature: float) -> 
 
     Args: logits (..., V); tokens (...) int64; temperature > 0. Returns: (...), nats.
     """
-    return of_tokens(log_distribution(logits, temperature=temperature), tokens)
+    _check(logits.shape[:-1], tokens=tokens)
+    parts = few_at_a_time(logits.reshape(-1, logits.shape[-1]), tokens.reshape(-1))
+    logprobs = [of_tokens(log_distribution(few, temperature=temperature), target) for few, target in parts]
+    return torch.cat(logprobs).view(tokens.shape)
+
+
+def few_at_a_time(*flat: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors (N, ...) in parts of as many positions as have their distributions made together: on a CPU so few that they
+    stay in its cache from one pass over the vocabulary to the next, elsewhere all. What a position gives is the same."""
+    at_once = _POSITIONS_AT_ONCE if flat[0].device.type == "cpu" else max(len(flat[0]), 1)
+    return zip(*(x.split(at_once) for x in flat), strict=True)
 
 
 def entropy(log_pi: Tensor) -> Tensor:

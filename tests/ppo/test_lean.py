@@ -129,7 +129,7 @@ def test_distributions_are_made_few_at_a_time_and_are_the_same(make: Make, monke
     monkeypatch.setattr(functional, "log_distribution", watched)
     few, _ = trainer.collect()
     assert max(sizes) == 8 < int(few.mask.sum())
-    monkeypatch.setattr(forward, "_DISTRIBUTIONS_AT_ONCE", {"cpu": 1024})
+    monkeypatch.setattr(functional, "_POSITIONS_AT_ONCE", 1024)
     sizes.clear()
     whole, _ = trainer.collect()
     assert max(sizes) > 8
