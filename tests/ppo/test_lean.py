@@ -129,10 +129,14 @@ def test_distributions_are_made_few_at_a_time_and_are_the_same(make: Make, monke
     monkeypatch.setattr(functional, "log_distribution", watched)
     few, _ = trainer.collect()
     assert max(sizes) == 8 < int(few.mask.sum())
+    sizes.clear()
+    trained = forward.token_logprobs(trainer.models, "policy", few, 1.0)  # what is trained goes another way
+    assert max(sizes) == 8
     monkeypatch.setattr(functional, "_POSITIONS_AT_ONCE", 1024)
     sizes.clear()
     whole, _ = trainer.collect()
     assert max(sizes) > 8
+    assert torch.equal(trained, forward.token_logprobs(trainer.models, "policy", few, 1.0))
     for name in ("logprobs", "ref_logprobs", "entropy", "full_kl"):
         assert torch.equal(getattr(few, name), getattr(whole, name)), name
 
