@@ -13,14 +13,15 @@ from typing import Any
 
 from common import RESULTS, ROOT, machine
 
+from rlhf.base.errors import run_command
 from rlhf.config import RunConfig, SFTConfig, TextConfig, build, read_yaml
 from rlhf.data_prep.corpus import CHINESE_REVIEWS, load_text
-from rlhf.errors import run_command
-from rlhf.models import Compute, load_policy
+from rlhf.models.base import load_policy
+from rlhf.models.compute import Compute
+from rlhf.models.responses import own_responses
+from rlhf.models.tokenization import decode_response, load_tokenizer
 from rlhf.registry import Artifact, Registry
-from rlhf.reward.evaluate import own_responses
 from rlhf.stages import sft
-from rlhf.tokenization import decode_response, load_tokenizer
 
 PROMPT = "写一条以“{opening}”开头的评论"
 PER_CHARACTER = f"sft/{sft.PER_CHARACTER}"

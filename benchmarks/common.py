@@ -79,7 +79,7 @@ def start(main: Callable[[], None], workers: Mapping[str, Callable[..., dict[str
         result = workers[subject](**settings)
         Path(report).write_text(json.dumps({**result, **peak_memory(settings["device"])}))
         return
-    from rlhf.errors import run_command
+    from rlhf.base.errors import run_command
 
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")  # its own deprecations
     run_command(main)
@@ -91,7 +91,7 @@ def measure(script: str, subject: str, work: Mapping[str, Any], *, python: str =
     Raises:
         UserError: it failed; the end of its output is on stderr.
     """
-    from rlhf.errors import UserError
+    from rlhf.base.errors import UserError
 
     with tempfile.TemporaryDirectory() as folder:
         report, log = Path(folder, "report.json"), Path(folder, "log.txt")
@@ -139,7 +139,7 @@ def peak_memory(device: str) -> dict[str, float]:
     if found is not None:
         peak = {"peak_rss_gb": int(found[1]) * 1024 / 1e9}
     else:
-        from rlhf.tracking import peak_rss_gb
+        from rlhf.run.timing import peak_rss_gb
 
         peak = {"peak_rss_gb": peak_rss_gb()}
     if device == "cuda":
@@ -205,7 +205,7 @@ def _matmul_tflops(device: str) -> float:
 def compute_type(device: str) -> str:
     """The type that all sides compute in: bfloat16 wherever the machine has instructions for it."""
     from rlhf.config import StageConfig
-    from rlhf.models import Compute
+    from rlhf.models.compute import Compute
 
     return str(Compute.choose(StageConfig(dataset="none", device=device)).dtype).removeprefix("torch.")
 
@@ -214,7 +214,7 @@ def compute_type(device: str) -> str:
 def model_folder(name: str) -> Iterator[str]:
     """A model and its tokenizer as a folder: one of `SHAPES`, made here in bf16, or whatever the stages take for a model."""
     if name not in SHAPES:
-        from rlhf.data_prep.assets import resolve_model
+        from rlhf.models.catalogue import resolve_model
 
         yield resolve_model(name)
         return
@@ -258,7 +258,8 @@ def variant(text: str) -> dict[str, str]:
     Raises:
         UserError: no such option or value.
     """
-    from rlhf.config import PPOConfig, build, require
+    from rlhf.base.errors import require
+    from rlhf.config import PPOConfig, build
 
     words = [] if text == "default" else text.split(",")
     require(all("=" in word for word in words), f"'{text}' must be 'default' or 'name=value,name=value'")
@@ -277,9 +278,12 @@ def registered(model: str) -> Iterator[str]:
 
 def _publish_chain(model: str, registry: str) -> None:
     from rlhf.config import StageConfig
-    from rlhf.models import Compute, load_base, lora_config, save_adapter, sequence_classifier, with_adapter
+    from rlhf.models.adapters import lora_config, save_adapter, with_adapter
+    from rlhf.models.base import load_base
+    from rlhf.models.compute import Compute
+    from rlhf.models.reward_model import sequence_classifier
+    from rlhf.models.tokenization import load_tokenizer, stop_token_ids, tokenizer_hashes
     from rlhf.registry import Registry
-    from rlhf.tokenization import load_tokenizer, stop_token_ids, tokenizer_hashes
 
     config = StageConfig(dataset="none", device="cpu", dtype="bfloat16")
     tokenizer = load_tokenizer(model, chat_template="plain")
@@ -317,12 +321,13 @@ def ppo_trainer(
     """Our `PPOTrainer` with the models of the PPO stage, set so that every update is the same work: one optimiser step on
     `episodes` responses of exactly `response` tokens to prompts of `prompt` random tokens; 32-bit AdamW, as TRL has it."""
     from rlhf.config import PPOConfig, build
-    from rlhf.models import Compute
+    from rlhf.models.compute import Compute
+    from rlhf.models.tokenization import load_tokenizer
     from rlhf.ppo.trainer import PPOTrainer
     from rlhf.registry import Registry
+    from rlhf.run.timing import PhaseTimer
+    from rlhf.run.tracker import Tracker
     from rlhf.stages.ppo import build_models
-    from rlhf.tokenization import load_tokenizer
-    from rlhf.tracking import PhaseTimer, Tracker
 
     own: dict[str, Any] = {
         **_ROLES,

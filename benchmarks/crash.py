@@ -100,7 +100,7 @@ def start(place: Place, config: Path, number: int, *, die_at: int | None = None)
         sys.argv = [f"rlhf.stages.{place.stage}", *words]
         changes = count_changes(place.folder / "out", place.registry, die_at=die_at)
         note_batches(place.folder / f"batches-{number}.jsonl")
-        importlib.import_module("rlhf.errors").run_command(importlib.import_module(sys.argv[0]).main)
+        importlib.import_module("rlhf.base.errors").run_command(importlib.import_module(sys.argv[0]).main)
         (place.folder / "changes.json").write_text(json.dumps(changes))
         code = 0
     except SystemExit as stop:
@@ -172,7 +172,7 @@ def finish_well(pid: int, place: Place, number: int) -> None:
     Raises:
         UserError: it failed; its output is on stderr.
     """
-    from rlhf.errors import UserError
+    from rlhf.base.errors import UserError
 
     code = finish(pid)
     if code != 0:
@@ -399,7 +399,7 @@ def table(kills: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    from rlhf.errors import run_command
+    from rlhf.base.errors import run_command
 
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
     run_command(main)

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from rlhf.data_prep import dedup
+from rlhf.data_prep.prepare import dedup
 
 SIMILARITY = 0.8
 #: Rows up to which a method is run: the others take too long, or too much memory.

@@ -129,13 +129,14 @@ class Bench:
 
     def stages(self, case: Case, output: Path) -> tuple[dict[str, str] | None, list[str]]:
         """The stages of a case with its fault; who refused it, and the checks that spoke up while it ran."""
-        from rlhf.errors import UserError
+        from rlhf.base.errors import UserError
 
         told: list[str] = []
         place = Place(base=self.world(case) / "base")
         patch = case.fault.patch(place) if case.fault else contextlib.nullcontext()
         alert = mock.patch(
-            "rlhf.tracking.Tracker.alert", lambda self, title, *rest: told.append(title.split(": ")[1].split(" at ")[0])
+            "rlhf.run.tracker.Tracker.alert",
+            lambda self, title, *rest: told.append(title.split(": ")[1].split(" at ")[0]),
         )
         # Seconds of this process's own work: what else a shared machine does is no fault of the run.
         clock = mock.patch("rlhf.ppo.trainer.time", types.SimpleNamespace(perf_counter=time.process_time))
@@ -188,8 +189,8 @@ class Bench:
 
 def findings(folder: Path) -> list[dict[str, Any]]:
     """What the diagnosis of a stage's folder says; nothing where nothing was logged."""
+    from rlhf.base.errors import UserError
     from rlhf.doctor.diagnosis import diagnose
-    from rlhf.errors import UserError
 
     try:
         diagnoses = diagnose(folder)

@@ -132,7 +132,7 @@ def reference_before_sft(place: Place) -> Iterator[None]:
         return compared
 
     with (
-        around("rlhf.models.SharedModels.role", make_role),
+        around("rlhf.models.roles.SharedModels.role", make_role),
         around("rlhf.ppo.forward.compared_logprobs", make_scoring),
     ):
         yield
@@ -287,12 +287,12 @@ PPO_FAULTS = (
     Fault(
         name="adapter_merged_twice", stage="ppo", what="the sampler's weights hold the policy's adapter twice",
         causes=("sampler_drift",), preflight=("merged equals unmerged",),
-        patch=instead("rlhf.models.SharedModels.merged_policy", _merged_twice),
+        patch=instead("rlhf.models.roles.SharedModels.merged_policy", _merged_twice),
     ),
     Fault(
         name="adapter_not_merged", stage="ppo", what="the sampler's weights do not hold the policy's adapter",
         causes=("sampler_drift",), preflight=("merged equals unmerged",),
-        patch=instead("rlhf.models.SharedModels.merged_policy", _not_merged),
+        patch=instead("rlhf.models.roles.SharedModels.merged_policy", _not_merged),
     ),
     Fault(
         name="sft_merged_twice", stage="ppo", what="the SFT adapter is merged into the base twice",
@@ -307,7 +307,7 @@ PPO_FAULTS = (
     Fault(
         name="top_k", stage="ppo", what="sampled with top-k 3",
         causes=("sampler_mismatch",), preflight=("the sampler's distribution is the scored one",),
-        patch=instead("rlhf.sampling._draw", _top_k),
+        patch=instead("rlhf.models.sampling._draw", _top_k),
     ),
     Fault(
         name="stale_logprobs", stage="ppo", what="old log-probabilities are those of the reference",
@@ -332,12 +332,12 @@ PPO_FAULTS = (
     Fault(
         name="policy_copied", stage="ppo", what="the optimiser holds copies of the policy's weights",
         causes=("gradient_zero", "policy_unmoved"), preflight=("trainable parameters", "gradients"),
-        patch=instead("rlhf.models.SharedModels.trainable", _copies_of("policy")),
+        patch=instead("rlhf.models.roles.SharedModels.trainable", _copies_of("policy")),
     ),
     Fault(
         name="value_copied", stage="ppo", what="the optimiser holds copies of the value's weights",
         causes=("value_untrained",), preflight=("trainable parameters", "gradients"),
-        patch=instead("rlhf.models.SharedModels.trainable", _copies_of("value")),
+        patch=instead("rlhf.models.roles.SharedModels.trainable", _copies_of("value")),
     ),
     Fault(
         name="value_fresh_and_frozen", stage="ppo", what="value head fresh, and not trained",

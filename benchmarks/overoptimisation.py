@@ -23,12 +23,12 @@ from typing import Any
 import common
 from reward_card import Row, comparisons_of, run_reward_stage, untrained_policy, write_data
 
+from rlhf.base.errors import run_command
+from rlhf.base.jsonl import read_jsonl
 from rlhf.config import EvaluationConfig, parse_config
-from rlhf.data_prep.loading import load_rows
-from rlhf.errors import run_command
+from rlhf.data_prep.load import load_rows
 from rlhf.evaluation import compare
-from rlhf.report import read_jsonl
-from rlhf.tokenization import last_user_text
+from rlhf.models.tokenization import last_user_text
 
 JUDGE = "independent"
 #: What is told of each rollout.

@@ -68,7 +68,7 @@ def make_environment(folder: Path) -> Path:
     torch first and alone, so that pip sees the pinned version and does not go looking for another build. TRL 1.12.0 wants
     transformers >= 4.56.2, accelerate >= 1.4, datasets >= 4.7 and peft >= 0.8, and names no upper bounds.
     """
-    from rlhf.errors import UserError
+    from rlhf.base.errors import UserError
 
     pins = (common.ROOT / "constraints.txt").read_text()
     pins = re.sub(r"^trl==.*$", TRL, pins, flags=re.M)
@@ -105,8 +105,8 @@ def gigabytes(trainer: Any, tokens: int) -> dict[str, float]:
     """What an update holds, 10^9 bytes; `tokens` of the whole rollout have keys and values while it is sampled."""
     import torch
 
-    from rlhf.doctor.preflight_room import Kept
-    from rlhf.memory import cache_bytes
+    from rlhf.doctor.preflight.room import Kept
+    from rlhf.run.memory import cache_bytes
 
     kept = Kept(trainer.models)
     with kept.counted():
@@ -139,7 +139,7 @@ def trl(
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
-    from rlhf.tokenization import load_tokenizer
+    from rlhf.models.tokenization import load_tokenizer
 
     class Clock(TrainerCallback):
         def __init__(self) -> None:

@@ -23,9 +23,9 @@ from nltk.lm.preprocessing import padded_everygrams
 from nltk.lm.smoothing import KneserNey
 from nltk.util import ngrams
 
+from rlhf.base.errors import run_command
 from rlhf.config import PretrainConfig, build, read_yaml
 from rlhf.data_prep.corpus import characters
-from rlhf.errors import run_command
 from rlhf.stages import pretrain
 
 ORDER, DISCOUNTS = 5, (0.5, 0.7, 0.8, 0.9)

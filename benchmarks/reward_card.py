@@ -34,15 +34,18 @@ import numpy as np
 import torch
 
 from rlhf.config import RewardConfig, SFTConfig, build, parse_config, read_yaml
-from rlhf.data_prep.loading import load_rows
-from rlhf.models import Compute, direct_casting, load_policy, trainable_reward_model
-from rlhf.packing import prompt_batches
+from rlhf.data_prep.load import load_rows
+from rlhf.evaluation.card import statistics as cards
+from rlhf.evaluation.card.statistics import Judged, rated_pairs
+from rlhf.models.adapters import direct_casting
+from rlhf.models.base import load_policy
+from rlhf.models.compute import Compute
+from rlhf.models.packing import prompt_batches
+from rlhf.models.reward_model import trainable_reward_model
+from rlhf.models.tokenization import encode_prompt, encode_response, load_tokenizer
 from rlhf.registry import Registry
-from rlhf.reward import card as cards
-from rlhf.reward.card import Judged, rated_pairs
 from rlhf.reward.ranking import RankingCollator, ordered_pairs, ranking_loss, score_rows
 from rlhf.stages import reward, sft
-from rlhf.tokenization import encode_prompt, encode_response, load_tokenizer
 
 Row = dict[str, Any]
 #: The stage's options on PandaLM: short training on few pairs, of which those without a winner are left out.

@@ -61,7 +61,7 @@ def main() -> None:
 
 def check_vllm(python: str) -> None:
     """Refuses a Python that has no vLLM, before anything is measured."""
-    from rlhf.errors import UserError
+    from rlhf.base.errors import UserError
 
     find = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
     if subprocess.run([python, "-c", find]).returncode != 0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-from rlhf.errors import UserError, did_you_mean, run_command
+from rlhf.base.errors import UserError, did_you_mean, run_command
 
 VERBS = {
     "pipeline": ("rlhf.pipeline", "data, SFT, reward model, PPO and report, in one go"),
@@ -14,17 +14,17 @@ VERBS = {
     "sft": ("rlhf.stages.sft", "stage 1: supervised fine-tuning"),
     "reward": ("rlhf.stages.reward", "stage 2: train a reward model on rankings"),
     "ppo": ("rlhf.stages.ppo", "stage 3: PPO against the reward model"),
-    "card": ("rlhf.evaluation.reward", "report card of a registered reward model on any comparisons"),
+    "card": ("rlhf.evaluation.card.report_card", "report card of a registered reward model on any comparisons"),
     "evaluate": ("rlhf.evaluation.__main__", "what policies are worth: figures, win rates, best-of-n, frontier, tax"),
     "generate": ("rlhf.generation.generate", "answers of any model to prompts, as text or JSON lines"),
     "chat": ("rlhf.generation.chat", "talk to a model, or to several side by side"),
     "registry": (
-        "rlhf.registry.__main__",
+        "rlhf.sharing.__main__",
         "what was trained: list, lineage, diff, export, push, reproduce, delete, ...",
     ),
     "doctor": ("rlhf.doctor.__main__", "what was wrong with a run; before it, what would be: rlhf doctor preflight"),
-    "report": ("rlhf.report", "one HTML page about a run, or about several"),
-    "tracking": ("rlhf.tracking", "save a W&B workspace that compares runs"),
+    "report": ("rlhf.report.__main__", "one HTML page about a run, or about several"),
+    "tracking": ("rlhf.report.dashboard", "save a W&B workspace that compares runs"),
 }
 
 

@@ -28,7 +28,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from rlhf import storage
+from rlhf.base import storage
+from rlhf.base.errors import UserError, did_you_mean, run_command
 from rlhf.config import (
     PPOConfig,
     PretrainConfig,
@@ -39,7 +40,6 @@ from rlhf.config import (
     read_yaml,
     reward_kind,
 )
-from rlhf.errors import UserError, did_you_mean, run_command
 
 STAGES: dict[str, Any] = {"pretrain": PretrainConfig, "sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig}
 #: Options that the stages share by name, and that mean another thing in pretraining: on the command line they are the others'.
@@ -67,7 +67,7 @@ def run(folder: Path, overrides: dict[str, Any]) -> dict[str, Any]:
             `NOT_OF_PRETRAINING`.
     """
     from rlhf.registry import MANIFEST, Registry
-    from rlhf.report import print_results, write_report
+    from rlhf.report.run_page import print_results, write_report
 
     started = time.perf_counter()
     data = _prepare_data(folder, overrides)

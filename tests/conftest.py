@@ -153,7 +153,7 @@ def finished(
 @pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Call]:
     """`call("rlhf.stages.sft", "--config", file)` is `python -m rlhf.stages.sft ...` in this process: six seconds less."""
-    from rlhf.errors import run_command
+    from rlhf.base.errors import run_command
 
     def run(module: str, *words: object) -> Call:
         main = importlib.import_module(module).main

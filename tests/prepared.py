@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from rlhf.data_prep.recipe import KINDS, SPLITS
+from rlhf.data_prep.prepare.recipe import KINDS, SPLITS
 
 _WORDS = """apple river stone cloud winter music garden window silver forest letter bridge candle mirror ocean paper rocket
 shadow travel violin basket copper desert engine feather guitar harbour island jacket kettle ladder marble needle orange pencil

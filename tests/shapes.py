@@ -14,9 +14,11 @@ from typing import Any
 from jaxtyping import Bool, Float, Int, jaxtyped
 from torch import Tensor
 
+from rlhf.models.sampling import Sampled
+from rlhf.models.sequences import Sequences
 from rlhf.ppo import forward
-from rlhf.ppo.types import Rollout, Sequences
-from rlhf.sampling import Sampled
+from rlhf.ppo.types import Rollout
+from rlhf.reward import sources
 
 ROW, FLAGS = Float[Tensor, "B"], Bool[Tensor, "B"]
 GRID, MASK, TOKENS = Float[Tensor, "B R"], Bool[Tensor, "B R"], Int[Tensor, "B R"]
@@ -35,7 +37,6 @@ RESULTS = {
     "logprobs_and_values": [GRID, GRID],
     "compared_logprobs": [Float[Tensor, "4 B R"]],
     "token_values": [GRID],
-    "sequence_scores": [ROW],
 }
 
 
@@ -77,3 +78,4 @@ for sheet, fields in SHEETS.items():
     sheet.__init__ = checked_sheet(sheet.__init__, fields)  # type: ignore[misc]
 for name, kinds in RESULTS.items():
     setattr(forward, name, checked_pass(getattr(forward, name), kinds))
+sources.sequence_scores = checked_pass(sources.sequence_scores, [ROW])

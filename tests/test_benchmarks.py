@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 
-from rlhf.data_prep.loading import load_rows
-from rlhf.errors import UserError
+from rlhf.base.errors import UserError
+from rlhf.data_prep.load import load_rows
+from rlhf.models.tokenization import load_tokenizer
 from rlhf.stages.sft import tokenize
-from rlhf.tokenization import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
@@ -514,7 +514,7 @@ def test_doctor_of_one_fault_and_one_clean_run(tmp_path: Path) -> None:
 def test_doctor_judges_runs(doctor: Any) -> None:
     """Catches: a symptom further down that counts as the right cause, a refusal for another reason, clean runs in the rates
     of faults, and a fault that names a check which does not exist."""
-    from rlhf.doctor.health import CHECKS
+    from rlhf.doctor.health.findings import CHECKS
 
     def row(name: str, *found: str, refused: str = "", kind: str = "fault") -> dict[str, Any]:
         fault = {"what": name, "causes": ["a", "b"], "says": "mask"} if kind == "fault" else {}

@@ -16,9 +16,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf import checkpoint, storage
-from rlhf.errors import UserError
-from rlhf.optim import forget_overrides
+from rlhf.base import storage
+from rlhf.base.errors import UserError
+from rlhf.run import checkpoint
+from rlhf.run.optim import forget_overrides
 
 
 def save(folder: Path, step: int, value: float | None = None) -> Path:

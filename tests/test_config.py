@@ -13,6 +13,7 @@ import pytest
 
 import rlhf
 from rlhf import pipeline
+from rlhf.base.errors import UserError
 from rlhf.config import (
     EvaluationConfig,
     PPOConfig,
@@ -27,9 +28,8 @@ from rlhf.config import (
     read_yaml,
 )
 from rlhf.data_prep import ReviewsConfig, read_recipe
-from rlhf.data_prep.recipe import Options, Source
+from rlhf.data_prep.prepare.recipe import Options, Source
 from rlhf.data_prep.show import ShowConfig
-from rlhf.errors import UserError
 from rlhf.generation.config import ChatConfig, GenerateConfig
 
 PACKAGE = Path(rlhf.__file__).parent

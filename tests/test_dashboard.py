@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from toys import Call
 
-from rlhf.dashboard import HEALTH
-from rlhf.ppo.types import METRICS
+from rlhf.report.dashboard import HEALTH
+from rlhf.run.metrics import METRICS
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from rlhf.models import ADAPTER_FILE
+from rlhf.models.adapters import ADAPTER_FILE
 from rlhf.registry import Registry
 
 OPTIONS = {

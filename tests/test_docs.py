@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 from rlhf.config import EvaluationConfig, PPOConfig, RewardConfig, StageConfig, TrainingLength
-from rlhf.doctor.health import CHECKS
-from rlhf.ppo.types import METRICS
-from rlhf.registry import verbs as registry_verbs
-from rlhf.reward import card, probes
+from rlhf.doctor.health.findings import CHECKS
+from rlhf.evaluation.card import hack_probes, statistics
+from rlhf.run.metrics import METRICS
+from rlhf.sharing import verbs as registry_verbs
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "ppo.md").read_text(encoding="utf-8")
@@ -90,12 +90,12 @@ def test_every_option_of_the_reward_models_training_is_explained() -> None:
 def test_thresholds_of_the_card_are_those_of_the_code() -> None:
     """Catches: a flag that was made stricter, and a page that promises the old one."""
     flagged = {row[0]: row[2] for row in table("The card", REWARD_PAGE)}
-    assert f"{card.LENGTH_BIAS:.0%} more pairs" in flagged["length"]
-    assert f"above {card.POOR_CALIBRATION:.0%}" in flagged["calibration"]
-    assert f"more than {card.OUTSIDE:.0%}" in flagged["samples"]
-    assert f"below {card.CEILING_SHARE:.0%} of the way" in flagged["held-out raters, human ceiling"]
-    assert f"beyond {card.RIVAL_GAIN:.0%}" in flagged["rivals"]
-    assert f"gains {probes.FLAGGED_GAIN} standard deviations" in flagged["hack probes"]
+    assert f"{statistics.LENGTH_BIAS:.0%} more pairs" in flagged["length"]
+    assert f"above {statistics.POOR_CALIBRATION:.0%}" in flagged["calibration"]
+    assert f"more than {statistics.OUTSIDE:.0%}" in flagged["samples"]
+    assert f"below {statistics.CEILING_SHARE:.0%} of the way" in flagged["held-out raters, human ceiling"]
+    assert f"beyond {statistics.RIVAL_GAIN:.0%}" in flagged["rivals"]
+    assert f"gains {hack_probes.FLAGGED_GAIN} standard deviations" in flagged["hack probes"]
 
 
 def test_every_verb_of_the_registry_is_explained_and_no_other() -> None:

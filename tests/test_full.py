@@ -22,9 +22,10 @@ from toys import FAMILIES, Call, build_model
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from rlhf.full import SeparateModels
-from rlhf.models import Compute, lora_config
-from rlhf.packing import pack_rows
+from rlhf.models.adapters import lora_config
+from rlhf.models.compute import Compute
+from rlhf.models.packing import pack_rows
+from rlhf.models.separate import SeparateModels
 from rlhf.ppo import forward
 from rlhf.registry import Registry
 

@@ -17,11 +17,12 @@ from peft import LoraConfig
 from toys import FAMILIES, PROMPTS, Call, build_model, rows
 from transformers import PreTrainedModel
 
-from rlhf import sampling
-from rlhf.models import Compute, SharedModels
-from rlhf.packing import pack_rows
-from rlhf.sampling import Sampled, Sampler, sample
-from rlhf.tokenization import pad
+from rlhf.models import sampling
+from rlhf.models.compute import Compute
+from rlhf.models.packing import pack_rows
+from rlhf.models.roles import SharedModels
+from rlhf.models.sampling import Sampled, Sampler, sample
+from rlhf.models.tokenization import pad
 
 VOCAB = 40
 NEEDS_CUDA = [

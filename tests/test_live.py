@@ -13,14 +13,14 @@ import time
 import pytest
 from rich.console import Console
 
-from rlhf import live
-from rlhf.live import LiveView, sparkline, view
-from rlhf.progress import Progress
+from rlhf.run import terminal
+from rlhf.run.progress import Progress
+from rlhf.run.terminal import LiveView, sparkline, view
 
 RUN = """
 import sys
 from rlhf import live
-from rlhf.progress import Progress
+from rlhf.run.progress import Progress
 with live.view("ppo: demo on cpu"), Progress(2, "ppo") as bar:
     for step in (1, 2):
         live.show_metrics({"objective/score": step / 4, "objective/kl": 3.5, "ppo/lr": 1e-5})
@@ -42,15 +42,15 @@ def test_the_view_shows_progress_figures_and_samples() -> None:
         assert shown is not None
         with Progress(4, "ppo") as bar:
             for step in range(3):
-                live.show_metrics({"objective/score": 0.1 * step, "objective/kl": 2.5, "time/score": 9.0})
-                live.show_samples([{"prompt": f"p{step}", "response": "fine", "score": 0.25, "kl": 1.5}] * 9)
+                terminal.show_metrics({"objective/score": 0.1 * step, "objective/kl": 2.5, "time/score": 9.0})
+                terminal.show_samples([{"prompt": f"p{step}", "response": "fine", "score": 0.25, "kl": 1.5}] * 9)
                 bar.update(1, score=0.1 * step)
             text = screen(shown)
     assert "ppo: demo" in text and "3/4" in text and "score 0.2" in text and "left" in text
     assert ("KL, nats a response  2.5" in text and "▁▅█" in text) or "▁▄█" in text
-    assert text.count("p2") == live.SAMPLES and "p1" not in text and "score 0.25 kl 1.5 | fine" in text
+    assert text.count("p2") == terminal.SAMPLES and "p1" not in text and "score 0.25 kl 1.5 | fine" in text
     assert "time/score" not in text
-    assert live.bar(1, "after", leave=True) is None, "the view is closed"
+    assert terminal.bar(1, "after", leave=True) is None, "the view is closed"
 
 
 def test_a_bar_that_is_not_left_vanishes() -> None:

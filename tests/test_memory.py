@@ -11,10 +11,10 @@ import torch
 from accelerate import cpu_offload
 from toys import build_model
 
-from rlhf import memory
+from rlhf.base.errors import UserError
 from rlhf.config import PPOConfig, SFTConfig
-from rlhf.errors import UserError
-from rlhf.tracking import PhaseTimer
+from rlhf.run import memory
+from rlhf.run.timing import PhaseTimer
 
 #: What the CPU's allocator says.
 CPU_MESSAGE = (

@@ -16,26 +16,19 @@ from toys import FAMILIES, build_model
 from transformers import AutoModelForCausalLM, GraniteConfig, LlamaConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from rlhf.base.errors import UserError
 from rlhf.config import PPOConfig
-from rlhf.errors import UserError
-from rlhf.full import SeparateModels
-from rlhf.models import (
-    ADAPTER_FILE,
-    Compute,
-    RoleModels,
-    ScalarHead,
-    SharedModels,
-    load_base,
-    load_policy,
-    lora_config,
-    save_adapter,
-    sequence_classifier,
-    with_adapter,
-)
-from rlhf.packing import pack_rows
+from rlhf.models.adapters import ADAPTER_FILE, lora_config, save_adapter, with_adapter
+from rlhf.models.base import load_base, load_policy
+from rlhf.models.compute import Compute
+from rlhf.models.packing import pack_rows
+from rlhf.models.reward_model import ScalarHead, sequence_classifier
+from rlhf.models.roles import RoleModels, SharedModels
+from rlhf.models.separate import SeparateModels
+from rlhf.models.sequences import Sequences
+from rlhf.models.tokenization import pad
 from rlhf.ppo import forward
-from rlhf.ppo.types import Sequences
-from rlhf.tokenization import pad
+from rlhf.reward import sources
 
 VOCAB = 48
 PAD = 0
@@ -169,7 +162,7 @@ def answers(models: RoleModels) -> dict[str, torch.Tensor]:
         "policy": forward.token_logprobs(models, "policy", batch, 1.0),
         "reference": forward.token_logprobs(models, "reference", batch, 1.0),
         "value": forward.token_values(models, batch),
-        "reward": forward.sequence_scores(models, batch),
+        "reward": sources.sequence_scores(models, batch),
     }
 
 

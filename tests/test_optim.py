@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_models import ppo_config
 
-from rlhf import optim
+from rlhf.run import optim
 
 
 def test_heads_keep_32_bits_however_wide() -> None:

@@ -8,9 +8,9 @@ import pytest
 import torch
 from toys import FAMILIES, build_model
 
-from rlhf import packing
-from rlhf.models import backbone
-from rlhf.packing import common_prefix, pack_rows, prompt_batches
+from rlhf.models import packing
+from rlhf.models.heads import backbone
+from rlhf.models.packing import common_prefix, pack_rows, prompt_batches
 
 OPENING = [5, 6, 7, 8, 9, 10]
 ROWS = [

@@ -19,8 +19,8 @@ import pytest
 SCRIPT = """
 import os, signal, sys, time, types
 from pathlib import Path
-from rlhf.errors import UserError, run_command
-from rlhf.interrupt import StopRequest
+from rlhf.base.errors import UserError, run_command
+from rlhf.base.interrupt import StopRequest
 from rlhf.pipeline import _run_stage
 
 def run(config, reuse):

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from rlhf import progress as module
-from rlhf.progress import Progress, format_seconds, progress
+from rlhf.run import progress as module
+from rlhf.run.progress import Progress, format_seconds, progress
 
 
 class Clock:
@@ -76,9 +76,7 @@ def test_seconds_are_written_as_a_clock(seconds: float, text: str) -> None:
 
 def test_the_module_is_light() -> None:
     """Bug: a progress bar that takes five seconds to import, because it pulls in transformers."""
-    code = (
-        "import sys, rlhf.progress; print([m for m in ('torch', 'transformers', 'wandb', 'tqdm') if m in sys.modules])"
-    )
+    code = "import sys, rlhf.run.progress; print([m for m in ('torch', 'transformers', 'wandb', 'tqdm') if m in sys.modules])"
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     )

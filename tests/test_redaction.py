@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.redaction import redact
+from rlhf.base.redaction import redact
 
 
 def test_secrets_are_blanked_and_ordinary_names_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,7 +61,7 @@ def test_ordinary_texts_stay(text: str) -> None:
 def test_errors_are_printed_without_secrets(tmp_path: Path) -> None:
     """Catches: a key on the terminal, and so in the log of a cluster, by a user's error or by a traceback."""
     (tmp_path / "command.py").write_text(
-        "import sys\nfrom rlhf.errors import UserError, run_command\n"
+        "import sys\nfrom rlhf.base.errors import UserError, run_command\n"
         "def main():\n    raise (UserError if sys.argv[1] == 'user' else ValueError)("
         "'no answer from http://me:pw1234@host/x?token=abc123')\n"
         "run_command(main)\n"

@@ -14,8 +14,12 @@ from typing import Any
 
 import pytest
 
-from rlhf.errors import UserError
-from rlhf.report import POINTS_PER_CURVE, STAGES, print_results, read_jsonl, write_card_page, write_report
+from rlhf.base.errors import UserError
+from rlhf.base.jsonl import read_jsonl
+from rlhf.report.card_page import write_card_page
+from rlhf.report.charts import POINTS_PER_CURVE
+from rlhf.report.figures import STAGES
+from rlhf.report.run_page import print_results, write_report
 
 ATTACK = '<script>document.title="owned"</script><img src=x onerror=alert(1)>'
 BROWSER = next(

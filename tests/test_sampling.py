@@ -11,9 +11,9 @@ import torch
 from toys import BENT, FAMILIES, PROMPTS, build_bent, build_model, rows
 from transformers import AutoModelForCausalLM, MambaConfig, MistralConfig, PreTrainedModel
 
-from rlhf import sampling
-from rlhf.sampling import Sampled, Sampler, sample
-from rlhf.tokenization import pad
+from rlhf.models import sampling
+from rlhf.models.sampling import Sampled, Sampler, sample
+from rlhf.models.tokenization import pad
 
 VOCAB = 40
 PAD = 0

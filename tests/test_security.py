@@ -17,11 +17,13 @@ import transformers.dynamic_module_utils
 from reward.test_sources import endpoint, save_classifier  # noqa: F401
 from toys import Call
 
+from rlhf.base.errors import UserError
 from rlhf.config import SFTConfig
-from rlhf.errors import UserError
-from rlhf.models import Compute, load_base
+from rlhf.models.base import load_base
+from rlhf.models.compute import Compute
 from rlhf.registry import PICKLE_SUFFIXES
-from rlhf.report import write_card_page, write_report
+from rlhf.report.card_page import write_card_page
+from rlhf.report.run_page import write_report
 from rlhf.reward import sources
 from rlhf.reward.sources import ClassifierReward
 

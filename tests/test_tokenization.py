@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from rlhf.errors import UserError
-from rlhf.tokenization import (
+from rlhf.base.errors import UserError
+from rlhf.models.tokenization import (
     TEMPLATES,
     decode_response,
     encode_prompt,

@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import math
+import os
 import socket
 import subprocess
 import sys
@@ -13,25 +14,21 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import wandb
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from wandb_reader import OfflineRun, table_rows, wandb_records
 
-from rlhf import tracking
-from rlhf.errors import UserError
-from rlhf.tracking import (
-    MetricsCallback,
-    PhaseTimer,
-    ProgressCallback,
-    Tracker,
-    house_metrics,
-    peak_rss_gb,
-    resolve_wandb_mode,
-    split_reference,
-)
+from rlhf.base.errors import UserError
+from rlhf.run import tracker as tracker_module
+from rlhf.run import wandb_link
+from rlhf.run.callbacks import MetricsCallback, ProgressCallback, house_metrics
+from rlhf.run.timing import PhaseTimer, peak_rss_gb
+from rlhf.run.tracker import Tracker
+from rlhf.run.wandb_link import resolve_wandb_mode, split_reference
 
-KNOCK = tracking._knock
+KNOCK = wandb_link._knock
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +38,7 @@ def no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_DATA_DIR", "WANDB_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    monkeypatch.setattr(tracking, "_knock", lambda: None)
+    monkeypatch.setattr(tracker_module, "_knock", lambda: None)
 
 
 def make(run_dir: Path, **options: Any) -> Tracker:
@@ -159,7 +156,7 @@ def test_an_offline_run_holds_metrics_samples_lineage_and_config(
             # the trainer's rows carry their own step; W&B must not get two columns of that name
             tracker.log_samples([{"step": step, "prompt": "p", "score": 1 if step == 1 else None}], step)
         tracker.log_artifact("ppo/demo@1", adapter, {"score": 0.8})
-    assert "WANDB_DATA_DIR" not in tracking.os.environ
+    assert "WANDB_DATA_DIR" not in os.environ
     assert capfd.readouterr() == ("", "")
 
     records = list(wandb_records(run_dir))
@@ -263,7 +260,7 @@ def test_an_unreachable_server_leaves_an_offline_run(
     """Bug: with the server down a run has no W&B record at all, so that nothing can be synced later."""
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    monkeypatch.setattr(tracking, "INIT_TIMEOUT_SECONDS", 1.0)
+    monkeypatch.setattr(tracker_module, "INIT_TIMEOUT_SECONDS", 1.0)
     start = time.monotonic()
     with make(tmp_path, wandb_mode="online") as tracker:
         tracker.log({"sft/loss": 1.0}, 1)
@@ -279,8 +276,8 @@ def test_a_silent_server_leaves_an_offline_run(
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
-        monkeypatch.setattr(tracking, "INIT_TIMEOUT_SECONDS", 0.5)
-        monkeypatch.setattr(tracking, "_knock", KNOCK)
+        monkeypatch.setattr(tracker_module, "INIT_TIMEOUT_SECONDS", 0.5)
+        monkeypatch.setattr(tracker_module, "_knock", KNOCK)
         modes: list[str] = []
         monkeypatch.setattr(wandb, "init", lambda mode, **_: (modes.append(mode), BrokenRun())[1])
         start = time.monotonic()
@@ -297,7 +294,7 @@ def test_a_server_that_dies_does_not_hold_the_run(tmp_path: Path, monkeypatch: p
         def finish(self, exit_code: int) -> None:
             time.sleep(30)
 
-    monkeypatch.setattr(tracking, "FINISH_TIMEOUT_SECONDS", 0.1)
+    monkeypatch.setattr(tracker_module, "FINISH_TIMEOUT_SECONDS", 0.1)
     tracker = make(tmp_path)
     with tracker:
         tracker._run = HangingRun()
@@ -423,7 +420,7 @@ def test_phases_add_up_and_see_the_peak_of_their_own_block() -> None:
         with timer.phase("rollout"):
             time.sleep(seconds)
     with pytest.raises(KeyError), timer.phase("optimise"):
-        size = int((before + 0.2) * 1e9) - int(tracking.psutil.Process().memory_info().rss)
+        size = int((before + 0.2) * 1e9) - int(psutil.Process().memory_info().rss)
         block = b"x" * size  # more than this process ever held, and gone when the phase ends
         del block
         raise KeyError

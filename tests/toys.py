@@ -16,7 +16,7 @@ from transformers import (
 )
 
 if TYPE_CHECKING:
-    from rlhf.sampling import Sampled
+    from rlhf.models.sampling import Sampled
 
 WORDS = [
     *("The", "A", "It", "This", "film", "movie", "plot", "acting", "is", "was", "good", "bad", "great", "awful"),

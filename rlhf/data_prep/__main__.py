@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import sys
 
+from rlhf.base.errors import run_command
 from rlhf.data_prep import prepare
-from rlhf.data_prep.recipe import parse_recipe
-from rlhf.errors import run_command
+from rlhf.data_prep.prepare.recipe import parse_recipe
 
 
 def main() -> None:

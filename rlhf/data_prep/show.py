@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf.config import option, parse_config, read_yaml, require
-from rlhf.data_prep.assets import resolve_model
-from rlhf.data_prep.loading import load_rows
-from rlhf.data_prep.recipe import KINDS
-from rlhf.errors import UserError
-from rlhf.tokenization import check_encoding, encode_prompt, load_tokenizer
+from rlhf.base.errors import UserError, require
+from rlhf.config import option, parse_config, read_yaml
+from rlhf.data_prep.load import load_rows
+from rlhf.data_prep.prepare.recipe import KINDS
+from rlhf.models.catalogue import resolve_model
+from rlhf.models.tokenization import check_encoding, encode_prompt, load_tokenizer
 
 #: Around trained tokens: colours on a terminal, brackets elsewhere.
 _MARKS = {True: ("\x1b[1;32m", "\x1b[0m"), False: ("⟦", "⟧")}

@@ -8,8 +8,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from rlhf.base.errors import UserError, did_you_mean, run_command
 from rlhf.doctor import diagnosis
-from rlhf.errors import UserError, did_you_mean, run_command
 
 PREFLIGHT = "preflight"
 
@@ -18,10 +18,10 @@ def main() -> None:
     """Command line."""
     words = sys.argv[1:]
     if words[:1] == [PREFLIGHT]:
-        from rlhf.doctor import preflight  # which brings torch
+        from rlhf.doctor.preflight import command  # which brings torch
 
         sys.argv = [f"{sys.argv[0]} {PREFLIGHT}", *words[1:]]
-        preflight.main()
+        command.main()
         return
     if words and not Path(words[0]).exists() and (near := did_you_mean(words[0], [PREFLIGHT])):
         raise UserError(f"no run '{words[0]}'{near}")

@@ -13,15 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from rlhf.doctor.health import CHECKS, Finding, replay
-from rlhf.doctor.history import SAMPLES_READ, History
-from rlhf.errors import UserError, did_you_mean
+from rlhf.base.errors import UserError, did_you_mean
+from rlhf.base.jsonl import read_jsonl
+from rlhf.doctor.health.findings import CHECKS, Finding, replay
+from rlhf.doctor.health.history import SAMPLES_READ, History
 from rlhf.registry import Registry
-from rlhf.report import STAGES as REPORTED
-from rlhf.report import read_jsonl
 
 #: Those that leave logs.
-STAGES = ("pretrain", *REPORTED)
+STAGES = ("pretrain", "sft", "reward", "ppo")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from rlhf import distributed
-from rlhf.doctor.health import ACTIONS, CHECKS, Finding, actions, find
-from rlhf.doctor.health_check import Remedy
-from rlhf.doctor.history import SAMPLES_READ, History
-from rlhf.errors import UserError
-from rlhf.tracking import Tracker, house_metrics
+from rlhf.base import distributed
+from rlhf.base.errors import UserError
+from rlhf.doctor.health.check import Remedy
+from rlhf.doctor.health.findings import ACTIONS, CHECKS, Finding, actions, find
+from rlhf.doctor.health.history import SAMPLES_READ, History
+from rlhf.run.callbacks import house_metrics
+from rlhf.run.tracker import Tracker
 
 #: Updates without a finding after which it counts as news again.
 QUIET_UPDATES = 10

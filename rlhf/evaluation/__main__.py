@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from rlhf.base.errors import run_command
 from rlhf.config import EvaluationConfig, parse_config
-from rlhf.errors import run_command
 from rlhf.evaluation.compare import run
 
 #: Figures shown on the terminal, with their number format; the rest is in the files.

@@ -15,21 +15,23 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf.bootstrap import Array
+from rlhf.base.intervals import Array
 from rlhf.config import RunConfig
 from rlhf.evaluation.candidates import Candidate
-from rlhf.full import FinishedPair
-from rlhf.models import Compute, RoleModels, SharedModels, load_base, load_policy
-from rlhf.packing import prompt_batches
+from rlhf.models.base import load_base, load_policy
+from rlhf.models.compute import Compute
+from rlhf.models.packing import prompt_batches
+from rlhf.models.roles import RoleModels, SharedModels
+from rlhf.models.sampling import SAMPLED_AT_ONCE
+from rlhf.models.separate import FinishedPair
+from rlhf.models.sequences import Sequences, concatenate, length_sorted_batches
+from rlhf.models.tokenization import decode_response, pad
 from rlhf.ppo import forward
 from rlhf.ppo import functional as F
 from rlhf.ppo.rollout import SamplingOptions, respond
-from rlhf.ppo.types import Sequences, concatenate, length_sorted_batches
-from rlhf.progress import Progress
 from rlhf.registry import Artifact
 from rlhf.reward.sources import Responses, Source
-from rlhf.sampling import SAMPLED_AT_ONCE
-from rlhf.tokenization import decode_response, pad
+from rlhf.run.progress import Progress
 
 
 @dataclass(frozen=True, kw_only=True)

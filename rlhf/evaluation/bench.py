@@ -13,29 +13,25 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from rlhf.bootstrap import Array
-from rlhf.config import EvaluationConfig, require, reward_kind
-from rlhf.data_prep.loading import load_rows
-from rlhf.errors import UserError
+from rlhf.base.errors import UserError, require
+from rlhf.base.functions import load_function
+from rlhf.base.intervals import Array
+from rlhf.base.storage import sha256_file
+from rlhf.config import EvaluationConfig, reward_kind
+from rlhf.data_prep.load import load_rows
 from rlhf.evaluation.answers import Answers, opened, sample_answers, score_answers
 from rlhf.evaluation.candidates import Candidate, gather
 from rlhf.evaluation.checks import Check, likeliest_answers, read_checks
 from rlhf.evaluation.tax import PLAIN_TEXT, Tasks, text_logprobs, text_windows
-from rlhf.models import (
-    Compute,
-    RoleModels,
-    base_context_length,
-    context_length,
-    fit_vocabulary,
-    load_base,
-    load_policy,
-)
+from rlhf.models.base import base_context_length, context_length, fit_vocabulary, load_base, load_policy
+from rlhf.models.compute import Compute
+from rlhf.models.likelihood import mean_logprobs
+from rlhf.models.roles import RoleModels
+from rlhf.models.tokenization import encode_prompt, load_tokenizer, stop_token_ids
 from rlhf.ppo.rollout import SamplingOptions
-from rlhf.registry import Registry, sha256_file
-from rlhf.reward.evaluate import load_function, mean_logprobs
+from rlhf.registry import Registry
 from rlhf.reward.scorer import open_scorer
 from rlhf.reward.sources import GoldSource, ModelReward, Source, open_source, source_name
-from rlhf.tokenization import encode_prompt, load_tokenizer, stop_token_ids
 
 #: Something to be measured on an open policy: what decides it, and how it is made.
 Job = tuple[dict[str, Any], Callable[[RoleModels], Any]]

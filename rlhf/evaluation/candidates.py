@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf import checkpoint
+from rlhf.base.errors import UserError, did_you_mean
+from rlhf.base.storage import sha256_file
 from rlhf.config import EvaluationConfig, reward_kind
-from rlhf.errors import UserError, did_you_mean
-from rlhf.models import ADAPTER_FILE
-from rlhf.registry import Artifact, Registry, sha256_file
+from rlhf.models.adapters import ADAPTER_FILE
+from rlhf.registry import Artifact, Registry
+from rlhf.run import checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,11 +19,11 @@ from typing import Any
 
 import requests
 
-from rlhf.errors import UserError
-from rlhf.progress import Progress
-from rlhf.report import read_jsonl
+from rlhf.base.errors import UserError
+from rlhf.base.jsonl import read_jsonl
+from rlhf.base.redaction import redact
 from rlhf.reward.sources import patient_session
-from rlhf.tracking import redact
+from rlhf.run.progress import Progress
 
 INSTRUCTIONS = (
     "You compare two answers to the same request. Judge how well each does what the request asks: correct, helpful, clear, "

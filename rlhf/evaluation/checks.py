@@ -14,15 +14,15 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf import bootstrap
-from rlhf.bootstrap import Array
-from rlhf.config import CHECKS, require
-from rlhf.data_prep.files import is_readable, read_file
-from rlhf.data_prep.rows import Malformed, Messages, Row, Untrainable, as_prompt, as_response, show_value
-from rlhf.errors import UserError, did_you_mean
-from rlhf.models import context_length
-from rlhf.sampling import sample
-from rlhf.tokenization import decode_response, pad, stop_token_ids
+from rlhf.base import intervals
+from rlhf.base.errors import UserError, did_you_mean, require
+from rlhf.base.intervals import Array
+from rlhf.config import CHECKS
+from rlhf.data_prep.formats.files import is_readable, read_file
+from rlhf.data_prep.formats.rows import Malformed, Messages, Row, Untrainable, as_prompt, as_response, show_value
+from rlhf.models.base import context_length
+from rlhf.models.sampling import sample
+from rlhf.models.tokenization import decode_response, pad, stop_token_ids
 
 Figure = dict[str, float | None] | None
 _LONGEST_ROW = 100_000_000
@@ -37,7 +37,7 @@ class Check:
     name: str
     """The file's name without its ending."""
     kind: str
-    """One of `rlhf.config.CHECKS`."""
+    """One of `rlhf.config.evaluation.CHECKS`."""
     prompts: list[Messages]
     references: list[list[str]]
     """For each prompt what would be right; any will do."""
@@ -200,7 +200,7 @@ def translation(references: Sequence[Sequence[str]], texts: Sequence[str], seed:
     found: dict[str, Figure] = {}
     for name, metric in metrics.items():
         several = len(texts) > 1
-        score: Any = metric.corpus_score(list(texts), streams, n_bootstrap=bootstrap.DRAWS if several else 1)
+        score: Any = metric.corpus_score(list(texts), streams, n_bootstrap=intervals.DRAWS if several else 1)
         low, high = (float(score._mean - score._ci), float(score._mean + score._ci)) if several else (None, None)
         found[name] = {"value": float(score.score), "low": low, "high": high}
     return found
@@ -229,8 +229,8 @@ def classification(references: Sequence[Sequence[str]], texts: Sequence[str], se
 
     low = high = None
     if len(texts) > 1:
-        drawn = [macro_f1(times) for rows in bootstrap.draws(len(texts), seed) for times in rows]
-        low, high = bootstrap.interval(np.array(drawn))
+        drawn = [macro_f1(times) for rows in intervals.draws(len(texts), seed) for times in rows]
+        low, high = intervals.interval(np.array(drawn))
     figure: Figure = {"value": macro_f1(np.ones(len(texts))), "low": low, "high": high}
     return {"accuracy": _mean(right == named, seed), "macro_f1": figure}
 
@@ -244,7 +244,7 @@ _MEASURES: dict[str, Callable[[Sequence[Sequence[str]], Sequence[str], int], dic
 
 
 def _mean(values: Any, seed: int) -> Figure:
-    return bootstrap.mean(np.asarray(values, dtype=float), np.arange(len(values)), seed)
+    return intervals.mean(np.asarray(values, dtype=float), np.arange(len(values)), seed)
 
 
 def _words(text: str) -> list[str]:

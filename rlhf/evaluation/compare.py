@@ -57,21 +57,22 @@ from typing import Any
 
 import numpy as np
 
-from rlhf import bootstrap
-from rlhf.bootstrap import Array
+from rlhf.base import intervals
+from rlhf.base.intervals import Array
+from rlhf.base.redaction import redact
+from rlhf.base.text import distinct_n, repetition
 from rlhf.config import EvaluationConfig
+from rlhf.data_prep.overlap import TrainingPrompts
 from rlhf.evaluation import frontier, people
 from rlhf.evaluation.answers import Answers
 from rlhf.evaluation.bench import Bench, measured_or_left_out
 from rlhf.evaluation.candidates import Candidate
 from rlhf.evaluation.chat import ChatJudge, Pair, cost
-from rlhf.evaluation.overlap import TrainingPrompts
 from rlhf.evaluation.tax import perplexity
-from rlhf.evaluation.text import distinct_n, repetition
 from rlhf.evaluation.winrate import Preferences, by_scores, win_rate
+from rlhf.models.tokenization import last_user_text
 from rlhf.registry import code_commit
-from rlhf.tokenization import last_user_text
-from rlhf.tracking import Tracker, redact
+from rlhf.run.tracker import Tracker
 
 FORMAT = 1
 Figures = dict[str, Any]
@@ -190,20 +191,20 @@ def _models(
 def figures(answers: Answers, scores: Mapping[str, Array], seed: int = 0) -> Figures:
     """A policy's own figures, each with its interval over prompts."""
     prompt, lengths = answers.prompt, answers.lengths
-    found = {name: bootstrap.mean(values, prompt, seed) for name, values in scores.items()}
+    found = {name: intervals.mean(values, prompt, seed) for name, values in scores.items()}
     for name in ("kl", "kl_k3", "kl_full"):
-        found[name] = bootstrap.mean(np.array(answers.sums[name]), prompt, seed)
+        found[name] = intervals.mean(np.array(answers.sums[name]), prompt, seed)
     entropy = np.array(answers.sums["entropy"]) / lengths
-    found["entropy"] = bootstrap.mean(entropy, prompt, seed, weights=lengths.astype(float))
-    found["length"] = bootstrap.mean(lengths.astype(float), prompt, seed)
-    found["stop_rate"] = bootstrap.mean(np.array(answers.stopped, dtype=float), prompt, seed)
+    found["entropy"] = intervals.mean(entropy, prompt, seed, weights=lengths.astype(float))
+    found["length"] = intervals.mean(lengths.astype(float), prompt, seed)
+    found["stop_rate"] = intervals.mean(np.array(answers.stopped, dtype=float), prompt, seed)
     own = [answers.texts[i : i + answers.samples] for i in range(0, len(answers.texts), answers.samples)]
     for n in (1, 2, 3):
         long_enough = [texts for texts in own if any(len(text.split()) >= n for text in texts)]
         distinct = np.array([distinct_n(texts, n) for texts in long_enough])
-        found[f"distinct_{n}"] = bootstrap.mean(distinct, np.arange(len(distinct)), seed)
+        found[f"distinct_{n}"] = intervals.mean(distinct, np.arange(len(distinct)), seed)
     found["distinct_2_all"] = {"value": distinct_n(answers.texts, 2), "low": None, "high": None}
-    found["repetition"] = bootstrap.mean(np.array([repetition(text) for text in answers.texts]), prompt, seed)
+    found["repetition"] = intervals.mean(np.array([repetition(text) for text in answers.texts]), prompt, seed)
     return found
 
 
@@ -349,10 +350,10 @@ def _frontier(bench: Bench, measured: Sequence[Measured]) -> Figures:
 def _point(one: Measured, reference: Measured, seed: int) -> Figures:
     """A policy on the frontier. Its gains are paired: the same prompts, drawn together in the bootstrap."""
     prompt = one.answers.prompt
-    kl = bootstrap.mean(np.array(one.answers.sums["kl_full"]), prompt, seed)
+    kl = intervals.mean(np.array(one.answers.sums["kl_full"]), prompt, seed)
     assert kl is not None and kl["value"] is not None
-    own = {name: bootstrap.mean(values, prompt, seed) for name, values in one.scores.items()}
-    gains = {name: bootstrap.mean(values - reference.scores[name], prompt, seed) for name, values in one.scores.items()}
+    own = {name: intervals.mean(values, prompt, seed) for name, values in one.scores.items()}
+    gains = {name: intervals.mean(values - reference.scores[name], prompt, seed) for name, values in one.scores.items()}
     return {
         "model": one.candidate.name,
         "run": one.candidate.run,

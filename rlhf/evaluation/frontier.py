@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rlhf import bootstrap
-from rlhf.bootstrap import Array
+from rlhf.base import intervals
+from rlhf.base.intervals import Array
 
 Form = Literal["ppo", "best_of_n"]
 #: The forms of Gao, Schulman & Hilton 2022 (arXiv:2210.10760): linear in a and b.
@@ -67,8 +67,8 @@ def best_of_n_curve(proxy: Array, gold: dict[str, Array], seed: int = 0) -> list
         {
             "n": n,
             "kl": best_of_n_kl(n),
-            "score": bootstrap.mean(best_of_n(proxy, proxy, n), prompts, seed),
-            "gold": {name: bootstrap.mean(best_of_n(proxy, v, n), prompts, seed) for name, v in gold.items()},
+            "score": intervals.mean(best_of_n(proxy, proxy, n), prompts, seed),
+            "gold": {name: intervals.mean(best_of_n(proxy, v, n), prompts, seed) for name, v in gold.items()},
         }
         for n in sizes
     ]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-from rlhf.errors import UserError
+from rlhf.base.errors import UserError
 
 
 @cache

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlhf.errors import UserError, did_you_mean
+from rlhf.base.errors import UserError, did_you_mean
 from rlhf.evaluation.chat import Pair
 
 COLUMNS = ("id", "prompt", "answer_a", "answer_b", "verdict")

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.evaluation.text import distinct_n
-from rlhf.models import RoleModels
+from rlhf.base.functions import GoldFunction
+from rlhf.base.text import distinct_n
+from rlhf.models.roles import RoleModels
+from rlhf.models.sampling import SAMPLED_AT_ONCE
+from rlhf.models.sequences import concatenate, length_sorted_batches
+from rlhf.models.tokenization import decode_response
 from rlhf.ppo import forward
 from rlhf.ppo import functional as F
 from rlhf.ppo.rollout import SamplingOptions, respond
-from rlhf.ppo.types import concatenate, length_sorted_batches
-from rlhf.reward.evaluate import GoldFunction
 from rlhf.reward.sources import Responses, Reward
-from rlhf.sampling import SAMPLED_AT_ONCE
-from rlhf.tokenization import decode_response
 
 #: VADER calls a text positive above .05 and negative below -.05 (Hutto & Gilbert, ICWSM 2014).
 GOLD_THRESHOLD = 0.05

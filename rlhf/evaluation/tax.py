@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf import bootstrap
-from rlhf.bootstrap import Array
-from rlhf.errors import UserError, did_you_mean
-from rlhf.models import Compute
-from rlhf.reward.evaluate import mean_logprobs
+from rlhf.base import intervals
+from rlhf.base.errors import UserError, did_you_mean
+from rlhf.base.intervals import Array
+from rlhf.models.compute import Compute
+from rlhf.models.likelihood import mean_logprobs
 
 #: Longest piece of plain text that is read at once, tokens.
 WINDOW = 512
@@ -63,7 +63,7 @@ def perplexity(logprobs: Array, tokens: Array, groups: Array, seed: int = 0) -> 
         tokens: (n,) how many tokens each mean is of.
         groups: (n,) which texts belong together.
     """
-    found = bootstrap.mean(-logprobs, groups, seed, weights=tokens.astype(float))
+    found = intervals.mean(-logprobs, groups, seed, weights=tokens.astype(float))
     return found and {name: None if value is None else math.exp(value) for name, value in found.items()}
 
 

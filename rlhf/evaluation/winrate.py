@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from rlhf import bootstrap
-from rlhf.bootstrap import Array
+from rlhf.base import intervals
+from rlhf.base.intervals import Array
 
 #: Refits of the length-controlled rate: each is a regression, and the ends of an interval need no third digit.
 REFITS = 200
@@ -47,7 +47,7 @@ def win_rate(preferences: Preferences, seed: int = 0) -> dict[str, Any]:
         `length_difference`: mean, tokens.
     """
     won = preferences.won
-    found = bootstrap.mean(won, preferences.prompt, seed) or {"value": None, "low": None, "high": None}
+    found = intervals.mean(won, preferences.prompt, seed) or {"value": None, "low": None, "high": None}
     return {
         **found,
         "pairs": len(won),
@@ -90,9 +90,9 @@ def length_controlled(preferences: Preferences, seed: int = 0) -> dict[str, floa
     if len(prompts) > 1:
         drawn = [
             _rate_at_equal_length(preferences.won, feature, times[number].astype(float))
-            for times in _single(bootstrap.draws(len(prompts), seed, REFITS))
+            for times in _single(intervals.draws(len(prompts), seed, REFITS))
         ]
-        low, high = bootstrap.interval(np.array(drawn))
+        low, high = intervals.interval(np.array(drawn))
     return {"value": value, "low": low, "high": high}
 
 

@@ -10,16 +10,16 @@ import sys
 from functools import partial
 from pathlib import Path
 
+from rlhf.base.errors import UserError, did_you_mean, run_command
+from rlhf.base.redaction import redact
 from rlhf.config import parse_config
-from rlhf.data_prep.rows import Messages
-from rlhf.errors import UserError, did_you_mean, run_command
+from rlhf.data_prep.formats.rows import Messages
 from rlhf.generation import history
 from rlhf.generation.config import ChatConfig
 from rlhf.generation.page import say_aloud, score_line, spread
 from rlhf.generation.speaker import Answer, Speaker, check_text, open_reward, open_speakers, read_input, scores
-from rlhf.models import Compute
-from rlhf.redaction import redact
-from rlhf.tokenization import encode_prompt
+from rlhf.models.compute import Compute
+from rlhf.models.tokenization import encode_prompt
 
 COMMANDS = {
     "/new": "begin a new conversation",

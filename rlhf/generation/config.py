@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from rlhf.config import CHECKS, ComputeConfig, option, require, require_above_zero, require_at_least
+from rlhf.base.errors import require
+from rlhf.config import CHECKS, ComputeConfig, option, require_above_zero, require_at_least
 
 
 @dataclass(kw_only=True)

@@ -16,17 +16,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rlhf.base.errors import UserError, run_command
 from rlhf.config import parse_config
-from rlhf.data_prep.rows import Row
-from rlhf.errors import UserError, run_command
+from rlhf.data_prep.formats.rows import Row
 from rlhf.evaluation.checks import Figure, make_check, read_rows
 from rlhf.generation.config import GenerateConfig
 from rlhf.generation.page import say_aloud, score_line, spread
 from rlhf.generation.speaker import Answer, Speaker, open_reward, open_speakers, read_input, scores
-from rlhf.models import Compute
-from rlhf.progress import Progress
+from rlhf.models.compute import Compute
+from rlhf.models.sampling import SAMPLED_AT_ONCE
 from rlhf.reward.sources import Source
-from rlhf.sampling import SAMPLED_AT_ONCE
+from rlhf.run.progress import Progress
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf.data_prep.rows import Malformed, Messages, Untrainable, check_turns, conversation
-from rlhf.errors import UserError
+from rlhf.base.errors import UserError
+from rlhf.data_prep.formats.rows import Malformed, Messages, Untrainable, check_turns, conversation
 
 FORMAT = 1
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rlhf.generation.speaker import Answer, Speaker, Stream
-from rlhf.tokenization import decode_response
+from rlhf.models.tokenization import decode_response
 
 #: Called with the number of a model and the next piece of its text.
 Show = Callable[[int, str], None]

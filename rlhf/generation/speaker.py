@@ -15,17 +15,19 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StopStringCriteria, TextStreamer
 
-from rlhf.data_prep.assets import resolve_model
-from rlhf.errors import UserError
+from rlhf.base.errors import UserError
 from rlhf.evaluation.answers import Answers, score_answers
 from rlhf.evaluation.candidates import trained_on
 from rlhf.generation.config import SpeakConfig
-from rlhf.models import ADAPTER_FILE, Compute, context_length, load_base, load_merged
+from rlhf.models.adapters import ADAPTER_FILE
+from rlhf.models.base import context_length, load_base, load_merged
+from rlhf.models.catalogue import resolve_model
+from rlhf.models.compute import Compute
+from rlhf.models.registered import causal_model
+from rlhf.models.sampling import sample
+from rlhf.models.tokenization import Message, decode_response, encode_prompt, load_tokenizer, pad, stop_token_ids
 from rlhf.registry import MANIFEST, STAGES, Artifact, Registry, read_manifest
-from rlhf.registry.export import causal_model
 from rlhf.reward.sources import Source, open_source
-from rlhf.sampling import sample
-from rlhf.tokenization import Message, decode_response, encode_prompt, load_tokenizer, pad, stop_token_ids
 
 #: Longest answer where nobody says how long, tokens.
 DEFAULT_LENGTH = 256

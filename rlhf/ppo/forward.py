@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from rlhf.models import Role, RoleModels
+from rlhf.models.logprobs import few_at_a_time, log_distribution, of_tokens, sequence_logprobs
+from rlhf.models.roles import Role, RoleModels
+from rlhf.models.sequences import Sequences
 from rlhf.ppo import functional as F
-from rlhf.ppo.types import Sequences
 
 #: Positions whose logits are made together: enough for an efficient product, few enough to hold.
 _LOGITS_AT_ONCE = {"cpu": 128, "cuda": 1024}
@@ -49,11 +50,11 @@ def compared_logprobs(models: RoleModels, batch: Sequences, temperature: float) 
             logits = models.logits(part)
         with models.role("reference"):
             ref_logits = models.logits(ref_part)
-        for few, ref_few, target in F.few_at_a_time(logits, ref_logits, targets):
-            log_pi = F.log_distribution(few, temperature=temperature)
-            log_ref = F.log_distribution(ref_few, temperature=temperature)
-            of_tokens = [F.of_tokens(log_pi, target), F.of_tokens(log_ref, target)]
-            parts.append(torch.stack([*of_tokens, F.entropy(log_pi), F.full_kl(log_pi, log_ref)]))
+        for few, ref_few, target in few_at_a_time(logits, ref_logits, targets):
+            log_pi = log_distribution(few, temperature=temperature)
+            log_ref = log_distribution(ref_few, temperature=temperature)
+            sampled = [of_tokens(log_pi, target), of_tokens(log_ref, target)]
+            parts.append(torch.stack([*sampled, F.entropy(log_pi), F.full_kl(log_pi, log_ref)]))
     return torch.stack([_scatter(flat, batch.mask) for flat in torch.cat(parts, dim=1)])
 
 
@@ -64,19 +65,11 @@ def token_values(models: RoleModels, batch: Sequences) -> Tensor:
     return _scatter(flat, batch.mask)
 
 
-def sequence_scores(models: RoleModels, batch: Sequences) -> Tensor:
-    """The reward model's normalised score (B,), read at the last real response token."""
-    with models.role("reward"):
-        hidden = models.hidden(batch.input_ids, batch.attention_mask)
-        last = batch.prompts.shape[1] + batch.mask.sum(dim=1) - 1
-        return models.scores(hidden[torch.arange(len(batch), device=last.device), last])
-
-
 def _logprobs(models: RoleModels, states: Tensor, batch: Sequences, temperature: float) -> Tensor:
     """Of the response tokens (B, R). Logits exist only for real response tokens, a few at a time: never (B, T, V)."""
 
     def logprobs(states: Tensor, tokens: Tensor) -> Tensor:
-        return F.sequence_logprobs(models.logits(states), tokens, temperature=temperature)
+        return sequence_logprobs(models.logits(states), tokens, temperature=temperature)
 
     frozen = not any(parameter.requires_grad for parameter in models.causal.get_output_embeddings().parameters())
     compute = partial(_Rowwise.apply, logprobs) if frozen and states.requires_grad else logprobs

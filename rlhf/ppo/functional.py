@@ -22,15 +22,10 @@ without a token (with the row).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
-#: Positions whose distributions a CPU makes together.
-_POSITIONS_AT_ONCE = 8
-
-# ---- masks ----------------------------------------------------------------------------------------------------------
+from rlhf.base.tensors import _check, _upcast
 
 
 def prefix_mask(lengths: Tensor, size: int) -> Tensor:
@@ -111,47 +106,6 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     return torch.where(total == 0, 0.0, 1 - unexplained / total)
 
 
-# ---- log-probabilities and KL ---------------------------------------------------------------------------------------
-
-
-def log_distribution(logits: Tensor, *, temperature: float) -> Tensor:
-    """log pi = log softmax(logits / temperature): the scaled logits minus their log-sum-exp.
-
-    Args: logits (..., V), where -inf means a token that cannot be drawn; temperature > 0, the sampler's own.
-    Returns: (..., V), nats.
-    """
-    return _tempered(logits, temperature).log_softmax(-1)
-
-
-def of_tokens(log_pi: Tensor, tokens: Tensor) -> Tensor:
-    """log pi(token) per position.
-
-    Position t of `log_pi` must already be the prediction *of* position t of `tokens` (the caller slices P-1:-1).
-
-    Args: log_pi (..., V); tokens (...) int64 from 0 to V - 1. Returns: (...), nats.
-    """
-    _check(log_pi.shape[:-1], tokens=tokens)
-    return log_pi.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-
-
-def sequence_logprobs(logits: Tensor, tokens: Tensor, *, temperature: float) -> Tensor:
-    """log pi(token) with pi = softmax(logits / temperature), per position: `of_tokens` of the `log_distribution`.
-
-    Args: logits (..., V); tokens (...) int64; temperature > 0. Returns: (...), nats.
-    """
-    _check(logits.shape[:-1], tokens=tokens)
-    parts = few_at_a_time(logits.reshape(-1, logits.shape[-1]), tokens.reshape(-1))
-    logprobs = [of_tokens(log_distribution(few, temperature=temperature), target) for few, target in parts]
-    return torch.cat(logprobs).view(tokens.shape)
-
-
-def few_at_a_time(*flat: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Tensors (N, ...) in parts of as many positions as have their distributions made together: on a CPU so few that they
-    stay in its cache from one pass over the vocabulary to the next, elsewhere all. What a position gives is the same."""
-    at_once = _POSITIONS_AT_ONCE if flat[0].device.type == "cpu" else max(len(flat[0]), 1)
-    return zip(*(x.split(at_once) for x in flat), strict=True)
-
-
 def entropy(log_pi: Tensor) -> Tensor:
     """H(pi) = -sum_v pi_v log pi_v, per position, in nats.
 
@@ -209,9 +163,6 @@ def adapted_kl_coef(kl_coef: float, kl: float, *, target: float, horizon: int, e
     return kl_coef * (1 + error * episodes / horizon)
 
 
-# ---- rewards and advantages -----------------------------------------------------------------------------------------
-
-
 def token_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, *, kl_coef: float) -> Tensor:
     """r_t = -kl_coef * (log pi(t) - log ref(t)), plus the score at the last real token.
 
@@ -250,9 +201,6 @@ def gae(values: Tensor, rewards: Tensor, mask: Tensor, *, gamma: float, lam: flo
         advantage = deltas[:, t] + gamma * lam * advantage
         advantages[:, t] = advantage
     return advantages, advantages + values
-
-
-# ---- losses ---------------------------------------------------------------------------------------------------------
 
 
 def policy_loss(
@@ -295,31 +243,6 @@ def value_loss(
     return 0.5 * torch.maximum(plain_error, clipped_error), clipped_error > plain_error
 
 
-# ---- private --------------------------------------------------------------------------------------------------------
-
-
-def _check(shape: torch.Size, mask: Tensor | None = None, **tensors: Tensor) -> None:
-    """Raises `ValueError` unless all tensors have this shape and the mask, if any, is a boolean non-empty prefix."""
-    for name, tensor in tensors.items():
-        if tensor.shape != shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
-    if mask is None:
-        return
-    if mask.dtype != torch.bool or mask.ndim != 2 or mask.numel() == 0:
-        raise ValueError(f"mask must be a non-empty boolean (B, R), got {mask.dtype} {tuple(shape)}")
-    holes = (mask[:, 1:] & ~mask[:, :-1]).any(1)  # (B,): a True after a False
-    wrong = holes | ~mask[:, 0]
-    if wrong.any():  # the one wait for the device
-        row = int(wrong.int().argmax())
-        problem = "is not a prefix True ... True False ... False" if mask[row].any() else "has no token (all False)"
-        raise ValueError(f"mask {tuple(shape)}: row {row} {problem}")
-
-
-def _upcast(x: Tensor) -> Tensor:
-    """x in at least fp32."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def _masked(x: Tensor, mask: Tensor) -> Tensor:
     """x in at least fp32, zero outside the mask, and so is its gradient."""
     return torch.where(mask, _upcast(x), 0.0)
@@ -328,13 +251,6 @@ def _masked(x: Tensor, mask: Tensor) -> Tensor:
 def _next(x: Tensor) -> Tensor:
     """x at t + 1, zero or False after the end: (B, R) -> (B, R)."""
     return torch.cat([x[:, 1:], torch.zeros_like(x[:, :1])], dim=1)
-
-
-def _tempered(logits: Tensor, temperature: float) -> Tensor:
-    """logits / temperature in at least fp32, without a copy at temperature 1: (..., V) is the largest tensor of PPO."""
-    if not temperature > 0:
-        raise ValueError(f"temperature must be above 0, got {temperature}")
-    return _upcast(logits) if temperature == 1 else _upcast(logits) / temperature
 
 
 def _moments(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Figures of a rollout and of the updates made from it; their names and meanings are in `rlhf.ppo.types.METRICS`."""
+"""Figures of a rollout and of the updates made from it; their names and meanings are in `rlhf.run.metrics.METRICS`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf import distributed
-from rlhf.evaluation.text import distinct_n, repetition
+from rlhf.base import distributed
+from rlhf.base.text import distinct_n, repetition
 from rlhf.ppo import functional as F
 from rlhf.ppo.types import Rollout
 

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from transformers import StopStringCriteria
 
-from rlhf import distributed
-from rlhf.models import RoleModels
+from rlhf.base import distributed
+from rlhf.models.roles import RoleModels
+from rlhf.models.sampling import Sampled, Sampler, sample
+from rlhf.models.sequences import Sequences
+from rlhf.models.tokenization import pad
 from rlhf.ppo import forward
-from rlhf.ppo.types import Rollout, Sequences
-from rlhf.sampling import Sampled, Sampler, sample
-from rlhf.tokenization import pad
+from rlhf.ppo.types import Rollout
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,23 +16,26 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, StopStringCriteria
 
-from rlhf import checkpoint, distributed, optim
+from rlhf.base import distributed
+from rlhf.base.errors import UserError
+from rlhf.base.functions import GoldFunction
+from rlhf.base.interrupt import StopRequest
 from rlhf.config import PPOConfig
 from rlhf.doctor.live import DoctorStop, LiveDoctor, RollBack
-from rlhf.errors import UserError
-from rlhf.interrupt import StopRequest
-from rlhf.models import RoleModels
-from rlhf.packing import prompt_batches
+from rlhf.models.packing import prompt_batches
+from rlhf.models.roles import RoleModels
+from rlhf.models.sequences import Sequences, length_sorted_batches
+from rlhf.models.tokenization import decode_response, pad, stop_token_ids
 from rlhf.ppo import forward
 from rlhf.ppo import functional as F
 from rlhf.ppo.metrics import Totals, credit_metrics, judge_metrics, rollout_metrics
 from rlhf.ppo.rollout import Penalties, SamplingOptions, evaluate_sequences, respond
-from rlhf.ppo.types import Rollout, Sequences, length_sorted_batches
-from rlhf.progress import Progress
-from rlhf.reward.evaluate import GoldFunction
+from rlhf.ppo.types import Rollout
 from rlhf.reward.sources import AdapterReward, Responses, Reward, RewardError
-from rlhf.tokenization import decode_response, pad, stop_token_ids
-from rlhf.tracking import PhaseTimer, Tracker
+from rlhf.run import checkpoint, optim
+from rlhf.run.progress import Progress
+from rlhf.run.timing import PhaseTimer
+from rlhf.run.tracker import Tracker
 
 #: How far the first ratio of a rollout may be from 1: rounding of log-probabilities by the compute type.
 RATIO_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.1}

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rlhf.registry import Artifact, Lineage, Reference, Registry
+from rlhf.registry.manifest import Artifact, Reference
+from rlhf.registry.store import Lineage, Registry
 
 
 class Difference(NamedTuple):

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from rlhf.errors import UserError
+from rlhf.base.errors import UserError
 from rlhf.reward.scorer import Scorer
 
 PARITY_TEXTS = 64

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from trl import RewardTrainer
 
 from rlhf.data_prep.ratings import is_clear
-from rlhf.packing import prompt_batches
-from rlhf.resumable import ResumableTrainer
-from rlhf.tokenization import pad
+from rlhf.models.packing import prompt_batches
+from rlhf.models.tokenization import pad
+from rlhf.run.resumable import ResumableTrainer
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ class RankingTrainer(ResumableTrainer, RewardTrainer):
         super().__init__(*args, **kwargs)
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        return dataset  # tokenised by rlhf.tokenization already
+        return dataset  # tokenised by rlhf.models.tokenization already
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None

@@ -9,10 +9,10 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.config import require
-from rlhf.data_prep.loading import NAMED_ROWS, Loaded
+from rlhf.base.errors import require
+from rlhf.data_prep.load import NAMED_ROWS, Loaded
 from rlhf.data_prep.ratings import is_clear
-from rlhf.tokenization import check_rows, encode_prompt, encode_response
+from rlhf.models.tokenization import check_rows, encode_prompt, encode_response
 
 
 @dataclass(frozen=True)

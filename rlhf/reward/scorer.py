@@ -9,12 +9,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.config import ComputeConfig
-from rlhf.models import Compute, direct_casting, load_reward_model
-from rlhf.packing import prompt_batches
-from rlhf.ppo.types import length_sorted_batches
+from rlhf.models.adapters import direct_casting
+from rlhf.models.compute import Compute
+from rlhf.models.packing import prompt_batches
+from rlhf.models.reward_model import load_reward_model
+from rlhf.models.sequences import length_sorted_batches
+from rlhf.models.tokenization import Message, encode_prompt, encode_response, load_tokenizer, pad
 from rlhf.registry import Artifact, Registry
 from rlhf.reward.ranking import score_rows
-from rlhf.tokenization import Message, encode_prompt, encode_response, load_tokenizer, pad
 
 
 class Scorer:

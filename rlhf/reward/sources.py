@@ -22,17 +22,19 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import cached_file
 from urllib3.util import Retry
 
-from rlhf import distributed
-from rlhf.config import ComputeConfig, PPOConfig, require, reward_kind
-from rlhf.errors import UserError
-from rlhf.models import Compute, RoleModels, context_length
-from rlhf.ppo import forward
-from rlhf.ppo.types import Sequences
+from rlhf.base import distributed
+from rlhf.base.errors import UserError, require
+from rlhf.base.functions import load_function
+from rlhf.config import ComputeConfig, PPOConfig, reward_kind
+from rlhf.models.base import context_length
+from rlhf.models.compute import Compute
+from rlhf.models.registered import MANIFESTS
+from rlhf.models.roles import RoleModels
+from rlhf.models.sequences import Sequences
+from rlhf.models.tokenization import Message, encode_prompt, encode_response, last_user_text
 from rlhf.registry import Registry
-from rlhf.registry.export import MANIFESTS
-from rlhf.reward.evaluate import load_function
+from rlhf.reward import sources
 from rlhf.reward.scorer import Scorer, open_scorer
-from rlhf.tokenization import Message, encode_prompt, encode_response, last_user_text
 
 #: Times that a request is repeated, with waits of 0.5, 1 and 2 seconds between.
 _RETRIES = 3
@@ -88,7 +90,7 @@ class AdapterReward:
         dtype = self.models.reward_head.weight.dtype
         scores = torch.zeros(len(sequences), dtype=dtype, device=sequences.mask.device)
         for rows in distributed.share(responses.batches):
-            scores[rows] = forward.sequence_scores(self.models, sequences.select(rows)).to(dtype)
+            scores[rows] = sources.sequence_scores(self.models, sequences.select(rows)).to(dtype)
         return distributed.total(scores)
 
 
@@ -323,3 +325,11 @@ def _checked(scores: Any, count: int, source: str) -> Tensor:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             raise RewardError(f"{source} gave {value!r} for response {number} of {count}; a score is a finite number")
     return torch.tensor(values, dtype=torch.float32)
+
+
+def sequence_scores(models: RoleModels, batch: Sequences) -> Tensor:
+    """The reward model's normalised score (B,), read at the last real response token."""
+    with models.role("reward"):
+        hidden = models.hidden(batch.input_ids, batch.attention_mask)
+        last = batch.prompts.shape[1] + batch.mask.sum(dim=1) - 1
+        return models.scores(hidden[torch.arange(len(batch), device=last.device), last])

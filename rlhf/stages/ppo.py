@@ -15,33 +15,28 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf import distributed
-from rlhf.config import PPOConfig, parse_config, require, reward_kind
+from rlhf.base import distributed
+from rlhf.base.errors import UserError, require, run_command
+from rlhf.base.functions import GoldFunction, load_function
+from rlhf.config import PPOConfig, parse_config, reward_kind
 from rlhf.data_prep.corpus import Blocks, load_text
-from rlhf.data_prep.loading import Loaded, load_rows
-from rlhf.doctor.preflight_ppo import ppo as check_ppo
-from rlhf.errors import UserError, run_command
+from rlhf.data_prep.load import Loaded, load_rows
+from rlhf.doctor.preflight.ppo import ppo as check_ppo
 from rlhf.evaluation.policy import Answers, evaluate_policy
-from rlhf.full import SeparateModels
-from rlhf.memory import check_rollout_fits
-from rlhf.models import Compute, RoleModels, SharedModels, context_length, load_policy, lora_config
+from rlhf.models.adapters import lora_config
+from rlhf.models.base import context_length, load_policy
+from rlhf.models.compute import Compute
+from rlhf.models.roles import RoleModels, SharedModels
+from rlhf.models.sampling import fits_loop
+from rlhf.models.separate import SeparateModels
+from rlhf.models.tokenization import encode_prompt, encode_response, last_user_text, load_tokenizer
 from rlhf.ppo.trainer import PPOTrainer, sampling_options
 from rlhf.registry import Artifact, Registry
-from rlhf.reward.evaluate import GoldFunction, load_function
 from rlhf.reward.scorer import open_scorer
 from rlhf.reward.sources import AdapterReward, ModelReward, Reward, open_sources, source_name
-from rlhf.sampling import fits_loop
-from rlhf.stages.common import (
-    Run,
-    add_dropped,
-    describe_data,
-    finished_already,
-    open_run,
-    overlap,
-    preflight,
-    stage_recipe,
-)
-from rlhf.tokenization import encode_prompt, encode_response, last_user_text, load_tokenizer
+from rlhf.run.memory import check_rollout_fits
+from rlhf.stages.data import add_dropped, describe_data, overlap
+from rlhf.stages.run import Run, finished_already, open_run, preflight, stage_recipe
 
 #: Held-out prompts whose answers before and after are shown side by side.
 COMPARED_PROMPTS = 20

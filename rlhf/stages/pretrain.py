@@ -26,25 +26,17 @@ from transformers import (
     set_seed,
 )
 
-from rlhf.config import PretrainConfig, parse_config, require
+from rlhf.base.errors import require, run_command
+from rlhf.config import PretrainConfig, parse_config
 from rlhf.data_prep.corpus import Blocks, characters, load_text
-from rlhf.data_prep.loading import Loaded
-from rlhf.doctor.preflight_pretrain import pretrain as check_pretrain
-from rlhf.errors import run_command
+from rlhf.data_prep.load import Loaded
+from rlhf.doctor.preflight.pretrain import pretrain as check_pretrain
+from rlhf.models.tokenization import train_tokenizer
 from rlhf.registry import Artifact
-from rlhf.resumable import ResumableTrainer
-from rlhf.stages.common import (
-    Run,
-    describe_data,
-    finished_already,
-    open_run,
-    passes,
-    require_one_process,
-    stage_recipe,
-    train,
-    trainer_arguments,
-)
-from rlhf.tokenization import train_tokenizer
+from rlhf.run.resumable import ResumableTrainer
+from rlhf.stages.data import describe_data
+from rlhf.stages.run import Run, finished_already, open_run, passes, require_one_process, stage_recipe
+from rlhf.stages.trainer import train, trainer_arguments
 
 
 def run(config: PretrainConfig, *, reuse: bool = False, only_preflight: bool = False) -> Artifact | None:

@@ -20,14 +20,15 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import RewardConfig as TrlRewardConfig
 
-from rlhf import checkpoint, storage
-from rlhf.config import RewardConfig, parse_config, require
-from rlhf.data_prep.loading import Loaded, NoneOfKind, load_rows
-from rlhf.doctor.preflight_supervised import reward as check_reward
+from rlhf.base import storage
+from rlhf.base.errors import require, run_command
+from rlhf.base.functions import load_function
+from rlhf.config import RewardConfig, parse_config
+from rlhf.data_prep.load import Loaded, NoneOfKind, load_rows
+from rlhf.data_prep.overlap import prompt_key
+from rlhf.doctor.preflight.supervised import reward as check_reward
 from rlhf.doctor.probe import Probe
-from rlhf.errors import run_command
-from rlhf.evaluation.overlap import prompt_key
-from rlhf.evaluation.reward import (
+from rlhf.evaluation.card.report_card import (
     PolicyEvidence,
     figures,
     log_card,
@@ -36,34 +37,20 @@ from rlhf.evaluation.reward import (
     print_card,
     save_card,
 )
-from rlhf.models import (
-    context_length,
-    direct_casting,
-    load_policy,
-    load_reward_model,
-    save_reward_model,
-    trainable_reward_model,
-)
+from rlhf.models.adapters import direct_casting
+from rlhf.models.base import context_length, load_policy
+from rlhf.models.responses import answerable, own_responses
+from rlhf.models.reward_model import load_reward_model, save_reward_model, trainable_reward_model
+from rlhf.models.tokenization import encode_prompt, encode_response, load_tokenizer
 from rlhf.registry import Artifact, Registry
-from rlhf.reward.evaluate import answerable, load_function, own_responses
 from rlhf.reward.parity import PARITY_TEXTS, require_parity
 from rlhf.reward.ranking import Objective, RankingCollator, RankingTrainer
 from rlhf.reward.rankings import Encoded, encode_rankings
 from rlhf.reward.scorer import Scorer
-from rlhf.stages.common import (
-    Run,
-    add_dropped,
-    describe_data,
-    finished_already,
-    open_run,
-    overlap,
-    preflight,
-    require_one_process,
-    stage_recipe,
-    train,
-    trainer_arguments,
-)
-from rlhf.tokenization import encode_prompt, encode_response, load_tokenizer
+from rlhf.run import checkpoint
+from rlhf.stages.data import add_dropped, describe_data, overlap
+from rlhf.stages.run import Run, finished_already, open_run, preflight, require_one_process, stage_recipe
+from rlhf.stages.trainer import train, trainer_arguments
 
 #: How the folder begins in which the trained model waits until it is registered.
 SCRATCH = ".trained-"

@@ -20,47 +20,29 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 from trl import SFTConfig as TrlSFTConfig
 from trl import SFTTrainer
 
-from rlhf.config import SFTConfig, parse_config, read_new_tokens, require
-from rlhf.data_prep.assets import pretrained, resolve_model
-from rlhf.data_prep.loading import Loaded, load_rows
-from rlhf.doctor.preflight import few
-from rlhf.doctor.preflight_supervised import sft as check_sft
+from rlhf.base.errors import require, run_command
+from rlhf.config import SFTConfig, parse_config, read_new_tokens
+from rlhf.data_prep.load import Loaded, load_rows
+from rlhf.doctor.preflight.context import few
+from rlhf.doctor.preflight.supervised import sft as check_sft
 from rlhf.doctor.probe import ROWS as PROBE_ROWS
 from rlhf.doctor.probe import Probe
-from rlhf.errors import run_command
-from rlhf.models import (
-    before_head,
-    context_length,
-    direct_casting,
-    load_base,
-    lora_config,
-    merged_adapter,
-    save_adapter,
-    token_rows,
-    with_adapter,
-)
-from rlhf.ppo.functional import sequence_logprobs
+from rlhf.models.adapters import direct_casting, lora_config, merged_adapter, save_adapter, token_rows, with_adapter
+from rlhf.models.base import context_length, load_base
+from rlhf.models.catalogue import pretrained, resolve_model
+from rlhf.models.heads import before_head
+from rlhf.models.likelihood import mean_logprobs
+from rlhf.models.logprobs import sequence_logprobs
+from rlhf.models.responses import answerable, own_responses
+from rlhf.models.tokenization import check_rows, decode_response, encode_prompt, encode_response, load_tokenizer
+from rlhf.models.vocabulary import add_tokens, grow_embeddings, learn_tokens
 from rlhf.registry import Artifact, Registry
-from rlhf.resumable import ResumableTrainer
-from rlhf.reward.evaluate import answerable, mean_logprobs, own_responses
 from rlhf.reward.scorer import open_scorer
 from rlhf.reward.sources import scores_of_texts
-from rlhf.stages.common import (
-    Run,
-    SortedStepSampler,
-    add_dropped,
-    describe_data,
-    finished_already,
-    open_run,
-    overlap,
-    preflight,
-    require_one_process,
-    stage_recipe,
-    train,
-    trainer_arguments,
-)
-from rlhf.tokenization import check_rows, decode_response, encode_prompt, encode_response, load_tokenizer
-from rlhf.vocabulary import add_tokens, grow_embeddings, learn_tokens
+from rlhf.run.resumable import ResumableTrainer
+from rlhf.stages.data import add_dropped, describe_data, overlap
+from rlhf.stages.run import Run, finished_already, open_run, preflight, require_one_process, stage_recipe
+from rlhf.stages.trainer import SortedStepSampler, train, trainer_arguments
 
 #: The reward model's score among the figures of an evaluation.
 SELECTION_METRIC = "eval_score"

@@ -16,11 +16,12 @@ from registry.test_registry import FIELDS, publish
 from test_report import BROWSER, made_up_card, made_up_results, without_plotly, write_jsonl
 from toys import Call
 
-from rlhf.comparison import write_comparison
-from rlhf.comparison.charts import CURVES
-from rlhf.comparison.lineage import BOX_WIDTH, Edge, Node, draw_lineage, lineage
-from rlhf.comparison.runs import RunFolder, labels, reward_kl_points
 from rlhf.registry import Artifact, Registry
+from rlhf.report.compare_charts import CURVES
+from rlhf.report.compare_lineage import BOX_WIDTH, Edge, Node, draw_lineage, lineage
+from rlhf.report.compare_page import write_comparison
+from rlhf.report.compare_runs import RunFolder, labels
+from rlhf.run.metrics import reward_kl_points
 
 ATTACK = '</script><script>document.title="owned"</script>'
 

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 from prepared import Built
 
+from rlhf.base.assets import VADER_SDIST, fetch
+from rlhf.base.errors import UserError
 from rlhf.data_prep import DataConfig, Source, prepare
-from rlhf.data_prep.assets import VADER_SDIST, base_model, fetch
-from rlhf.errors import UserError
+from rlhf.models.catalogue import base_model
 
 Line = tuple[str, str, list[int]]
 

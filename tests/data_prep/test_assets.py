@@ -13,18 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.data_prep import assets
-from rlhf.data_prep.assets import (
-    Asset,
-    PackagedModel,
-    base_model,
-    cache_dir,
-    extract,
-    fetch,
-    resolve_model,
-)
-from rlhf.errors import UserError
-from rlhf.registry import sha256_file
+from rlhf.base import assets
+from rlhf.base.assets import Asset, cache_dir, extract, fetch
+from rlhf.base.errors import UserError
+from rlhf.base.storage import sha256_file
+from rlhf.models import catalogue
+from rlhf.models.catalogue import PackagedModel, base_model, resolve_model
 
 
 @pytest.fixture
@@ -157,8 +151,8 @@ def tiny_model(wheel: Asset, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         target.mkdir()
         extract(archive, [member], target)
 
-    monkeypatch.setitem(assets.MODELS, "tiny", PackagedModel(asset=wheel, member="tiny/model.gguf"))
-    monkeypatch.setattr(assets, "_convert", convert)
+    monkeypatch.setitem(catalogue.MODELS, "tiny", PackagedModel(asset=wheel, member="tiny/model.gguf"))
+    monkeypatch.setattr(catalogue, "_convert", convert)
     return converted
 
 
@@ -180,7 +174,7 @@ def test_interrupted_conversion_leaves_nothing(tiny_model: list[Path], monkeypat
         (target / "model.gguf").write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(assets, "_convert", interrupted)
+    monkeypatch.setattr(catalogue, "_convert", interrupted)
     with pytest.raises(KeyboardInterrupt):
         base_model("pypi:tiny")
     assert [p.suffix for p in (cache_dir() / "models").iterdir()] == [".lock"]
@@ -188,7 +182,7 @@ def test_interrupted_conversion_leaves_nothing(tiny_model: list[Path], monkeypat
 
 def test_import_is_light() -> None:
     """Bug: `rlhf data --help` waits for torch."""
-    code = "import sys, rlhf.data_prep.assets; sys.exit(bool({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
+    code = "import sys, rlhf.models.catalogue; sys.exit(bool({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

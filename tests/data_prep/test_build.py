@@ -12,14 +12,14 @@ import pyarrow.parquet as pq
 import pytest
 from prepared import Built, pairs, text
 
+from rlhf.base.errors import UserError
 from rlhf.config import build as build_config
 from rlhf.data_prep import DataConfig, ReviewsConfig, Source, prepare, read_recipe
-from rlhf.data_prep import build as build_module
-from rlhf.data_prep.card import fingerprint
-from rlhf.data_prep.loading import load_rows
-from rlhf.data_prep.recipe import Options, parse_recipe
-from rlhf.errors import UserError
-from rlhf.stages.common import describe_data
+from rlhf.data_prep.load import load_rows
+from rlhf.data_prep.prepare import build as build_module
+from rlhf.data_prep.prepare.card import fingerprint
+from rlhf.data_prep.prepare.recipe import Options, parse_recipe
+from rlhf.stages.data import describe_data
 
 Build = Callable[..., Built]
 Write = Callable[..., Path]

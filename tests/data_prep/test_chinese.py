@@ -14,9 +14,9 @@ from prepared import Built
 from toys import Call, build_model
 from transformers import PreTrainedTokenizerFast
 
-from rlhf.data_prep.readers import READERS, read_row
+from rlhf.data_prep.formats.readers import READERS, read_row
+from rlhf.models.tokenization import check_encoding, encode_response, load_tokenizer
 from rlhf.registry import Registry
-from rlhf.tokenization import check_encoding, encode_response, load_tokenizer
 
 _WORDS = "電影 故事 音樂 演員 導演 畫面 情節 結局 開頭 角色 對白 風景 節奏 氣氛 主題 劇本"
 _GOOD, _BAD = "好看 精彩 動人", "難看 無聊 糟糕"

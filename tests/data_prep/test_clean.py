@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from prepared import Built, text
 
-from rlhf.data_prep.clean import (
+from rlhf.data_prep.formats.records import Record
+from rlhf.data_prep.prepare.clean import (
     Dropped,
     check_template,
     fix_control,
@@ -19,9 +20,8 @@ from rlhf.data_prep.clean import (
     to_simplified,
     to_traditional,
 )
-from rlhf.data_prep.personal import replace_personal_data
-from rlhf.data_prep.recipe import CLEANING_STEPS
-from rlhf.data_prep.records import Record
+from rlhf.data_prep.prepare.personal import replace_personal_data
+from rlhf.data_prep.prepare.recipe import CLEANING_STEPS
 
 Build = Callable[..., Built]
 

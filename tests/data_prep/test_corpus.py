@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
+from rlhf.base.errors import UserError
 from rlhf.config import TextConfig
 from rlhf.data_prep import corpus
 from rlhf.data_prep.corpus import characters, load_text
-from rlhf.errors import UserError
 
 
 def train(source: Path, **options: str) -> list[str]:

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from prepared import Built, pairs, text
 
-from rlhf.data_prep.dedup import Groups, band_rows, jaccard, near_duplicates, shingles
-from rlhf.data_prep.staged import comparable
+from rlhf.data_prep.prepare.dedup import Groups, band_rows, jaccard, near_duplicates, shingles
+from rlhf.data_prep.prepare.staged import comparable
 
 Build = Callable[..., Built]
 

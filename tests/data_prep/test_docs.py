@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from rlhf.data_prep.readers import READERS
-from rlhf.data_prep.recipe import CLEANING_STEPS, Options, Source
+from rlhf.data_prep.formats.readers import READERS
+from rlhf.data_prep.prepare.recipe import CLEANING_STEPS, Options, Source
 
 PAGE = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
 

@@ -16,9 +16,10 @@ import pyarrow.parquet as pq
 import pytest
 from prepared import Built, pairs, text
 
-from rlhf.data_prep import Source, files
-from rlhf.data_prep.files import read_file
-from rlhf.errors import UserError
+from rlhf.base.errors import UserError
+from rlhf.data_prep import Source
+from rlhf.data_prep.formats import files
+from rlhf.data_prep.formats.files import read_file
 
 Build = Callable[..., Built]
 Write = Callable[..., Path]

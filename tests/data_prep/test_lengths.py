@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from prepared import Built, text
 
-from rlhf.tokenization import encode_prompt, encode_response, load_tokenizer
+from rlhf.models.tokenization import encode_prompt, encode_response, load_tokenizer
 
 Build = Callable[..., Built]
 LONG = "The film is good. " * 12

@@ -10,8 +10,8 @@ import datasets
 import pyarrow as pa
 import pytest
 
-from rlhf.data_prep.loading import Loaded, load_rows
-from rlhf.errors import UserError
+from rlhf.base.errors import UserError
+from rlhf.data_prep.load import Loaded, load_rows
 
 
 def user(text: str) -> dict[str, str]:

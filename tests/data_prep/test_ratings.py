@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from prepared import Built, text
 
-from rlhf.data_prep.loading import load_rows
+from rlhf.base.errors import UserError
+from rlhf.data_prep.formats.records import Record, ranks_of
+from rlhf.data_prep.load import load_rows
 from rlhf.data_prep.ratings import bradley_terry, clear_pairs, majority_votes, mean_ratings, merge
-from rlhf.data_prep.records import Record, ranks_of
-from rlhf.errors import UserError
 
 Build = Callable[..., Built]
 

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from prepared import Built, text
 
-from rlhf.data_prep.readers import READERS, choose_reader, mapped, read_row
-from rlhf.data_prep.recipe import Source
-from rlhf.data_prep.records import Record
-from rlhf.data_prep.rows import Malformed, Untrainable
-from rlhf.errors import UserError
+from rlhf.base.errors import UserError
+from rlhf.data_prep.formats.readers import READERS, choose_reader, mapped, read_row
+from rlhf.data_prep.formats.records import Record
+from rlhf.data_prep.formats.rows import Malformed, Untrainable
+from rlhf.data_prep.prepare.recipe import Source
 
 
 def user(said: str) -> dict[str, str]:

@@ -13,12 +13,12 @@ from prepared import Built, pairs
 from registry.test_registry import FIELDS
 from toys import Call
 
-from rlhf.data_prep.loading import load_rows
-from rlhf.errors import UserError
+from rlhf.base.errors import UserError
+from rlhf.data_prep.load import load_rows
+from rlhf.models.tokenization import check_encoding, load_tokenizer
 from rlhf.registry import Registry
 from rlhf.reward.rankings import encode_rankings
 from rlhf.stages import sft
-from rlhf.tokenization import check_encoding, load_tokenizer
 
 Build = Callable[..., Built]
 PROMPT = [{"role": "user", "content": "Write one sentence"}]

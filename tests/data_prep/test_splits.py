@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from prepared import Built, pairs, text
 
+from rlhf.base.errors import UserError
 from rlhf.data_prep import Source
-from rlhf.data_prep.recipe import KINDS
-from rlhf.data_prep.staged import units
-from rlhf.errors import UserError
+from rlhf.data_prep.prepare.recipe import KINDS
+from rlhf.data_prep.prepare.staged import units
 
 Build = Callable[..., Built]
 HELD_OUT = ("validation", "test")

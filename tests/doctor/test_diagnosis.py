@@ -13,7 +13,7 @@ from doctor.test_health import COMPARISON, SAMPLES, SICK, UPDATES, run
 from toys import Call
 
 from rlhf.doctor.diagnosis import diagnose, read_history
-from rlhf.doctor.health import CHECKS
+from rlhf.doctor.health.findings import CHECKS
 
 Caller = Callable[..., Call]
 
@@ -117,7 +117,7 @@ def _figures(file: Path) -> set[str]:
 
 def test_toy_pipeline_has_a_health_panel(finished: tuple[Path, Path], tmp_path: Path) -> None:
     """Catches: a report without its panel, and evidence that is written into the page as HTML."""
-    from rlhf.report import write_report
+    from rlhf.report.run_page import write_report
 
     shutil.copytree(finished[1], tmp_path / "out", ignore=shutil.ignore_patterns("checkpoints", "wandb"))
     write(tmp_path / "other" / "ppo", "ppo", "reward_constant")

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from rlhf.doctor.health import CHECKS, actions, find, replay
-from rlhf.doctor.health_check import HealthCheck
-from rlhf.doctor.history import History
-from rlhf.errors import UserError
+from rlhf.base.errors import UserError
+from rlhf.doctor.health.check import HealthCheck
+from rlhf.doctor.health.findings import CHECKS, actions, find, replay
+from rlhf.doctor.health.history import History
 
 UPDATES = 24
 #: One figure of an update: (update, from 1; share of the run that is done; a draw with mean 0 and spread 1) -> value.

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from toys import Call
 
+from rlhf.base.errors import UserError
 from rlhf.config import SFTConfig, build
 from rlhf.doctor.live import QUIET_UPDATES, DoctorStop, LiveDoctor, RollBack
-from rlhf.errors import UserError
-from rlhf.tracking import Tracker
+from rlhf.run.tracker import Tracker
 
 
 @pytest.fixture

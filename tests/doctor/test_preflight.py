@@ -16,20 +16,25 @@ from peft.tuners.lora import Linear as LoraLinear
 from toys import Call
 from transformers import PreTrainedTokenizerBase
 
-from rlhf import sampling
+from rlhf.base.errors import UserError
 from rlhf.config import PPOConfig, RewardConfig, SFTConfig
-from rlhf.data_prep.loading import joint_fingerprint, load_rows
-from rlhf.doctor import preflight_data, preflight_room, preflight_supervised, preflight_text
-from rlhf.doctor.checks import Check, require_all
-from rlhf.doctor.preflight import few, parse
-from rlhf.doctor.preflight_models import check_optimizer, stirred, untouched
-from rlhf.errors import UserError
-from rlhf.models import Compute, ScalarHead, SharedModels
-from rlhf.optim import build_optimizer
+from rlhf.data_prep.load import joint_fingerprint, load_rows
+from rlhf.doctor.preflight import data as data_checks
+from rlhf.doctor.preflight import room, supervised, text
+from rlhf.doctor.preflight.check import Check, require_all
+from rlhf.doctor.preflight.command import parse
+from rlhf.doctor.preflight.context import few
+from rlhf.doctor.preflight.models import check_optimizer, stirred, untouched
+from rlhf.models import adapters, reward_model, sampling
+from rlhf.models.compute import Compute
+from rlhf.models.reward_model import ScalarHead
+from rlhf.models.roles import SharedModels
+from rlhf.models.tokenization import load_tokenizer
 from rlhf.ppo import forward
 from rlhf.registry import Registry
-from rlhf.stages import common, ppo, reward, sft
-from rlhf.tokenization import load_tokenizer
+from rlhf.run.optim import build_optimizer
+from rlhf.stages import ppo, reward, sft
+from rlhf.stages import run as stage_run
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TYPES: dict[str, Any] = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig}
@@ -94,7 +99,7 @@ Examine = Callable[..., list[Check]]
 def examine(finished: tuple[Path, Path], toy_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Examine:
     """`examine("ppo", option=value)`: the checks of a toy stage on the finished pipeline, failed ones among them."""
     got: list[Check] = []
-    monkeypatch.setattr(common, "require_all", lambda checks, what: got.extend(checks))
+    monkeypatch.setattr(stage_run, "require_all", lambda checks, what: got.extend(checks))
 
     def run(stage: str, **options: Any) -> list[Check]:
         values = yaml.safe_load((toy_config / f"{stage}.yaml").read_text())
@@ -178,16 +183,16 @@ def test_another_tokenizer_than_the_parents(examine: Examine, monkeypatch: pytes
 def test_a_vocabulary_larger_than_the_embeddings(tokenizer: PreTrainedTokenizerBase) -> None:
     """An index error in the middle of the first epoch, when the added token comes up."""
     largest = max(tokenizer.get_vocab().values())
-    assert preflight_text.check_tokenizers(tokenizer, [], largest + 1).passed
-    assert f"token {largest} has no embedding" in preflight_text.check_tokenizers(tokenizer, [], largest).measured
+    assert text.check_tokenizers(tokenizer, [], largest + 1).passed
+    assert f"token {largest} has no embedding" in text.check_tokenizers(tokenizer, [], largest).measured
 
 
 def test_texts_that_hold_the_template_already(tokenizer: PreTrainedTokenizerBase) -> None:
     """Data exported with its marks: every prompt begins with two headers, and nothing crashes."""
     plain = [{"role": "user", "content": "Write one sentence"}]
     once = tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True)
-    assert preflight_text.check_template(tokenizer, [plain]).passed
-    check = preflight_text.check_template(tokenizer, [plain, [{"role": "user", "content": once}]])
+    assert text.check_template(tokenizer, [plain]).passed
+    check = text.check_template(tokenizer, [plain, [{"role": "user", "content": once}]])
     assert not check.passed and "prompt 2" in check.measured and "2 times" in check.measured
 
 
@@ -195,7 +200,7 @@ def test_a_template_applied_to_its_own_output(
     tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same by code: rendered twice on the way to the tokens."""
-    from rlhf import tokenization
+    from rlhf.models import tokenization
 
     render = tokenization._render
 
@@ -204,15 +209,15 @@ def test_a_template_applied_to_its_own_output(
         return render(tok, [{"role": "user", "content": inner}], answer_header=answer_header)
 
     monkeypatch.setattr(tokenization, "_render", twice)
-    assert not preflight_text.check_template(tokenizer, [[{"role": "user", "content": "a film"}]]).passed
+    assert not text.check_template(tokenizer, [[{"role": "user", "content": "a film"}]]).passed
 
 
 def test_a_conversation_and_a_template_without_marks_pass(tokenizer: PreTrainedTokenizerBase) -> None:
     """Several turns have several headers; a template that joins texts has none to count."""
     turns = [{"role": r, "content": "a film"} for r in ("system", "user", "assistant", "user")]
-    assert preflight_text.check_template(tokenizer, [turns]).passed
+    assert text.check_template(tokenizer, [turns]).passed
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    assert preflight_text.check_template(tokenizer, [turns]).passed
+    assert text.check_template(tokenizer, [turns]).passed
 
 
 @pytest.mark.parametrize(
@@ -310,18 +315,17 @@ def test_a_fresh_head_whose_scores_are_near_0_by_chance(off: float, passed: bool
         raw=raw,
         raw_padded=lambda rows, left, right: raw(rows) + off,
     )
-    check = preflight_supervised.check_company(scorer, [[1], [2]])
+    check = supervised.check_company(scorer, [[1], [2]])
     assert check.passed == passed and f"{off / 2:.2g} of the scores' size" in check.measured
 
 
 @pytest.mark.parametrize(("stage", "lost"), [("sft", "lora_B"), ("reward", "score"), ("ppo", "q_proj.lora_A")])
 def test_a_tensor_that_is_not_saved(examine: Examine, monkeypatch: pytest.MonkeyPatch, stage: str, lost: str) -> None:
     """It comes back at random or as zero in the next stage, with a warning that nobody reads."""
-    import rlhf.models
-
-    save = rlhf.models.save_file
+    save = adapters.save_file
     monkeypatch.setattr(
-        "rlhf.models.save_file", lambda state, file: save({k: v for k, v in state.items() if lost not in k}, file)
+        "rlhf.models.adapters.save_file",
+        lambda state, file: save({k: v for k, v in state.items() if lost not in k}, file),
     )
     assert list(failed(examine(stage))) == ["adapter and head reload"]
 
@@ -332,7 +336,7 @@ def test_a_folder_that_takes_no_file(examine: Examine, monkeypatch: pytest.Monke
     def refuse(*_: object) -> None:
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr("rlhf.models.save_file", refuse)
+    monkeypatch.setattr("rlhf.models.adapters.save_file", refuse)
     told = failed(examine("sft"))
     assert list(told) == ["adapter and head reload"] and "Read-only file system" in told["adapter and head reload"]
 
@@ -352,7 +356,7 @@ def test_an_adapter_merged_twice_or_not_at_all(
 
 def test_a_policy_that_is_loaded_without_its_adapter(examine: Examine, monkeypatch: pytest.MonkeyPatch) -> None:
     """PPO from the base model: reference and policy agree, all shapes fit, and SFT was for nothing."""
-    from rlhf.models import load_base
+    from rlhf.models.base import load_base
 
     def without(artifact: Any, config: Any, compute: Any) -> Any:
         return load_base(artifact.manifest.base_model, config, compute).requires_grad_(False)
@@ -363,10 +367,8 @@ def test_a_policy_that_is_loaded_without_its_adapter(examine: Examine, monkeypat
 
 def test_a_reward_head_of_the_wrong_sign(examine: Examine, monkeypatch: pytest.MonkeyPatch) -> None:
     """The reward model that PPO asks is not the one that was judged; scores look well, and answers get worse."""
-    import rlhf.models
-
-    read = rlhf.models.read_score_head
-    monkeypatch.setattr("rlhf.models.read_score_head", lambda folder: -read(folder))
+    read = reward_model.read_score_head
+    monkeypatch.setattr("rlhf.models.reward_model.read_score_head", lambda folder: -read(folder))
     assert list(failed(examine("ppo"))) == ["reward model loads as it was trained"]
 
 
@@ -513,9 +515,9 @@ def test_a_held_out_prompt_that_was_trained_on(examine: Examine, toy_data: Path,
 def test_a_row_in_both_splits_of_a_supervised_stage(toy_data: Path, tmp_path: Path) -> None:
     """A prompt may come again with another answer; the same answer measures memory."""
     sets = {split: load_rows(toy_data, split, kind="demonstrations") for split in ("train", "validation")}
-    same = preflight_data.check_leaks(str(toy_data), sets["train"], {"train": sets["train"]}, by="row")
+    same = data_checks.check_leaks(str(toy_data), sets["train"], {"train": sets["train"]}, by="row")
     assert not same.passed and "held-out rows are in train" in same.measured
-    assert preflight_data.check_leaks(str(toy_data), sets["validation"], {"train": sets["train"]}, by="row").passed
+    assert data_checks.check_leaks(str(toy_data), sets["validation"], {"train": sets["train"]}, by="row").passed
 
 
 def test_a_leak_that_the_card_knows_passes(toy_data: Path, tmp_path: Path) -> None:
@@ -524,8 +526,8 @@ def test_a_leak_that_the_card_knows_passes(toy_data: Path, tmp_path: Path) -> No
     card = {"leaks": {"overlaps": {"comparisons/train / comparisons/validation": {"exact": 1, "allowed": True}}}}
     (tmp_path / "card.json").write_text(json.dumps(card))
     training = {"train (comparisons)": rows}
-    assert preflight_data.check_leaks(str(tmp_path), rows, training, by="row").passed
-    assert not preflight_data.check_leaks(str(toy_data), rows, training, by="row").passed
+    assert data_checks.check_leaks(str(tmp_path), rows, training, by="row").passed
+    assert not data_checks.check_leaks(str(toy_data), rows, training, by="row").passed
 
 
 def test_data_that_changed_after_a_parent_was_trained_on_it(toy_data: Path, tmp_path: Path) -> None:
@@ -539,7 +541,7 @@ def test_data_that_changed_after_a_parent_was_trained_on_it(toy_data: Path, tmp_
     parent: Any = SimpleNamespace(reference="sft/a@1", stage="sft", manifest=manifest)
 
     def check() -> Check:
-        return preflight_data.check_registered([parent], preflight_data.parents_data([parent]))
+        return data_checks.check_registered([parent], data_checks.parents_data([parent]))
 
     assert check().passed
     file = data / "demonstrations" / "train.jsonl"
@@ -553,13 +555,13 @@ def test_data_that_changed_after_a_parent_was_trained_on_it(toy_data: Path, tmp_
 
 def test_a_disk_that_is_too_small(examine: Examine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Found at the first checkpoint, an hour later."""
-    monkeypatch.setattr(preflight_room.shutil, "disk_usage", lambda place: SimpleNamespace(free=1_000_000))
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda place: SimpleNamespace(free=1_000_000))
     assert list(failed(examine("sft"))) == ["disk"]
 
 
 def test_memory_that_is_too_small(examine: Examine, monkeypatch: pytest.MonkeyPatch) -> None:
     """The longest rows come late, and the process is killed without a word."""
-    monkeypatch.setattr(preflight_room.memory, "free_bytes", lambda device: 100_000)
+    monkeypatch.setattr(room.memory, "free_bytes", lambda device: 100_000)
     told = failed(examine("ppo"))
     assert list(told) == ["memory"] and "are free" in told["memory"]
 
@@ -567,7 +569,7 @@ def test_memory_that_is_too_small(examine: Examine, monkeypatch: pytest.MonkeyPa
 def test_kept_bytes_are_those_of_the_graph() -> None:
     """Counts double what two operations share, or weights as activations; counts on after the backward pass."""
     model = torch.nn.Sequential(torch.nn.Linear(8, 8, bias=False), torch.nn.Tanh(), torch.nn.Linear(8, 1, bias=False))
-    kept = preflight_room.Kept(model)
+    kept = room.Kept(model)
     with kept.counted():
         for rows in (5, 3):
             model(torch.ones(rows, 8)).sum().backward()
@@ -607,7 +609,7 @@ def test_a_run_without_it_ends_in_the_same_bytes(
     def refuse(**_: Any) -> None:
         raise AssertionError("--preflight false")
 
-    monkeypatch.setattr(common, "Ground", refuse)
+    monkeypatch.setattr(stage_run, "Ground", refuse)
     for parent in ("sft", "reward"):
         if parent != stage:
             shutil.copytree(finished[0] / parent, tmp_path / "registry" / parent)
@@ -651,7 +653,7 @@ def test_a_failed_check_ends_the_run_with_one_line(
     toy_config: Path, tmp_path: Path, call: Callable[..., Call], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A traceback, a run that goes on, or a complaint that does not say what to do."""
-    monkeypatch.setattr(preflight_room.memory, "free_bytes", lambda device: 100_000)
+    monkeypatch.setattr(room.memory, "free_bytes", lambda device: 100_000)
     places = ["--registry", tmp_path / "registry", "--output_dir", tmp_path / "out", "--wandb_mode", "disabled"]
     done = call("rlhf.stages.sft", "--config", toy_config / "sft.yaml", *places)
     assert f"preflight failed, 1 of {len(ALL['sft'])} checks: memory (training takes" in done.complaint

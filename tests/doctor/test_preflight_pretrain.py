@@ -9,7 +9,7 @@ import pytest
 import torch
 from toys import build_model
 
-from rlhf.doctor.preflight_pretrain import check_causal
+from rlhf.doctor.preflight.pretrain import check_causal
 
 IDS = torch.randint(3, 60, (1, 33), generator=torch.Generator().manual_seed(0))
 

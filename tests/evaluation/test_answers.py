@@ -13,14 +13,16 @@ from toys import build_model
 from transformers import PreTrainedTokenizerBase
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from rlhf.errors import UserError
+from rlhf.base.errors import UserError
 from rlhf.evaluation.answers import Answers, sample_answers, score_answers
-from rlhf.full import FinishedPair
-from rlhf.models import Compute, SharedModels, merge_adapter
-from rlhf.packing import pack_rows
+from rlhf.models.base import merge_adapter
+from rlhf.models.compute import Compute
+from rlhf.models.packing import pack_rows
+from rlhf.models.roles import SharedModels
+from rlhf.models.separate import FinishedPair
+from rlhf.models.tokenization import load_tokenizer
 from rlhf.ppo.rollout import SamplingOptions
 from rlhf.reward.sources import Responses
-from rlhf.tokenization import load_tokenizer
 
 CPU = Compute(torch.device("cpu"), torch.float64)
 PROMPTS = [[5, 6, 7, 8], [5, 6, 9], [5, 6, 7, 10, 11, 12]]

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from registry.test_registry import FIELDS
 
+from rlhf.base.errors import UserError
 from rlhf.config import EvaluationConfig
-from rlhf.data_prep.loading import load_rows
-from rlhf.errors import UserError
+from rlhf.data_prep.load import load_rows
+from rlhf.data_prep.overlap import TrainingPrompts
 from rlhf.evaluation.candidates import Comparison, gather
-from rlhf.evaluation.overlap import TrainingPrompts
 from rlhf.registry import Artifact, Registry, recipe_hash
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from judged import JudgeServer
 
-from rlhf.errors import UserError
+from rlhf.base.errors import UserError
 from rlhf.evaluation.chat import ChatJudge, ChatVerdicts, Pair, cost, parse_verdict
 
 SECRET = "sk-never-to-be-written"

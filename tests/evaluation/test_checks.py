@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.errors import UserError
+from rlhf.base.errors import UserError
 from rlhf.evaluation.checks import Check, _named, read_checks
 
 PROMPT = [{"role": "user", "content": "Say it"}]

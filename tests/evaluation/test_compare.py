@@ -17,19 +17,19 @@ import torch
 from judged import JudgeServer, World, toy_gold
 from toys import Call
 
-from rlhf.comparison import write_comparison
+from rlhf.base.text import distinct_n, repetition
 from rlhf.config import EvaluationConfig, parse_config
 from rlhf.evaluation import bench
 from rlhf.evaluation.answers import Answers
 from rlhf.evaluation.compare import FORMAT, _conversation, figures, run
 from rlhf.evaluation.frontier import best_of_n_kl
-from rlhf.evaluation.text import distinct_n, repetition
-from rlhf.models import Compute
-from rlhf.ppo.types import Sequences
+from rlhf.models.compute import Compute
+from rlhf.models.sequences import Sequences
+from rlhf.models.tokenization import TEMPLATES, encode_prompt
 from rlhf.registry import Registry
+from rlhf.report.compare_page import write_comparison
 from rlhf.reward.scorer import open_scorer
 from rlhf.reward.sources import Responses, RewardError, reads_texts
-from rlhf.tokenization import TEMPLATES, encode_prompt
 
 MODELS = ("ppo/toy", "ppo/snaps")
 NAMES = ["sft/toy@1", "ppo/toy@1", "ppo/snaps@1"]

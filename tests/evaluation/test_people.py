@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.errors import UserError
+from rlhf.base.errors import UserError
 from rlhf.evaluation import people
 from rlhf.evaluation.chat import Pair
 

@@ -16,15 +16,15 @@ import torch
 from toys import Call
 
 from rlhf.config import RewardCardConfig
-from rlhf.data_prep.loading import load_rows
-from rlhf.evaluation.overlap import prompt_key
-from rlhf.evaluation.reward import _notes, _score_rows, judge_rows, print_card
-from rlhf.models import Compute
+from rlhf.data_prep.load import load_rows
+from rlhf.data_prep.overlap import prompt_key
+from rlhf.evaluation.card import statistics as statistics
+from rlhf.evaluation.card.report_card import _notes, _score_rows, judge_rows, print_card
+from rlhf.models.compute import Compute
+from rlhf.models.tokenization import load_tokenizer
 from rlhf.registry import Registry
-from rlhf.reward import card as statistics
 from rlhf.reward.rankings import encode_rankings
 from rlhf.reward.scorer import open_scorer
-from rlhf.tokenization import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +167,7 @@ def test_the_command_judges_a_registered_model(
         "--card_probe_answers",
         3,
     ]
-    done = call("rlhf.evaluation.reward", *words, *sizes, "--wandb_mode", "disabled")
+    done = call("rlhf.evaluation.card.report_card", *words, *sizes, "--wandb_mode", "disabled")
     assert done.code == 0, done.err[-3000:]
     made = json.loads((tmp_path / "card.json").read_text())
     assert made["model"] == "reward/toy@1"
@@ -204,7 +204,7 @@ def test_what_a_user_gets_wrong(
         **options,
     }
     words = [word for name, value in given.items() for word in (f"--{name}", value)]
-    assert told in call("rlhf.evaluation.reward", *words).complaint
+    assert told in call("rlhf.evaluation.card.report_card", *words).complaint
     assert not (tmp_path / "out").exists()
 
 

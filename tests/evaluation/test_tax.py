@@ -12,11 +12,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from rlhf.base.errors import UserError
 from rlhf.config import RewardCardConfig
-from rlhf.errors import UserError
 from rlhf.evaluation.tax import PLAIN_TEXT, Tasks, perplexity, text_logprobs, text_windows
-from rlhf.models import Compute, load_base
-from rlhf.tokenization import load_tokenizer
+from rlhf.models.base import load_base
+from rlhf.models.compute import Compute
+from rlhf.models.tokenization import load_tokenizer
 
 CPU = Compute(torch.device("cpu"), torch.float32)
 

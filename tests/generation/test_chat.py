@@ -15,8 +15,8 @@ import pytest
 import torch
 from toys import Call
 
+from rlhf.base.errors import UserError
 from rlhf.config import parse_config
-from rlhf.errors import UserError
 from rlhf.generation import history
 from rlhf.generation.chat import Chat
 from rlhf.generation.config import ChatConfig

@@ -19,10 +19,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf.generation.config import SpeakConfig
 from rlhf.generation.speaker import open_speaker
-from rlhf.models import Compute, load_base
+from rlhf.models.base import load_base
+from rlhf.models.compute import Compute
+from rlhf.models.registered import merged_model
+from rlhf.models.tokenization import encode_prompt
 from rlhf.registry import Registry
-from rlhf.registry.export import merged_model
-from rlhf.tokenization import encode_prompt
 
 MODULE = "rlhf.generation.generate"
 ASK = 'Write one sentence of a movie review that starts with "The"'

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.data_prep.rows import Messages
-from rlhf.errors import UserError
+from rlhf.base.errors import UserError
+from rlhf.data_prep.formats.rows import Messages
 from rlhf.generation import history
 
 

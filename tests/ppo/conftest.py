@@ -13,9 +13,10 @@ import shapes  # noqa: F401  (switches the checks on)
 from test_models import VOCAB, ppo_config, role_models
 from transformers import PreTrainedTokenizerBase
 
+from rlhf.models.tokenization import load_tokenizer
 from rlhf.ppo.trainer import PPOTrainer
-from rlhf.tokenization import load_tokenizer
-from rlhf.tracking import PhaseTimer, Tracker
+from rlhf.run.timing import PhaseTimer
+from rlhf.run.tracker import Tracker
 
 OPENING = [5, 6, 7, 8, 9, 10, 11]
 PROMPTS = [[*OPENING, *range(20, 20 + extra)] for extra in (1, 4, 2, 7, 3, 1)]

@@ -10,13 +10,13 @@ import torch
 from ppo.conftest import Make
 from ppo.test_trainer import weights
 
-from rlhf import checkpoint
-from rlhf.doctor.health import find
-from rlhf.doctor.history import History
+from rlhf.base.errors import UserError
+from rlhf.doctor.health.findings import find
+from rlhf.doctor.health.history import History
 from rlhf.doctor.live import RollBack
-from rlhf.errors import UserError
 from rlhf.ppo.trainer import MAX_ROLL_BACKS
-from rlhf.tracking import Tracker
+from rlhf.run import checkpoint
+from rlhf.run.tracker import Tracker
 
 FAST: dict[str, Any] = {
     "learning_rate": 2e-2,

@@ -15,6 +15,7 @@ from beartype import beartype
 from jaxtyping import Bool, Float, Int, Shaped, jaxtyped
 from torch import Tensor
 
+from rlhf.models import logprobs
 from rlhf.ppo import functional
 
 SCALAR, ROW, GRID, MASK = Float[Tensor, ""], Float[Tensor, "B"], Float[Tensor, "B R"], Bool[Tensor, "B R"]
@@ -37,8 +38,8 @@ masked_sum = checked(functional.masked_sum, Float[Tensor, "..."], x=Shaped[Tenso
 masked_mean = checked(functional.masked_mean, Float[Tensor, "..."], x=Shaped[Tensor, "B R"], mask=MASK)
 whiten = checked(functional.whiten, GRID, x=GRID, mask=MASK)
 explained_variance = checked(functional.explained_variance, SCALAR, values=GRID, returns=GRID, mask=MASK)
-sequence_logprobs = checked(functional.sequence_logprobs, ANY, logits=LOGITS, tokens=TOKENS, temperature=float)
-log_distribution = checked(functional.log_distribution, LOGITS, logits=LOGITS, temperature=float)
+sequence_logprobs = checked(logprobs.sequence_logprobs, ANY, logits=LOGITS, tokens=TOKENS, temperature=float)
+log_distribution = checked(logprobs.log_distribution, LOGITS, logits=LOGITS, temperature=float)
 of_distribution = {
     "entropy": checked(functional.entropy, ANY, log_pi=LOGITS),
     "full_kl": checked(functional.full_kl, ANY, log_pi=LOGITS, log_ref=LOGITS),
@@ -668,7 +669,7 @@ def test_other_bad_inputs_are_refused() -> None:
     with pytest.raises(ValueError, match=r"scores has shape \(3, 1\), expected \(3,\)"):
         functional.token_rewards(torch.zeros(3, 1), grid(0), grid(1), MASKED, kl_coef=0.1)
     with pytest.raises(ValueError, match=r"tokens has shape \(3, 3\), expected \(3, 4\)"):
-        functional.sequence_logprobs(torch.zeros(3, 4, 9), torch.zeros(3, 3, dtype=torch.int64), temperature=1.0)
+        logprobs.sequence_logprobs(torch.zeros(3, 4, 9), torch.zeros(3, 3, dtype=torch.int64), temperature=1.0)
     with pytest.raises(ValueError, match=r"log_ref has shape \(3, 4\), expected \(3, 5\)"):
         functional.full_kl(grid(0, 5), grid(0))
     for estimator in (functional.kl_k1, functional.kl_k2, functional.kl_k3):
@@ -680,7 +681,7 @@ def test_other_bad_inputs_are_refused() -> None:
         functional.masked_mean(torch.zeros(4), full(4), 1)
     for temperature in (0.0, -1.0, math.nan):
         with pytest.raises(ValueError, match="temperature must be above 0"):
-            functional.log_distribution(grid(0), temperature=temperature)
+            logprobs.log_distribution(grid(0), temperature=temperature)
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,12 @@ from ppo.test_trainer import weights
 from test_models import ppo_config
 from toys import FAMILIES, build_model
 
-from rlhf.errors import UserError
-from rlhf.models import RoleModels
-from rlhf.ppo import forward, functional
+from rlhf.base.errors import UserError
+from rlhf.models import logprobs
+from rlhf.models.roles import RoleModels
+from rlhf.models.sequences import length_sorted_batches
+from rlhf.ppo import forward
 from rlhf.ppo.trainer import PPOTrainer
-from rlhf.ppo.types import length_sorted_batches
 from rlhf.stages.ppo import check_sampler
 
 
@@ -120,19 +121,20 @@ def test_no_logits_wait_for_the_backward_pass(finetuning: str, make: Make) -> No
 def test_distributions_are_made_few_at_a_time_and_are_the_same(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches: parts that lose, repeat or mix positions, and a whole batch of distributions held at once."""
     trainer, sizes = make("llama"), []
-    log_distribution = functional.log_distribution
+    log_distribution = logprobs.log_distribution
 
     def watched(logits: torch.Tensor, *, temperature: float) -> torch.Tensor:
         sizes.append(len(logits))
         return log_distribution(logits, temperature=temperature)
 
-    monkeypatch.setattr(functional, "log_distribution", watched)
+    monkeypatch.setattr(logprobs, "log_distribution", watched)
+    monkeypatch.setattr(forward, "log_distribution", watched)
     few, _ = trainer.collect()
     assert max(sizes) == 8 < int(few.mask.sum())
     sizes.clear()
     trained = forward.token_logprobs(trainer.models, "policy", few, 1.0)  # what is trained goes another way
     assert max(sizes) == 8
-    monkeypatch.setattr(functional, "_POSITIONS_AT_ONCE", 1024)
+    monkeypatch.setattr(logprobs, "_POSITIONS_AT_ONCE", 1024)
     sizes.clear()
     whole, _ = trainer.collect()
     assert max(sizes) > 8

@@ -9,7 +9,7 @@ from ppo.conftest import Make
 from test_models import VOCAB
 from torch import Tensor
 
-from rlhf.models import Role, SharedModels
+from rlhf.models.roles import Role, SharedModels
 
 PROMPT = [5, 6, 7, 8]
 REWARDED = torch.tensor([20, 21, 22])

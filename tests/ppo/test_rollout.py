@@ -23,13 +23,15 @@ from torch import Tensor
 from toys import FAMILIES
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from rlhf.models import Role, RoleModels
+from rlhf.models.roles import Role, RoleModels
+from rlhf.models.sampling import Sampled
+from rlhf.models.sequences import Sequences, concatenate, length_sorted_batches
+from rlhf.models.tokenization import pad
 from rlhf.ppo import forward
 from rlhf.ppo.rollout import Penalties, SamplingOptions, evaluate_sequences, respond
-from rlhf.ppo.types import Rollout, Sequences, concatenate, length_sorted_batches
+from rlhf.ppo.types import Rollout
+from rlhf.reward import sources
 from rlhf.reward.sources import AdapterReward, Responses
-from rlhf.sampling import Sampled
-from rlhf.tokenization import pad
 
 OPENING = [5, 6, 7, 8, 9, 10]
 #: Ragged on both sides; the first three share an opening, the last one nothing. Some end in the stop token 2, one holds
@@ -70,7 +72,7 @@ def outputs(models: RoleModels, batch: Sequences, temperature: float = 0.8) -> l
         "full_kl": full_kl,
         "reference": forward.token_logprobs(models, "reference", batch, temperature),
         "values": forward.token_values(models, batch),
-        "score": forward.sequence_scores(models, batch)[:, None],
+        "score": sources.sequence_scores(models, batch)[:, None],
     }
     if models.shared_trunk:
         tables["policy, one pass"], tables["values, one pass"] = forward.logprobs_and_values(models, batch, temperature)

@@ -14,11 +14,11 @@ from test_models import VOCAB, ppo_config
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rlhf import checkpoint
-from rlhf.errors import UserError
+from rlhf.base.errors import UserError
 from rlhf.ppo import functional as F
 from rlhf.ppo.rollout import Penalties
 from rlhf.ppo.trainer import MAX_ROLL_BACKS, KLLimitPassed, PPOTrainer
+from rlhf.run import checkpoint
 
 FAST = {"learning_rate": 2e-2, "lr_scheduler_type": "constant_with_warmup"}
 

@@ -17,16 +17,19 @@ from torch import Tensor
 from toys import FAMILIES, build_model
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from rlhf import checkpoint
-from rlhf.errors import UserError
-from rlhf.full import SeparateModels
-from rlhf.models import RoleModels, SharedModels
+from rlhf.base.errors import UserError
+from rlhf.models.roles import RoleModels, SharedModels
+from rlhf.models.separate import SeparateModels
+from rlhf.models.sequences import Sequences
+from rlhf.models.tokenization import pad
 from rlhf.ppo import forward
 from rlhf.ppo import trainer as trainer_module
 from rlhf.ppo.trainer import RATIO_TOLERANCE, PPOTrainer
-from rlhf.ppo.types import METRICS, Rollout, Sequences
+from rlhf.ppo.types import Rollout
+from rlhf.reward import sources
 from rlhf.reward.sources import Responses
-from rlhf.tokenization import pad
+from rlhf.run import checkpoint
+from rlhf.run.metrics import METRICS
 
 
 @pytest.fixture(autouse=True)
@@ -318,7 +321,7 @@ def test_training_changes_policy_and_value_and_nothing_else(mode: str, make: Mak
     @torch.no_grad()
     def answers() -> tuple[Tensor, ...]:
         logprobs = [forward.token_logprobs(models, role, batch, 1.0) for role in ("reference", "policy")]
-        return forward.sequence_scores(models, batch), *logprobs
+        return sources.sequence_scores(models, batch), *logprobs
 
     before = {n: t.clone() for n, t in models.state_dict().items()}
     held = {"8bit": torch.int8, "4bit": torch.uint8}.get(mode)

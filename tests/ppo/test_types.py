@@ -10,9 +10,10 @@ import shapes
 import torch
 from test_models import ppo_config, sequences, shared_models
 
+from rlhf.models.sampling import Sampled
+from rlhf.models.sequences import Sequences
 from rlhf.ppo import forward
-from rlhf.ppo.types import Rollout, Sequences
-from rlhf.sampling import Sampled
+from rlhf.ppo.types import Rollout
 
 
 @pytest.mark.parametrize("sheet", [Sequences, Rollout, Sampled])

@@ -15,16 +15,16 @@ from peft import PeftModel
 from toys import Call
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rlhf.base.errors import UserError
 from rlhf.config import RunConfig
-from rlhf.data_prep.loading import load_rows
-from rlhf.errors import UserError
-from rlhf.models import Compute
-from rlhf.ppo.types import Sequences
+from rlhf.data_prep.load import load_rows
+from rlhf.models.compute import Compute
+from rlhf.models.sequences import Sequences
+from rlhf.models.tokenization import encode_prompt, encode_response
 from rlhf.registry import Artifact, Registry
-from rlhf.registry.export import FORMS, _stacked, check_adapter, export
 from rlhf.reward.scorer import open_scorer
 from rlhf.reward.sources import ClassifierReward, Responses
-from rlhf.tokenization import encode_prompt, encode_response
+from rlhf.sharing.export import FORMS, _stacked, check_adapter, export
 
 STRANGER = """
 import json, sys
@@ -167,7 +167,7 @@ def test_the_card_says_where_it_comes_from(registry: Registry, tmp_path: Path, c
     folder = tmp_path / "it"
     assert (
         call(
-            "rlhf.registry.__main__", "export", "sft/toy", folder, "--dtype", "bfloat16", "--registry", registry.root
+            "rlhf.sharing.__main__", "export", "sft/toy", folder, "--dtype", "bfloat16", "--registry", registry.root
         ).code
         == 0
     )
@@ -181,7 +181,7 @@ def test_the_card_says_where_it_comes_from(registry: Registry, tmp_path: Path, c
     assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
     kept = json.loads((folder / "rlhf_manifests.json").read_text())
     assert kept["sft/toy@1"]["recipe"] == artifact.manifest.recipe
-    again = call("rlhf.registry.__main__", "export", "sft/toy", folder, "--registry", registry.root)
+    again = call("rlhf.sharing.__main__", "export", "sft/toy", folder, "--registry", registry.root)
     assert "not empty" in again.complaint
     assert not list(tmp_path.glob(".partial-*"))
 

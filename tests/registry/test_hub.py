@@ -16,9 +16,10 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from registry.test_registry import chain, publish, rewrite_manifest
 from toys import Call
 
-from rlhf.errors import UserError
-from rlhf.registry import Artifact, Registry, hub
-from rlhf.registry.hub import FolderPlace, HubPlace, WandbPlace, open_place, pull, push
+from rlhf.base.errors import UserError
+from rlhf.registry import Artifact, Registry
+from rlhf.sharing import hub
+from rlhf.sharing.hub import FolderPlace, HubPlace, WandbPlace, open_place, pull, push
 
 
 @pytest.fixture
@@ -173,7 +174,7 @@ def test_bad_places_and_silent_servers_are_one_line(
     publish(registry)
 
     def complaint(place: str) -> str:
-        return call("rlhf.registry.__main__", "push", "sft/demo", place, "--registry", registry.root).complaint
+        return call("rlhf.sharing.__main__", "push", "sft/demo", place, "--registry", registry.root).complaint
 
     assert "hf:OWNER/NAME" in complaint("hf:models")
     assert "no place" in complaint("s3:bucket/x")

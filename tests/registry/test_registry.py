@@ -21,8 +21,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import rlhf.registry as module
-from rlhf.errors import UserError, run_command
+from rlhf.base.errors import UserError, run_command
+from rlhf.base.storage import sha256_file
 from rlhf.registry import (
     Artifact,
     Manifest,
@@ -32,9 +32,10 @@ from rlhf.registry import (
     library_versions,
     parse_reference,
     recipe_hash,
-    sha256_file,
 )
-from rlhf.registry.__main__ import main
+from rlhf.registry import manifest as manifest_module
+from rlhf.registry import store as store_module
+from rlhf.sharing.__main__ import main
 
 FIELDS: dict[str, Any] = {
     "kind": "adapter",
@@ -179,7 +180,7 @@ def test_full_disk_while_the_manifest_is_written(registry: Registry, monkeypatch
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_check_in", lambda folder: {"a.json": "0"})
+        patch.setattr(store_module, "_check_in", lambda folder: {"a.json": "0"})
         patch.setattr(Path, "write_bytes", full)
         with pytest.raises(UserError, match="No space left"):
             registry.publish("sft", "demo", lambda folder: None, **FIELDS)
@@ -609,9 +610,9 @@ def test_code_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches the commit of a project that merely contains the virtual environment, and changes that go unrecorded."""
     package = tmp_path / "rlhf"
     (package / "registry").mkdir(parents=True)
-    (package / "registry" / "__init__.py").write_text("")
+    (package / "registry" / "manifest.py").write_text("")
     (package / "models.py").write_text("")
-    monkeypatch.setattr(module, "__file__", str(package / "registry" / "__init__.py"))
+    monkeypatch.setattr(manifest_module, "__file__", str(package / "registry" / "manifest.py"))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
 
     def git(*arguments: str) -> str:
@@ -634,7 +635,7 @@ def test_code_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_library_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a library that is not installed making an artefact impossible to register."""
-    monkeypatch.setattr(module, "LIBRARIES", ("torch", "no-such-library"))
+    monkeypatch.setattr(manifest_module, "LIBRARIES", ("torch", "no-such-library"))
     assert library_versions() == {"torch": torch.__version__}
 
 

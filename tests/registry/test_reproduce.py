@@ -11,7 +11,7 @@ import pytest
 from toys import Call
 
 from rlhf.registry import Registry
-from rlhf.registry.reproduce import replayed_config
+from rlhf.sharing.reproduce import replayed_config
 
 
 def test_the_whole_chain_comes_out_the_same(
@@ -20,7 +20,7 @@ def test_the_whole_chain_comes_out_the_same(
     """Files that hold the time, an order of a set, or anything else that no option decides; a replay with other options."""
     into = tmp_path / "again"
     done = call(
-        "rlhf.registry.__main__", "reproduce", "ppo/toy", "--ancestors", "--into", into, "--registry", finished[0]
+        "rlhf.sharing.__main__", "reproduce", "ppo/toy", "--ancestors", "--into", into, "--registry", finished[0]
     )
     assert done.code == 0, done.err[-3000:] + done.out[-2000:]
     assert [line for line in done.out.splitlines() if line.startswith(("same", "DIFFERS"))] == [
@@ -48,7 +48,7 @@ def test_data_that_changed_are_refused_before_the_training(
     try:
         rows.write_text(before + json.dumps(json.loads(before.splitlines()[0])) + "\n")
         complaint = call(
-            "rlhf.registry.__main__", "reproduce", "sft/toy", "--into", tmp_path / "x", "--registry", registry
+            "rlhf.sharing.__main__", "reproduce", "sft/toy", "--into", tmp_path / "x", "--registry", registry
         ).complaint
     finally:
         rows.write_text(before)
@@ -60,7 +60,7 @@ def test_a_folder_with_something_in_it_is_not_written_into(
 ) -> None:
     """A replay that finds, and returns, the result of the replay before."""
     (tmp_path / "note.txt").write_text("mine")
-    done = call("rlhf.registry.__main__", "reproduce", "sft/toy", "--into", tmp_path, "--registry", finished[0])
+    done = call("rlhf.sharing.__main__", "reproduce", "sft/toy", "--into", tmp_path, "--registry", finished[0])
     assert "not empty" in done.complaint
 
 

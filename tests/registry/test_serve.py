@@ -16,7 +16,7 @@ import requests
 from toys import Call
 
 from rlhf.registry import Registry
-from rlhf.registry.export import export
+from rlhf.sharing.export import export
 
 for package in ("fastapi", "uvicorn", "openai"):
     pytest.importorskip(package, reason="transformers serve needs pip install 'rlhf[serve]'")

@@ -11,7 +11,7 @@ import pytest
 from registry.test_registry import FIELDS, chain, publish, rewrite_manifest
 from toys import Call
 
-from rlhf.errors import UserError
+from rlhf.base.errors import UserError
 from rlhf.registry import Artifact, Registry
 from rlhf.registry.lineage import ancestors, difference, prunable
 
@@ -26,7 +26,7 @@ def registry(tmp_path: Path) -> Registry:
 @pytest.fixture
 def verb(call: Callable[..., Call], registry: Registry) -> Verb:
     """`verb("lineage", "ppo/demo")`"""
-    return lambda *words: call("rlhf.registry.__main__", *words, "--registry", registry.root)
+    return lambda *words: call("rlhf.sharing.__main__", *words, "--registry", registry.root)
 
 
 def with_data(registry: Registry, stage: str, parents: tuple[Artifact, ...] = (), **config: Any) -> Artifact:

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rlhf.reward import card
-from rlhf.reward.card import Judged, rated_pairs
+from rlhf.evaluation.card import statistics
+from rlhf.evaluation.card.statistics import Judged, rated_pairs
 
 
 def judged(rows: list[list[float]], **columns: Any) -> Judged:
@@ -73,14 +73,14 @@ def test_pairs_are_those_of_a_double_loop() -> None:
         assert set(found) == expected and len(found) == len(expected) > 0
         assert np.allclose(pairs.difference, [people.ratings[i] - people.ratings[j] for i, j in found])
     none = rated_pairs(np.zeros(3), judged([[1.0, 1.0, 1.0]]))
-    assert len(none) == 0 and card.accuracy(np.zeros(3), none) is None
+    assert len(none) == 0 and statistics.accuracy(np.zeros(3), none) is None
 
 
 def test_accuracy_by_hand_and_ties_of_scores_count_half() -> None:
     """A model that scores everything alike must get a half: as wins its accuracy would be perfect."""
     people = judged([[1.0, 2.0, 3.0], [0.0, 1.0]])
     pairs = rated_pairs(people.ratings, people)
-    value = card.accuracy(np.array([0.1, 0.0, 0.9, 5.0, 5.0]), pairs)
+    value = statistics.accuracy(np.array([0.1, 0.0, 0.9, 5.0, 5.0]), pairs)
     assert value is not None
     assert (value["value"], value["pairs"], value["prompts"]) == (pytest.approx((0 + 1 + 1 + 0.5) / 4), 4, 2)
 
@@ -90,11 +90,11 @@ def test_interval_is_over_prompts_and_not_over_pairs() -> None:
     would give an interval seven times too narrow. The standard error of 50 coins is .0707."""
     right = np.repeat(np.arange(50) % 2, 45).astype(float)
     prompt = np.repeat(np.arange(50), 45)
-    value = card.figure(right, prompt)
+    value = statistics.figure(right, prompt)
     assert value is not None and value["value"] == 0.5
     assert value["low"] == pytest.approx(0.5 - 1.96 * 0.0707, abs=0.03)
     assert value["high"] == pytest.approx(0.5 + 1.96 * 0.0707, abs=0.03)
-    one = card.figure(right[:45], prompt[:45])
+    one = statistics.figure(right[:45], prompt[:45])
     assert one is not None and one["low"] is one["high"] is None, "one prompt says nothing of others"
 
 
@@ -107,7 +107,7 @@ def test_interval_covers_the_truth() -> None:
         values = (generator.random(180) < 0.7 + 0.2 * np.repeat(generator.standard_normal(60), 3).clip(-1, 1)).astype(
             float
         )
-        found = card.figure(values, prompt, seed)
+        found = statistics.figure(values, prompt, seed)
         assert found is not None
         covered += found["low"] <= 0.7 <= found["high"]
     assert 180 <= covered <= 199
@@ -117,12 +117,12 @@ def test_raters_and_ceiling_by_hand() -> None:
     """Ceiling and accuracy mixed up: the ceiling is how the raters trained on order the others' pairs, a tie counted half."""
     people = judged([[0.0, 2.0, 1.0], [1.0, 1.0]], held_out=[0.0, 1.0, 2.0, 0.0, 2.0])
     scores = np.array([0.0, -1.0, 1.0, 0.0, 1.0])
-    own, ceiling = card.raters(scores, people, 1.0)
+    own, ceiling = statistics.raters(scores, people, 1.0)
     # the held-out pairs: (1 > 0), (2 > 0), (2 > 1) and (4 > 3); the model is wrong on the first
     assert own is not None and ceiling is not None
     assert own["value"] == 3 / 4
     assert ceiling["value"] == (1 + 1 + 0 + 0.5) / 4
-    assert card.raters(scores, judged([[0.0, 1.0]]), 1.0) == (None, None)
+    assert statistics.raters(scores, judged([[0.0, 1.0]]), 1.0) == (None, None)
 
 
 # Calibration
@@ -139,13 +139,13 @@ def test_calibration_of_a_calibrated_model() -> None:
     scores = np.stack([logit, np.zeros(size)], axis=1).ravel()
     pairs = rated_pairs(people.ratings, people)
     for factor in (1.0, 3.0, 0.5):
-        found = card.calibration(factor * scores, pairs)
+        found = statistics.calibration(factor * scores, pairs)
         assert found is not None
         assert found["temperature"] == pytest.approx(factor, rel=0.06)
         assert (found["ece"] < 0.02) == (factor == 1.0)
-        assert found["nll_fitted"] == pytest.approx(card.calibration(scores, pairs)["nll"], abs=2e-3)  # type: ignore[index]
+        assert found["nll_fitted"] == pytest.approx(statistics.calibration(scores, pairs)["nll"], abs=2e-3)  # type: ignore[index]
         assert sum(b["pairs"] for b in found["bins"]) == size
-    fitted = card.calibration(scores, pairs)
+    fitted = statistics.calibration(scores, pairs)
     assert fitted is not None and all(
         abs(b["confidence"] - b["right"]) < 0.06 for b in fitted["bins"] if b["pairs"] > 300
     )
@@ -155,11 +155,11 @@ def test_calibration_error_by_hand() -> None:
     """Three of four pairs right at a confidence of sigmoid(2) = .8808: the error is .1308, whatever the bins."""
     people = judged([[1.0, 0.0]] * 4)
     scores = np.array([2.0, 0.0, 2.0, 0.0, 2.0, 0.0, 0.0, 2.0])
-    found = card.calibration(scores, rated_pairs(people.ratings, people))
+    found = statistics.calibration(scores, rated_pairs(people.ratings, people))
     assert found is not None
     assert found["ece"] == pytest.approx(1 / (1 + math.exp(-2)) - 0.75, abs=1e-6)
     assert found["temperature"] == pytest.approx(2 / math.log(3), rel=1e-3), "where sigmoid(2 / T) is 3/4"
-    backwards = card.calibration(-scores, rated_pairs(people.ratings, people))
+    backwards = statistics.calibration(-scores, rated_pairs(people.ratings, people))
     assert backwards is not None and backwards["temperature"] is None
 
 
@@ -171,7 +171,7 @@ def test_slices_add_up_and_name_the_weak_spot() -> None:
     people = world(60)
     right = people.ratings.copy()
     pairs = rated_pairs(people.ratings, people, 0.0)
-    lines = card.slices(right + 100.0 * people.lengths, people, 0.0)
+    lines = statistics.slices(right + 100.0 * people.lengths, people, 0.0)
     by_kind = {(line["slice"], line["kind"]): line for line in lines}
     assert by_kind["length", "better one longer"]["value"] == 1.0
     assert by_kind["length", "better one shorter"]["value"] == 0.0
@@ -184,7 +184,7 @@ def test_slices_by_columns_and_strength() -> None:
     """Columns of the data that are read by the wrong response, and a label strength that goes by the score."""
     sources = ["a", "a", "b", "b", "b"]
     people = judged([[0.0, 1.0], [3.0, 0.0, 1.0]], columns={"source": sources})
-    lines = card.slices(np.array([0.0, 1.0, 0.0, 1.0, 2.0]), people, 0.0)
+    lines = statistics.slices(np.array([0.0, 1.0, 0.0, 1.0, 2.0]), people, 0.0)
     found = {(line["slice"], line["kind"]): (line["value"], line["pairs"]) for line in lines}
     assert found["source", "a"] == (1.0, 1) and found["source", "b"] == (pytest.approx(1 / 3), 3)
     assert found["label strength", "1 apart"] == (1.0, 2)  # (1 > 0) and (4 > 3)
@@ -195,11 +195,11 @@ def test_slices_by_columns_and_strength() -> None:
 def test_length_bias_by_hand() -> None:
     """Lengths 1, 2 and 4, 3: scores that follow length prefer the longer one always, people half of the time."""
     people = judged([[0.0, 1.0], [0.0, 1.0]], lengths=[1, 2, 4, 3])
-    found = card.length_bias(people.lengths.astype(float), people, 0.0)
+    found = statistics.length_bias(people.lengths.astype(float), people, 0.0)
     assert found["prefers_longer"] == 1.0 and found["people_prefer_longer"] == 0.5
     assert found["balanced_accuracy"]["value"] == 0.5
     assert found["correlation"] == pytest.approx(1.0) and found["label_correlation"] == pytest.approx(0.0)
-    fair = card.length_bias(people.ratings, people, 0.0)
+    fair = statistics.length_bias(people.ratings, people, 0.0)
     assert fair["balanced_accuracy"]["value"] == 1.0 and fair["prefers_longer"] == 0.5
 
 
@@ -210,9 +210,9 @@ def test_balanced_accuracy_of_length_is_a_half_even_where_people_like_length() -
         lengths += [2, 1] if i % 10 == 0 else [1, 2]
     people = judged(rows, lengths=lengths)
     scores = people.lengths.astype(float)
-    plain = card.accuracy(scores, rated_pairs(people.ratings, people))
+    plain = statistics.accuracy(scores, rated_pairs(people.ratings, people))
     assert plain is not None and plain["value"] == 0.9
-    assert card.length_bias(scores, people, 0.0)["balanced_accuracy"]["value"] == 0.5
+    assert statistics.length_bias(scores, people, 0.0)["balanced_accuracy"]["value"] == 0.5
 
 
 # The policy's samples
@@ -222,9 +222,9 @@ def test_samples_beside_training_responses() -> None:
     """The percentiles of the samples in place of the training's: then 2% would be outside however far off they are."""
     generator = np.random.default_rng(0)
     training = generator.normal(0, 1, 1000)
-    same = card.compare_samples(generator.normal(0, 1, 500), training)
+    same = statistics.compare_samples(generator.normal(0, 1, 500), training)
     assert same["outside"] < 0.05 and same["distance"] < 0.1
-    far = card.compare_samples(generator.normal(4, 1, 500), training)
+    far = statistics.compare_samples(generator.normal(4, 1, 500), training)
     assert far["outside"] > 0.8 and far["distance"] > 0.8
     assert sum(far["histogram"]["samples"]) == pytest.approx(1.0) == sum(far["histogram"]["training"])
     assert far["samples"]["mean"] == pytest.approx(4, abs=0.2) and far["samples"]["count"] == 500
@@ -234,27 +234,27 @@ def test_samples_beside_training_responses() -> None:
 
 
 def make(scores: np.ndarray, people: Judged, training: Judged, **parts: Any) -> dict[str, Any]:
-    """A card as `rlhf.evaluation.reward` puts it together, without a model."""
+    """A card as `rlhf.evaluation.card.report_card` puts it together, without a model."""
     pairs = rated_pairs(people.ratings, people)
     rivals = {
-        "length": card.length_scores(training, people),
-        "bag of words": card.bag_of_words_scores(training, people),
+        "length": statistics.length_scores(training, people),
+        "bag of words": statistics.bag_of_words_scores(training, people),
     }
-    lines = [card.rival(name, theirs, scores, pairs) for name, theirs in rivals.items() if theirs is not None]
-    others, ceiling = card.raters(scores, people, 0.0)
+    lines = [statistics.rival(name, theirs, scores, pairs) for name, theirs in rivals.items() if theirs is not None]
+    others, ceiling = statistics.raters(scores, people, 0.0)
     made: dict[str, Any] = {
         "model": "reward/toy",
-        "accuracy": card.accuracy(scores, pairs),
+        "accuracy": statistics.accuracy(scores, pairs),
         "accuracy_held_out_raters": others,
         "human_ceiling": ceiling,
         "rivals": [line for line in lines if line],
         "calibration": None,
-        "length": card.length_bias(scores, people, 0.0),
+        "length": statistics.length_bias(scores, people, 0.0),
         "probes": [],
         "samples": None,
     } | parts
-    made["flags"] = card.flags(made)
-    return made | {"verdict": card.verdict(made)}
+    made["flags"] = statistics.flags(made)
+    return made | {"verdict": statistics.verdict(made)}
 
 
 def names(made: dict[str, Any]) -> set[str]:
@@ -338,10 +338,10 @@ def test_a_length_biased_model_is_flagged() -> None:
 def test_a_model_that_is_no_better_than_words_says_so_first() -> None:
     """A reward model that is a bag of words: right far more often than a coin, and worth nothing more than free."""
     people, training = world(), world(seed=1)
-    words = card.bag_of_words_scores(training, people)
+    words = statistics.bag_of_words_scores(training, people)
     assert words is not None
     pairs = rated_pairs(people.ratings, people)
-    found = card.accuracy(words, pairs)
+    found = statistics.accuracy(words, pairs)
     assert found is not None and found["low"] > 0.75, "the rival itself has to have learned something"
     made = make(words + 0.01 * np.random.default_rng(0).standard_normal(480), people, training)
     assert names(made) == {"rival"} and "does not clearly beat bag of words" in made["verdict"]
@@ -351,16 +351,16 @@ def test_length_rival_follows_the_training_pairs() -> None:
     """Where people like short responses the rival has to prefer them, or it would be a straw man."""
     people = world()
     training = judged([[0.0, 1.0]] * 5, lengths=[5, 2] * 5)
-    assert (np.diff(card.length_scores(training, people)) == -np.diff(people.lengths)).all()
+    assert (np.diff(statistics.length_scores(training, people)) == -np.diff(people.lengths)).all()
     training = judged([[0.0, 1.0]] * 5, lengths=[2, 5] * 5)
-    assert (card.length_scores(training, people) == people.lengths).all()
+    assert (statistics.length_scores(training, people) == people.lengths).all()
 
 
 def test_no_words_and_no_pairs_are_no_rival() -> None:
     """An exception of scikit-learn at the end of a day's training."""
     people = world(3)
-    assert card.bag_of_words_scores(judged([[1.0, 1.0]]), people) is None
-    assert card.bag_of_words_scores(judged([[1.0, 0.0]] * 3, texts=["", " ", "", "", "", ""]), people) is None
+    assert statistics.bag_of_words_scores(judged([[1.0, 1.0]]), people) is None
+    assert statistics.bag_of_words_scores(judged([[1.0, 0.0]] * 3, texts=["", " ", "", "", "", ""]), people) is None
 
 
 def test_rival_is_measured_on_the_same_draws() -> None:
@@ -368,9 +368,9 @@ def test_rival_is_measured_on_the_same_draws() -> None:
     people = world(40)
     pairs, generator = rated_pairs(people.ratings, people), np.random.default_rng(0)
     scores = people.ratings + 0.2 * generator.standard_normal(160)
-    line = card.rival("itself", scores, scores, pairs)
+    line = statistics.rival("itself", scores, scores, pairs)
     assert line is not None and (line["gain"]["low"], line["gain"]["high"], line["beaten"]) == (0.0, 0.0, False)
-    worse = card.rival("noisier", scores + generator.standard_normal(160), scores, pairs)
+    worse = statistics.rival("noisier", scores + generator.standard_normal(160), scores, pairs)
     assert worse is not None and worse["beaten"] and worse["gain"]["low"] > 0
 
 

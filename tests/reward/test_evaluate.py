@@ -9,13 +9,16 @@ import pytest
 import torch
 from toys import BENT, FAMILIES, Call, build_bent, build_model
 
-from rlhf.errors import UserError
+from rlhf.base.errors import UserError
+from rlhf.base.functions import load_function
 from rlhf.evaluation.gold import vader
-from rlhf.models import Compute, context_length
-from rlhf.packing import pack_rows
+from rlhf.models.base import context_length
+from rlhf.models.compute import Compute
+from rlhf.models.likelihood import mean_logprobs
+from rlhf.models.packing import pack_rows
+from rlhf.models.responses import answerable, own_responses
+from rlhf.models.tokenization import encode_prompt, load_tokenizer
 from rlhf.registry import Registry
-from rlhf.reward.evaluate import answerable, load_function, mean_logprobs, own_responses
-from rlhf.tokenization import encode_prompt, load_tokenizer
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *BENT])

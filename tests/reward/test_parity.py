@@ -14,12 +14,14 @@ from torch import nn
 from toys import FAMILIES, build_model
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.errors import UserError
-from rlhf.models import ADAPTER_FILE, Compute, read_score_head
-from rlhf.packing import pack_rows
+from rlhf.base.errors import UserError
+from rlhf.models.adapters import ADAPTER_FILE
+from rlhf.models.compute import Compute
+from rlhf.models.packing import pack_rows
+from rlhf.models.reward_model import read_score_head
+from rlhf.models.tokenization import load_tokenizer
 from rlhf.reward.parity import REORDERED, deviation, require_parity
 from rlhf.reward.scorer import Scorer
-from rlhf.tokenization import load_tokenizer
 
 COMPUTE = Compute(torch.device("cpu"), torch.float64)
 

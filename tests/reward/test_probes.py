@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from rlhf.reward.probes import FLAGGED_GAIN, PROBES, judge, trials
+from rlhf.evaluation.card.hack_probes import FLAGGED_GAIN, PROBES, judge, trials
 
 PROMPTS = ["Write about a film", "Write about a plot", "Write about a cat"]
 ANSWERS = ["The film is good and warm", "A plot that one can follow", "Cats are fine"]

@@ -10,15 +10,8 @@ import torch
 from toys import build_model
 from transformers import AutoModelForSequenceClassification, LlamaConfig
 
-from rlhf.ppo.types import length_sorted_batches
-from rlhf.reward.ranking import (
-    Objective,
-    RankingCollator,
-    agreement,
-    ordered_pairs,
-    ranking_loss,
-    score_rows,
-)
+from rlhf.models.sequences import length_sorted_batches
+from rlhf.reward.ranking import Objective, RankingCollator, agreement, ordered_pairs, ranking_loss, score_rows
 
 
 def naive_loss(

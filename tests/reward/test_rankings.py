@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.data_prep.loading import load_rows
-from rlhf.errors import UserError
-from rlhf.evaluation.reward import judge_rows
-from rlhf.reward.card import rated_pairs
+from rlhf.base.errors import UserError
+from rlhf.data_prep.load import load_rows
+from rlhf.evaluation.card.report_card import judge_rows
+from rlhf.evaluation.card.statistics import rated_pairs
+from rlhf.models.tokenization import encode_prompt, encode_response, load_tokenizer
 from rlhf.reward.ranking import RankingCollator, ordered_pairs
 from rlhf.reward.rankings import Encoded, encode_rankings
-from rlhf.tokenization import encode_prompt, encode_response, load_tokenizer
 
 
 @pytest.fixture

@@ -16,12 +16,12 @@ import torch
 from toys import Call, build_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
 
-from rlhf import checkpoint
-from rlhf.errors import UserError
-from rlhf.models import Compute
-from rlhf.ppo.types import Sequences
+from rlhf.base.errors import UserError
+from rlhf.models.compute import Compute
+from rlhf.models.sequences import Sequences
 from rlhf.reward import sources
 from rlhf.reward.sources import ClassifierReward, EndpointReward, FunctionReward, Responses, Reward, RewardError
+from rlhf.run import checkpoint
 
 ROWS = [
     {"prompt": [{"role": "user", "content": "The"}], "level": 1},

@@ -20,14 +20,18 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf.config import PPOConfig, RewardConfig, SFTConfig
-from rlhf.data_prep.loading import load_rows
-from rlhf.models import ADAPTER_FILE, Compute, SharedModels, load_policy, lora_config, sequence_classifier
-from rlhf.ppo.types import METRICS
+from rlhf.data_prep.load import load_rows
+from rlhf.models.adapters import ADAPTER_FILE, lora_config
+from rlhf.models.base import load_policy
+from rlhf.models.compute import Compute
+from rlhf.models.reward_model import sequence_classifier
+from rlhf.models.roles import SharedModels
+from rlhf.models.tokenization import encode_prompt, encode_response, load_tokenizer
 from rlhf.registry import Artifact, Registry
 from rlhf.reward.scorer import score_tokens
+from rlhf.run.metrics import METRICS
 from rlhf.stages import reward as reward_stage
 from rlhf.stages import sft
-from rlhf.tokenization import encode_prompt, encode_response, load_tokenizer
 
 STAGES = ("sft", "reward", "ppo")
 FP32 = SFTConfig(dataset="x", model_name_or_path="x", device="cpu", dtype="float32")

@@ -19,13 +19,13 @@ from test_models import ppo_config
 from toys import Call
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlhf import checkpoint
-from rlhf.data_prep.loading import Loaded
-from rlhf.errors import UserError
-from rlhf.models import context_length
+from rlhf.base.errors import UserError
+from rlhf.data_prep.load import Loaded
+from rlhf.models.base import context_length
+from rlhf.models.tokenization import load_tokenizer
 from rlhf.registry import Registry
+from rlhf.run import checkpoint
 from rlhf.stages.ppo import encode_texts
-from rlhf.tokenization import load_tokenizer
 
 Caller = Callable[..., Call]
 
@@ -404,7 +404,7 @@ def test_no_space_in_the_registry(full: Place, monkeypatch: pytest.MonkeyPatch) 
     def refuse(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("rlhf.models.save_file", refuse)
+    monkeypatch.setattr("rlhf.models.adapters.save_file", refuse)
     before = tree(full.registry)
     failed = full.run("ppo", preflight=False)
     assert "cannot register ppo/toy" in failed.complaint and "No space left" in failed.complaint

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from test_models import ppo_config
 
-from rlhf import distributed
-from rlhf.stages.common import open_run
+from rlhf.base import distributed
+from rlhf.stages.run import open_run
 
 
 @pytest.mark.parametrize("rank", [0, 1])

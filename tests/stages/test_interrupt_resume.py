@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 from toys import Call
 
-from rlhf import checkpoint
 from rlhf.registry import Registry
+from rlhf.run import checkpoint
 
 #: Long enough that a signal sent after the third update arrives before the last.
 LONG = {

@@ -19,12 +19,14 @@ from safetensors.torch import load_file
 from toys import Call
 from transformers import AutoModelForCausalLM, AutoTokenizer, PhiConfig
 
+from rlhf.base.errors import UserError
 from rlhf.config import RunConfig
-from rlhf.errors import UserError
-from rlhf.models import ADAPTER_FILE, Compute, load_policy, token_rows
+from rlhf.models.adapters import ADAPTER_FILE, token_rows
+from rlhf.models.base import load_policy
+from rlhf.models.compute import Compute
+from rlhf.models.vocabulary import MIN_USES, add_tokens, grow_embeddings, learn_tokens
 from rlhf.registry import Artifact, Registry
-from rlhf.registry.export import export
-from rlhf.vocabulary import MIN_USES, add_tokens, grow_embeddings, learn_tokens
+from rlhf.sharing.export import export
 
 Caller = Callable[..., Call]
 #: Said often, and rarely.

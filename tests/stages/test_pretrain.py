@@ -17,10 +17,11 @@ from conftest import TOY
 from toys import WORDS, Call
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlhf import checkpoint, pipeline
+from rlhf import pipeline
 from rlhf.registry import Registry
-from rlhf.registry.export import export
-from rlhf.report import write_report
+from rlhf.report.run_page import write_report
+from rlhf.run import checkpoint
+from rlhf.sharing.export import export
 
 Caller = Callable[..., Call]
 OPTIONS: dict[str, Any] = {
@@ -183,7 +184,7 @@ def test_a_run_that_ended_early_and_was_killed_has_ended(place: Place, monkeypat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("rlhf.stages.common.Run.publish", killed)
+        patch.setattr("rlhf.stages.run.Run.publish", killed)
         assert place.run(**options).code == 130
     resumed = place.made(**options, resume=True)
     figures = [artifact.manifest.metrics for artifact in (whole, resumed)]
@@ -215,7 +216,7 @@ def test_chain_from_text_to_ppo(
     pipeline.run(folder, {"registry": str(registry), "output_dir": str(tmp_path / "o")})
     sft, ppo = (Registry(registry).get(f"{stage}/toy") for stage in ("sft", "ppo"))
     assert [p.stage for p in sft.manifest.parents] == ["pretrain"] and sft.manifest.base_model == "pretrain/toy@1"
-    assert "pretrain/toy@1" in call("rlhf.registry.__main__", "show", "ppo/toy", "--registry", registry).out
+    assert "pretrain/toy@1" in call("rlhf.sharing.__main__", "show", "ppo/toy", "--registry", registry).out
     lines = (tmp_path / "o/ppo/metrics.jsonl").read_text().splitlines()
     assert all(0 < json.loads(line)["ppo/ptx_loss"] < math.log(300) for line in lines)
     (tmp_path / "asked.jsonl").write_text('{"prompt": "A film", "reference": "good"}\n')

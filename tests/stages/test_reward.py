@@ -14,12 +14,14 @@ from test_models import VOCAB, sequences
 from toys import Call, build_model
 from transformers import AutoModelForSequenceClassification
 
+from rlhf.base.errors import UserError
 from rlhf.config import PPOConfig, RewardConfig, parse_config
-from rlhf.data_prep.loading import load_rows
-from rlhf.errors import UserError
-from rlhf.full import SeparateModels
-from rlhf.models import Compute, load_policy, sequence_classifier
-from rlhf.packing import pack_rows
+from rlhf.data_prep.load import load_rows
+from rlhf.models.base import load_policy
+from rlhf.models.compute import Compute
+from rlhf.models.packing import pack_rows
+from rlhf.models.reward_model import sequence_classifier
+from rlhf.models.separate import SeparateModels
 from rlhf.ppo import forward
 from rlhf.registry import Artifact, Registry
 from rlhf.reward import parity

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file
 from toys import Call
 
-from rlhf.checkpoint import load_tensors
-from rlhf.models import ADAPTER_FILE
+from rlhf.models.adapters import ADAPTER_FILE
 from rlhf.registry import Registry
+from rlhf.run.checkpoint import load_tensors
 from rlhf.stages import sft
 
 

@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig
 from toys import BENT, build_bent, build_model
 
-from rlhf.models import with_adapter
+from rlhf.models.adapters import with_adapter
 from rlhf.stages import sft
 
 

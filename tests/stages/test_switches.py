@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from toys import Call
 
-from rlhf.models import ADAPTER_FILE
+from rlhf.models.adapters import ADAPTER_FILE
 from rlhf.ppo.trainer import PPOTrainer
 from rlhf.registry import Registry
 

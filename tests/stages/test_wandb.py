@@ -15,8 +15,8 @@ import pytest
 from wandb_reader import OfflineRun, same, table_rows
 from wandb_server import WandbServer, wandb_server
 
+from rlhf.base.redaction import redact
 from rlhf.registry import Registry
-from rlhf.tracking import redact
 
 STAGES = ("sft", "reward", "ppo")
 #: The names that the stages promise each other and their readers.

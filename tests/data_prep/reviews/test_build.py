@@ -13,11 +13,11 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from rlhf.base.errors import UserError
 from rlhf.config import build, parse_config
-from rlhf.data_prep.loading import load_rows
-from rlhf.data_prep.reviews import ReviewsConfig, prepare_reviews
-from rlhf.data_prep.reviews import build as build_module
-from rlhf.errors import UserError
+from rlhf.data_prep.demo import ReviewsConfig, prepare_reviews
+from rlhf.data_prep.demo import build as build_module
+from rlhf.data_prep.load import load_rows
 
 MakeArchive = Callable[..., Path]
 FILES = {f"{k}/{s}.parquet" for k in ("demonstrations", "comparisons", "prompts") for s in ("train", "validation")}

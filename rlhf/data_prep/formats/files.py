@@ -1,0 +1,323 @@
+"""Rows out of files, folders and hub datasets, one at a time: no file is ever held whole.
+
+A row that cannot be read (not UTF-8, not JSON, too long) comes as a `Line` with a problem, and reading goes on. What makes
+the rest of a file unreadable (a truncated archive, a broken JSON array, a file that changes) is a `UserError`.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import ijson
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rlhf.base.errors import UserError
+from rlhf.base.storage import sha256_file
+from rlhf.data_prep.prepare.recipe import Source, local
+
+#: Endings of data files; each but .parquet and .arrow may be followed by .gz.
+TEXT_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
+BINARY_SUFFIXES = (".parquet", ".arrow")
+#: Columns whose cells in a CSV file are texts even when they look like a JSON list, unless it is a list of messages.
+TEXT_COLUMNS = ("prompt", "completion", "chosen", "rejected", "response")
+_BATCH = 1000
+_EXCERPT = 2000
+
+
+@dataclass(frozen=True)
+class Line:
+    """One row as it was read."""
+
+    file: str
+    number: int
+    """Line of a .jsonl file, row elsewhere; from 1."""
+    value: Any = None
+    """Mostly a dict; whatever JSON value the row is."""
+    problem: str = ""
+    """Why there is no value; empty when there is one."""
+    raw: str = ""
+    """The beginning of an unreadable row, undecodable bytes written as \\xNN."""
+
+
+def source_files(source: Source) -> list[Path]:
+    """The data files of a local source in the order in which they are read; none for a hub dataset.
+
+    Raises:
+        UserError: nothing there, or a folder or file without readable data.
+    """
+    place = local(source)
+    if place is None:
+        if source.path.startswith((".", "/", "~")) or source.path.endswith((*TEXT_SUFFIXES, *BINARY_SUFFIXES, ".gz")):
+            raise UserError(f"no data at {source.path} (source {source.name})")
+        return []
+    if place.is_file():
+        if not is_readable(place):
+            endings = ", ".join((*TEXT_SUFFIXES, *BINARY_SUFFIXES))
+            raise UserError(f"cannot read {place}: its name must end in one of {endings} (or .jsonl.gz and the like)")
+        return [place]
+    found = sorted(p for p in place.rglob("*") if p.is_file() and is_data(p))
+    if source.split:
+        found = [p for p in found if source.split in (p.name.split(".")[0].split("-")[0], p.parent.name)]
+    if not found:
+        of_split = f" of split '{source.split}'" if source.split else ""
+        raise UserError(f"no data files{of_split} in {place}; expected names ending in {', '.join(TEXT_SUFFIXES)}, ...")
+    return found
+
+
+def is_data(file: Path) -> bool:
+    """Data, and no note about data: cards, and the state of a dataset saved by `datasets`."""
+    notes = ("card.json", "rejected.jsonl", "state.json", "dataset_info.json", "dataset_dict.json")
+    return is_readable(file) and file.name not in notes
+
+
+def is_readable(file: Path) -> bool:
+    """Whether the name of a file says that it holds data."""
+    return _suffix(file) in TEXT_SUFFIXES + BINARY_SUFFIXES
+
+
+def _suffix(file: Path) -> str:
+    """The ending without .gz, e.g. .jsonl; a compressed binary file has none that can be read."""
+    if file.suffix != ".gz":
+        return file.suffix
+    inner = Path(file.stem).suffix
+    return inner if inner in TEXT_SUFFIXES else ".gz"
+
+
+def hash_files(source: Source) -> dict[str, str]:
+    """sha256 of each file of a local source, by its name (in a folder: its place there); empty for a hub dataset."""
+    place = local(source)
+    files = source_files(source)
+    return {
+        file.relative_to(place).as_posix() if place and place.is_dir() else file.name: sha256_file(file)
+        for file in files
+    }
+
+
+def read_source(source: Source, max_row_bytes: int) -> Iterator[Line]:
+    """The rows of a source, in order.
+
+    Args:
+        max_row_bytes: longer lines of a text file become a `Line` with a problem.
+
+    Raises:
+        UserError: a file is empty, ends too early, cannot be parsed on, or changed while it was read.
+    """
+    files = source_files(source)
+    if not files:
+        yield from _read_hub(source)
+    for file in files:
+        yield from read_file(file, max_row_bytes)
+
+
+def read_file(file: Path, max_row_bytes: int) -> Iterator[Line]:
+    """The rows of one file. Raises like `read_source`."""
+    before = _identity(file)
+    suffix, number = _suffix(file), 0
+    readers = {".csv": _csv_lines, ".tsv": _csv_lines, ".parquet": _parquet_lines, ".arrow": _arrow_lines}
+    read = readers.get(suffix, _json_array_lines if suffix == ".json" and _is_array(file) else _json_lines)
+    try:
+        for line in read(file, max_row_bytes):
+            number = line.number
+            yield line
+        after = _identity(file)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(
+            f"{file} ends in the middle of its compressed data after row {number} ({error}); download it again"
+        ) from error
+    except FileNotFoundError as error:
+        raise UserError(f"{file} was removed while it was read; copy it first, and run again") from error
+    if after != before:
+        raise UserError(f"{file} was changed while it was read; wait until it is written, or copy it, and run again")
+    if number == 0:
+        raise UserError(f"{file} is empty: it holds no rows")
+
+
+def _identity(file: Path) -> tuple[int, int, int]:
+    stat = file.stat()
+    return stat.st_size, stat.st_mtime_ns, stat.st_ino
+
+
+@contextmanager
+def _open(file: Path) -> Iterator[IO[bytes]]:
+    with file.open("rb") as raw:
+        if file.suffix == ".gz":
+            with gzip.open(raw) as unpacked:
+                yield unpacked  # type: ignore[misc]
+        else:
+            yield raw
+
+
+def _is_array(file: Path) -> bool:
+    """Whether a .json file is one array; otherwise it is taken for JSON lines."""
+    with _open(file) as stream:
+        try:
+            head = stream.read(4096)
+        except (EOFError, OSError, zlib.error):
+            return False  # reported when it is read
+    return head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+
+
+def _json_lines(file: Path, max_row_bytes: int) -> Iterator[Line]:
+    with _open(file) as stream:
+        for number, (raw, size) in enumerate(_bounded_lines(stream, max_row_bytes), start=1):
+            if number == 1:
+                raw = raw.removeprefix(codecs.BOM_UTF8)
+            if size > max_row_bytes:
+                limit = f"{size / 1e6:.1f} MB on one line, more than max_row_megabytes allows"
+                yield Line(str(file), number, problem=limit, raw=_excerpt(raw))
+            elif raw.strip():
+                yield _json_line(str(file), number, raw)
+
+
+def _json_line(file: str, number: int, raw: bytes) -> Line:
+    try:
+        return Line(file, number, json.loads(raw.decode("utf-8")))
+    except UnicodeDecodeError as error:
+        problem = f"not UTF-8 (byte {error.start + 1} of the line)"
+    except ValueError as error:
+        problem = f"not valid JSON: {error}"
+    except RecursionError:
+        problem = "not valid JSON: nested too deeply"
+    return Line(file, number, problem=problem, raw=_excerpt(raw))
+
+
+def _bounded_lines(stream: IO[bytes], limit: int) -> Iterator[tuple[bytes, int]]:
+    """(line, its length in bytes); of a line longer than `limit` only the beginning is kept."""
+    while raw := stream.readline(limit + 1):
+        size = len(raw.rstrip(b"\r\n"))
+        if size > limit:
+            raw = raw[:_EXCERPT]
+            while (more := stream.readline(1 << 20)) and not more.endswith(b"\n"):
+                size += len(more)
+            size += len(more.rstrip(b"\r\n"))
+        yield raw, size
+
+
+def _excerpt(raw: bytes) -> str:
+    return raw[:_EXCERPT].decode("utf-8", "backslashreplace").rstrip("\r\n")
+
+
+def _json_array_lines(file: Path, _: int) -> Iterator[Line]:
+    number = 0
+    with _open(file) as stream:
+        try:
+            for value in ijson.items(stream, "item", use_float=True):
+                number += 1
+                yield Line(str(file), number, value)
+        except (ijson.JSONError, UnicodeDecodeError) as error:
+            reason = " ".join(str(error).split())[:120]
+            raise UserError(
+                f"{file} is not valid JSON after row {number}: {reason}; one object a line (.jsonl) would lose only bad rows"
+            ) from error
+
+
+def _csv_lines(file: Path, max_row_bytes: int) -> Iterator[Line]:
+    """Cells that hold a JSON list become lists (of a column of texts only lists of messages)."""
+    csv.field_size_limit(max_row_bytes)
+    with _open(file) as stream:
+        # surrogateescape: a bad byte spoils its row, not the file; newline="": csv knows those inside quotes
+        text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
+        reader = csv.DictReader(text, delimiter="\t" if _suffix(file) == ".tsv" else ",", restkey="\0more")
+        try:
+            for number, row in enumerate(reader, start=1):
+                yield _csv_line(str(file), number, row)
+        except csv.Error as error:
+            raise UserError(
+                f"{file} is not a readable CSV file: {error} (line {reader.line_num}); is a quote not closed?"
+            ) from error
+
+
+def _csv_line(file: str, number: int, row: dict[str, Any]) -> Line:
+    more = row.pop("\0more", None)
+    raw = json.dumps(row, default=str)[:_EXCERPT]
+    if more is not None:
+        return Line(file, number, problem=f"{len(more)} more cells than columns", raw=raw)
+    missing = [name for name, value in row.items() if value is None]
+    if missing:
+        return Line(file, number, problem=f"the row ends before column '{missing[0]}'", raw=raw)
+    try:
+        for value in row.values():
+            value.encode("utf-8")
+    except UnicodeEncodeError:
+        return Line(file, number, problem="not UTF-8", raw=raw)
+    return Line(file, number, {name: csv_cell(name, value) for name, value in row.items()})
+
+
+def csv_cell(name: str, value: str) -> Any:
+    """A cell; one that holds a JSON list becomes the list, except that "[1]" in a column of texts is a text."""
+    if not value.lstrip().startswith("["):
+        return value
+    try:
+        values = json.loads(value)
+    except ValueError:
+        return value
+    return values if name not in TEXT_COLUMNS or all(isinstance(v, dict) for v in values) else value
+
+
+def _parquet_lines(file: Path, _: int) -> Iterator[Line]:
+    try:
+        with pq.ParquetFile(file, memory_map=True) as parquet:
+            yield from _numbered(file, parquet.iter_batches(batch_size=_BATCH))
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+        raise UserError(f"{file} is not a readable Parquet file: {str(error).splitlines()[0]}") from error
+
+
+def _arrow_lines(file: Path, _: int) -> Iterator[Line]:
+    """A file that `Dataset.save_to_disk` wrote, memory-mapped."""
+    from datasets import Dataset
+
+    try:
+        rows = Dataset.from_file(str(file))
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"{file} is not a readable Arrow file: {str(error).splitlines()[0]}") from error
+    yield from _numbered(file, rows.with_format("arrow").iter(batch_size=_BATCH))
+
+
+def _numbered(file: Path, batches: Any) -> Iterator[Line]:
+    number = 0
+    for batch in batches:
+        for row in batch.to_pylist():
+            number += 1
+            yield Line(str(file), number, row)
+
+
+def _read_hub(source: Source) -> Iterator[Line]:
+    import datasets
+
+    split = source.split or "train"
+    place = f"{source.path} ({split})"
+    number = 0
+    try:
+        rows: Any = datasets.load_dataset(
+            source.path, source.subset, split=split, revision=source.revision, streaming=True
+        )
+        for number, row in enumerate(without_media(rows), start=1):
+            yield Line(place, number, dict(row))
+    except Exception as error:  # hub, network, script and parsing errors have no common type
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"no file or folder '{source.path}' here, and the hub dataset of that name cannot be read after row {number}: "
+            f"{reason}"
+        ) from error
+    if number == 0:
+        raise UserError(f"{place} is empty: it holds no rows")
+
+
+def without_media(rows: Any) -> Any:
+    """A data set of the hub without its columns of images, sound and the like: their cells may hold paths, and reading one would
+    open that file of this machine."""
+    from datasets.features.features import require_decoding
+
+    media = [name for name, feature in (rows.features or {}).items() if require_decoding(feature)]
+    return rows.remove_columns(media) if media else rows

@@ -1,0 +1,80 @@
+"""Which of the prompts that models are judged on they were trained on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rlhf.base.errors import UserError
+from rlhf.config import TextConfig
+from rlhf.data_prep.corpus import load_text
+from rlhf.data_prep.load import Kind, load_rows
+from rlhf.registry import Artifact, Lineage, Registry, recipe_hash
+
+#: What a stage reads of its data.
+_KINDS: dict[str, Kind] = {"sft": "demonstrations", "reward": "comparisons", "ppo": "prompts"}
+
+
+class TrainingPrompts:
+    """The training prompts of artefacts and of what they were made from; each data set is read once."""
+
+    def __init__(self, registry: Registry) -> None:
+        self.registry = registry
+        self._read: dict[str, set[str] | None] = {}
+
+    def overlap(self, artifact: Artifact, prompts: Sequence[Sequence[Mapping[str, str]]]) -> dict[str, int | None]:
+        """Artefact -> how many of the prompts its stage trained on; None where its data is gone or has changed."""
+        judged = [prompt_key(prompt) for prompt in prompts]
+        found: dict[str, int | None] = {}
+        for line in _ancestors(self.registry.lineage(artifact)):
+            own = self.of(line)
+            found[line.reference] = None if own is None else sum(key in own for key in judged)
+        return found
+
+    def of(self, artifact: Artifact) -> set[str] | None:
+        """Keys of the prompts that its stage trained on; None where its data is gone or has changed."""
+        if artifact.hash not in self._read:
+            self._read[artifact.hash] = _training_prompts(artifact)
+        return self._read[artifact.hash]
+
+
+def prompt_key(prompt: Sequence[Mapping[str, str]]) -> str:
+    """The same for the same conversation."""
+    return json.dumps([[message["role"], message["content"]] for message in prompt])
+
+
+def _ancestors(line: Lineage) -> list[Artifact]:
+    """The artefact and all that it was made from and that is still there, of the stages that train on prompts."""
+    own = [line.artifact] if line.artifact is not None and line.artifact.stage in _KINDS else []
+    found = {a.reference: a for a in [*own, *(a for parent in line.parents for a in _ancestors(parent))]}
+    return list(found.values())
+
+
+def _training_prompts(artifact: Artifact) -> set[str] | None:
+    """Keys of an artefact's training prompts; None where its data is not what it was trained on any more."""
+    config, kind = artifact.manifest.config, _KINDS[artifact.stage]
+    sources: dict[str, tuple[Any, str, Kind]] = {
+        "train": (config["dataset"], "train", kind),
+        "validation": (config["dataset"], "validation", kind),
+    }
+    text = config.get("ptx_text") if config.get("ptx_coef") else None
+    if config.get("ptx_coef") and not text:
+        sources["ptx"] = (config["ptx_dataset"] or config["dataset"], "train", "demonstrations")
+    try:
+        sets = {name: load_rows(path, split, kind=of) for name, (path, split, of) in sources.items()}
+        if text:
+            sets["ptx"] = load_text(text, TextConfig(text_field=config["text_field"], documents=config["documents"]))[
+                "train"
+            ]
+    except UserError:
+        return None
+    fingerprint = recipe_hash({name: loaded.fingerprint for name, loaded in sets.items()}, [], None)
+    if fingerprint != artifact.manifest.data["fingerprint"]:
+        return None
+    return {
+        prompt_key(row["prompt"])
+        for name, loaded in sets.items()
+        if name != "validation" and "prompt" in loaded.rows.column_names
+        for row in loaded.rows
+    }

@@ -1,0 +1,285 @@
+"""The one way through: read -> validate -> clean -> merge raters -> deduplicate -> split -> gate -> write -> card.
+
+Rows stream from the sources into an Arrow file beside the result; what is decided about them is decided on arrays of
+hashes; then the chosen rows stream into Parquet. Nothing is published before all of it is written.
+"""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlhf.base.errors import UserError
+from rlhf.data_prep.formats.files import Line, hash_files, read_source
+from rlhf.data_prep.formats.readers import READERS, Reader, choose_reader, mapped, read_row
+from rlhf.data_prep.formats.records import COMPARISON, Record
+from rlhf.data_prep.formats.rows import Malformed, Untrainable
+from rlhf.data_prep.prepare.card import SourceReport, make_card, render
+from rlhf.data_prep.prepare.clean import Dropped, clean
+from rlhf.data_prep.prepare.dedup import first_of_equal
+from rlhf.data_prep.prepare.folder import made_once, write_card
+from rlhf.data_prep.prepare.leaks import gate
+from rlhf.data_prep.prepare.lengths import Lengths
+from rlhf.data_prep.prepare.mix import mix
+from rlhf.data_prep.prepare.plan import Plan
+from rlhf.data_prep.prepare.recipe import KINDS, DataConfig, Source
+from rlhf.data_prep.prepare.splits import (
+    assign_splits,
+    assign_stages,
+    check_sizes,
+    deduplicate,
+    group_prompts,
+    limit_prompts,
+)
+from rlhf.data_prep.prepare.staged import stage
+from rlhf.data_prep.prepare.tally import Tally
+from rlhf.data_prep.prepare.write import write_sets
+from rlhf.data_prep.ratings import by_split, clear_pairs, merge, resolve, unit
+from rlhf.run.progress import Progress
+
+#: Rows that a reader is chosen by.
+_LOOKED_AT = 20
+#: Malformed rows are refused as a share from this many rows on; of fewer, one slip would be too many.
+_FEW = 20
+
+
+def prepare_sources(config: DataConfig) -> Path:
+    """Makes the data folder of a recipe and returns it; see `rlhf.data_prep.prepare`.
+
+    Layout: `KIND/SPLIT.parquet`, `card.json`, `card.md`, and `rejected.jsonl` with every row that was left out.
+
+    Raises:
+        UserError: the folder holds something else, a source cannot be read, or the leak gate refuses.
+    """
+    folder = Path(config.output_dir)
+    files = [hash_files(source) for source in config.sources]
+    recipe = config.recipe(files)
+
+    def fill(partial: Path) -> None:
+        reports = [SourceReport(source, of) for source, of in zip(config.sources, files, strict=True)]
+        scratch = partial / ".work"
+        scratch.mkdir()
+        _build(config, recipe, reports, partial, scratch, folder.with_name(f"{folder.name}.leaks.jsonl"))
+        shutil.rmtree(scratch)
+
+    made_once(folder, recipe, fill)
+    return folder
+
+
+def _build(
+    config: DataConfig,
+    recipe: dict[str, Any],
+    reports: list[SourceReport],
+    folder: Path,
+    scratch: Path,
+    leak_report: Path,
+) -> None:
+    lengths = Lengths(config) if config.tokenizer else None
+    with Tally(folder / "rejected.jsonl") as tally:
+        staged = stage(
+            _read_all(config, reports, lengths, tally),
+            lambda record, number: _serves(record, config, number),
+            scratch / "read.arrow",
+            prefix_length=config.min_shared_prefix,
+        )
+        records = len(staged)
+        plan = Plan(staged, tally)
+        _drop_repeated_ids(plan)
+        if (staged.raters > 0).any():
+            plan = _merge_raters(plan, config, scratch)
+        deduplicate(plan, config, scratch)
+        limit_prompts(plan, config)
+        prompts = group_prompts(plan, config, scratch)
+        assign_splits(plan, prompts, config)
+        assign_stages(plan, prompts, config)
+        mixed = mix(plan, config)
+        leaks = gate(plan, prompts, config, leak_report)
+        check_sizes(plan)
+        written = write_sets(plan, config, folder, lengths)
+        card = make_card(
+            config, recipe, reports, tally, plan, prompts, written, records=records, mixed=mixed, leaks=leaks
+        )
+    (folder / "card.md").write_text(render(card), encoding="utf-8")
+    write_card(folder, card, [*(f"{name}.parquet" for name in written), "rejected.jsonl"])
+    leak_report.unlink(missing_ok=True)  # of an earlier try
+    counts = ", ".join(f"{count:,} {name}" for name, count in card["rows"].items())
+    print(f"data: {config.output_dir}: {counts}", file=sys.stderr)
+
+
+# Reading
+
+
+def _read_all(
+    config: DataConfig, reports: list[SourceReport], lengths: Lengths | None, tally: Tally
+) -> Iterator[tuple[Record, int]]:
+    """(record, number of its source) of every row that passes."""
+    for number, report in enumerate(reports):
+        with Progress(None, f"reading {report.source.name}", "row") as bar:
+            for record in _read_one(config, report, tally):
+                cleaned = _cleaned(record, config, lengths, tally)
+                if cleaned is not None:
+                    report.records += 1
+                    yield cleaned, number
+                bar.update()
+        share = report.malformed / max(report.rows, 1)
+        if report.rows >= _FEW and share > config.max_rejected_share:
+            reasons = tally.drops["read"].most_common(1)
+            raise UserError(
+                f"source {report.source.name}: {report.malformed:,} of {report.rows:,} rows are malformed, more than "
+                f"max_rejected_share {config.max_rejected_share:g} allows; most often: {reasons[0][0]}. Is the reader "
+                f"right ({report.reader}: {report.evidence})?"
+            )
+
+
+def _read_one(config: DataConfig, report: SourceReport, tally: Tally) -> Iterator[Record]:
+    """The records of one source; rows that cannot be used are counted and kept."""
+    source = report.source
+    lines = read_source(source, int(config.max_row_megabytes * 1e6))
+    first = list(itertools.islice(lines, _LOOKED_AT))
+    report.reader, report.evidence = choose_reader(source, _mapped_rows(first, source))
+    print(f"data: {source.name} is read as {report.reader}: {report.evidence}", file=sys.stderr)
+    reader = READERS[report.reader]
+    for group in _gathered(itertools.chain(first, lines), reader):
+        line = group[0]
+        report.rows += len(group)
+        try:
+            if line.problem:
+                raise Malformed(line.problem)
+            values = [mapped(each.value, source.column_map) for each in group]
+            for record in read_row(reader, {"rows": values} if reader.gather else values[0]):
+                yield replace(record, source=str(source.name), file=Path(line.file).name, row=line.number)
+        except (Malformed, Untrainable) as error:
+            report.malformed += len(group) * isinstance(error, Malformed)
+            for each in group:
+                tally.rejected("read", str(error), Path(each.file).name, each.number, each.value or each.raw)
+
+
+def _mapped_rows(lines: list[Line], source: Source) -> list[Any]:
+    """The values of the first lines with our names for columns; a column that none of them has is the user's slip."""
+    values, slips = [], []
+    for line in lines:
+        try:
+            values.append(mapped(line.value, source.column_map))
+        except Malformed as error:
+            slips.append(f"source {source.name}: {line.file}, row {line.number}: {error}")
+    if slips and not values:
+        raise UserError(slips[0])
+    return values
+
+
+def _gathered(lines: Iterator[Line], reader: Reader) -> Iterator[list[Line]]:
+    """Lines one by one, or neighbours that share the reader's `gather` column together."""
+    if reader.gather is None:
+        yield from ([line] for line in lines)
+        return
+
+    def key(line: Line) -> Any:
+        return line.value.get(reader.gather) if isinstance(line.value, dict) else (line.file, line.number)
+
+    for _, group in itertools.groupby(lines, key=key):
+        yield list(group)
+
+
+def _cleaned(record: Record, config: DataConfig, lengths: Lengths | None, tally: Tally) -> Record | None:
+    """The record after cleaning and length limits, or None: it is dropped, counted and kept."""
+    try:
+        cleaned = clean(record, config, tally)
+        _check_unicode(cleaned)
+        return lengths.limit(cleaned, tally) if lengths else cleaned
+    except (Dropped, Malformed, Untrainable) as error:
+        tally.dropped("clean", str(error), record)
+        return None
+
+
+def _check_unicode(record: Record) -> None:
+    try:
+        for text in (*(message["content"] for message in record.prompt), *record.responses):
+            text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise Malformed("holds half of a surrogate pair; the step encoding would replace it") from None
+
+
+def _serves(record: Record, config: DataConfig, source: int) -> int:
+    """Which kinds the record may become, as bits: what it can, what its source is for, and what the rule calls clear."""
+    bits = record.serves & sum(1 << KINDS.index(use) for use in set(config.sources[source].uses))
+    if bits & COMPARISON and not clear_pairs(record, config.preference_rule, config.min_difference):
+        bits &= ~COMPARISON
+    if record.split is not None:
+        bits &= COMPARISON  # a rater's split is no split of prompts
+    return bits
+
+
+# Raters
+
+
+def _drop_repeated_ids(plan: Plan) -> None:
+    """A second row with the id of an earlier one of its source: one of the two is wrong."""
+    rows = plan.rows[plan.hashes("id") != 0]
+    firsts = first_of_equal(plan.staged.hashes["id"][rows])
+    later = firsts != np.arange(len(rows))
+    twins = dict(zip(rows[later].tolist(), rows[firsts[later]].tolist(), strict=True))
+    plan.drop(
+        rows[later], "read", "id of an earlier row", lambda row: f"first in {plan.staged.record(twins[row]).place}"
+    )
+
+
+def _merge_raters(plan: Plan, config: DataConfig, scratch: Path) -> Plan:
+    """A plan of records in which several raters' ratings of one thing are one record with one preference."""
+    staged = stage(
+        _merged(plan, config),
+        lambda record, number: _serves(record, config, number),
+        scratch / "merged.arrow",
+        prefix_length=config.min_shared_prefix,
+    )
+    return Plan(staged, plan.tally)
+
+
+def _merged(plan: Plan, config: DataConfig) -> Iterator[tuple[Record, int]]:
+    """Records with raters are merged by what they rate, within their source; the others pass as they are."""
+    staged, groups = plan.staged, _rated_groups(plan)
+    for row, record in zip(plan.rows.tolist(), staged.records(plan.rows), strict=True):
+        number = int(staged.source[row])
+        if row not in groups:
+            if staged.raters[row] == 0:
+                yield record, number
+            continue
+        members = groups[row]
+        whole = merge([record, *(staged.record(member) for member in members[1:])]) if len(members) > 1 else record
+        if len(members) > 1:
+            plan.tally.changed("merge raters", f"{record.place}: {len(whole.raters)} raters of {len(members)} rows")
+        for part in _divided(whole, config):
+            yield part, number
+
+
+def _rated_groups(plan: Plan) -> dict[int, list[int]]:
+    """First row -> all rows that rate the same thing in one source, for rows with raters."""
+    rows = plan.rows[plan.staged.raters[plan.alive] > 0]
+    items = plan.staged.hashes["item"][rows]
+    order = np.lexsort((rows, plan.staged.source[rows], items))
+    same = (np.diff(items[order]) == 0) & (np.diff(plan.staged.source[rows][order]) == 0)
+    parts = np.split(rows[order], np.flatnonzero(~same) + 1)
+    return {int(part[0]): part.tolist() for part in parts if len(part)}
+
+
+def _divided(record: Record, config: DataConfig) -> Iterator[Record]:
+    """The record with its preference; where raters make the splits, a record for each split, and one of the prompt."""
+
+    def split_of(rater: str) -> str:
+        position = unit(config.seed, "rater split", rater)
+        held_out = config.test_share + config.validation_share
+        return "test" if position < config.test_share else "validation" if position < held_out else "train"
+
+    parts = by_split(record, split_of) if config.split_by == "rater" else [record]
+    resolved = [resolve(part, config.preference_rule, config.held_out_raters, config.seed) for part in parts]
+    yield from (part for part in resolved if part.ratings is not None)
+    if config.split_by == "rater" or all(part.ratings is None for part in resolved):
+        yield replace(
+            record, responses=[], ratings=None, raters=[], rater_ratings=[], ratings_held_out=None, confidence=None
+        )

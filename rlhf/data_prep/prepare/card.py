@@ -1,0 +1,218 @@
+"""The data card: what went in, what came out, every drop with its reason and examples, lengths, splits, sources, hashes."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import unicodedata
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from rlhf.data_prep.prepare.dedup import band_rows
+from rlhf.data_prep.prepare.plan import Plan
+from rlhf.data_prep.prepare.recipe import DataConfig, Source
+from rlhf.data_prep.prepare.splits import Prompts
+from rlhf.data_prep.prepare.tally import Tally
+from rlhf.data_prep.prepare.write import Written
+
+#: Libraries whose version can change a row.
+LIBRARIES = (
+    "datasets", "ftfy", "ijson", "opencc", "phonenumberslite", "pyarrow", "py3langid", "rensa", "tokenizers", "transformers",
+)  # fmt: skip
+
+
+@dataclass
+class SourceReport:
+    """What was read from one source."""
+
+    source: Source
+    files: dict[str, str]
+    """sha256 by name; no path, so that the card is the same on every machine."""
+    reader: str = ""
+    evidence: str = ""
+    rows: int = 0
+    malformed: int = 0
+    records: int = 0
+    kinds: Counter[str] = field(default_factory=Counter)
+
+
+def versions() -> dict[str, str]:
+    """Version of each of `LIBRARIES`, and of Unicode."""
+    return {**{name: importlib.metadata.version(name) for name in LIBRARIES}, "unicode": unicodedata.unidata_version}
+
+
+def fingerprint(recipe: Mapping[str, Any], libraries: Mapping[str, str], rows: Mapping[str, str]) -> str:
+    """sha256 of the recipe, the libraries' versions and the sha256 of the rows of each set."""
+    content = {"recipe": recipe, "libraries": libraries, "rows": rows}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def make_card(
+    config: DataConfig,
+    recipe: dict[str, Any],
+    reports: Sequence[SourceReport],
+    tally: Tally,
+    plan: Plan,
+    prompts: Prompts,
+    written: Mapping[str, Written],
+    *,
+    records: int,
+    mixed: dict[str, Any],
+    leaks: dict[str, Any],
+) -> dict[str, Any]:
+    """The content of `card.json`, less the sha256 of the files.
+
+    Args:
+        records: records that passed reading and cleaning.
+    """
+    libraries = versions()
+    row_hashes = {name: of.digest.hexdigest() for name, of in written.items()}
+    group = prompts.group[plan.rows]
+    _, sizes = np.unique(group, return_counts=True)
+    bands, band = band_rows(config.similarity)
+    return {
+        "sources": [_source(report) for report in reports],
+        "rows_read": sum(report.rows for report in reports),
+        "records": records,
+        "records_used": len(plan.rows),
+        "rows": {name: of.rows for name, of in written.items()},
+        "rows_by_source": {name: dict(sorted(of.sources.items())) for name, of in written.items()},
+        "steps": tally.as_dict(),
+        "lengths": {
+            name: {what: _spread(values) for what, values in of.lengths.items()} for name, of in written.items()
+        },
+        "comparisons_by_number_of_responses": {
+            name: {str(k): n for k, n in sorted(of.responses.items())} for name, of in written.items() if of.responses
+        },
+        "splits": {
+            "by": config.split_by,
+            "groups_of_prompts": len(sizes),
+            "largest_group": int(sizes.max()),
+            "similarity": config.similarity,
+            "probability_to_find_a_pair_of_this_similarity": round(1 - (1 - config.similarity**band) ** bands, 4),
+        },
+        "stages": config.stages,
+        "mix": mixed,
+        "leaks": leaks,
+        "recipe": recipe,
+        "libraries": libraries,
+        "row_hashes": row_hashes,
+        "fingerprint": fingerprint(recipe, libraries, row_hashes),
+    }
+
+
+def _source(report: SourceReport) -> dict[str, Any]:
+    source = report.source
+    place = {k: getattr(source, k) for k in ("subset", "revision", "split") if getattr(source, k)}
+    return {
+        "name": source.name,
+        **({} if report.files else {"hub": source.path}),
+        **place,
+        "licence": source.licence,
+        "reader": report.reader,
+        "evidence": report.evidence,
+        "uses": source.uses,
+        "rows": report.rows,
+        "malformed": report.malformed,
+        "records": report.records,
+        "files": report.files,
+    }
+
+
+def _spread(values: Sequence[int]) -> dict[str, float]:
+    numbers = np.asarray(values)
+    middle, high = np.percentile(numbers, (50, 95))
+    return {
+        "min": int(numbers.min()),
+        "median": float(middle),
+        "mean": round(float(numbers.mean()), 2),
+        "p95": float(high),
+        "max": int(numbers.max()),
+    }
+
+
+def render(card: Mapping[str, Any]) -> str:
+    """The card as Markdown."""
+    lines = ["# Data card", "", f"Fingerprint {card['fingerprint']}.", "", *_render_sources(card), *_render_sets(card)]
+    lines += _render_steps(card)
+    lines += ["", "## Splits and leaks", ""]
+    splits, leaks = card["splits"], card["leaks"]
+    lines.append(
+        f"Split by {splits['by']}; {splits['groups_of_prompts']:,} groups of prompts, the largest of "
+        f"{splits['largest_group']:,} rows; near-duplicates from a Jaccard similarity of {splits['similarity']:g} on (a pair "
+        f"just there is found with probability {splits['probability_to_find_a_pair_of_this_similarity']}). "
+        f"Stages: {card['stages']}."
+    )
+    lines.append(f"The leak gate checked {leaks['pairs_checked']} borders between splits and stages.")
+    lines += [
+        f"- {pair}: {o['exact']:,} prompts alike, {o['near']:,} nearly ({'no leak' if o['allowed'] else 'LEAK, let pass'})"
+        for pair, o in leaks["overlaps"].items()
+    ] or ["No prompt, and no near-duplicate of one, is in two sets."]
+    if card["mix"]:
+        lines += ["", "## Mix", "", "| training rows of | " + " | ".join(next(iter(card["mix"].values()))) + " |"]
+        lines.append("|---" * (1 + len(next(iter(card["mix"].values())))) + "|")
+        lines += [
+            f"| {kind} | " + " | ".join(f"{n:,}" for n in counts.values()) + " |"
+            for kind, counts in card["mix"].items()
+        ]
+    lines += ["", "## Files", "", "| file | sha256 of its rows |", "|---|---|"]
+    lines += [f"| {name}.parquet | {digest} |" for name, digest in card["row_hashes"].items()]
+    lines += ["", "Libraries: " + ", ".join(f"{name} {version}" for name, version in card["libraries"].items()) + "."]
+    return "\n".join(lines) + "\n"
+
+
+def _render_sources(card: Mapping[str, Any]) -> list[str]:
+    lines = ["## Sources", "", "| source | licence | read as | rows | malformed | records | sha256 |", "|---" * 7 + "|"]
+    for source in card["sources"]:
+        hashes = ", ".join(digest[:16] for digest in source["files"].values()) or f"hub {source.get('hub')}"
+        cells = [source["name"], source["licence"], f"{source['reader']} ({source['evidence']})"]
+        counts = [f"{source[k]:,}" for k in ("rows", "malformed", "records")]
+        lines.append("| " + " | ".join(_cell(c) for c in [*cells, *counts, hashes]) + " |")
+    return [
+        *lines,
+        "",
+        f"{card['rows_read']:,} rows read, {card['records']:,} records made, {card['records_used']:,} used.",
+        "",
+    ]
+
+
+def _render_sets(card: Mapping[str, Any]) -> list[str]:
+    lines = [
+        "## Sets",
+        "",
+        "| set | rows | prompt, median and longest | response, median and longest |",
+        "|---|---|---|---|",
+    ]
+    for name, count in card["rows"].items():
+        lengths = card["lengths"][name]
+        cells = [_length(lengths, "prompt"), _length(lengths, "response")]
+        lines.append(f"| {name} | {count:,} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _length(lengths: Mapping[str, Any], what: str) -> str:
+    return "; ".join(
+        f"{lengths[f'{what}_{unit}']['median']:g}, {lengths[f'{what}_{unit}']['max']:,} {unit}"
+        for unit in ("characters", "tokens")
+        if f"{what}_{unit}" in lengths
+    )
+
+
+def _render_steps(card: Mapping[str, Any]) -> list[str]:
+    lines = ["", "## Changed and left out", "", "| step | what | rows | examples |", "|---|---|---|---|"]
+    for step, entry in card["steps"].items():
+        if entry["changed"]:
+            lines.append(f"| {step} | changed | {entry['changed']:,} | {_cell('; '.join(entry['examples']))} |")
+        for reason, drop in entry["dropped"].items():
+            examples = "; ".join(drop["examples"])
+            lines.append(f"| {step} | left out: {_cell(reason)} | {drop['count']:,} | {_cell(examples)} |")
+    return [*lines, "", "Every row that was left out is in rejected.jsonl."]
+
+
+def _cell(text: str) -> str:
+    return " ".join(str(text).split()).replace("|", "\\|")

@@ -1,0 +1,141 @@
+"""The leak gate: no prompt, and no near-duplicate of it, on both sides of a border between splits or stages.
+
+| border | rule |
+|---|---|
+| training of any stage / validation or test of any stage | refused |
+| validation / test | refused |
+| training of one stage / training of another | refused, unless `stages: shared` |
+| validation of one stage / validation of another | allowed: nothing is trained there |
+| any / held-out comparisons, with `split_by: rater` | allowed: other raters judge the same; raters are checked instead |
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlhf.base.errors import UserError
+from rlhf.data_prep.prepare.plan import Plan
+from rlhf.data_prep.prepare.recipe import DataConfig
+from rlhf.data_prep.prepare.splits import Prompts
+
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Leak:
+    """Rows of one set whose prompts are in another set, too."""
+
+    kept: str
+    """Set in which they stay."""
+    left: str
+    """Set that they would be dropped from."""
+    rows: np.ndarray
+    """Staged rows of `left`."""
+    twins: np.ndarray
+    """A row of `kept` with the same prompt, or a near-duplicate of it, for each of them."""
+    exact: int
+    """How many have the very same prompt."""
+
+
+def overlap(plan: Plan, prompts: Prompts, kept: str, left: str) -> Leak:
+    """The rows of `left` whose prompt, or a near-duplicate of it, is in `kept`."""
+    sets = plan.sets()
+    a, b = sets[kept], sets[left]
+    near, order = np.unique(prompts.near[a], return_index=True)
+    leaked = b[np.isin(prompts.near[b], near)]
+    twins = a[order[np.searchsorted(near, prompts.near[leaked])]] if len(leaked) else leaked
+    hashes = plan.staged.hashes["prompt"]
+    return Leak(kept, left, leaked, twins, int(np.isin(hashes[leaked], hashes[a]).sum()))
+
+
+def forbidden_pairs(names: list[str], config: DataConfig) -> Iterator[tuple[str, str]]:
+    """(set that keeps its rows, set that would lose them) for every border that must not be crossed."""
+    for one, other in combinations(names, 2):
+        (kind, split), (other_kind, other_split) = one.split("/"), other.split("/")
+        if split == other_split and (split != "train" or config.stages == "shared"):
+            continue
+        # Where splits are made of raters, held-out comparisons are of the same prompts on purpose.
+        compared = {s for k, s in ((kind, split), (other_kind, other_split)) if k == "comparisons" and s != "train"}
+        if config.split_by == "rater" and compared:
+            continue
+        # test before validation before train
+        yield (one, other) if _worth(split) >= _worth(other_split) else (other, one)
+
+
+def _worth(split: str) -> int:
+    return ("train", "validation", "test").index(split)
+
+
+def gate(plan: Plan, prompts: Prompts, config: DataConfig, report: Path) -> dict[str, Any]:
+    """Checks every border.
+
+    Args:
+        report: file for all leaked rows when the gate refuses.
+
+    Returns:
+        `{"A / B": {"exact", "near"}}` for every pair of sets that share prompts, those that may included.
+
+    Raises:
+        UserError: with `on_leak: refuse`, the first rows and the file with all of them.
+    """
+    _check_raters(plan, config)
+    names = [name for name, rows in plan.sets().items() if len(rows)]
+    forbidden = list(forbidden_pairs(names, config))
+    leaks = [leak for pair in forbidden if len((leak := overlap(plan, prompts, *pair)).rows)]
+    if leaks and config.on_leak == "refuse":
+        raise UserError(_refusal(plan, leaks, report))
+    for leak in leaks if config.on_leak == "drop" else ():
+        plan.take_out(leak.rows, leak.left.split("/")[0], "leaks", f"its prompt, or nearly, is in {leak.kept}")
+    counts = {}
+    for one, other in combinations(names, 2):
+        leak = overlap(plan, prompts, one, other)
+        if len(leak.rows):
+            near = len(leak.rows) - leak.exact
+            counts[f"{one} / {other}"] = {"exact": leak.exact, "near": near, "allowed": leak_allowed(leak, forbidden)}
+    return {"pairs_checked": len(forbidden), "overlaps": counts}
+
+
+def leak_allowed(leak: Leak, forbidden: list[tuple[str, str]]) -> bool:
+    """Whether the border may be crossed."""
+    return (leak.kept, leak.left) not in forbidden and (leak.left, leak.kept) not in forbidden
+
+
+def _check_raters(plan: Plan, config: DataConfig) -> None:
+    """With splits made of raters: no rater is in two of them."""
+    if config.split_by != "rater":
+        return
+    seen: dict[str, str] = {}
+    for name, rows in plan.sets().items():
+        kind, split = name.split("/")
+        for record in plan.staged.records(rows) if kind == "comparisons" else ():
+            for rater in record.raters if record.split else ():
+                if seen.setdefault(rater, split) != split:
+                    raise UserError(f"rater '{rater}' is in {seen[rater]} and in {split}")
+
+
+def _refusal(plan: Plan, leaks: list[Leak], report: Path) -> str:
+    with report.open("w", encoding="utf-8") as file:
+        for leak in leaks:
+            for row, twin in zip(leak.rows.tolist(), leak.twins.tolist(), strict=True):
+                record, other = plan.staged.record(row), plan.staged.record(twin)
+                line = {
+                    leak.left: record.place, leak.kept: other.place, "prompt": record.last_turn, "twin": other.last_turn,
+                }  # fmt: skip
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    first = leaks[0]
+    pairs = [
+        f"{plan.staged.record(int(row)).place} = {plan.staged.record(int(twin)).place}"
+        for row, twin in zip(first.rows[:_SHOWN], first.twins[:_SHOWN], strict=True)
+    ]
+    borders = ", ".join(f"{leak.left} and {leak.kept}: {len(leak.rows):,}" for leak in leaks[:_SHOWN])
+    return (
+        f"the leak gate found prompts on both sides of {len(leaks)} borders ({borders}); first: {'; '.join(pairs)}; all in "
+        f"{report}. Set on_leak: drop to take them out of the training side, or allow to keep them"
+    )

@@ -1,0 +1,1 @@
+"""Health checks: what a stage's log says of its run."""

@@ -1,0 +1,1 @@
+"""Preflight: what has to be true before a long run."""

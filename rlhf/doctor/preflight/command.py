@@ -1,0 +1,76 @@
+"""Preflight: what has to be true before a long run. `python -m rlhf.doctor preflight --config FILE`
+
+Each stage runs it by default once everything is built and before anything is trained (`--preflight false` leaves it out): a
+few rows go through the very models, data sets, loss and sampler of the run. It takes random numbers of its own, and leaves
+weights, optimiser and global state as they were, so a run ends in the same bytes with it and without.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlhf.base.errors import UserError, run_command
+from rlhf.config import (
+    PPOConfig,
+    PretrainConfig,
+    RewardConfig,
+    SFTConfig,
+    TrainingConfig,
+    parse_config,
+    read_yaml,
+)
+
+USAGE = "usage: python -m rlhf.doctor preflight --config FILE [--option value ...], FILE and options of a stage"
+
+
+STAGES: dict[str, Any] = {"pretrain": PretrainConfig, "sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig}
+
+
+def stage_of(options: Iterable[str]) -> str:
+    """The stage that options belong to: only SFT names a base model, only PPO a reward, and pretraining not even a policy."""
+    names = set(options)
+    if "model_name_or_path" in names:
+        return "sft"
+    return "ppo" if "reward" in names else "reward" if "policy" in names else "pretrain"
+
+
+def parse(argv: Sequence[str]) -> tuple[str, TrainingConfig]:
+    """The stage and its config, from `--config FILE` and `--option value`."""
+    files = [argv[i + 1] for i, word in enumerate(argv[:-1]) if word == "--config"]
+    if not files:
+        raise UserError(USAGE)
+    words = [word.removeprefix("--").split("=")[0] for word in argv if word.startswith("--")]
+    stage = stage_of([*words, *(name for file in files for name in read_yaml(file))])
+    return stage, parse_config(STAGES[stage], list(argv))
+
+
+def run(stage: str, config: TrainingConfig) -> None:
+    """Builds a stage as it would run, checks it, and stops before the training; the run's own folder is not touched.
+
+    Raises:
+        UserError: checks failed.
+    """
+    place = Path(config.output_dir).absolute()
+    beside = next(p for p in (place, *place.parents) if p.is_dir())  # on the disk that the checkpoints will be on
+    with tempfile.TemporaryDirectory(prefix=".preflight-", dir=beside) as folder:
+        rehearsal = dataclasses.replace(config, output_dir=folder, wandb_mode="disabled", resume=False, preflight=True)
+        importlib.import_module(f"rlhf.stages.{stage}").run(rehearsal, only_preflight=True)
+    print(f"preflight passed: {stage}/{config.name} can start")
+
+
+def main() -> None:
+    """Command line."""
+    if {"-h", "--help"} & set(sys.argv):
+        print(USAGE)
+    else:
+        run(*parse(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    run_command(main)

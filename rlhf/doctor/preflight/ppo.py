@@ -1,0 +1,360 @@
+"""Preflight of PPO: a small rollout with the run's own trainer, its gradients, and what reward, reference and sampler say.
+
+Legend: B responses, R padded response, N real response tokens of the batch.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from rlhf.base import distributed
+from rlhf.config import PPOConfig
+from rlhf.doctor.preflight.check import Check
+from rlhf.doctor.preflight.context import Ground, check_data, check_policy, few
+from rlhf.doctor.preflight.models import (
+    ROUNDING,
+    check_gradients,
+    check_merged,
+    check_optimizer,
+    check_probe,
+    check_reload,
+    check_trainable,
+    merging_limit,
+    of_adapter,
+    stirred,
+    uncovered,
+    untouched,
+)
+from rlhf.doctor.preflight.room import Kept, check_disk, check_memory
+from rlhf.doctor.preflight.supervised import of_company
+from rlhf.doctor.preflight.text import check_rollout
+from rlhf.doctor.probe import read_probe
+from rlhf.models.adapters import read_adapter
+from rlhf.models.roles import RoleModels, SharedModels
+from rlhf.models.separate import SeparateModels
+from rlhf.models.sequences import Sequences
+from rlhf.models.tokenization import decode_response, pad
+from rlhf.ppo import forward
+from rlhf.ppo import functional as F
+from rlhf.ppo.metrics import Totals
+from rlhf.ppo.trainer import RATIO_TOLERANCE, PPOTrainer
+from rlhf.ppo.types import Rollout
+from rlhf.reward.parity import PADDINGS, REORDERED, deviation
+from rlhf.reward.sources import AdapterReward, ClassifierReward, ModelReward, Responses, Reward, Source
+from rlhf.run import memory
+from rlhf.run.optim import build_optimizer, smallest_8bit
+from rlhf.run.timing import PhaseTimer
+
+#: Responses that are sampled, and the longest of them, tokens.
+ROWS, LENGTH = 8, 16
+#: Rows that are scored in other batches, and said again after saving.
+SCORED = 4
+#: Largest log-ratio of policy and reference before the first update, nats a token: they are one model.
+STEP_0 = 1e-3
+#: Standard deviations by which the mean surprise of sampled tokens may be off: seldom by chance (one in a million runs).
+SURPRISE = 5.0
+_LORA = r"\.lora_\w+\.(policy|value)(\.|$)|^value_head\."
+_FULL = r"^models\.(policy|value)\.|^value_head\."
+
+
+def ppo(ground: Ground, trainer: PPOTrainer) -> list[Check]:
+    """Every check of a PPO run.
+
+    Args:
+        trainer: of the run, before its first update and before it resumes.
+    """
+    models = trainer.models
+    intended = of_adapter(models, _FULL if cast(PPOConfig, ground.config).finetuning == "full" else _LORA)
+    with untouched(models, ground.compute.device):
+        with models.role("reference"):
+            loaded = check_policy(ground, models.causal)
+        small = rehearsal(trainer)
+        with stirred(intended):
+            rollout, ratio, gradients, activations = rehearse(small, intended)
+            sampler = _sampler(ground, models, rollout, small.config.temperature)
+            saved = _reload(ground, models, intended, rollout, small.config.temperature)
+        checks = [
+            *check_data(ground, models.causal, by="prompt"),
+            *loaded,
+            *_reward_loads(ground, trainer),
+            check_rollout(rollout, ground.pad_token_id, small.sampling.stop_token_ids),
+            *_company(ground, small, trainer.reward, rollout),
+            *saved,
+            sampler[0],
+            _reference(models, rollout, small.config.temperature),
+            ratio,
+            sampler[1],
+            _trainable(trainer, intended),
+            gradients,
+            check_optimizer(
+                intended.values(),
+                lambda parameters: build_optimizer([{"params": parameters}], trainer.config),
+                smallest=smallest_8bit(intended.values()) if trainer.config.optim == "adamw_8bit" else None,
+            ),
+        ]
+    return checks + _room(ground, trainer, intended, activations)
+
+
+def rehearsal(trainer: PPOTrainer) -> PPOTrainer:
+    """The same trainer with a few short prompts, short responses, and made-up scores, all of them different."""
+    small, c = copy.copy(trainer), trainer.config
+    chosen = few([len(prompt) for prompt in trainer.prompts], ROWS)
+    small.prompts, small.rows = [trainer.prompts[i] for i in chosen], [trainer.rows[i] for i in chosen]
+    small.config = dataclasses.replace(
+        c,
+        total_episodes=ROWS,
+        rollout_batch_size=ROWS,
+        minibatch_size=ROWS,
+        microbatch_size=ROWS // 2,
+        microbatch_tokens=None,
+        num_responses_per_prompt=1,
+        num_ppo_epochs=1,
+        value_warmup_updates=0,
+        ptx_coef=0.0,
+        ptx_text=None,
+        ptx_dataset=None,
+    )
+    small.sampling = dataclasses.replace(
+        trainer.sampling,
+        max_new_tokens=min(c.response_length, LENGTH),
+        # Compiling for another size would take longer than all the rest.
+        sampler="loop" if c.sampler == "compiled" else c.sampler,
+    )
+    small.reward = Reward({"made up": lambda responses: torch.linspace(-1.0, 1.0, len(responses.texts))})
+    small.timer = PhaseTimer()
+    return small
+
+
+def rehearse(small: PPOTrainer, intended: Mapping[str, nn.Parameter]) -> tuple[Rollout, Check, Check, float]:
+    """One rollout and its gradients, without an update.
+
+    Returns:
+        The rollout, the checks of its first ratios and of its gradients, and the bytes that a token kept for its backward.
+    """
+    c, models = small.config, small.models
+    rollout, _ = small.collect()
+    rewards = F.token_rewards(rollout.scores, rollout.logprobs, rollout.ref_logprobs, rollout.mask, kl_coef=c.kl_coef)
+    advantages, returns = F.gae(rollout.values, rewards, rollout.mask, gamma=c.gamma, lam=c.lam)
+    totals, kept = Totals(), Kept(models)
+    ((rows, microbatches),) = small.minibatches(rollout.lengths, epoch=0)
+    models.train(c.gradient_checkpointing)
+    limit = RATIO_TOLERANCE[models.compute.dtype]
+    try:
+        with kept.counted():
+            tokens = int(rollout.mask[rows].sum())
+            small.accumulate(rollout, F.whiten(advantages, rollout.mask), returns, microbatches, tokens, totals)
+    except RuntimeError:
+        if totals.first_ratio_error <= limit:
+            raise
+    models.eval()
+    if distributed.size() > 1:
+        for parameter in intended.values():
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        distributed.add_up(cast(Tensor, p.grad) for p in intended.values())
+    gradients = check_gradients(models, {n: p for n, p in intended.items() if id(p) not in _unused(models)})
+    for parameter in models.parameters():
+        parameter.grad = None
+    error = distributed.largest(totals.first_ratio_error)
+    ratio = Check(
+        name="first ratio is 1",
+        passed=error <= limit,
+        measured=f"off by {error:.2g} at most (limit {limit:g})",
+        cause="old log-probabilities come from another forward pass: stale weights, dropout, another temperature or padding",
+        fix="compute them with rlhf.ppo.forward in the microbatches that are trained, dropout off",
+    )
+    largest = max(int(rollout.lengths[part].sum()) for part in microbatches)
+    return rollout, ratio, gradients, distributed.largest(kept.peak / largest)
+
+
+def _unused(models: RoleModels) -> set[int]:
+    """Parameters of a whole value model that have no part in values: its language-model head, unless it is the embedding."""
+    if isinstance(models, SharedModels) or models.shared_trunk:
+        return set()
+    with models.role("value"):
+        head, embedding = models.causal.get_output_embeddings(), models.causal.get_input_embeddings()
+        return {id(p) for p in head.parameters()} - {id(p) for p in embedding.parameters()}
+
+
+@torch.no_grad()
+def _sampler(ground: Ground, models: RoleModels, rollout: Rollout, temperature: float) -> list[Check]:
+    """Whether the sampler's model is the scored one, and draws from its whole distribution.
+
+    -log p of a token drawn from p has the entropy of p for its mean, and a variance that p tells. Cut to the likeliest
+    tokens, or drawn at a lower temperature, tokens surprise less.
+    """
+    mask, tokens = rollout.mask, rollout.responses[rollout.mask][:, None]
+    with models.merged_policy():
+        merged = _distributions(models, rollout, temperature).gather(1, tokens).squeeze(1)
+    said = (rollout.logprobs[mask], merged, rollout.ref_logprobs[mask])
+    gap = float((rollout.sampler_logprobs[mask] - merged).abs().mean())
+    limit = max(ROUNDING[ground.compute.dtype], merging_limit(said[0], said[2], ground.compute))
+    with models.role("policy"):
+        logprobs = _distributions(models, rollout, temperature)
+    surprise = -logprobs.gather(1, tokens).squeeze(1)
+    weighted = logprobs.exp() * -logprobs.nan_to_num(neginf=0.0)
+    entropy = weighted.sum(dim=1)
+    variance = (weighted * -logprobs.nan_to_num(neginf=0.0)).sum(dim=1) - entropy.square()
+    off = float((surprise - entropy).sum() / variance.sum().clamp_min(1e-12).sqrt())
+    sampled = Check(
+        name="the sampler's distribution is the scored one",
+        passed=abs(off) <= SURPRISE and gap <= limit,
+        measured=f"{len(surprise)} tokens surprise by {float(surprise.mean()):.3g} nats, entropy {float(entropy.mean()):.3g}, "
+        f"{off:+.1f} standard deviations off (limit {SURPRISE:g}); the sampler says {gap:.2g} nats else (limit {limit:.2g})",
+        cause="top-k, top-p, a penalty or another temperature in the sampler: what is trained on is not what is scored",
+        fix="sample through rlhf.models.sampling with the run's temperature; no generation config is read",
+    )
+    return [check_merged(*said, ground.compute, "log-probabilities, nats,"), sampled]
+
+
+def _distributions(models: RoleModels, rollout: Rollout, temperature: float) -> Tensor:
+    """Log-probabilities (N, V) of all tokens where each of the N response tokens was drawn, by whoever answers now."""
+    first = rollout.prompts.shape[1] - 1
+    states = models.hidden(rollout.input_ids, rollout.attention_mask)[:, first:-1][rollout.mask]
+    return torch.log_softmax(models.logits(states).double() / temperature, dim=-1)
+
+
+@torch.no_grad()
+def _reference(models: RoleModels, rollout: Rollout, temperature: float) -> Check:
+    """That the fresh policy is the reference."""
+    policy, reference, _, full_kl = forward.compared_logprobs(models, rollout, temperature)
+    difference = float((policy - reference)[rollout.mask].abs().nan_to_num(nan=torch.inf).max())
+    kl = float(full_kl.sum() / len(rollout))
+    return Check(
+        name="policy is the reference at step 0",
+        passed=difference <= STEP_0,
+        measured=f"log-probabilities differ by {difference:.2g} nats at most (limit {STEP_0:g}), KL {kl:.2g} nats a response",
+        cause="the reference is not the model that the policy starts from, or the fresh adapter is not zero",
+        fix="give --policy the SFT artefact that the policy starts from, and let rlhf.models make the reference",
+    )
+
+
+def _trainable(trainer: PPOTrainer, intended: Mapping[str, nn.Parameter]) -> Check:
+    models, c = trainer.models, trainer.config
+    problems: list[str] = []
+    if isinstance(models, SharedModels):
+        problems += uncovered(models.peft, c.lora_target_modules, [models.causal.get_output_embeddings()])
+    held = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    wanted = {id(p) for p in intended.values()}
+    if held != wanted:
+        problems.append(f"the optimiser lacks {len(wanted - held)} tensors and holds {len(held - wanted)} others")
+    return check_trainable(models, intended, problems)
+
+
+@torch.no_grad()
+def _company(ground: Ground, small: PPOTrainer, reward: Reward, rollout: Rollout) -> list[Check]:
+    """Scores of a few responses together, alone, and with more padding; sources that are no models are not asked."""
+    models = {n: s for n, s in reward.sources.items() if isinstance(s, (AdapterReward, ModelReward, ClassifierReward))}
+    chosen = torch.arange(SCORED, device=rollout.mask.device)
+    some = _plain(rollout).select(chosen)
+    drawn = small.prompt_rows(0)[:SCORED]
+    rows = [small.rows[i] for i in drawn]
+    texts = [decode_response(small.tokenizer, r[m].tolist()) for r, m in zip(some.responses, some.mask, strict=True)]
+
+    def scores(source: Source, sequences: Sequences, numbers: Sequence[int]) -> Tensor:
+        batches = [torch.arange(len(sequences), device=sequences.mask.device)]
+        told = [texts[i] for i in numbers], [rows[i] for i in numbers]
+        return source(Responses(sequences=sequences, batches=batches, texts=told[0], rows=told[1])).float()
+
+    checks = []
+    for source in models.values():
+        together = scores(source, some, range(SCORED))
+        found = {"alone": torch.cat([scores(source, some.select(chosen[i : i + 1]), [i]) for i in range(SCORED)])}
+        for left, right in PADDINGS:
+            how = f"with {left} padding tokens before and {right} after"
+            found[how] = scores(source, padded(some, left, right, ground.pad_token_id), range(SCORED))
+        scale = max(float(together.square().mean().sqrt()), 1.0)  # normalised scores are of size 1
+        off = {how: deviation(other, together, scale) for how, other in found.items()}
+        how = max(off, key=lambda name: off[name])
+        checks.append(of_company(off[how], how, REORDERED[ground.compute.dtype]))
+    return checks
+
+
+def _plain(rollout: Rollout) -> Sequences:
+    return Sequences(
+        prompts=rollout.prompts, prompt_mask=rollout.prompt_mask, responses=rollout.responses, mask=rollout.mask
+    )
+
+
+def padded(sequences: Sequences, left: int, right: int, pad_token_id: int) -> Sequences:
+    """The same sequences with so many padding tokens more before the prompts and after the responses."""
+    widen = torch.nn.functional.pad
+    return Sequences(
+        prompts=widen(sequences.prompts, (left, 0), value=pad_token_id),
+        prompt_mask=widen(sequences.prompt_mask, (left, 0)),
+        responses=widen(sequences.responses, (0, right), value=pad_token_id),
+        mask=widen(sequences.mask, (0, right)),
+    )
+
+
+@torch.no_grad()
+def _reward_loads(ground: Ground, trainer: PPOTrainer) -> list[Check]:
+    """That the reward model scores its probe as it did when it was trained; nothing without a probe."""
+    checks = []
+    for artifact in ground.parents:
+        probe = read_probe(artifact) if artifact.manifest.stage == "reward" else None
+        source = trainer.reward.sources.get(artifact.name)
+        if probe is None or ground.quantized or not isinstance(source, (AdapterReward, ModelReward)):
+            continue
+        mean, std = float(artifact.manifest.reward_mean or 0.0), float(artifact.manifest.reward_std or 1.0)
+        raw = source(_responses(ground, trainer, probe.rows)) * std + mean
+        merged = isinstance(trainer.models, SeparateModels) and artifact.manifest.kind == "adapter"
+        checks.append(check_probe(artifact.reference, raw, probe.values, probe.dtype, ground.compute, merged=merged))
+    return checks
+
+
+def _responses(ground: Ground, trainer: PPOTrainer, rows: Sequence[Sequence[int]]) -> Responses:
+    """Token rows as responses of one token, the last: that is where the score is read."""
+    prompts, prompt_mask = pad([row[:-1] for row in rows], ground.pad_token_id, side="left")
+    last = torch.tensor([[row[-1]] for row in rows])
+    sequences = Sequences(
+        prompts=prompts, prompt_mask=prompt_mask, responses=last, mask=torch.ones_like(last, dtype=torch.bool)
+    ).to(trainer.models.compute.device)
+    batches = [torch.arange(len(rows), device=sequences.mask.device)]
+    return Responses(sequences=sequences, batches=batches, texts=[""] * len(rows), rows=[{}] * len(rows))
+
+
+@torch.no_grad()
+def _reload(
+    ground: Ground, models: RoleModels, intended: Mapping[str, nn.Parameter], rollout: Rollout, temperature: float
+) -> list[Check]:
+    """What saving and loading the policy's adapter changes; whole models are not copied."""
+    if not isinstance(models, SharedModels):
+        return []
+    some = _plain(rollout).select(torch.arange(SCORED, device=rollout.mask.device))
+
+    def save(folder: Path) -> None:
+        models.save_policy(folder, base_model="preflight")
+
+    def load(folder: Path) -> None:
+        read_adapter(models.peft, folder, adapter="policy")
+
+    policy = {name: p for name, p in intended.items() if id(p) in {id(q) for q in models.trainable("policy").values()}}
+    said = partial(forward.token_logprobs, models, "policy", some, temperature)
+    return [check_reload(policy, save, load, said, ground.folder)]
+
+
+def _room(ground: Ground, trainer: PPOTrainer, intended: Mapping[str, nn.Parameter], activations: float) -> list[Check]:
+    c, parameters = trainer.config, list(intended.values())
+    longest = sorted(map(len, trainer.prompts))[-c.microbatch_size :]
+    tokens = sum(longest) + c.microbatch_size * c.response_length
+    tokens = min(tokens, c.microbatch_tokens or tokens)
+    rollout = c.rollout_batch_size // distributed.size() * (longest[-1] + c.response_length)
+    return [
+        check_disk(parameters, c, ground.folder, ground.registry),
+        check_memory(
+            parameters,
+            c,
+            ground.compute.device,
+            activations=activations,
+            tokens=tokens,
+            cache=memory.cache_bytes(trainer.models.causal, rollout),
+        ),
+    ]

@@ -1,0 +1,176 @@
+"""Base models: loading, quantisation, merging finished adapters, context length."""
+
+from __future__ import annotations
+
+import copy
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from peft import (
+    PeftConfig,
+    PeftModel,
+)
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+)
+
+from rlhf.base.errors import UserError
+from rlhf.config import ComputeConfig
+from rlhf.models.catalogue import resolve_model
+from rlhf.models.compute import Compute
+from rlhf.models.packing import pack_rows
+from rlhf.models.tokenization import load_tokenizer
+from rlhf.models.vocabulary import fit_embeddings
+from rlhf.registry import Artifact
+
+
+def load_base(
+    name_or_path: str,
+    config: ComputeConfig,
+    compute: Compute,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """A causal language model by hub name, folder, `pypi:` or `pretrain/` name, in the run's type, quantised if asked for."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            resolve_model(name_or_path, config.registry),
+            revision=revision,
+            dtype=compute.dtype,
+            attn_implementation="sdpa" if config.attn_implementation == "auto" else config.attn_implementation,
+            quantization_config=_quantization(config, compute),
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,  # nothing else: a pickle can run code
+        )
+    except (OSError, ValueError) as error:
+        allow = "; if you have read it and trust it: --trust_remote_code true" if "custom code" in str(error) else ""
+        raise UserError(f"cannot load the model '{name_or_path}': {str(error).splitlines()[0]}{allow}") from error
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # bitsandbytes would repack 4-bit weights for a CPU kernel that has no backward pass: gradients silently wrong.
+            cast(Any, module).support_avx512bf16_for_cpu = False
+    model.config.use_cache = True
+    if config.quantization == "none":
+        cast(nn.Module, model).to(compute.device)
+    if config.attn_implementation == "auto" and not pack_rows(model):
+        print(f"{type(model).__name__} cannot be packed: padding and shared openings of prompts cost time")
+    return model
+
+
+def _quantization(config: ComputeConfig, compute: Compute) -> BitsAndBytesConfig | None:
+    if config.quantization == "4bit":
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute.dtype,
+        )
+    return BitsAndBytesConfig(load_in_8bit=True) if config.quantization == "8bit" else None
+
+
+def load_policy(
+    artifact: Artifact, config: ComputeConfig, compute: Compute, adapter: Path | None = None
+) -> PreTrainedModel:
+    """The policy of an `sft` artefact as a plain causal model: its base with the adapter merged in memory.
+
+    Args:
+        adapter: folder of a finished PPO policy on it, which is merged in, too.
+    """
+    folders = [artifact.path] if adapter is None else [artifact.path, adapter]
+    m = artifact.manifest
+    return load_merged(m.base_model, folders, config, compute, revision=m.base_model_revision)
+
+
+def load_merged(
+    name_or_path: str,
+    adapters: Sequence[Path],
+    config: ComputeConfig,
+    compute: Compute,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """A model with the adapters of several folders merged in, one on the other, frozen.
+
+    What is to be quantised is merged in full precision first and quantised afterwards: merging into 4-bit weights would round
+    the adapters away.
+    """
+    plain = _without_quantization(config)
+    merged = load_base(name_or_path, plain, compute, revision=revision, trust_remote_code=trust_remote_code)
+    for folder in adapters:
+        merged = merge_adapter(merged, folder)
+    if config.quantization == "none":
+        return merged
+    with tempfile.TemporaryDirectory() as saved:
+        merged.save_pretrained(saved)
+        return load_base(saved, config, compute, trust_remote_code=trust_remote_code).requires_grad_(False)
+
+
+def merge_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """The model with a finished adapter merged in, for good: the base is used up."""
+    fit_vocabulary(base, folder)
+    try:
+        adapted = PeftModel.from_pretrained(base, str(folder))
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{folder} holds no adapter for this model: {str(error).splitlines()[-1].strip()}") from error
+    return cast(Any, adapted).merge_and_unload().requires_grad_(False)
+
+
+def fit_vocabulary(base: PreTrainedModel, folder: Path) -> None:
+    """Makes room for the tokens that the adapter in a folder has added; what is in the new rows comes with it.
+
+    Raises:
+        UserError: the tokenizer beside it does not have the tokens that it has rows for, or has more.
+    """
+    try:
+        added = getattr(PeftConfig.from_pretrained(str(folder)), "trainable_token_indices", None)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{folder} holds no adapter: {str(error).splitlines()[0]}") from error
+    if not added:
+        return
+    largest = max(max(rows) for rows in (added.values() if isinstance(added, dict) else [added]))
+    tokens = len(load_tokenizer(str(folder), chat_template="plain"))  # a template is not looked for: tokens are counted
+    if largest != tokens - 1:
+        raise UserError(
+            f"the tokenizer of {folder} has {tokens} tokens, and its adapter was trained with {largest + 1}: "
+            "two vocabularies; train it again"
+        )
+    fit_embeddings(base, tokens)
+
+
+def _without_quantization(config: ComputeConfig) -> ComputeConfig:
+    plain = copy.copy(config)
+    plain.quantization = "none"
+    return plain
+
+
+def context_length(model: PreTrainedModel) -> int:
+    """Tokens that the model has positions for; as good as endless where its config names no limit (ALiBi)."""
+    return _positions(model.config)
+
+
+def base_context_length(artifact: Artifact, registry: str) -> int:
+    """The same of the model that an artefact is an adapter on, by its config alone.
+
+    Raises:
+        UserError: the base model is not there.
+    """
+    m = artifact.manifest
+    place = resolve_model(m.base_model, registry)
+    try:
+        return _positions(AutoConfig.from_pretrained(place, revision=m.base_model_revision, trust_remote_code=False))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load the model '{m.base_model}': {str(error).splitlines()[0]}") from error
+
+
+def _positions(config: Any) -> int:
+    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize)

@@ -1,0 +1,55 @@
+"""Likelihoods of responses under a policy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rlhf.models.compute import Compute
+from rlhf.models.heads import before_head
+from rlhf.models.logprobs import sequence_logprobs
+from rlhf.models.packing import prompt_batches
+from rlhf.models.tokenization import pad
+
+#: Positions whose logits are made together.
+_TOKENS_AT_ONCE = 128
+
+
+@torch.no_grad()
+def mean_logprobs(
+    policy: PreTrainedModel,
+    rows: Sequence[Sequence[int]],
+    prompt_lengths: Sequence[int],
+    prompt: Tensor,
+    *,
+    pad_token_id: int,
+    compute: Compute,
+    batch_size: int,
+) -> Tensor:
+    """(M,) mean log-likelihood a token of each response, nats: a sum would only rank by length.
+
+    Args:
+        rows: token ids of prompt and response.
+        prompt_lengths: tokens of the prompt in each row.
+        prompt: (M,) int64, which prompt each row answers; what the rows of a prompt share is computed once.
+    """
+    means = torch.zeros(len(rows))
+    for numbers in prompt_batches(prompt, batch_size):
+        ids, mask = pad([rows[i] for i in numbers], pad_token_id, side="right")
+        column = torch.arange(ids.shape[1] - 1)
+        starts = torch.tensor([prompt_lengths[i] for i in numbers])
+        answer = (mask[:, 1:] & (column >= starts[:, None] - 1)).to(compute.device)
+        ids, mask = ids.to(compute.device), mask.to(compute.device)
+        with compute.autocast():
+            states, head = before_head(policy, ids, mask.long())
+            before, tokens = states[:, :-1][answer], ids[:, 1:][answer]  # (N, ...), (N,): the state before each token
+            parts = [
+                sequence_logprobs(head(part), target, temperature=1.0)
+                for part, target in zip(before.split(_TOKENS_AT_ONCE), tokens.split(_TOKENS_AT_ONCE), strict=True)
+            ]
+        logprobs = torch.zeros(answer.shape, device=compute.device).masked_scatter(answer, torch.cat(parts).float())
+        means[numbers] = (logprobs.sum(dim=1) / answer.sum(dim=1)).cpu()
+    return means

@@ -1,0 +1,58 @@
+"""Log-probabilities of tokens from logits, in fp32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from rlhf.base.tensors import _check, _upcast
+
+#: Positions whose distributions a CPU makes together.
+_POSITIONS_AT_ONCE = 8
+
+
+def log_distribution(logits: Tensor, *, temperature: float) -> Tensor:
+    """log pi = log softmax(logits / temperature): the scaled logits minus their log-sum-exp.
+
+    Args: logits (..., V), where -inf means a token that cannot be drawn; temperature > 0, the sampler's own.
+    Returns: (..., V), nats.
+    """
+    return _tempered(logits, temperature).log_softmax(-1)
+
+
+def of_tokens(log_pi: Tensor, tokens: Tensor) -> Tensor:
+    """log pi(token) per position.
+
+    Position t of `log_pi` must already be the prediction *of* position t of `tokens` (the caller slices P-1:-1).
+
+    Args: log_pi (..., V); tokens (...) int64 from 0 to V - 1. Returns: (...), nats.
+    """
+    _check(log_pi.shape[:-1], tokens=tokens)
+    return log_pi.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+
+
+def sequence_logprobs(logits: Tensor, tokens: Tensor, *, temperature: float) -> Tensor:
+    """log pi(token) with pi = softmax(logits / temperature), per position: `of_tokens` of the `log_distribution`.
+
+    Args: logits (..., V); tokens (...) int64; temperature > 0. Returns: (...), nats.
+    """
+    _check(logits.shape[:-1], tokens=tokens)
+    parts = few_at_a_time(logits.reshape(-1, logits.shape[-1]), tokens.reshape(-1))
+    logprobs = [of_tokens(log_distribution(few, temperature=temperature), target) for few, target in parts]
+    return torch.cat(logprobs).view(tokens.shape)
+
+
+def few_at_a_time(*flat: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors (N, ...) in parts of as many positions as have their distributions made together: on a CPU so few that they
+    stay in its cache from one pass over the vocabulary to the next, elsewhere all. What a position gives is the same."""
+    at_once = _POSITIONS_AT_ONCE if flat[0].device.type == "cpu" else max(len(flat[0]), 1)
+    return zip(*(x.split(at_once) for x in flat), strict=True)
+
+
+def _tempered(logits: Tensor, temperature: float) -> Tensor:
+    """logits / temperature in at least fp32, without a copy at temperature 1: (..., V) is the largest tensor of PPO."""
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0, got {temperature}")
+    return _upcast(logits) if temperature == 1 else _upcast(logits) / temperature

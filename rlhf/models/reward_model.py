@@ -1,0 +1,130 @@
+"""Reward models on the SFT policy: built, saved, and loaded again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import (
+    PeftModel,
+)
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
+
+from rlhf.base.errors import UserError
+from rlhf.config import ComputeConfig, RewardConfig
+from rlhf.models.adapters import ADAPTER_FILE, lora_config, save_adapter, with_adapter
+from rlhf.models.base import load_policy
+from rlhf.models.compute import Compute
+from rlhf.models.heads import backbone
+from rlhf.models.packing import pack_rows
+from rlhf.registry import Artifact
+
+_SCORE_KEY = "base_model.model.score.weight"
+
+
+def sequence_classifier(causal: PreTrainedModel, pad_token_id: int, *, seed: int) -> PreTrainedModel:
+    """A reward model around the same backbone: a score head in place of the language-model head.
+
+    The fresh head is N(0, 1/sqrt(d+1)) (N+ implementation details, arXiv:2403.17031); weights are shared, not copied.
+    """
+    settings = {
+        k: v for k, v in causal.config.to_dict().items() if k not in ("quantization_config", "id2label", "label2id")
+    }
+    config = type(causal.config).from_dict({**settings, "num_labels": 1, "pad_token_id": pad_token_id})
+    with torch.device("meta"):
+        classifier = AutoModelForSequenceClassification.from_config(config)
+    setattr(classifier, classifier.base_model_prefix, backbone(causal))
+    width = classifier.score.in_features
+    head = ScalarHead(width, bias=False, dtype=torch.promote_types(causal.dtype, torch.float32))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        head.weight.copy_(torch.randn(1, width, generator=generator) / (width + 1) ** 0.5)
+    classifier.score = head.to(causal.device)
+    classifier.config.dtype = causal.dtype
+    return classifier
+
+
+def trainable_reward_model(
+    base: PreTrainedModel, config: RewardConfig, pad_token_id: int
+) -> PreTrainedModel | PeftModel:
+    """The SFT policy as a reward model to be trained: an adapter and a head on it, or all of its weights, in fp32.
+
+    The policy is used up: its weights are shared, and change in full fine-tuning.
+    """
+    if config.finetuning == "lora":
+        classifier = sequence_classifier(base, pad_token_id, seed=config.seed)
+        return with_adapter(classifier, lora_config(config, "SEQ_CLS"))
+    whole: Any = nn.Module.to(base, torch.promote_types(base.dtype, torch.float32))
+    return sequence_classifier(whole, pad_token_id, seed=config.seed).requires_grad_(True)
+
+
+def save_reward_model(model: PreTrainedModel | PeftModel, folder: Path, *, base_model: str) -> None:
+    """The adapter with its head as plain peft opens it, or the whole model as plain transformers opens it."""
+    if isinstance(model, PeftModel):
+        save_adapter(model, folder, adapter="default", base_model=base_model)
+    else:
+        model.save_pretrained(folder)
+
+
+def load_reward_model(
+    folder: Path, policy: Artifact, config: ComputeConfig, compute: Compute, pad_token_id: int
+) -> PreTrainedModel | PeftModel:
+    """A saved reward model, frozen: the adapter and head of the folder on the SFT policy, or the whole model in it.
+
+    Raises:
+        UserError: the folder holds no score head, or no model.
+    """
+    if not (folder / ADAPTER_FILE).is_file():
+        return _load_whole_reward_model(folder, config, compute)
+    read_score_head(folder)
+    classifier = sequence_classifier(load_policy(policy, config, compute), pad_token_id, seed=0)
+    return PeftModel.from_pretrained(classifier, str(folder)).to(compute.device).eval().requires_grad_(False)
+
+
+def _load_whole_reward_model(folder: Path, config: ComputeConfig, compute: Compute) -> PreTrainedModel:
+    dtype = torch.promote_types(compute.dtype, torch.float32)
+    attention = "sdpa" if config.attn_implementation == "auto" else config.attn_implementation
+    try:
+        model: Any = AutoModelForSequenceClassification.from_pretrained(
+            folder, dtype=dtype, attn_implementation=attention, use_safetensors=True, trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load the reward model in {folder}: {str(error).splitlines()[0]}") from error
+    head = ScalarHead(model.score.in_features, bias=False, dtype=dtype)
+    head.load_state_dict(model.score.state_dict())
+    model.score = head
+    model.to(compute.device)
+    if config.attn_implementation == "auto":
+        pack_rows(model)
+    return model.eval().requires_grad_(False)
+
+
+def read_score_head(folder: Path) -> Tensor:
+    """The score head (1, d) that was saved with a reward adapter.
+
+    Raises:
+        UserError: there is none (a reward model saved without it scores at random).
+    """
+    state = load_file(folder / ADAPTER_FILE)
+    if _SCORE_KEY not in state:
+        raise UserError(f"{folder} holds no score head ({_SCORE_KEY}); train the reward model again")
+    return state[_SCORE_KEY]
+
+
+class ScalarHead(nn.Linear):
+    """A linear head to one number that computes in its own type, outside autocast: a score must not be rounded to bf16."""
+
+    def __init__(self, width: int, *, bias: bool, dtype: torch.dtype) -> None:
+        super().__init__(width, 1, bias=bias, dtype=dtype)
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, input: Tensor) -> Tensor:
+        with torch.autocast(input.device.type, enabled=False):
+            return super().forward(input.to(self.weight.dtype))

@@ -1,0 +1,102 @@
+"""Prompts with their responses as padded tensors, and batches of them.
+
+Legend: B responses, P padded prompt, R padded response, T = P + R. Masks are boolean, True = counts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+
+def prompt_numbers(nested: Sequence[Sequence[Any]]) -> Tensor:
+    """(M,) int64: which prompt each response answers, for responses that are listed prompt by prompt."""
+    return torch.tensor([i for i, inner in enumerate(nested) for _ in inner])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sequences:
+    """Prompts (left-padded) with their responses (right-padded)."""
+
+    prompts: Tensor
+    """(B, P) int64, padded on the left."""
+    prompt_mask: Tensor
+    """(B, P) bool: True at the prompt's tokens."""
+    responses: Tensor
+    """(B, R) int64, the stop token included, padded on the right."""
+    mask: Tensor
+    """(B, R) bool: True at the response's tokens: a prefix of at least one token."""
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def lengths(self) -> Tensor:
+        """(B,) tokens of prompt and response together."""
+        return self.prompt_mask.sum(dim=1) + self.mask.sum(dim=1)
+
+    @property
+    def input_ids(self) -> Tensor:
+        """(B, T)"""
+        return torch.cat([self.prompts, self.responses], dim=1)
+
+    @property
+    def attention_mask(self) -> Tensor:
+        """(B, T) bool"""
+        return torch.cat([self.prompt_mask, self.mask], dim=1)
+
+    def to(self, device: torch.device) -> Self:
+        """The same on a device."""
+        return type(self)(**{f.name: getattr(self, f.name).to(device) for f in dataclasses.fields(self)})
+
+    def select(self, rows: Tensor) -> Self:
+        """Some rows of every field, with the padding that they do not need cut off."""
+        first = int(self.prompts.shape[1] - self.prompt_mask[rows].sum(dim=1).max())
+        width = int(self.mask[rows].sum(dim=1).max())
+
+        def cut(name: str) -> Tensor:
+            tensor = getattr(self, name)[rows]
+            if tensor.dim() == 1:
+                return tensor
+            return tensor[:, first:] if name.startswith("prompt") else tensor[:, :width]
+
+        return type(self)(**{f.name: cut(f.name) for f in dataclasses.fields(self)})
+
+
+def concatenate(parts: list[Sequences], pad_token_id: int) -> Sequences:
+    """Sequences of several batches as one, re-padded to the widest."""
+    width_p = max(p.prompts.shape[1] for p in parts)
+    width_r = max(p.responses.shape[1] for p in parts)
+
+    def widen(x: Tensor, width: int, left: bool, fill: int | bool) -> Tensor:
+        gap = width - x.shape[1]
+        return torch.nn.functional.pad(x, (gap, 0) if left else (0, gap), value=fill)
+
+    return Sequences(
+        prompts=torch.cat([widen(p.prompts, width_p, True, pad_token_id) for p in parts]),
+        prompt_mask=torch.cat([widen(p.prompt_mask, width_p, True, False) for p in parts]),
+        responses=torch.cat([widen(p.responses, width_r, False, pad_token_id) for p in parts]),
+        mask=torch.cat([widen(p.mask, width_r, False, False) for p in parts]),
+    )
+
+
+def length_sorted_batches(lengths: Tensor, size: int, tokens: int | None = None) -> list[Tensor]:
+    """Row numbers in batches of at most `size` rows, similar lengths together, so that little is computed on padding.
+
+    With `tokens`, rows times the longest of them is at most that, too; a longer row is a batch of its own.
+    """
+    order = torch.argsort(lengths, descending=True, stable=True)
+    if tokens is None:
+        return list(order.split(size))
+    counts: list[int] = []
+    longest = 0
+    for length in lengths[order].tolist():
+        if not counts or counts[-1] == size or (counts[-1] + 1) * longest > tokens:
+            counts.append(0)
+            longest = length
+        counts[-1] += 1
+    return list(order.split(counts))

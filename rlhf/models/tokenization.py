@@ -1,0 +1,281 @@
+"""One tokenizer policy for all stages: pad is not stop, one chat template, left-padded prompts, responses that end in a stop.
+
+Prompt and response are rendered by the chat template and tokenised *apart*, exactly as sampling sees them: no token ever
+spans the border, so the tokens that PPO scores are the tokens that SFT and the reward model were trained on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import TemplateError
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from rlhf.base.errors import UserError, did_you_mean
+
+Message = Mapping[str, str]
+
+#: Templates for models that bring none, or whose own adds a system prompt that is not wanted.
+TEMPLATES = {
+    "chatml": (
+        "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    ),
+    # For models pretrained here, in words that their text teaches: their vocabulary has no tokens for turns.
+    "dialogue": (
+        "{% for message in messages %}{{ message['role'] + ': ' + message['content'] }}"
+        "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    ),
+    # For base models: texts follow each other with nothing but the stop token after the answer (TL;DR style).
+    "plain": (
+        "{% for message in messages %}{{ message['content'] }}"
+        "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    ),
+}
+#: What ends a document in pretraining, and so a response of the stages that follow.
+END_OF_TEXT = "<|endoftext|>"
+#: Rows of a data set whose loss mask a stage checks before it trains.
+CHECKED_ROWS = 8
+_PAD_CANDIDATES = (
+    "<|pad|>",
+    "<pad>",
+    "[PAD]",
+    "<|endoftext|>",
+    "<|finetune_right_pad_id|>",
+    "<|reserved_special_token_0|>",
+)
+
+
+def load_tokenizer(
+    folder: str, *, chat_template: str | None = None, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """A tokenizer under the project's policy.
+
+    Args:
+        folder: local folder or hub name.
+        chat_template: name in `TEMPLATES`, path of a Jinja file, or None for the tokenizer's own.
+
+    Raises:
+        UserError: no tokenizer there, no stop token, no chat template, or no token that could serve as padding.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(f"no tokenizer at '{folder}': {str(error).splitlines()[0]}") from error
+    if chat_template is not None:
+        tokenizer.chat_template = _template_text(chat_template)
+    if tokenizer.chat_template is None:
+        raise UserError(
+            f"the tokenizer of '{folder}' has no chat template; give one of {sorted(TEMPLATES)} with --chat_template"
+        )
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"the tokenizer of '{folder}' has no stop token (eos_token); set one in its tokenizer_config.json"
+        )
+    _set_pad_token(tokenizer, folder)
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, *, chat_template: str) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer (Radford et al. 2019) made from documents, with a token that ends them and one for padding.
+
+    Args:
+        vocab_size: its tokens: two special ones, 256 bytes, and merges of pairs that occur at least twice.
+        chat_template: as in `load_tokenizer`.
+
+    Raises:
+        UserError: the text has fewer pairs to merge, or there is no room for the bytes.
+    """
+    special, alphabet = [END_OF_TEXT, "<|pad|>"], pre_tokenizers.ByteLevel.alphabet()
+    smallest = len(special) + len(alphabet)
+    if vocab_size < smallest:
+        raise UserError(f"vocab_size must be at least {smallest} (256 bytes and special tokens), got {vocab_size}")
+    raw: Any = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=special,
+        initial_alphabet=sorted(alphabet),
+        show_progress=False,
+    )
+    raw.train_from_iterator(texts, trainer)
+    if raw.get_vocab_size() < vocab_size:
+        raise UserError(
+            f"the text supports a tokenizer of {raw.get_vocab_size()} tokens only, not of vocab_size={vocab_size}; "
+            "lower it, or give more text"
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        eos_token=END_OF_TEXT,
+        pad_token=special[1],
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        chat_template=_template_text(chat_template),
+    )
+
+
+def _template_text(name: str) -> str:
+    if name in TEMPLATES:
+        return TEMPLATES[name]
+    if Path(name).is_file():
+        return Path(name).read_text(encoding="utf-8")
+    raise UserError(
+        f"no chat template '{name}'{did_you_mean(name, TEMPLATES)}: give a file or one of {sorted(TEMPLATES)}"
+    )
+
+
+def _set_pad_token(tokenizer: PreTrainedTokenizerBase, folder: str) -> None:
+    """Makes pad a token of its own that is already in the vocabulary, so that embeddings need not grow.
+
+    Padding with the stop token is the classic silent bug: a mask made from `token != pad` then drops the stop token, and a
+    sequence classifier reads its score one token too early.
+    """
+    stops = set(stop_token_ids(tokenizer))
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id not in stops:
+        return
+    vocabulary = tokenizer.get_vocab()
+    for candidate in (*_PAD_CANDIDATES, tokenizer.unk_token):
+        if candidate in vocabulary and vocabulary[candidate] not in stops:
+            tokenizer.pad_token = candidate
+            return
+    raise UserError(
+        f"the tokenizer of '{folder}' pads with its stop token and has no spare special token; add a pad_token to it"
+    )
+
+
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids that end a response."""
+    return [int(tokenizer.eos_token_id)]
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message]) -> list[int]:
+    """Token ids of a prompt, up to and including the header of the answer."""
+    return tokenizer(_render(tokenizer, prompt, answer_header=True), add_special_tokens=False)["input_ids"]
+
+
+def encode_response(
+    tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message], response: Sequence[Message]
+) -> list[int]:
+    """Token ids of an answer as the policy should produce it, ending in exactly one stop token.
+
+    Whatever the template writes after the stop token (often a line break) belongs to the next turn and is left out.
+    """
+    head = _render(tokenizer, prompt, answer_header=True)
+    whole = _render(tokenizer, [*prompt, *response], answer_header=False)
+    if not whole.startswith(head):
+        raise UserError(
+            "the chat template writes the prompt differently when an answer follows; give another --chat_template"
+        )
+    tail = whole[len(head) :]
+    stop = str(tokenizer.eos_token)
+    tail = tail[: tail.rindex(stop)] if stop in tail else tail
+    while (bare := tail.rstrip()).endswith(stop):  # data that was exported with its end marker
+        tail = bare.removesuffix(stop)
+    return [*tokenizer(tail, add_special_tokens=False)["input_ids"], int(tokenizer.eos_token_id)]
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, answer_header: bool) -> str:
+    plain = [dict(message) for message in messages]
+    try:
+        return str(tokenizer.apply_chat_template(plain, add_generation_prompt=answer_header, tokenize=False))
+    except TemplateError as error:  # its own complaint of roles and their order, or a slip in it
+        roles = ", ".join(message["role"] for message in messages)
+        raise UserError(
+            f"the chat template cannot write a conversation of {roles}: {error}; leave these out, or give another --chat_template"
+        ) from error
+
+
+def decode_response(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
+    """The text of an answer, without special tokens."""
+    return str(tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()
+
+
+def last_user_text(prompt: Sequence[Message]) -> str:
+    """What the user asked last: how a prompt is shown in tables."""
+    return next((m["content"] for m in reversed(prompt) if m["role"] == "user"), "")
+
+
+def pad(rows: Sequence[Sequence[int]], pad_id: int, *, side: str) -> tuple[Tensor, Tensor]:
+    """Ragged token rows as `(ids, mask)`, both (B, longest); the mask is True at real tokens and comes from lengths."""
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
+    mask = torch.zeros(len(rows), width, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        where = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+        ids[i, where] = torch.tensor(row, dtype=torch.long)
+        mask[i, where] = True
+    return ids, mask
+
+
+def tokenizer_hashes(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """Hashes of vocabulary (with merges and special tokens) and chat template, which all stages must share."""
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    content = json.loads(backend.to_str()) if backend is not None else sorted(tokenizer.get_vocab().items())
+    if isinstance(content, dict):  # how the last caller padded and truncated is no part of the tokenizer
+        content = {k: v for k, v in content.items() if k not in ("padding", "truncation")}
+    vocabulary = json.dumps([content, tokenizer.special_tokens_map], sort_keys=True, default=str)
+    return {
+        "tokenizer_hash": hashlib.sha256(vocabulary.encode()).hexdigest(),
+        "chat_template_hash": hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest(),
+    }
+
+
+def check_encoding(
+    tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message], response: Sequence[Message]
+) -> tuple[list[int], list[int]]:
+    """Token ids of a prompt and its answer, after looking at them the way a person would.
+
+    Raises:
+        UserError: two BOS tokens, no stop token at the end or a second one, or trained tokens that do not read as the
+            answer: a loss on them would teach something else.
+    """
+    head, tail = encode_prompt(tokenizer, prompt), encode_response(tokenizer, prompt, response)
+    bos, stops = tokenizer.bos_token_id, set(stop_token_ids(tokenizer))
+    if bos is not None and bos not in stops and head[:2] == [bos, bos]:
+        raise UserError(
+            "the prompt begins with two BOS tokens: the chat template writes one, and the text holds another"
+        )
+    ends = [token for token in tail if token in stops]
+    if len(ends) != 1 or tail[-1] != ends[0]:
+        raise UserError(
+            f"the answer must end in one stop token and hold no other; it holds {len(ends)}: {_show(tokenizer, tail)}"
+        )
+    said = "".join(message["content"] for message in response)
+    while said.rstrip().endswith(str(tokenizer.eos_token)):
+        said = said.rstrip().removesuffix(str(tokenizer.eos_token))
+    read = str(tokenizer.decode(tail[:-1], skip_special_tokens=False))
+    if _bare(said) not in _bare(read):
+        raise UserError(
+            f"the trained tokens read {read[:80]!r}, which is not the answer {said[:80]!r}: the chat template changes it, or "
+            "the tokenizer cannot write it; give another --chat_template or tokenizer"
+        )
+    return head, tail
+
+
+def check_rows(tokenizer: PreTrainedTokenizerBase, rows: Iterable[tuple[Sequence[Message], Sequence[Message]]]) -> None:
+    """`check_encoding` of the first few (prompt, answer) of a data set: a wrong template shows in every row."""
+    for prompt, answer in islice(rows, CHECKED_ROWS):
+        check_encoding(tokenizer, prompt, answer)
+
+
+def _bare(text: str) -> str:
+    """Without what templates and tokenizers may change: white space, and compatible forms of a character."""
+    return "".join(unicodedata.normalize("NFKC", text).split())
+
+
+def _show(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
+    text = str(tokenizer.decode(list(tokens)))
+    return repr(text if len(text) <= 80 else text[:77] + "...")

@@ -1,0 +1,134 @@
+"""Vocabulary extension: new tokens for what a tokenizer spends many on, and embeddings that start from their old pieces."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf.base.errors import UserError
+
+#: Uses in the training text that a learned token needs at least: an embedding of fewer is noise.
+MIN_USES = 4
+#: Longest learned token, characters.
+LONGEST = 8
+#: Letters that stand for other bytes than their own in the vocabularies of byte-level tokenizers.
+_BYTES = frozenset(letter for letter in pre_tokenizers.ByteLevel.alphabet() if not letter.isascii())
+
+
+def learn_tokens(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, count: int) -> list[str]:
+    """`count` new tokens for texts whose script the tokenizer does not know.
+
+    As in BPE: characters that it writes in several tokens come first, those that save most of them in front, then sequences of
+    characters, in the order in which a BPE within each script merges them. Only sequences whose every character costs a token
+    or more are taken (new tokens for words of a script that it knows would cut them off their leading space), and only those
+    that the text uses where longer ones are taken first. Characters come first because one without a token is left to byte
+    tokens, which a model that now seldom sees them puts together wrongly.
+
+    Raises:
+        UserError: there are fewer.
+    """
+    uses = Counter(itertools.chain.from_iterable(texts))
+    common = [character for character, n in uses.items() if n >= MIN_USES and _is_writable(character)]
+    costs = _costs(common, tokenizer)
+    alone = [character for character in common if costs[character] > 1]
+    alone.sort(key=lambda character: (-uses[character] * (costs[character] - 1), character))
+    merged = _merged(texts, len(uses) + 4 * count)
+    costs = _costs(merged, tokenizer)
+    learned = [*alone, *(token for token in merged if costs[token] >= len(token) and _is_writable(token))]
+    while rare := _rare(learned[:count], texts):
+        learned = [token for token in learned if token not in rare]
+    if len(learned) < count:
+        raise UserError(
+            f"the training text supports {len(learned)} new tokens, not learn_tokens={count}: so many characters and sequences "
+            f"of them occur {MIN_USES} times and cost the tokenizer a token or more for each character; lower it"
+        )
+    return learned[:count]
+
+
+def _is_writable(token: str) -> bool:
+    """Whether any tokenizer writes an added token as it is: byte-level ones mistake the letters that stand for bytes."""
+    return not any(character.isspace() or character in _BYTES for character in token)
+
+
+def _rare(tokens: Sequence[str], texts: Sequence[str]) -> set[str]:
+    """The sequences among the tokens that too few places of the texts are read as: the others are read as longer ones."""
+    reader: Any = Tokenizer(
+        models.WordLevel({"": 0}, unk_token="")
+    )  # knows the tokens only, which it finds as any tokenizer does
+    reader.add_tokens([AddedToken(token, normalized=False) for token in tokens])
+    uses = Counter(token for read in reader.encode_batch(list(texts)) for token in read.tokens)
+    return {token for token in tokens if len(token) > 1 and uses[token] < MIN_USES}
+
+
+def _costs(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """The tokens of each text."""
+    pieces = tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
+    return dict(zip(texts, map(len, pieces), strict=True))
+
+
+def _merged(texts: Sequence[str], size: int) -> list[str]:
+    """The sequences of characters in a BPE vocabulary of that size, as they were merged; none crosses scripts."""
+    learner: Any = Tokenizer(models.BPE())
+    learner.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation(), pre_tokenizers.UnicodeScripts()]
+    )
+    learner.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(vocab_size=size, min_frequency=MIN_USES, max_token_length=LONGEST, show_progress=False),
+    )
+    vocabulary: dict[str, int] = learner.get_vocab()
+    return [token for token in sorted(vocabulary, key=vocabulary.__getitem__) if len(token) > 1]
+
+
+def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> dict[int, list[int]]:
+    """Adds tokens to a tokenizer.
+
+    Returns:
+        New token id -> the ids that the text had before.
+
+    Raises:
+        UserError: a token is in the vocabulary already, or does not decode to itself.
+    """
+    pieces = tokenizer(list(tokens), add_special_tokens=False)["input_ids"]
+    known = [token for token, old in zip(tokens, pieces, strict=True) if len(old) < 2]
+    if known:
+        raise UserError(f"'{known[0]}' is one token of the vocabulary already; leave it out of the new tokens")
+    first = len(tokenizer)
+    tokenizer.add_tokens(list(tokens))
+    for number, token in enumerate(tokens):
+        got = tokenizer(token, add_special_tokens=False)["input_ids"]
+        if got != [first + number] or tokenizer.decode(got) != token:
+            raise UserError(
+                f"the tokenizer cannot write the new token '{token}': it reads {tokenizer.decode(got)!r}; leave it out "
+                "(byte-level tokenizers mistake accented Latin letters in added tokens for bytes)"
+            )
+    return {first + number: old for number, old in enumerate(pieces)}
+
+
+def grow_embeddings(model: PreTrainedModel, pieces: Mapping[int, Sequence[int]]) -> None:
+    """Gives new tokens rows in the embeddings, input and output: the mean of the rows of their old pieces."""
+    fit_embeddings(model, max(pieces) + 1)
+    for weight in _embeddings(model):
+        for token, old in pieces.items():
+            weight[token] = weight[list(old)].float().mean(dim=0).to(weight.dtype)
+
+
+def fit_embeddings(model: PreTrainedModel, rows: int) -> None:
+    """Makes room for that many tokens; a model may have more rows than its tokenizer has tokens. New rows are the mean row."""
+    before = len(_embeddings(model)[0])
+    if rows > before:
+        model.resize_token_embeddings(rows, mean_resizing=False)
+        for weight in _embeddings(model):
+            weight[before:] = weight[:before].float().mean(dim=0).to(weight.dtype)
+
+
+def _embeddings(model: PreTrainedModel) -> list[Tensor]:
+    """The weights of the input embedding and of the output layer; one where they are tied."""
+    layers: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
+    return list({id(layer.weight): layer.weight.detach() for layer in layers if layer is not None}.values())

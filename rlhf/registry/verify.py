@@ -1,0 +1,67 @@
+"""Files of an artefact: hashed when they are written, compared when they are read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rlhf.base import storage
+from rlhf.base.errors import UserError
+from rlhf.base.storage import sha256_file
+from rlhf.registry.manifest import MANIFEST, Artifact, Parent
+
+ALLOWED_SUFFIXES = {".safetensors", ".json", ".jsonl", ".txt", ".jinja", ".md", ".yaml", ".yml", ".model"}
+
+
+PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".pickle"}
+
+
+def check_files(artifact: Artifact) -> None:
+    """Raises `UserError` unless the files in the artefact's folder are those of its manifest."""
+    if problem := _file_problem(artifact):
+        raise UserError(f"{artifact.reference}: {problem}")
+
+
+def _check_in(folder: Path) -> dict[str, str]:
+    """Hashes and syncs what `write` left in the folder, and refuses what can run code or does not belong to it."""
+    files = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_symlink() or not p.is_dir()):
+        relative = path.relative_to(folder).as_posix()
+        if path.suffix.lower() in PICKLE_SUFFIXES:
+            raise UserError(
+                f"{relative} may be a pickle, which runs code when it is loaded: safetensors only, use save_file"
+            )
+        if path.is_symlink() or relative == MANIFEST or path.suffix.lower() not in ALLOWED_SUFFIXES:
+            raise UserError(
+                f"{relative} cannot be registered; plain files only, of type {' '.join(sorted(ALLOWED_SUFFIXES))}"
+            )
+        files[relative] = sha256_file(path)
+        storage.sync(path)
+    if not files:
+        raise ValueError(f"nothing was written into {folder}")
+    return files
+
+
+def _file_problem(artifact: Artifact) -> str:
+    """What is wrong with the files of an artefact, or an empty string."""
+    listed = artifact.manifest.files
+    for relative, expected in listed.items():
+        path = artifact.path / relative
+        if path.suffix.lower() not in ALLOWED_SUFFIXES or Path(relative).is_absolute() or ".." in Path(relative).parts:
+            return f"its manifest lists {relative}, which no artefact may hold"
+        try:
+            if not path.is_file():
+                return f"{relative} is missing"
+            if sha256_file(path) != expected:
+                return f"{relative} is corrupt (its sha256 is not the one in the manifest)"
+        except OSError as error:
+            return f"{relative} cannot be read ({storage.reason(error)})"
+    # A stray chat_template.jinja or tokenizer file would be loaded with the rest. Hidden files (.DS_Store) never are.
+    for path in artifact.path.rglob("*"):
+        relative = path.relative_to(artifact.path).as_posix()
+        if not path.is_dir() and relative not in (MANIFEST, *listed) and not path.name.startswith("."):
+            return f"{relative} was added after it was registered (remove it)"
+    return ""
+
+
+def _altered(parent: Parent) -> str:
+    return f"{parent.reference} was altered since (its manifest is not the one with hash {parent.hash[:12]})"

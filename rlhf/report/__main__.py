@@ -1,0 +1,39 @@
+"""`python -m rlhf.report RUN [RUN ...]`: one HTML page about a run, or about several."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import NoReturn
+
+from rlhf.base.errors import UserError, run_command
+from rlhf.report.compare_page import write_comparison
+from rlhf.report.run_page import write_report
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see python -m rlhf.report --help)")
+
+
+def main() -> None:
+    """`python -m rlhf.report RUN` or `python -m rlhf.report RUN RUN ... -o FILE`"""
+    parser = _Parser(prog="python -m rlhf.report", description="Reports of one run or of several.", allow_abbrev=False)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder that a run wrote, with results.json")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="compare the runs on one page, written here")
+    parser.add_argument("--registry", type=Path, metavar="DIR", help="where manifests are, if not in the runs' folders")
+    parser.add_argument(
+        "--force", action="store_true", help="compare runs with other prompts or reward models; the page says so"
+    )
+    arguments = parser.parse_args()
+    if arguments.output is None and len(arguments.runs) == 1:
+        print(write_report(arguments.runs[0]))
+        return
+    if arguments.output is None:
+        raise UserError("say where the page goes that compares the runs: -o FILE, e.g. -o comparison.html")
+
+    print(write_comparison(arguments.runs, arguments.output, registry=arguments.registry, force=arguments.force))
+
+
+if __name__ == "__main__":
+    run_command(main)

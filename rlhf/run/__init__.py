@@ -1,0 +1,1 @@
+"""A run while it lasts: tracker, checkpoints, progress, timing, memory, optimisers."""

@@ -1,0 +1,238 @@
+"""Checkpoints: written beside, synced, renamed into place; safetensors and JSON only; the last two are kept.
+
+Snapshots lie beside them: the policy's adapter alone, small, and all of them kept, for the reward-KL frontier of a run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rlhf.base import storage
+from rlhf.base.errors import UserError
+
+_KEEP = 2
+
+
+def save(
+    folder: Path,
+    step: int,
+    tensors: dict[str, dict[str, Tensor]],
+    state: dict[str, Any],
+    *,
+    texts: Mapping[str, str] | None = None,
+    keep: Path | None = None,
+) -> Path:
+    """Writes `folder/checkpoint-STEP` with one safetensors file for each group of tensors, and `state.json`.
+
+    Tensors are cloned: the optimiser states of bitsandbytes share their quantisation maps, which safetensors refuses.
+
+    Args:
+        texts: further files, by name.
+        keep: an older checkpoint to be kept as well as the last two.
+
+    Raises:
+        UserError: the disk is full or gone, or the folder cannot be written; earlier checkpoints are untouched.
+    """
+
+    def write(partial: Path) -> None:
+        for name, group in tensors.items():
+            save_file(
+                {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in group.items()},
+                partial / f"{name}.safetensors",
+            )
+        for name, text in {**(texts or {}), "state.json": json.dumps({**state, "step": step})}.items():
+            (partial / name).write_text(text, encoding="utf-8")
+
+    target = _put(folder, f"checkpoint-{step}", write)
+    for old in _all(folder)[:-_KEEP]:
+        if old != keep:
+            with contextlib.suppress(OSError):  # one too many is no failure
+                _remove(old)
+    return target
+
+
+def save_snapshot(folder: Path, step: int, write: Callable[[Path], None]) -> Path:
+    """Fills `folder/snapshot-STEP` with what `write` puts into the folder it is called with; errors as of `save`."""
+    return _put(folder, f"snapshot-{step}", write)
+
+
+def snapshots(folder: Path) -> dict[int, Path]:
+    """The complete snapshots by their step, in its order."""
+    found = sorted((path for path in folder.glob("snapshot-*") if path.is_dir()), key=_step)
+    return {_step(path): path for path in found}
+
+
+def _put(folder: Path, name: str, write: Callable[[Path], None]) -> Path:
+    """Writes `folder/NAME` whole or not at all; what was there before is set aside until then, and comes back if that fails."""
+    target, partial = folder / name, folder / f".partial-{name}"
+    try:
+        clear(folder)
+        partial.mkdir(parents=True)
+        write(partial)
+        storage.sync(*partial.iterdir(), partial)
+        _replace(partial, target)
+    except Exception as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError) or storage.is_failure(error):
+            raise not_written(target, error) from error
+        raise
+    return target
+
+
+def _replace(partial: Path, target: Path) -> None:
+    replaced = target.with_name(f".replaced-{target.name}")
+    if target.exists():
+        target.rename(replaced)
+    try:
+        partial.rename(target)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(target)
+        raise
+    storage.sync(target.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    """Renamed first: killed half-way, a deletion must not leave what looks like a checkpoint."""
+    removed = path.with_name(f".removed-{path.name}")
+    path.rename(removed)
+    shutil.rmtree(removed, ignore_errors=True)
+
+
+def clear(folder: Path) -> None:
+    """Removes what killed processes left half-written or half-deleted; what one had set aside goes back to its place."""
+    for path in folder.glob(".replaced-*"):
+        target = folder / path.name.removeprefix(".replaced-")
+        if not target.exists():
+            path.rename(target)
+    for pattern in (".partial-*", ".replaced-*", ".removed-*"):
+        for path in folder.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def not_written(target: Path, error: Exception) -> UserError:
+    """The complaint about a checkpoint that could not be written."""
+    return UserError(
+        f"cannot write checkpoint {target} ({storage.free(target)}): {storage.reason(error)}; "
+        "what was saved before is intact: mend the disk or free some space, then --resume true"
+    )
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest complete checkpoint, or None."""
+    found = _all(folder)
+    return found[-1] if found else None
+
+
+def last_before(folder: Path, step: int) -> Path | None:
+    """The newest complete checkpoint of a step below `step`, or None."""
+    found = [path for path in _all(folder) if _step(path) < step]
+    return found[-1] if found else None
+
+
+def discard_after(folder: Path, step: int) -> None:
+    """Removes the checkpoints and snapshots of later steps."""
+    for path in (*_all(folder), *snapshots(folder).values()):
+        if _step(path) > step:
+            _remove(path)
+
+
+def load(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """What `save` was given."""
+    return {file.stem: load_tensors(path, file.stem) for file in sorted(path.glob("*.safetensors"))}, load_state(path)
+
+
+def load_tensors(path: Path, group: str) -> dict[str, Tensor]:
+    """One group of the tensors that `save` was given."""
+    try:
+        return load_file(path / f"{group}.safetensors")
+    except Exception as error:
+        raise _damaged(path, error) from error
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """The state that `save` was given, and its `step`."""
+    try:
+        state: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        return state
+    except Exception as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    return UserError(f"checkpoint {path} cannot be read ({error}); delete it to resume from the one before")
+
+
+def pack_generators() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """States of the random generators of Python, numpy and torch as tensors and a JSON-able rest."""
+    version, words, python_gauss = random.getstate()
+    name, keys, *numpy_rest = np.random.get_state(legacy=True)
+    tensors = {
+        "python": torch.tensor(words, dtype=torch.int64),
+        "numpy": torch.from_numpy(np.asarray(keys).astype(np.int64)),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        tensors["cuda"] = torch.cuda.get_rng_state()
+    return tensors, {"python": [version, python_gauss], "numpy": [name, *numpy_rest]}
+
+
+def unpack_generators(tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
+    """Puts back what `pack_generators` took."""
+    version, python_gauss = rest["python"]
+    random.setstate((version, tuple(tensors["python"].tolist()), python_gauss))
+    name, *numpy_rest = rest["numpy"]
+    np.random.set_state((name, tensors["numpy"].numpy().astype(np.uint32), *numpy_rest))
+    torch.set_rng_state(tensors["torch"])
+    if "cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["cuda"])
+
+
+def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimiser's state as tensors by path and a JSON-able rest. bitsandbytes nests its 8-bit states one level deeper."""
+    state = optimizer.state_dict()
+    tensors: dict[str, Tensor] = {}
+
+    def strip(node: Any, path: str) -> Any:
+        if isinstance(node, Tensor):
+            tensors[path] = node
+            return None
+        if isinstance(node, dict):
+            return {str(key): strip(value, f"{path}/{key}" if path else str(key)) for key, value in node.items()}
+        return node
+
+    return tensors, {"state": strip(state["state"], ""), "param_groups": state["param_groups"]}
+
+
+def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
+    """Puts back what `pack_optimizer` took."""
+    state = {int(index): entries for index, entries in rest["state"].items()}
+    for path, tensor in tensors.items():
+        index, *keys = path.split("/")
+        node = state[int(index)]
+        for key in keys[:-1]:
+            node = node[key]
+        node[keys[-1]] = tensor
+    groups = [{**g, "betas": tuple(g["betas"])} for g in rest["param_groups"]]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _all(folder: Path) -> list[Path]:
+    found = [p for p in folder.glob("checkpoint-*") if (p / "state.json").is_file()]
+    return sorted(found, key=_step)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.rsplit("-", 1)[1])

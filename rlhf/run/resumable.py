@@ -1,0 +1,119 @@
+"""transformers' Trainer with this project's checkpoints.
+
+Its own are written in place, file by file, with optimiser, random states and arguments as pickles; a kill leaves a folder that
+looks whole, and loading it may run code. Here they are those of `rlhf.run.checkpoint`, as in PPO. What the trainer has added up
+since its last line of metrics is in them too, so that the next line of a resumed run is that of one that nobody stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rlhf.run import checkpoint
+
+STATE_FILE = "trainer_state.json"
+"""transformers reads its own account of the run out of this file of a checkpoint."""
+
+
+class ResumableTrainer:
+    """Mixin, to be named before a trainer of TRL. The methods are those of `transformers.Trainer` that touch checkpoints."""
+
+    log_position: Callable[[], dict[str, int]] = staticmethod(dict)
+    """Where the run's logs end; a checkpoint remembers it."""
+
+    # Attributes of transformers.Trainer and of the trainers of TRL.
+    args: Any
+    model: Any
+    state: Any
+    optimizer: Any
+    lr_scheduler: Any
+    _metrics: dict[str, Any]
+    _tr_loss: torch.Tensor
+
+    def finished(self, state: Any) -> bool:
+        """Whether a run that came so far (`TrainerState`) had ended."""
+        return bool(state.global_step >= state.max_steps)
+
+    def best_checkpoint(self) -> Path | None:
+        """The saved checkpoint, or the one that is about to be, of the best evaluation; the folder may have been moved."""
+        state, folder = self.state, Path(self.args.output_dir)
+        best = folder / f"checkpoint-{state.best_global_step}"
+        if state.best_global_step and (best.is_dir() or state.best_global_step == state.global_step):
+            return best
+        before = (
+            folder / Path(state.best_model_checkpoint or "none").name
+        )  # evaluations may come more often than checkpoints
+        return before if before.is_dir() else None
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        state, best = self.state, self.best_checkpoint()
+        state.best_model_checkpoint = str(best) if best else None
+        moments, groups = checkpoint.pack_optimizer(self.optimizer)
+        generators, rest = checkpoint.pack_generators()
+        checkpoint.save(
+            Path(self.args.output_dir),
+            state.global_step,
+            {"weights": dict(self._trained()), "optimizer": moments, "generators": generators},
+            {
+                "optimizer": groups,
+                "scheduler": self.lr_scheduler.state_dict(),
+                "generators": rest,
+                "added_up": self._added_up(),
+                "log": self.log_position(),
+            },
+            texts={STATE_FILE: json.dumps(dataclasses.asdict(state), indent=2)},
+            keep=best,
+        )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        weights = checkpoint.load_tensors(Path(resume_from_checkpoint), "weights")
+        for name, parameter in self._trained().items():
+            parameter.data.copy_(weights[name])
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, folder: str | None) -> None:
+        if folder is not None:
+            state = checkpoint.load_state(Path(folder))
+            checkpoint.unpack_optimizer(
+                self.optimizer, checkpoint.load_tensors(Path(folder), "optimizer"), state["optimizer"]
+            )
+            self.lr_scheduler.load_state_dict(state["scheduler"])
+            best = self.best_checkpoint()
+            self.state.best_model_checkpoint = str(best) if best else None
+
+    def _load_rng_state(self, folder: str | None) -> None:
+        """The last thing that the trainer loads, when the data is where it was and its sums are set to zero."""
+        if folder is not None:
+            state = checkpoint.load_state(Path(folder))
+            checkpoint.unpack_generators(checkpoint.load_tensors(Path(folder), "generators"), state["generators"])
+            self._go_on_adding(state["added_up"])
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+
+    def _added_up(self) -> dict[str, Any]:
+        trainer: Any = self
+        return {
+            "loss": self._tr_loss.item(),
+            "total_loss": trainer._total_loss_scalar,
+            "since": trainer._globalstep_last_logged,
+            "tokens": trainer._total_train_tokens,
+            "metrics": {name: list(values) for name, values in self._metrics["train"].items()},
+        }
+
+    def _go_on_adding(self, added_up: dict[str, Any]) -> None:
+        trainer: Any = self
+        self._tr_loss.fill_(added_up["loss"])
+        trainer._total_loss_scalar = added_up["total_loss"]
+        trainer._globalstep_last_logged = added_up["since"]
+        trainer._total_train_tokens = added_up["tokens"]
+        self._metrics["train"].update({name: list(values) for name, values in added_up["metrics"].items()})

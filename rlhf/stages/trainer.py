@@ -1,0 +1,129 @@
+"""transformers' Trainer as pretraining and the two supervised stages use it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Sampler
+from transformers import TrainerCallback, TrainerState
+
+from rlhf.base.interrupt import StopRequest
+from rlhf.config import TrainingLength
+from rlhf.doctor.live import DoctorCallback, LiveDoctor
+from rlhf.run import checkpoint, optim
+from rlhf.run.callbacks import MetricsCallback, ProgressCallback
+from rlhf.run.resumable import STATE_FILE
+from rlhf.stages.run import Run
+
+
+def trainer_arguments(run: Run, length: TrainingLength) -> dict[str, Any]:
+    """The arguments that transformers' Trainer gets in pretraining and in both supervised stages."""
+    c = run.config
+    return {
+        "output_dir": str(run.folder / "checkpoints"),
+        "per_device_train_batch_size": length.per_device_train_batch_size,
+        "per_device_eval_batch_size": length.per_device_eval_batch_size,
+        "gradient_accumulation_steps": length.gradient_accumulation_steps,
+        "num_train_epochs": length.num_train_epochs,
+        "max_steps": length.max_steps,
+        "eval_strategy": "steps",
+        "eval_steps": length.eval_steps,
+        "eval_on_start": True,
+        "save_strategy": "steps",
+        "save_steps": c.save_steps,
+        "logging_steps": c.logging_steps,
+        "learning_rate": c.learning_rate,
+        "weight_decay": c.weight_decay,
+        "adam_beta1": c.adam_beta1,
+        "adam_beta2": c.adam_beta2,
+        "adam_epsilon": c.adam_epsilon,
+        "max_grad_norm": c.max_grad_norm,
+        "lr_scheduler_type": c.lr_scheduler_type,
+        "lr_scheduler_kwargs": optim.scheduler_kwargs(c),
+        "warmup_steps": c.warmup_steps,
+        "optim": "adamw_bnb_8bit" if c.optim == "adamw_8bit" else "adamw_torch",
+        "bf16": run.compute.bf16,
+        "use_cpu": run.compute.device.type == "cpu",
+        "gradient_checkpointing": c.gradient_checkpointing,  # TRL turns it on by default
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "seed": c.seed,
+        "report_to": [],
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": run.compute.device.type == "cuda",
+    }
+
+
+class _StopCallback(TrainerCallback):
+    """Saves and ends the training loop after the update in which a stop was asked for."""
+
+    def __init__(self, stop: StopRequest) -> None:
+        self.stop = stop
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.stop.requested:
+            control.should_save = control.should_training_stop = True
+
+
+def train(trainer: Any, run: Run) -> None:
+    """Runs a transformers Trainer with this project's progress, metrics, resume and stop rules."""
+    from transformers import PrinterCallback
+
+    optim.forget_overrides()
+    trainer.remove_callback(PrinterCallback)
+    with StopRequest() as stop:
+        trainer.add_callback(ProgressCallback(run.stage))
+        trainer.add_callback(MetricsCallback(run.tracker, run.stage))
+        doctor = LiveDoctor(run.stage, run.config.doctor, run.tracker, dataclasses.asdict(run.config))
+        checked = DoctorCallback(doctor)
+        trainer.add_callback(checked)
+        trainer.add_callback(_StopCallback(stop))
+        folder = Path(trainer.args.output_dir)
+        last = checkpoint.latest(folder) if run.config.resume else None
+        if run.config.resume:
+            run.tracker.rewind(checkpoint.load_state(last)["log"] if last else {})
+        if last is not None:
+            doctor.read_log()
+            trainer.args.eval_on_start = False  # that evaluation is in the checkpoint's history already
+        trainer.log_position = run.tracker.position
+        with run.timer.phase("train"):
+            if last is None or not _take_finished(trainer, last):
+                trainer.train(resume_from_checkpoint=str(last) if last else None)
+        stop.raise_if_requested()
+        if checked.stopped is not None:
+            raise checked.stopped
+
+
+def _take_finished(trainer: Any, last: Path) -> bool:
+    """Whether the checkpoint is of a run's end, and if so, takes it as the result: the trainer would make one more update."""
+    state = TrainerState.load_from_json(str(last / STATE_FILE))
+    if not trainer.finished(state):
+        return False
+    trainer.state = state
+    best = trainer.best_checkpoint() if trainer.args.load_best_model_at_end else None
+    trainer._load_from_checkpoint(str(best or last))
+    return True
+
+
+class SortedStepSampler(Sampler[int]):
+    """Shuffles, then sorts by length *inside* each optimiser step: the same gradient, with less padding in its microbatches."""
+
+    def __init__(self, lengths: Sequence[int], step_size: int, seed: int) -> None:
+        self.lengths, self.step_size, self.seed, self.epoch = list(lengths), step_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the data loader: each epoch has its own order."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        for first in range(0, len(order), self.step_size):
+            yield from sorted(order[first : first + self.step_size], key=lambda i: -self.lengths[i])
