@@ -24,7 +24,7 @@ import common
 from reward_card import Row, comparisons_of, run_reward_stage, untrained_policy, write_data
 
 from rlhf.base.errors import run_command
-from rlhf.base.jsonl import read_jsonl
+from rlhf.base.json_files import read_jsonl
 from rlhf.config import EvaluationConfig, parse_config
 from rlhf.data_prep.load import load_rows
 from rlhf.evaluation import compare

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from rlhf.base.errors import UserError
-from rlhf.base.jsonl import read_jsonl
+from rlhf.base.json_files import read_jsonl
 from rlhf.report.card_page import write_card_page
 from rlhf.report.charts import POINTS_PER_CURVE
 from rlhf.report.figures import STAGES

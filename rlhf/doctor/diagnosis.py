@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from rlhf.base.errors import UserError, did_you_mean
-from rlhf.base.jsonl import read_jsonl
+from rlhf.base.json_files import read_jsonl
 from rlhf.doctor.health.findings import CHECKS, Finding, replay
 from rlhf.doctor.health.history import SAMPLES_READ, History
 from rlhf.registry import Registry

@@ -20,7 +20,7 @@ from typing import Any
 import requests
 
 from rlhf.base.errors import UserError
-from rlhf.base.jsonl import read_jsonl
+from rlhf.base.json_files import read_jsonl
 from rlhf.base.redaction import redact
 from rlhf.reward.sources import patient_session
 from rlhf.run.progress import Progress

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf.base.jsonl import entries, finite_number, section
+from rlhf.base.json_files import entries, finite_number, section
 from rlhf.report.figures import NO_FIGURE, _percent, _text
 from rlhf.report.page import _plotly_gzip_base64, _write_page, template
 

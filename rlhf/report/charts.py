@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from rlhf.base.jsonl import finite_number
+from rlhf.base.json_files import finite_number
 from rlhf.report.figures import Results
 
 POINTS_PER_CURVE = 400

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from rlhf.base.jsonl import finite_number, section
+from rlhf.base.json_files import finite_number, section
 from rlhf.report.charts import _thin
 from rlhf.report.compare_runs import RunFolder, mappings
 from rlhf.run.metrics import reward_kl_points

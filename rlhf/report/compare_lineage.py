@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rlhf.base.jsonl import finite_number, section
+from rlhf.base.json_files import finite_number, section
 from rlhf.report.compare_runs import RunFolder
 from rlhf.report.figures import _text
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.base.errors import UserError, did_you_mean
-from rlhf.base.jsonl import entries, read_jsonl, section
+from rlhf.base.json_files import entries, read_jsonl, section
 from rlhf.report.figures import STAGES
 
 

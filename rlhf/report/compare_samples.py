@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from rlhf.base.jsonl import finite_number, section
+from rlhf.base.json_files import finite_number, section
 from rlhf.report.compare_runs import RunFolder, mappings
 
 SAMPLES_SHOWN = 40

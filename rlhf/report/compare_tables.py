@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from rlhf.base.jsonl import finite_number, section
+from rlhf.base.json_files import finite_number, section
 from rlhf.report.card_page import _card_facts
 from rlhf.report.compare_runs import RunFolder, mappings
 from rlhf.report.figures import COMPARED, NO_FIGURE, STAGES, _percent, _text

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.base.errors import UserError
-from rlhf.base.jsonl import finite_number, read_jsonl
+from rlhf.base.json_files import finite_number, read_jsonl
 from rlhf.run.progress import format_seconds
 
 STAGES = ("sft", "reward", "ppo")

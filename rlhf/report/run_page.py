@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf.base.jsonl import finite_number, section
+from rlhf.base.json_files import finite_number, section
 from rlhf.report.card_page import _card_section
 from rlhf.report.charts import CHARTS, _draw, _timing_charts
 from rlhf.report.compare_runs import overlaps, read_run

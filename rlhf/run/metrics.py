@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from rlhf.base.jsonl import finite_number
+from rlhf.base.json_files import finite_number
 
 #: What each logged figure means. KL: summed over the response, mean over the batch, in nats.
 METRICS = {

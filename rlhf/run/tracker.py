@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 from rlhf.base import storage
 from rlhf.base.errors import UserError
-from rlhf.base.jsonl import read_jsonl
+from rlhf.base.json_files import read_jsonl
 from rlhf.base.redaction import redact
 from rlhf.run import terminal
 from rlhf.run.metrics import reward_kl_points
