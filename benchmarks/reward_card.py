@@ -40,8 +40,8 @@ from rlhf.evaluation.card.statistics import Judged, rated_pairs
 from rlhf.models.adapters import direct_casting
 from rlhf.models.base import load_policy
 from rlhf.models.compute import Compute
-from rlhf.models.packing import prompt_batches
 from rlhf.models.reward_model import trainable_reward_model
+from rlhf.models.sequences import prompt_batches
 from rlhf.models.tokenization import encode_prompt, encode_response, load_tokenizer
 from rlhf.registry import Registry
 from rlhf.reward.ranking import RankingCollator, ordered_pairs, ranking_loss, score_rows

@@ -22,7 +22,7 @@ from rlhf.models.compute import Compute
 from rlhf.models.packing import pack_rows
 from rlhf.models.roles import SharedModels
 from rlhf.models.sampling import Sampled, Sampler, sample
-from rlhf.models.tokenization import pad
+from rlhf.models.sequences import pad
 
 VOCAB = 40
 NEEDS_CUDA = [

@@ -21,12 +21,12 @@ from rlhf.config import PPOConfig
 from rlhf.models.adapters import ADAPTER_FILE, lora_config, save_adapter, with_adapter
 from rlhf.models.base import load_base, load_policy
 from rlhf.models.compute import Compute
+from rlhf.models.heads import ScalarHead
 from rlhf.models.packing import pack_rows
-from rlhf.models.reward_model import ScalarHead, sequence_classifier
+from rlhf.models.reward_model import sequence_classifier
 from rlhf.models.roles import RoleModels, SharedModels
 from rlhf.models.separate import SeparateModels
-from rlhf.models.sequences import Sequences
-from rlhf.models.tokenization import pad
+from rlhf.models.sequences import Sequences, pad
 from rlhf.ppo import forward
 from rlhf.reward import sources
 

@@ -10,7 +10,8 @@ from toys import FAMILIES, build_model
 
 from rlhf.models import packing
 from rlhf.models.heads import backbone
-from rlhf.models.packing import common_prefix, pack_rows, prompt_batches
+from rlhf.models.packing import common_prefix, pack_rows
+from rlhf.models.sequences import prompt_batches
 
 OPENING = [5, 6, 7, 8, 9, 10]
 ROWS = [

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, MambaConfig, MistralConfig, PreTr
 
 from rlhf.models import sampling
 from rlhf.models.sampling import Sampled, Sampler, sample
-from rlhf.models.tokenization import pad
+from rlhf.models.sequences import pad
 
 VOCAB = 40
 PAD = 0

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from rlhf.base.errors import UserError
+from rlhf.models.sequences import pad
 from rlhf.models.tokenization import (
     TEMPLATES,
     decode_response,
@@ -19,7 +20,6 @@ from rlhf.models.tokenization import (
     encode_response,
     last_user_text,
     load_tokenizer,
-    pad,
     stop_token_ids,
     tokenizer_hashes,
 )

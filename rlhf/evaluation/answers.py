@@ -20,12 +20,11 @@ from rlhf.config import RunConfig
 from rlhf.evaluation.candidates import Candidate
 from rlhf.models.base import load_base, load_policy
 from rlhf.models.compute import Compute
-from rlhf.models.packing import prompt_batches
 from rlhf.models.roles import RoleModels, SharedModels
 from rlhf.models.sampling import SAMPLED_AT_ONCE
 from rlhf.models.separate import FinishedPair
-from rlhf.models.sequences import Sequences, concatenate, length_sorted_batches
-from rlhf.models.tokenization import decode_response, pad
+from rlhf.models.sequences import Sequences, concatenate, length_sorted_batches, pad, prompt_batches
+from rlhf.models.tokenization import decode_response
 from rlhf.ppo import forward
 from rlhf.ppo import functional as F
 from rlhf.ppo.rollout import SamplingOptions, respond

@@ -22,7 +22,8 @@ from rlhf.data_prep.formats.files import is_readable, read_file
 from rlhf.data_prep.formats.rows import Malformed, Messages, Row, Untrainable, as_prompt, as_response, show_value
 from rlhf.models.base import context_length
 from rlhf.models.sampling import sample
-from rlhf.models.tokenization import decode_response, pad, stop_token_ids
+from rlhf.models.sequences import pad
+from rlhf.models.tokenization import decode_response, stop_token_ids
 
 Figure = dict[str, float | None] | None
 _LONGEST_ROW = 100_000_000

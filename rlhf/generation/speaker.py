@@ -25,7 +25,8 @@ from rlhf.models.catalogue import resolve_model
 from rlhf.models.compute import Compute
 from rlhf.models.registered import causal_model
 from rlhf.models.sampling import sample
-from rlhf.models.tokenization import Message, decode_response, encode_prompt, load_tokenizer, pad, stop_token_ids
+from rlhf.models.sequences import pad
+from rlhf.models.tokenization import Message, decode_response, encode_prompt, load_tokenizer, stop_token_ids
 from rlhf.registry import MANIFEST, STAGES, Artifact, Registry, read_manifest
 from rlhf.reward.sources import Source, open_source
 

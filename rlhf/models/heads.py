@@ -65,3 +65,16 @@ def check_plain_head(model: PreTrainedModel) -> None:
         raise UserError(
             f"{type(model).__name__} changes its logits after the output embedding, which PPO does not support"
         )
+
+
+class ScalarHead(nn.Linear):
+    """A linear head to one number that computes in its own type, outside autocast: a score must not be rounded to bf16."""
+
+    def __init__(self, width: int, *, bias: bool, dtype: torch.dtype) -> None:
+        super().__init__(width, 1, bias=bias, dtype=dtype)
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, input: Tensor) -> Tensor:
+        with torch.autocast(input.device.type, enabled=False):
+            return super().forward(input.to(self.weight.dtype))

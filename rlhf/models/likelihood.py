@@ -11,8 +11,7 @@ from transformers import PreTrainedModel
 from rlhf.models.compute import Compute
 from rlhf.models.heads import before_head
 from rlhf.models.logprobs import sequence_logprobs
-from rlhf.models.packing import prompt_batches
-from rlhf.models.tokenization import pad
+from rlhf.models.sequences import pad, prompt_batches
 
 #: Positions whose logits are made together.
 _TOKENS_AT_ONCE = 128

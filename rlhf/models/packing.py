@@ -81,31 +81,6 @@ def _owners(input_ids: Tensor, mask: Tensor, start: Tensor) -> Tensor:
     return same.int().cumprod(dim=2).argmax(dim=1)  # the first of several
 
 
-def prompt_batches(prompt: Tensor, size: int, lengths: Tensor | None = None, tokens: int | None = None) -> list[Tensor]:
-    """Row numbers in batches of at most `size`, the responses to one prompt together as far as they fit: their prompt is
-    then computed once.
-
-    Args:
-        prompt: (M,) int64, which prompt each row answers; the rows of a prompt are neighbours.
-        lengths, tokens: (M,) tokens of each row; rows times the longest of them is at most `tokens`, unless a single row
-            is longer.
-    """
-    batches: list[Tensor] = []
-
-    def room(rows: Tensor) -> int:
-        """How many such rows a batch may have."""
-        return size if lengths is None or tokens is None else min(size, max(1, tokens // int(lengths[rows].max())))
-
-    counts = torch.unique_consecutive(prompt, return_counts=True)[1].tolist()
-    for rows in torch.arange(len(prompt), device=prompt.device).split(counts):
-        together = torch.cat([batches[-1], rows]) if batches else rows
-        if batches and len(together) <= room(together):
-            batches[-1] = together
-        else:
-            batches += rows.split(room(rows))
-    return batches
-
-
 def common_prefix(input_ids: Tensor, mask: Tensor) -> int:
     """Number of tokens that all rows (B, T) begin with, padding on either side left out; each keeps one of its own."""
     start = mask.int().argmax(dim=1)

@@ -25,7 +25,7 @@ def merged_model(registry: Registry, artifact: Artifact) -> PreTrainedModel:
         return causal_model(registry, artifact, config, compute)
     pad = artifact.manifest.pad_token_id
     assert pad is not None, "every stage records its pad token"
-    model: Any = load_reward_model(artifact.path, _policy_of(registry, artifact), config, compute, pad)
+    model: Any = load_reward_model(artifact.path, policy_of(registry, artifact), config, compute, pad)
     return model.merge_and_unload() if artifact.manifest.kind == "adapter" else model
 
 
@@ -35,10 +35,10 @@ def causal_model(registry: Registry, artifact: Artifact, config: ComputeConfig, 
         return load_base(str(artifact.path), config, compute).requires_grad_(False)
     if artifact.stage == "sft":
         return load_policy(artifact, config, compute)
-    return load_policy(_policy_of(registry, artifact), config, compute, artifact.path)
+    return load_policy(policy_of(registry, artifact), config, compute, artifact.path)
 
 
-def _policy_of(registry: Registry, artifact: Artifact) -> Artifact:
+def policy_of(registry: Registry, artifact: Artifact) -> Artifact:
     """The SFT policy that a reward model or PPO policy was made from."""
     parent = next(parent for parent in artifact.manifest.parents if parent.stage == "sft")
     return registry.get(parent.reference)

@@ -9,7 +9,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.base.errors import require
 from rlhf.models.sampling import SAMPLED_AT_ONCE, sample
-from rlhf.models.tokenization import Message, encode_prompt, pad, stop_token_ids
+from rlhf.models.sequences import pad
+from rlhf.models.tokenization import Message, encode_prompt, stop_token_ids
 
 
 def answerable(

@@ -21,7 +21,7 @@ from rlhf.config import ComputeConfig, RewardConfig
 from rlhf.models.adapters import ADAPTER_FILE, lora_config, save_adapter, with_adapter
 from rlhf.models.base import load_policy
 from rlhf.models.compute import Compute
-from rlhf.models.heads import backbone
+from rlhf.models.heads import ScalarHead, backbone
 from rlhf.models.packing import pack_rows
 from rlhf.registry import Artifact
 
@@ -115,16 +115,3 @@ def read_score_head(folder: Path) -> Tensor:
     if _SCORE_KEY not in state:
         raise UserError(f"{folder} holds no score head ({_SCORE_KEY}); train the reward model again")
     return state[_SCORE_KEY]
-
-
-class ScalarHead(nn.Linear):
-    """A linear head to one number that computes in its own type, outside autocast: a score must not be rounded to bf16."""
-
-    def __init__(self, width: int, *, bias: bool, dtype: torch.dtype) -> None:
-        super().__init__(width, 1, bias=bias, dtype=dtype)
-        for parameter in self.parameters():
-            nn.init.zeros_(parameter)
-
-    def forward(self, input: Tensor) -> Tensor:
-        with torch.autocast(input.device.type, enabled=False):
-            return super().forward(input.to(self.weight.dtype))

@@ -27,8 +27,8 @@ from transformers import (
 from rlhf.base.errors import UserError
 from rlhf.models.adapters import ADAPTER_FILE, added_to_base, direct_casting, lora_layers, save_adapter
 from rlhf.models.compute import Compute
-from rlhf.models.heads import backbone, check_plain_head
-from rlhf.models.reward_model import _SCORE_KEY, ScalarHead, read_score_head
+from rlhf.models.heads import ScalarHead, backbone, check_plain_head
+from rlhf.models.reward_model import _SCORE_KEY, read_score_head
 
 Role = Literal["policy", "value", "reward", "reference"]
 

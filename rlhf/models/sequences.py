@@ -100,3 +100,40 @@ def length_sorted_batches(lengths: Tensor, size: int, tokens: int | None = None)
             longest = length
         counts[-1] += 1
     return list(order.split(counts))
+
+
+def prompt_batches(prompt: Tensor, size: int, lengths: Tensor | None = None, tokens: int | None = None) -> list[Tensor]:
+    """Row numbers in batches of at most `size`, the responses to one prompt together as far as they fit: their prompt is
+    then computed once.
+
+    Args:
+        prompt: (M,) int64, which prompt each row answers; the rows of a prompt are neighbours.
+        lengths, tokens: (M,) tokens of each row; rows times the longest of them is at most `tokens`, unless a single row
+            is longer.
+    """
+    batches: list[Tensor] = []
+
+    def room(rows: Tensor) -> int:
+        """How many such rows a batch may have."""
+        return size if lengths is None or tokens is None else min(size, max(1, tokens // int(lengths[rows].max())))
+
+    counts = torch.unique_consecutive(prompt, return_counts=True)[1].tolist()
+    for rows in torch.arange(len(prompt), device=prompt.device).split(counts):
+        together = torch.cat([batches[-1], rows]) if batches else rows
+        if batches and len(together) <= room(together):
+            batches[-1] = together
+        else:
+            batches += rows.split(room(rows))
+    return batches
+
+
+def pad(rows: Sequence[Sequence[int]], pad_id: int, *, side: str) -> tuple[Tensor, Tensor]:
+    """Ragged token rows as `(ids, mask)`, both (B, longest); the mask is True at real tokens and comes from lengths."""
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
+    mask = torch.zeros(len(rows), width, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        where = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+        ids[i, where] = torch.tensor(row, dtype=torch.long)
+        mask[i, where] = True
+    return ids, mask

@@ -14,11 +14,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from jinja2 import TemplateError
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rlhf.base.errors import UserError, did_you_mean
 
@@ -73,7 +70,7 @@ def load_tokenizer(
     except (OSError, ValueError) as error:
         raise UserError(f"no tokenizer at '{folder}': {str(error).splitlines()[0]}") from error
     if chat_template is not None:
-        tokenizer.chat_template = _template_text(chat_template)
+        tokenizer.chat_template = template_text(chat_template)
     if tokenizer.chat_template is None:
         raise UserError(
             f"the tokenizer of '{folder}' has no chat template; give one of {sorted(TEMPLATES)} with --chat_template"
@@ -87,47 +84,7 @@ def load_tokenizer(
     return tokenizer
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, *, chat_template: str) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer (Radford et al. 2019) made from documents, with a token that ends them and one for padding.
-
-    Args:
-        vocab_size: its tokens: two special ones, 256 bytes, and merges of pairs that occur at least twice.
-        chat_template: as in `load_tokenizer`.
-
-    Raises:
-        UserError: the text has fewer pairs to merge, or there is no room for the bytes.
-    """
-    special, alphabet = [END_OF_TEXT, "<|pad|>"], pre_tokenizers.ByteLevel.alphabet()
-    smallest = len(special) + len(alphabet)
-    if vocab_size < smallest:
-        raise UserError(f"vocab_size must be at least {smallest} (256 bytes and special tokens), got {vocab_size}")
-    raw: Any = Tokenizer(models.BPE())
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        min_frequency=2,
-        special_tokens=special,
-        initial_alphabet=sorted(alphabet),
-        show_progress=False,
-    )
-    raw.train_from_iterator(texts, trainer)
-    if raw.get_vocab_size() < vocab_size:
-        raise UserError(
-            f"the text supports a tokenizer of {raw.get_vocab_size()} tokens only, not of vocab_size={vocab_size}; "
-            "lower it, or give more text"
-        )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=raw,
-        eos_token=END_OF_TEXT,
-        pad_token=special[1],
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-        chat_template=_template_text(chat_template),
-    )
-
-
-def _template_text(name: str) -> str:
+def template_text(name: str) -> str:
     if name in TEMPLATES:
         return TEMPLATES[name]
     if Path(name).is_file():
@@ -206,18 +163,6 @@ def decode_response(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -
 def last_user_text(prompt: Sequence[Message]) -> str:
     """What the user asked last: how a prompt is shown in tables."""
     return next((m["content"] for m in reversed(prompt) if m["role"] == "user"), "")
-
-
-def pad(rows: Sequence[Sequence[int]], pad_id: int, *, side: str) -> tuple[Tensor, Tensor]:
-    """Ragged token rows as `(ids, mask)`, both (B, longest); the mask is True at real tokens and comes from lengths."""
-    width = max(map(len, rows))
-    ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
-    mask = torch.zeros(len(rows), width, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        where = slice(width - len(row), width) if side == "left" else slice(0, len(row))
-        ids[i, where] = torch.tensor(row, dtype=torch.long)
-        mask[i, where] = True
-    return ids, mask
 
 
 def tokenizer_hashes(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rlhf.base.errors import UserError
+from rlhf.models.tokenization import END_OF_TEXT, template_text
 
 #: Uses in the training text that a learned token needs at least: an embedding of fewer is noise.
 MIN_USES = 4
@@ -132,3 +133,43 @@ def _embeddings(model: PreTrainedModel) -> list[Tensor]:
     """The weights of the input embedding and of the output layer; one where they are tied."""
     layers: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
     return list({id(layer.weight): layer.weight.detach() for layer in layers if layer is not None}.values())
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, *, chat_template: str) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer (Radford et al. 2019) made from documents, with a token that ends them and one for padding.
+
+    Args:
+        vocab_size: its tokens: two special ones, 256 bytes, and merges of pairs that occur at least twice.
+        chat_template: as in `load_tokenizer`.
+
+    Raises:
+        UserError: the text has fewer pairs to merge, or there is no room for the bytes.
+    """
+    special, alphabet = [END_OF_TEXT, "<|pad|>"], pre_tokenizers.ByteLevel.alphabet()
+    smallest = len(special) + len(alphabet)
+    if vocab_size < smallest:
+        raise UserError(f"vocab_size must be at least {smallest} (256 bytes and special tokens), got {vocab_size}")
+    raw: Any = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=special,
+        initial_alphabet=sorted(alphabet),
+        show_progress=False,
+    )
+    raw.train_from_iterator(texts, trainer)
+    if raw.get_vocab_size() < vocab_size:
+        raise UserError(
+            f"the text supports a tokenizer of {raw.get_vocab_size()} tokens only, not of vocab_size={vocab_size}; "
+            "lower it, or give more text"
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        eos_token=END_OF_TEXT,
+        pad_token=special[1],
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        chat_template=template_text(chat_template),
+    )

@@ -12,8 +12,7 @@ from transformers import StopStringCriteria
 from rlhf.base import distributed
 from rlhf.models.roles import RoleModels
 from rlhf.models.sampling import Sampled, Sampler, sample
-from rlhf.models.sequences import Sequences
-from rlhf.models.tokenization import pad
+from rlhf.models.sequences import Sequences, pad
 from rlhf.ppo import forward
 from rlhf.ppo.types import Rollout
 

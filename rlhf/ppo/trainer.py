@@ -22,10 +22,9 @@ from rlhf.base.functions import GoldFunction
 from rlhf.base.interrupt import StopRequest
 from rlhf.config import PPOConfig
 from rlhf.doctor.live import DoctorStop, LiveDoctor, RollBack
-from rlhf.models.packing import prompt_batches
 from rlhf.models.roles import RoleModels
-from rlhf.models.sequences import Sequences, length_sorted_batches
-from rlhf.models.tokenization import decode_response, pad, stop_token_ids
+from rlhf.models.sequences import Sequences, length_sorted_batches, pad, prompt_batches
+from rlhf.models.tokenization import decode_response, stop_token_ids
 from rlhf.ppo import forward
 from rlhf.ppo import functional as F
 from rlhf.ppo.metrics import Totals, credit_metrics, judge_metrics, rollout_metrics

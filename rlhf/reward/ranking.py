@@ -15,8 +15,7 @@ from torch.nn import functional as F
 from trl import RewardTrainer
 
 from rlhf.data_prep.ratings import is_clear
-from rlhf.models.packing import prompt_batches
-from rlhf.models.tokenization import pad
+from rlhf.models.sequences import pad, prompt_batches
 from rlhf.run.resumable import ResumableTrainer
 
 

@@ -11,10 +11,9 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.config import ComputeConfig
 from rlhf.models.adapters import direct_casting
 from rlhf.models.compute import Compute
-from rlhf.models.packing import prompt_batches
 from rlhf.models.reward_model import load_reward_model
-from rlhf.models.sequences import length_sorted_batches
-from rlhf.models.tokenization import Message, encode_prompt, encode_response, load_tokenizer, pad
+from rlhf.models.sequences import length_sorted_batches, pad, prompt_batches
+from rlhf.models.tokenization import Message, encode_prompt, encode_response, load_tokenizer
 from rlhf.registry import Artifact, Registry
 from rlhf.reward.ranking import score_rows
 

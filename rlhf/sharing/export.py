@@ -22,7 +22,7 @@ from transformers import GenerationConfig
 
 from rlhf.base.errors import UserError
 from rlhf.models.adapters import ADAPTER_FILE
-from rlhf.models.registered import MANIFESTS, _policy_of, merged_model
+from rlhf.models.registered import MANIFESTS, merged_model, policy_of
 from rlhf.models.tokenization import load_tokenizer
 from rlhf.registry import Artifact, Registry
 from rlhf.registry.lineage import ancestors
@@ -117,7 +117,7 @@ def check_adapter(registry: Registry, artifact: Artifact) -> None:
 
 def _parts(registry: Registry, artifact: Artifact) -> list[Artifact]:
     """The adapters that lie between the base model and the artefact, lowest first."""
-    return [artifact] if artifact.stage in ("pretrain", "sft") else [_policy_of(registry, artifact), artifact]
+    return [artifact] if artifact.stage in ("pretrain", "sft") else [policy_of(registry, artifact), artifact]
 
 
 def _adapter_config(artifact: Artifact) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from rlhf.config import PretrainConfig, parse_config
 from rlhf.data_prep.corpus import Blocks, characters, load_text
 from rlhf.data_prep.load import Loaded
 from rlhf.doctor.preflight.pretrain import pretrain as check_pretrain
-from rlhf.models.tokenization import train_tokenizer
+from rlhf.models.vocabulary import train_tokenizer
 from rlhf.registry import Artifact
 from rlhf.run.resumable import ResumableTrainer
 from rlhf.stages.data import describe_data

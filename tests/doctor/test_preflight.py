@@ -27,7 +27,7 @@ from rlhf.doctor.preflight.context import few
 from rlhf.doctor.preflight.models import check_optimizer, stirred, untouched
 from rlhf.models import adapters, reward_model, sampling
 from rlhf.models.compute import Compute
-from rlhf.models.reward_model import ScalarHead
+from rlhf.models.heads import ScalarHead
 from rlhf.models.roles import SharedModels
 from rlhf.models.tokenization import load_tokenizer
 from rlhf.ppo import forward

@@ -25,8 +25,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from rlhf.models.roles import Role, RoleModels
 from rlhf.models.sampling import Sampled
-from rlhf.models.sequences import Sequences, concatenate, length_sorted_batches
-from rlhf.models.tokenization import pad
+from rlhf.models.sequences import Sequences, concatenate, length_sorted_batches, pad
 from rlhf.ppo import forward
 from rlhf.ppo.rollout import Penalties, SamplingOptions, evaluate_sequences, respond
 from rlhf.ppo.types import Rollout

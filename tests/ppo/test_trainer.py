@@ -20,8 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from rlhf.base.errors import UserError
 from rlhf.models.roles import RoleModels, SharedModels
 from rlhf.models.separate import SeparateModels
-from rlhf.models.sequences import Sequences
-from rlhf.models.tokenization import pad
+from rlhf.models.sequences import Sequences, pad
 from rlhf.ppo import forward
 from rlhf.ppo import trainer as trainer_module
 from rlhf.ppo.trainer import RATIO_TOLERANCE, PPOTrainer

@@ -40,8 +40,8 @@ from rlhf.doctor.probe import read_probe
 from rlhf.models.adapters import read_adapter
 from rlhf.models.roles import RoleModels, SharedModels
 from rlhf.models.separate import SeparateModels
-from rlhf.models.sequences import Sequences
-from rlhf.models.tokenization import decode_response, pad
+from rlhf.models.sequences import Sequences, pad
+from rlhf.models.tokenization import decode_response
 from rlhf.ppo import forward
 from rlhf.ppo import functional as F
 from rlhf.ppo.metrics import Totals

@@ -31,7 +31,7 @@ from rlhf.doctor.preflight.room import Kept, check_disk, check_memory
 from rlhf.doctor.preflight.text import check_labels, check_rankings, fitting_pairs
 from rlhf.models.adapters import direct_casting, merged_adapter, read_adapter, save_adapter
 from rlhf.models.base import context_length
-from rlhf.models.reward_model import ScalarHead
+from rlhf.models.heads import ScalarHead
 from rlhf.reward.parity import deviation, other_companies
 from rlhf.reward.ranking import ordered_pairs
 from rlhf.reward.scorer import Scorer
