@@ -105,10 +105,10 @@ def gigabytes(trainer: Any, tokens: int) -> dict[str, float]:
     """What an update holds, 10^9 bytes; `tokens` of the whole rollout have keys and values while it is sampled."""
     import torch
 
-    from rlhf.doctor.preflight.room import Kept
+    from rlhf.doctor.preflight.room import ActivationMeter
     from rlhf.run.memory import cache_bytes
 
-    kept = Kept(trainer.models)
+    kept = ActivationMeter(trainer.models)
     with kept.counted():
         trainer.step()
     weights = list(trainer.models.parameters())

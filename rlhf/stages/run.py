@@ -25,7 +25,7 @@ from rlhf.base.redaction import redact
 from rlhf.config import StageConfig, TrainingConfig
 from rlhf.data_prep.load import Loaded
 from rlhf.doctor.preflight.check import Check, require_all
-from rlhf.doctor.preflight.context import Ground
+from rlhf.doctor.preflight.context import PreflightContext
 from rlhf.models.compute import Compute
 from rlhf.models.tokenization import stop_token_ids, tokenizer_hashes
 from rlhf.registry import MANIFEST, Artifact, Reference, Registry, recipe_hash
@@ -214,7 +214,7 @@ def _claim_checkpoints(folder: Path, config: TrainingConfig, parents: list[Artif
 
 def preflight(
     run: Run,
-    examine: Callable[[Ground], list[Check]],
+    examine: Callable[[PreflightContext], list[Check]],
     tokenizer: PreTrainedTokenizerBase,
     sets: dict[str, Loaded],
 ) -> None:
@@ -233,7 +233,7 @@ def preflight(
             name: rows for name, rows in sets.items() if name != "validation" and "prompt" in rows.rows.column_names
         }
         return examine(
-            Ground(
+            PreflightContext(
                 config=run.config,
                 compute=run.compute,
                 folder=run.folder,

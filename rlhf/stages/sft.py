@@ -23,7 +23,7 @@ from trl import SFTTrainer
 from rlhf.base.errors import require, run_command
 from rlhf.config import SFTConfig, parse_config, read_new_tokens
 from rlhf.data_prep.load import Loaded, load_rows
-from rlhf.doctor.preflight.context import few
+from rlhf.doctor.preflight.context import pick_short_rows
 from rlhf.doctor.preflight.supervised import sft as check_sft
 from rlhf.doctor.probe import ROWS as PROBE_ROWS
 from rlhf.doctor.probe import Probe
@@ -174,7 +174,7 @@ def make_probe(trainer: SFTTrainer, run: Run, config: SFTConfig, pad_token_id: i
     if config.use_dora or config.quantization != "none":
         return None
     rows, policy = cast(Any, trainer.eval_dataset), cast(Any, trainer.model).eval()
-    chosen = [rows[i] for i in few([len(ids) for ids in rows["input_ids"]], PROBE_ROWS)]
+    chosen = [rows[i] for i in pick_short_rows([len(ids) for ids in rows["input_ids"]], PROBE_ROWS)]
     ids, prompts = [row["input_ids"] for row in chosen], [row["labels"].count(-100) for row in chosen]
     with merged_adapter(policy, "default"):
         said = mean_logprobs(

@@ -23,8 +23,8 @@ from rlhf.doctor.preflight import data as data_checks
 from rlhf.doctor.preflight import room, supervised, text
 from rlhf.doctor.preflight.check import Check, require_all
 from rlhf.doctor.preflight.command import parse
-from rlhf.doctor.preflight.context import few
-from rlhf.doctor.preflight.models import check_optimizer, stirred, untouched
+from rlhf.doctor.preflight.context import pick_short_rows
+from rlhf.doctor.preflight.models import check_optimizer, noise_in_zeros, preserve_state
 from rlhf.models import adapters, reward_model, sampling
 from rlhf.models.compute import Compute
 from rlhf.models.heads import ScalarHead
@@ -315,7 +315,7 @@ def test_a_fresh_head_whose_scores_are_near_0_by_chance(off: float, passed: bool
         raw=raw,
         raw_padded=lambda rows, left, right: raw(rows) + off,
     )
-    check = supervised.check_company(scorer, [[1], [2]])
+    check = supervised.check_batch_independence(scorer, [[1], [2]])
     assert check.passed == passed and f"{off / 2:.2g} of the scores' size" in check.measured
 
 
@@ -541,7 +541,7 @@ def test_data_that_changed_after_a_parent_was_trained_on_it(toy_data: Path, tmp_
     parent: Any = SimpleNamespace(reference="sft/a@1", stage="sft", manifest=manifest)
 
     def check() -> Check:
-        return data_checks.check_registered([parent], data_checks.parents_data([parent]))
+        return data_checks.check_fingerprints([parent], data_checks.load_parents_data([parent]))
 
     assert check().passed
     file = data / "demonstrations" / "train.jsonl"
@@ -569,7 +569,7 @@ def test_memory_that_is_too_small(examine: Examine, monkeypatch: pytest.MonkeyPa
 def test_kept_bytes_are_those_of_the_graph() -> None:
     """Counts double what two operations share, or weights as activations; counts on after the backward pass."""
     model = torch.nn.Sequential(torch.nn.Linear(8, 8, bias=False), torch.nn.Tanh(), torch.nn.Linear(8, 1, bias=False))
-    kept = room.Kept(model)
+    kept = room.ActivationMeter(model)
     with kept.counted():
         for rows in (5, 3):
             model(torch.ones(rows, 8)).sum().backward()
@@ -587,7 +587,7 @@ def test_stirring_and_looking_leave_nothing(tmp_path: Path) -> None:
     torch.nn.init.zeros_(model.weight)
     before, random = model.weight.data, torch.get_rng_state()
     model.train()
-    with untouched(model, torch.device("cpu")), stirred(dict(model.named_parameters())):
+    with preserve_state(model, torch.device("cpu")), noise_in_zeros(dict(model.named_parameters())):
         assert bool(model.weight.any())
         model.eval()(torch.randn(1, 3)).sum().backward()
     assert model.weight.data.data_ptr() == before.data_ptr() and not bool(model.weight.any())
@@ -609,7 +609,7 @@ def test_a_run_without_it_ends_in_the_same_bytes(
     def refuse(**_: Any) -> None:
         raise AssertionError("--preflight false")
 
-    monkeypatch.setattr(stage_run, "Ground", refuse)
+    monkeypatch.setattr(stage_run, "PreflightContext", refuse)
     for parent in ("sft", "reward"):
         if parent != stage:
             shutil.copytree(finished[0] / parent, tmp_path / "registry" / parent)
@@ -696,8 +696,8 @@ def test_the_command_without_a_file(call: Callable[..., Call]) -> None:
 def test_few_rows_are_short_and_of_different_lengths() -> None:
     """The longest row of the data, on a CPU, is not under a minute; rows of one length have no padding."""
     lengths = [50, 10, 40, 20, 30, 60, 70, 80]
-    assert [lengths[i] for i in few(lengths, 2)] == [10, 30]
-    assert few([5], 4) == [0]
+    assert [lengths[i] for i in pick_short_rows(lengths, 2)] == [10, 30]
+    assert pick_short_rows([5], 4) == [0]
 
 
 def test_the_page_has_every_check() -> None:

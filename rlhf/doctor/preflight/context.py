@@ -17,7 +17,7 @@ from rlhf.config import (
 )
 from rlhf.data_prep.load import Loaded
 from rlhf.doctor.preflight.check import Check
-from rlhf.doctor.preflight.data import check_leaks, check_registered, parents_data
+from rlhf.doctor.preflight.data import check_fingerprints, check_leaks, load_parents_data
 from rlhf.doctor.preflight.models import check_probe
 from rlhf.doctor.preflight.text import check_template, check_tokenizers
 from rlhf.doctor.probe import read_probe
@@ -30,7 +30,7 @@ _AMONG = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ground:
+class PreflightContext:
     """What the preflight of every stage stands on."""
 
     config: StageConfig
@@ -59,48 +59,48 @@ class Ground:
         )
 
 
-def few(lengths: Sequence[int], count: int) -> list[int]:
+def pick_short_rows(lengths: Sequence[int], count: int) -> list[int]:
     """Numbers of a few short rows of different lengths: enough to see what is wrong, and quick."""
     order = sorted(range(min(len(lengths), _AMONG)), key=lambda i: lengths[i])
     short = order[: max(count, len(order) // 2)]
     return short[:: max(1, len(short) // count)][:count]
 
 
-def check_data(ground: Ground, model: PreTrainedModel, *, by: str) -> list[Check]:
+def check_data(context: PreflightContext, model: PreTrainedModel, *, by: str) -> list[Check]:
     """The checks of tokenizer, template and data.
 
     Args:
         by: what must not be trained on and judged: `prompt` (in any stage), or `row` (in this one).
     """
-    data = parents_data(ground.parents)
-    training = dict(ground.training)
+    data = load_parents_data(context.parents)
+    training = dict(context.training)
     if by == "prompt":
         for reference, sets in data.items():
             if not isinstance(sets, str):
                 training[f"the training rows of {reference}"] = sets["train"]
     # The SFT stage's only parent is the judge of its checkpoints, which reads texts through a tokenizer of its own.
-    sharing = [] if isinstance(ground.config, SFTConfig) else ground.parents
-    prompts = (row["prompt"] for row in next(iter(ground.training.values())).rows)
+    sharing = [] if isinstance(context.config, SFTConfig) else context.parents
+    prompts = (row["prompt"] for row in next(iter(context.training.values())).rows)
     checks = [
-        check_tokenizers(ground.tokenizer, sharing, int(cast(Any, model.get_input_embeddings()).weight.shape[0])),
-        check_template(ground.tokenizer, prompts),
-        check_leaks(ground.config.dataset, ground.validation, training, by=by),
+        check_tokenizers(context.tokenizer, sharing, int(cast(Any, model.get_input_embeddings()).weight.shape[0])),
+        check_template(context.tokenizer, prompts),
+        check_leaks(context.config.dataset, context.validation, training, by=by),
     ]
-    return checks + ([check_registered(ground.parents, data)] if data else [])
+    return checks + ([check_fingerprints(context.parents, data)] if data else [])
 
 
-def check_policy(ground: Ground, policy: PreTrainedModel) -> list[Check]:
+def check_policy(context: PreflightContext, policy: PreTrainedModel) -> list[Check]:
     """That the SFT policy, merged and plain, answers its probe as it did when it was trained; nothing without a probe."""
-    (artifact,) = [parent for parent in ground.parents if parent.manifest.stage == "sft"]
+    (artifact,) = [parent for parent in context.parents if parent.manifest.stage == "sft"]
     probe = read_probe(artifact)
-    if probe is None or ground.quantized:
+    if probe is None or context.quantized:
         return []
-    now = likelihoods(ground, policy, probe.rows, probe.prompt_lengths)
-    return [check_probe(artifact.reference, now, probe.values, probe.dtype, ground.compute)]
+    now = likelihoods(context, policy, probe.rows, probe.prompt_lengths)
+    return [check_probe(artifact.reference, now, probe.values, probe.dtype, context.compute)]
 
 
 def likelihoods(
-    ground: Ground, policy: PreTrainedModel, rows: Sequence[Sequence[int]], prompt_lengths: Sequence[int]
+    context: PreflightContext, policy: PreTrainedModel, rows: Sequence[Sequence[int]], prompt_lengths: Sequence[int]
 ) -> Tensor:
     """(n,) mean log-likelihood of the answers, nats a token, of token rows (prompt and answer)."""
     return mean_logprobs(
@@ -108,7 +108,7 @@ def likelihoods(
         rows,
         prompt_lengths,
         torch.arange(len(rows)),
-        pad_token_id=ground.pad_token_id,
-        compute=ground.compute,
+        pad_token_id=context.pad_token_id,
+        compute=context.compute,
         batch_size=len(rows),
     )

@@ -20,7 +20,7 @@ _KIND: dict[str, Kind] = {"sft": "demonstrations", "reward": "comparisons"}
 _SHOWN = 80
 
 
-def parents_data(parents: Sequence[Artifact]) -> dict[str, dict[str, Loaded] | str]:
+def load_parents_data(parents: Sequence[Artifact]) -> dict[str, dict[str, Loaded] | str]:
     """The data sets of each parent by its reference, read again from where it read them; or why they cannot be read."""
     found: dict[str, dict[str, Loaded] | str] = {}
     for parent in parents:
@@ -38,7 +38,7 @@ def parents_data(parents: Sequence[Artifact]) -> dict[str, dict[str, Loaded] | s
     return found
 
 
-def check_registered(parents: Sequence[Artifact], data: Mapping[str, dict[str, Loaded] | str]) -> Check:
+def check_fingerprints(parents: Sequence[Artifact], data: Mapping[str, dict[str, Loaded] | str]) -> Check:
     """That the data of each parent, where it is still at its place, has the fingerprint that was registered with it."""
     same: list[str] = []
     gone: list[str] = []

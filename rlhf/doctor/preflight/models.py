@@ -1,7 +1,7 @@
 """Preflight, models: what trains, what a gradient reaches, what saving and merging change.
 
 All of it is looked at on a batch of a few rows and leaves nothing behind: weights, gradients, modes and random numbers are
-as they were (`untouched`, `stirred`).
+as they were (`preserve_state`, `noise_in_zeros`).
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from rlhf.models.compute import Compute
 #: Differences that are rounding where the same weights are computed with again, in nats a token or units of a score.
 ROUNDING = {torch.float64: 1e-6, torch.float32: 2e-3, torch.bfloat16: 0.05}
 #: The same where they were computed with in another type: weights were rounded, too.
-ROUNDING_OF_TYPES = 0.2
+ROUNDING_ACROSS_DTYPES = 0.2
 #: Share of what an adapter does that merging it may change: the sum of both weights is rounded. Merged twice or not at all, it is
 #: nearly half or more (tests); reward models of the demo, in bf16, had between an eighth and three tenths.
-ROUNDING_OF_MERGING = {torch.float64: 1e-6, torch.float32: 0.01, torch.bfloat16: 0.4}
+MERGING_SHARE = {torch.float64: 1e-6, torch.float32: 0.01, torch.bfloat16: 0.4}
 #: Differences that are none: the same numbers in the same order, on a GPU perhaps in another one.
-SAME = 1e-3
+EQUAL_WITHIN = 1e-3
 #: Spread of the noise in fresh adapters: a change of about a quarter of what a layer does, at any width.
 _NOISE = 0.05
 #: Tensors of more elements than this are not copied to look at their optimiser states; the rule is that of smaller ones.
@@ -40,7 +40,7 @@ _SHOWN = 3
 
 
 @contextlib.contextmanager
-def untouched(model: nn.Module, device: torch.device) -> Iterator[None]:
+def preserve_state(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Leaves global random numbers, the modes of all modules, and gradients (none) as they were."""
     modes = {module: module.training for module in model.modules()}
     python, numpy = random.getstate(), np.random.get_state()
@@ -57,7 +57,7 @@ def untouched(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def stirred(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+def noise_in_zeros(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
     """Inside, tensors that are all zero hold a little noise.
 
     A fresh adapter is zero: merged twice or not at all, saved or lost, it changes nothing, and no gradient passes it.
@@ -76,7 +76,7 @@ def stirred(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def emptied(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+def zero_weights(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
     """Inside, the tensors hold zeros that may be written to."""
     kept = {name: parameter.data for name, parameter in parameters.items()}
     try:
@@ -114,7 +114,7 @@ def check_trainable(model: nn.Module, intended: Mapping[str, nn.Parameter], prob
     )
 
 
-def uncovered(model: nn.Module, targets: Sequence[str], heads: Iterable[nn.Module | None]) -> list[str]:
+def layers_without_adapter(model: nn.Module, targets: Sequence[str], heads: Iterable[nn.Module | None]) -> list[str]:
     """Which linear layers of an adapted model got no adapter, or which targets name no layer of it.
 
     Args:
@@ -181,7 +181,7 @@ def check_reload(
             if not storage.is_failure(error):
                 raise
             return _reload_check(False, f"nothing can be written to {place}: {str(error).splitlines()[0]}")
-        with emptied(parameters):
+        with zero_weights(parameters):
             empty = outputs()
             try:
                 load(Path(folder))
@@ -189,8 +189,8 @@ def check_reload(
                 return _reload_check(False, f"the saved file cannot be loaded: {error}")
             after = outputs()
     difference, effect = _largest(after - before), _largest(empty - before)
-    told = f"outputs differ by {difference:.2g} (limit {SAME:g}); without the file by {effect:.2g}"
-    return _reload_check(difference <= SAME, told)
+    told = f"outputs differ by {difference:.2g} (limit {EQUAL_WITHIN:g}); without the file by {effect:.2g}"
+    return _reload_check(difference <= EQUAL_WITHIN, told)
 
 
 def _reload_check(passed: bool, measured: str) -> Check:
@@ -223,7 +223,7 @@ def merging_limit(unmerged: Tensor, without: Tensor, compute: Compute) -> float:
     """By how much rounding may change what a merged adapter says: a share of what the adapter changes."""
     effect = float((unmerged - without).abs().mean())
     # Whole models have no adapter, and nothing is merged.
-    return effect * ROUNDING_OF_MERGING[compute.dtype] if effect else ROUNDING[compute.dtype]
+    return effect * MERGING_SHARE[compute.dtype] if effect else ROUNDING[compute.dtype]
 
 
 def check_probe(
@@ -239,7 +239,7 @@ def check_probe(
     """
     expected = torch.tensor(then, dtype=torch.float64)
     same = compute.dtype == getattr(torch, dtype) and not (merged and compute.dtype == torch.bfloat16)
-    limit = ROUNDING[compute.dtype] if same else ROUNDING_OF_TYPES
+    limit = ROUNDING[compute.dtype] if same else ROUNDING_ACROSS_DTYPES
     limit *= max(1.0, float(expected.square().mean().sqrt()))
     difference = _largest(now.double().cpu() - expected)
     return Check(
@@ -291,7 +291,7 @@ def check_optimizer(
     )
 
 
-def of_adapter(model: nn.Module, pattern: str) -> dict[str, nn.Parameter]:
+def parameters_matching(model: nn.Module, pattern: str) -> dict[str, nn.Parameter]:
     """The parameters whose names hold a pattern."""
     return {name: parameter for name, parameter in model.named_parameters() if re.search(pattern, name)}
 

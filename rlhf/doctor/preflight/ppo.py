@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from rlhf.base import distributed
 from rlhf.config import PPOConfig
 from rlhf.doctor.preflight.check import Check
-from rlhf.doctor.preflight.context import Ground, check_data, check_policy, few
+from rlhf.doctor.preflight.context import PreflightContext, check_data, check_policy, pick_short_rows
 from rlhf.doctor.preflight.models import (
     ROUNDING,
     check_gradients,
@@ -27,14 +27,14 @@ from rlhf.doctor.preflight.models import (
     check_probe,
     check_reload,
     check_trainable,
+    layers_without_adapter,
     merging_limit,
-    of_adapter,
-    stirred,
-    uncovered,
-    untouched,
+    noise_in_zeros,
+    parameters_matching,
+    preserve_state,
 )
-from rlhf.doctor.preflight.room import Kept, check_disk, check_memory
-from rlhf.doctor.preflight.supervised import of_company
+from rlhf.doctor.preflight.room import ActivationMeter, check_disk, check_memory
+from rlhf.doctor.preflight.supervised import batch_independence_check
 from rlhf.doctor.preflight.text import check_rollout
 from rlhf.doctor.probe import read_probe
 from rlhf.models.adapters import read_adapter
@@ -65,19 +65,19 @@ _LORA = r"\.lora_\w+\.(policy|value)(\.|$)|^value_head\."
 _FULL = r"^models\.(policy|value)\.|^value_head\."
 
 
-def ppo(ground: Ground, trainer: PPOTrainer) -> list[Check]:
+def ppo(ground: PreflightContext, trainer: PPOTrainer) -> list[Check]:
     """Every check of a PPO run.
 
     Args:
         trainer: of the run, before its first update and before it resumes.
     """
     models = trainer.models
-    intended = of_adapter(models, _FULL if cast(PPOConfig, ground.config).finetuning == "full" else _LORA)
-    with untouched(models, ground.compute.device):
+    intended = parameters_matching(models, _FULL if cast(PPOConfig, ground.config).finetuning == "full" else _LORA)
+    with preserve_state(models, ground.compute.device):
         with models.role("reference"):
             loaded = check_policy(ground, models.causal)
         small = rehearsal(trainer)
-        with stirred(intended):
+        with noise_in_zeros(intended):
             rollout, ratio, gradients, activations = rehearse(small, intended)
             sampler = _sampler(ground, models, rollout, small.config.temperature)
             saved = _reload(ground, models, intended, rollout, small.config.temperature)
@@ -106,7 +106,7 @@ def ppo(ground: Ground, trainer: PPOTrainer) -> list[Check]:
 def rehearsal(trainer: PPOTrainer) -> PPOTrainer:
     """The same trainer with a few short prompts, short responses, and made-up scores, all of them different."""
     small, c = copy.copy(trainer), trainer.config
-    chosen = few([len(prompt) for prompt in trainer.prompts], ROWS)
+    chosen = pick_short_rows([len(prompt) for prompt in trainer.prompts], ROWS)
     small.prompts, small.rows = [trainer.prompts[i] for i in chosen], [trainer.rows[i] for i in chosen]
     small.config = dataclasses.replace(
         c,
@@ -143,7 +143,7 @@ def rehearse(small: PPOTrainer, intended: Mapping[str, nn.Parameter]) -> tuple[R
     rollout, _ = small.collect()
     rewards = F.token_rewards(rollout.scores, rollout.logprobs, rollout.ref_logprobs, rollout.mask, kl_coef=c.kl_coef)
     advantages, returns = F.gae(rollout.values, rewards, rollout.mask, gamma=c.gamma, lam=c.lam)
-    totals, kept = Totals(), Kept(models)
+    totals, kept = Totals(), ActivationMeter(models)
     ((rows, microbatches),) = small.minibatches(rollout.lengths, epoch=0)
     models.train(c.gradient_checkpointing)
     limit = RATIO_TOLERANCE[models.compute.dtype]
@@ -184,7 +184,7 @@ def _unused(models: RoleModels) -> set[int]:
 
 
 @torch.no_grad()
-def _sampler(ground: Ground, models: RoleModels, rollout: Rollout, temperature: float) -> list[Check]:
+def _sampler(ground: PreflightContext, models: RoleModels, rollout: Rollout, temperature: float) -> list[Check]:
     """Whether the sampler's model is the scored one, and draws from its whole distribution.
 
     -log p of a token drawn from p has the entropy of p for its mean, and a variance that p tells. Cut to the likeliest
@@ -240,7 +240,7 @@ def _trainable(trainer: PPOTrainer, intended: Mapping[str, nn.Parameter]) -> Che
     models, c = trainer.models, trainer.config
     problems: list[str] = []
     if isinstance(models, SharedModels):
-        problems += uncovered(models.peft, c.lora_target_modules, [models.causal.get_output_embeddings()])
+        problems += layers_without_adapter(models.peft, c.lora_target_modules, [models.causal.get_output_embeddings()])
     held = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
     wanted = {id(p) for p in intended.values()}
     if held != wanted:
@@ -249,7 +249,7 @@ def _trainable(trainer: PPOTrainer, intended: Mapping[str, nn.Parameter]) -> Che
 
 
 @torch.no_grad()
-def _company(ground: Ground, small: PPOTrainer, reward: Reward, rollout: Rollout) -> list[Check]:
+def _company(ground: PreflightContext, small: PPOTrainer, reward: Reward, rollout: Rollout) -> list[Check]:
     """Scores of a few responses together, alone, and with more padding; sources that are no models are not asked."""
     models = {n: s for n, s in reward.sources.items() if isinstance(s, (AdapterReward, ModelReward, ClassifierReward))}
     chosen = torch.arange(SCORED, device=rollout.mask.device)
@@ -273,7 +273,7 @@ def _company(ground: Ground, small: PPOTrainer, reward: Reward, rollout: Rollout
         scale = max(float(together.square().mean().sqrt()), 1.0)  # normalised scores are of size 1
         off = {how: deviation(other, together, scale) for how, other in found.items()}
         how = max(off, key=lambda name: off[name])
-        checks.append(of_company(off[how], how, REORDERED[ground.compute.dtype]))
+        checks.append(batch_independence_check(off[how], how, REORDERED[ground.compute.dtype]))
     return checks
 
 
@@ -295,7 +295,7 @@ def padded(sequences: Sequences, left: int, right: int, pad_token_id: int) -> Se
 
 
 @torch.no_grad()
-def _reward_loads(ground: Ground, trainer: PPOTrainer) -> list[Check]:
+def _reward_loads(ground: PreflightContext, trainer: PPOTrainer) -> list[Check]:
     """That the reward model scores its probe as it did when it was trained; nothing without a probe."""
     checks = []
     for artifact in ground.parents:
@@ -310,7 +310,7 @@ def _reward_loads(ground: Ground, trainer: PPOTrainer) -> list[Check]:
     return checks
 
 
-def _responses(ground: Ground, trainer: PPOTrainer, rows: Sequence[Sequence[int]]) -> Responses:
+def _responses(ground: PreflightContext, trainer: PPOTrainer, rows: Sequence[Sequence[int]]) -> Responses:
     """Token rows as responses of one token, the last: that is where the score is read."""
     prompts, prompt_mask = pad([row[:-1] for row in rows], ground.pad_token_id, side="left")
     last = torch.tensor([[row[-1]] for row in rows])
@@ -323,7 +323,11 @@ def _responses(ground: Ground, trainer: PPOTrainer, rows: Sequence[Sequence[int]
 
 @torch.no_grad()
 def _reload(
-    ground: Ground, models: RoleModels, intended: Mapping[str, nn.Parameter], rollout: Rollout, temperature: float
+    ground: PreflightContext,
+    models: RoleModels,
+    intended: Mapping[str, nn.Parameter],
+    rollout: Rollout,
+    temperature: float,
 ) -> list[Check]:
     """What saving and loading the policy's adapter changes; whole models are not copied."""
     if not isinstance(models, SharedModels):
@@ -341,7 +345,9 @@ def _reload(
     return [check_reload(policy, save, load, said, ground.folder)]
 
 
-def _room(ground: Ground, trainer: PPOTrainer, intended: Mapping[str, nn.Parameter], activations: float) -> list[Check]:
+def _room(
+    ground: PreflightContext, trainer: PPOTrainer, intended: Mapping[str, nn.Parameter], activations: float
+) -> list[Check]:
     c, parameters = trainer.config, list(intended.values())
     longest = sorted(map(len, trainer.prompts))[-c.microbatch_size :]
     tokens = sum(longest) + c.microbatch_size * c.response_length

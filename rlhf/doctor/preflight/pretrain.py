@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from rlhf.doctor.preflight.check import Check
-from rlhf.doctor.preflight.models import check_gradients, check_optimizer, check_trainable, untouched
-from rlhf.doctor.preflight.room import Kept, check_disk, check_memory
+from rlhf.doctor.preflight.models import check_gradients, check_optimizer, check_trainable, preserve_state
+from rlhf.doctor.preflight.room import ActivationMeter, check_disk, check_memory
 from rlhf.models.compute import Compute
 from rlhf.run.optim import MIN_8BIT_SIZE
 
@@ -24,12 +24,12 @@ def pretrain(trainer: Any, compute: Compute, folder: Path, registry: Path) -> li
     """
     model, config, blocks = trainer.model, trainer.config, trainer.train_dataset
     parameters = dict(model.named_parameters())
-    with untouched(model, compute.device):
+    with preserve_state(model, compute.device):
         batch = trainer.data_collator([blocks[0]])["input_ids"].to(compute.device)
         causal = check_causal(model.eval(), batch)
         trained = check_trainable(model, parameters)
         model.train()
-        kept = Kept(model)
+        kept = ActivationMeter(model)
         with kept.counted(), compute.autocast():
             loss = trainer.compute_loss(model, {"input_ids": batch})
         loss.backward()

@@ -25,12 +25,12 @@ _RESULTS = 2
 _REST = 50_000_000
 
 
-def trained_bytes(parameters: Sequence[nn.Parameter]) -> int:
+def parameter_bytes(parameters: Sequence[nn.Parameter]) -> int:
     """Bytes of the parameters."""
     return sum(p.numel() * p.element_size() for p in parameters)
 
 
-def state_bytes(parameters: Sequence[nn.Parameter], config: TrainingConfig) -> int:
+def optimizer_bytes(parameters: Sequence[nn.Parameter], config: TrainingConfig) -> int:
     """Bytes of Adam's two moments of each parameter."""
     eight_bit = config.optim == "adamw_8bit"
     return sum(
@@ -45,8 +45,8 @@ def check_disk(parameters: Sequence[nn.Parameter], config: TrainingConfig, folde
         folder: of the run.
         registry: root of the registry, which may not exist yet.
     """
-    weights = trained_bytes(parameters)
-    checkpoint = weights + state_bytes(parameters, config)
+    weights = parameter_bytes(parameters)
+    checkpoint = weights + optimizer_bytes(parameters, config)
     needs = {folder: _CHECKPOINTS * checkpoint + _RESULTS * weights + _REST, registry: weights}
     told: list[str] = []
     short = False
@@ -80,7 +80,7 @@ def check_memory(
         tokens: of the largest forward pass.
         cache: bytes of keys and values while sampling, when there are no activations.
     """
-    fixed = trained_bytes(parameters) + state_bytes(parameters, config)
+    fixed = parameter_bytes(parameters) + optimizer_bytes(parameters, config)
     moving = max(int(activations * tokens), cache)
     free = memory.free_bytes(device)
     what = f"activations of {tokens:,} tokens" if moving > cache else "keys and values"
@@ -98,7 +98,7 @@ def _gb(count: float) -> str:
     return f"{count / 1e9:.3g} GB"
 
 
-class Kept:
+class ActivationMeter:
     """What forward passes keep for their backward passes.
 
     `peak` is the most that was alive at once, bytes. Tensors in the shape of a weight (copies in another type) are not
