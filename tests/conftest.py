@@ -156,7 +156,10 @@ def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> 
     from rlhf.base.errors import run_command
 
     def run(module: str, *words: object) -> Call:
-        main = importlib.import_module(module).main
+        runner = importlib.import_module(module)
+        if not hasattr(runner, "main"):  # a package, run by its __main__
+            runner = importlib.import_module(f"{module}.__main__")
+        main = runner.main
         monkeypatch.setattr(sys, "argv", [module, *map(str, words)])
         before = signal.getsignal(signal.SIGTERM)
         capfd.readouterr()

@@ -207,7 +207,7 @@ def test_pretraining_and_an_evaluation_are_shown_where_a_run_has_them(run: Path)
         assert text in page, text
     assert "Missing from this report" not in page
     (run / "evaluation.json").write_text('{"models": ')
-    assert "evaluation.json cannot be read" in write_report(run).read_text(encoding="utf-8")
+    assert "evaluation.json is not readable as JSON" in write_report(run).read_text(encoding="utf-8")
 
 
 def test_the_report_card_is_a_section_of_the_page(run: Path) -> None:

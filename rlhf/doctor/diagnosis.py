@@ -7,14 +7,13 @@ A run's folder holds what its stages left: `metrics.jsonl`, `samples.jsonl`, `co
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from rlhf.base.errors import UserError, did_you_mean
-from rlhf.base.json_files import read_jsonl
+from rlhf.base.json_files import read_jsonl, read_object_or_none
 from rlhf.doctor.health.findings import CHECKS, Finding, replay
 from rlhf.doctor.health.history import SAMPLES_READ, History
 from rlhf.registry import Registry
@@ -85,11 +84,7 @@ def read_history(folder: Path) -> History:
 
 def _settings(file: Path) -> dict[str, Any]:
     """The options that the run's checkpoints were made with; without them a few checks have nothing to go by."""
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
-        return {}
-    return settings if isinstance(settings, dict) else {}
+    return read_object_or_none(file) or {}
 
 
 def find_run(run: str, registry: str) -> Path:
@@ -102,11 +97,10 @@ def find_run(run: str, registry: str) -> Path:
         return Path(run)
     artifact = Registry(registry).read(run)
     folder = Path(str(artifact.manifest.config["output_dir"])) / artifact.manifest.stage
-    try:
-        made = json.loads((folder / "tracking.json").read_text(encoding="utf-8")).get("run_id")
-    except (OSError, json.JSONDecodeError):
-        raise UserError(f"{artifact.reference} was made in {folder}, which holds no log any more") from None
-    if made != artifact.manifest.wandb_run_id:
+    record = read_object_or_none(folder / "tracking.json")
+    if record is None:
+        raise UserError(f"{artifact.reference} was made in {folder}, which holds no log any more")
+    if record.get("run_id") != artifact.manifest.wandb_run_id:
         raise UserError(f"{artifact.reference} was made in {folder}, but another run has logged there since")
     return folder
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rlhf.base.json_files import read_object
 from rlhf.registry import Artifact
 
 FILE = "probe.json"
@@ -55,4 +56,4 @@ def read_probe(artifact: Artifact) -> Probe | None:
     """The probe of an artefact, whose files are verified when it is read; None where it was registered without one."""
     if FILE not in artifact.manifest.files:
         return None
-    return Probe(**json.loads((artifact.path / FILE).read_text(encoding="utf-8")))
+    return Probe(**read_object(artifact.path / FILE))

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from rlhf.base.errors import UserError, require
 from rlhf.base.functions import load_function
 from rlhf.base.intervals import Array
+from rlhf.base.json_files import read_value
 from rlhf.base.storage import sha256_file
 from rlhf.config import EvaluationConfig, reward_kind
 from rlhf.data_prep.load import load_rows
@@ -281,7 +282,7 @@ class Bench:
 
     def _read(self, key: dict[str, Any]) -> Any:
         try:
-            return json.loads(self._file(key).read_text(encoding="utf-8"))
+            return read_value(self._file(key))
         except (OSError, ValueError):
             return None  # not there, or half a file: made again
 

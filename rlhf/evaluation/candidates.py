@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rlhf.base.errors import UserError, did_you_mean
+from rlhf.base.json_files import read_value
 from rlhf.base.storage import sha256_file
 from rlhf.config import EvaluationConfig, reward_kind
 from rlhf.models.adapters import ADAPTER_FILE
@@ -243,7 +243,7 @@ def _read_run(folder: Path, registry: Registry) -> _Run:
     """A run by its own record of what its checkpoints were made of."""
     mark = folder / "checkpoints" / "made_of.json"
     try:
-        made_of = json.loads(mark.read_text(encoding="utf-8"))
+        made_of = read_value(mark)
         others = [str(reward) for reward in made_of["other_rewards"]]
         origin = _origin_of(made_of, others, str(made_of["dataset"]))
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -20,7 +20,7 @@ from typing import Any
 import requests
 
 from rlhf.base.errors import UserError
-from rlhf.base.json_files import read_jsonl
+from rlhf.base.json_files import decode, read_jsonl
 from rlhf.base.redaction import redact
 from rlhf.reward.sources import patient_session
 from rlhf.run.progress import Progress
@@ -156,7 +156,7 @@ class ChatJudge:
                 problem = f"is not accepted: set {_KEY}" if key is None else f"in {_KEY} is not accepted"
                 raise UserError(f"the key {problem} (judge {redact(self.url)}, {answer.status_code})")
             answer.raise_for_status()
-            body = answer.json()
+            body = decode(answer.content)
             reply = str(body["choices"][0]["message"]["content"])
             usage = body.get("usage") or {}
             tokens = [int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from rlhf.base.errors import UserError
+from rlhf.base.json_files import read_value
 from rlhf.data_prep.formats.rows import Malformed, Messages, Untrainable, check_turns, conversation
 
 FORMAT = 1
@@ -53,7 +53,7 @@ def load(file: Path, count: int) -> list[Messages]:
         UserError: no such file, not what `save` writes, or held with another number of models.
     """
     try:
-        content: Any = json.loads(file.read_text(encoding="utf-8"))
+        content = read_value(file)
         saved = [
             conversation(one["messages"], "messages") if one["messages"] else [] for one in content["conversations"]
         ]

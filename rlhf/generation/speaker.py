@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StopStringCriteria, TextStreamer
 
 from rlhf.base.errors import UserError
+from rlhf.base.json_files import read_object
 from rlhf.evaluation.answers import Answers, score_answers
 from rlhf.evaluation.candidates import trained_on
 from rlhf.generation.config import SpeakConfig
@@ -234,9 +234,9 @@ def _outside_model(name: str, config: SpeakConfig, compute: Compute) -> PreTrain
     if not (folder / ADAPTER_FILE).is_file():
         return load_base(name, config, compute, trust_remote_code=config.trust_remote_code)
     try:
-        settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        settings = read_object(folder / "adapter_config.json")
         base = str(settings["base_model_name_or_path"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, UserError, KeyError) as error:
         raise UserError(f"{folder} holds an adapter, but adapter_config.json does not say for which model") from error
     return load_merged(base, [folder], config, compute, trust_remote_code=config.trust_remote_code)
 

@@ -14,6 +14,7 @@ from filelock import FileLock
 
 from rlhf.base.assets import Asset, _say, cache_dir, extract, fetch
 from rlhf.base.errors import UserError, did_you_mean
+from rlhf.base.json_files import read_object
 from rlhf.base.storage import sha256_file
 from rlhf.registry import Artifact, Registry
 
@@ -136,7 +137,7 @@ def _seal(folder: Path, model: PackagedModel) -> None:
 
 def _intact(folder: Path) -> bool:
     try:
-        recorded = json.loads((folder / "source.json").read_text(encoding="utf-8"))["sha256"]
+        recorded = read_object(folder / "source.json")["sha256"]
         return all(sha256_file(folder / name) == digest for name, digest in recorded.items())
-    except (OSError, ValueError, KeyError):
+    except (OSError, UserError, KeyError):
         return False

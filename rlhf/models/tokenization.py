@@ -18,6 +18,7 @@ from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rlhf.base.errors import UserError, did_you_mean
+from rlhf.base.json_files import decode
 
 Message = Mapping[str, str]
 
@@ -168,7 +169,7 @@ def last_user_text(prompt: Sequence[Message]) -> str:
 def tokenizer_hashes(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """Hashes of vocabulary (with merges and special tokens) and chat template, which all stages must share."""
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
-    content = json.loads(backend.to_str()) if backend is not None else sorted(tokenizer.get_vocab().items())
+    content = decode(backend.to_str()) if backend is not None else sorted(tokenizer.get_vocab().items())
     if isinstance(content, dict):  # how the last caller padded and truncated is no part of the tokenizer
         content = {k: v for k, v in content.items() if k not in ("padding", "truncation")}
     vocabulary = json.dumps([content, tokenizer.special_tokens_map], sort_keys=True, default=str)

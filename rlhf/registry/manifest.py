@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf.base.errors import UserError, did_you_mean
+from rlhf.base.json_files import decode
 
 STAGES = ("data", "pretrain", "sft", "reward", "ppo")
 
@@ -151,10 +152,12 @@ class Manifest:
             UserError: any character differs from what was written, or other fields are expected by this version.
         """
         try:
-            values = json.loads(text)
-            fields = {k: v for k, v in values.items() if k != "checksum"}
-        except (ValueError, AttributeError, RecursionError) as error:
-            raise UserError(f"{source} is corrupt: it is not a JSON object") from error
+            values = decode(text)
+        except ValueError as error:
+            raise UserError(f"{source} is corrupt: {error}") from error
+        if not isinstance(values, dict):
+            raise UserError(f"{source} is corrupt: it is not a JSON object")
+        fields = {k: v for k, v in values.items() if k != "checksum"}
         known = [field.name for field in dataclasses.fields(cls)]
         problems = [f"unknown field '{k}'" for k in fields if k not in known]
         problems += [f"no field '{k}'" for k in (*known, "checksum") if k not in values]

@@ -26,6 +26,7 @@ from filelock import FileLock
 
 from rlhf.base import storage
 from rlhf.base.errors import UserError, did_you_mean
+from rlhf.base.json_files import read_object
 from rlhf.registry.manifest import (
     _NAME,
     _VERSION_FOLDER,
@@ -185,11 +186,10 @@ class Registry:
         Reference(stage, name)
         file = self.root / stage / name / TAGS
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-            return {str(tag): int(version) for tag, version in content.items()}
+            return {str(tag): int(version) for tag, version in read_object(file).items()}
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError, AttributeError, TypeError) as error:
+        except (OSError, UserError, ValueError, TypeError) as error:
             raise UserError(f"{file} cannot be read; delete it and tag again") from error
 
     def tag(self, artifact: Artifact, tag: str, *, remove: bool = False) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.base.errors import UserError, did_you_mean
-from rlhf.base.json_files import entries, read_jsonl, section
+from rlhf.base.json_files import decode, entries, read_jsonl, read_object, section
 from rlhf.report.figures import STAGES
 
 
@@ -123,17 +123,16 @@ def read_run(folder: Path, registry: Path | None = None) -> RunFolder:
 
 def _object(file: Path, run: RunFolder) -> dict[str, Any]:
     """A JSON object; {} where there is none, with a note where there is something else."""
+    name = str(file.relative_to(run.folder))
     try:
-        content = json.loads(file.read_text(encoding="utf-8"), parse_constant=lambda _: None)
+        return read_object(file, fix="the page is made without it", nan_as_none=True)
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
-        run.problems.append(f"{file.relative_to(run.folder)} cannot be read ({str(error).splitlines()[0]})")
-        return {}
-    if not isinstance(content, dict):
-        run.problems.append(f"{file.relative_to(run.folder)} holds a {type(content).__name__}, not an object")
-        return {}
-    return content
+    except OSError as error:
+        run.problems.append(f"{name} cannot be read ({error.strerror})")
+    except UserError as error:
+        run.problems.append(str(error).replace(str(file), name))
+    return {}
 
 
 def _rows(file: Path, run: RunFolder, *, expected: bool) -> list[dict[str, Any]]:
@@ -165,7 +164,7 @@ def _manifest(stage: str, place: Path, run: RunFolder, registry: Path | None) ->
         return {}
     try:
         raw = file.read_bytes()
-        content = json.loads(raw)
+        content = decode(raw)
     except (OSError, ValueError):
         content = None
     if not isinstance(content, dict):

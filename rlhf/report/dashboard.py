@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from rlhf.base.errors import UserError, run_command
+from rlhf.base.json_files import decode
 from rlhf.run.metrics import METRICS
 from rlhf.run.tracker import EPISODES, UPDATES
 from rlhf.run.wandb_link import has_wandb_key
@@ -121,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     made = workspace(arguments.entity, arguments.project, arguments.name, arguments.group)
     if arguments.output is not None:
         arguments.output.write_text(
-            json.dumps(json.loads(made._to_model().model_dump_json(by_alias=True)), indent=1), encoding="utf-8"
+            json.dumps(decode(made._to_model().model_dump_json(by_alias=True)), indent=1), encoding="utf-8"
         )
         print(arguments.output)
         return

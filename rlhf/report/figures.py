@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rlhf.base.errors import UserError
-from rlhf.base.json_files import finite_number, read_jsonl
+from rlhf.base.json_files import finite_number, read_jsonl, read_object
 from rlhf.run.progress import format_seconds
 
 STAGES = ("sft", "reward", "ppo")
@@ -26,14 +25,7 @@ def read_results(output_dir: Path) -> dict[str, Any]:
     file = output_dir / "results.json"
     if not file.is_file():
         raise UserError(f"{file} is not there; give the folder that a finished run wrote")
-    try:
-        # NaN is not JSON but Python writes it; to the page it is a figure that is not there.
-        results = json.loads(file.read_text(encoding="utf-8"), parse_constant=lambda _: None)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} is not readable as JSON ({error}); run the last stage again to rewrite it") from error
-    if not isinstance(results, dict):
-        raise UserError(f"{file} holds a {type(results).__name__}, not an object")
-    return results
+    return read_object(file, fix="run the last stage again to rewrite it", nan_as_none=True)
 
 
 def _read_rows(file: Path, missing: list[str]) -> list[dict[str, Any]]:
@@ -51,13 +43,12 @@ def _read_rows(file: Path, missing: list[str]) -> list[dict[str, Any]]:
 
 def _read_card(file: Path, missing: list[str]) -> dict[str, Any]:
     try:
-        card = json.loads(file.read_text(encoding="utf-8"), parse_constant=lambda _: None)
+        return read_object(file, nan_as_none=True)
     except FileNotFoundError:
         return {}  # not missing: a run on the user's own files has no data card, and one of an older version no report card
-    except (json.JSONDecodeError, UnicodeDecodeError):
+    except UserError:
         missing.append(f"{file.parent.name}/{file.name} is not readable as JSON")
         return {}
-    return card if isinstance(card, dict) else {}
 
 
 def _text(value: float | None) -> str:

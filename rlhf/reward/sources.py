@@ -6,7 +6,6 @@ A source is called with `Responses` and gives one finite number for each. Anythi
 
 from __future__ import annotations
 
-import json
 import math
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +24,7 @@ from urllib3.util import Retry
 from rlhf.base import distributed
 from rlhf.base.errors import UserError, require
 from rlhf.base.functions import load_function
+from rlhf.base.json_files import decode, read_object
 from rlhf.config import ComputeConfig, PPOConfig, reward_kind
 from rlhf.models.base import context_length
 from rlhf.models.compute import Compute
@@ -201,9 +201,9 @@ def _exported(name_or_path: str) -> tuple[float, float] | None:
     except OSError:  # what transformers raises where there is none
         return None
     try:
-        *_, manifest = json.loads(Path(str(file)).read_text(encoding="utf-8")).values()  # parents come before children
+        *_, manifest = read_object(Path(str(file))).values()  # parents come before children
         return float(manifest["reward_mean"] or 0.0), float(manifest["reward_std"] or 1.0)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (UserError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{MANIFESTS} in {name_or_path} is no manifest of a reward model; export it again") from error
 
 
@@ -226,7 +226,7 @@ class EndpointReward:
             try:
                 answer = self.session.post(self.url, json=payload, timeout=self.timeout)
                 answer.raise_for_status()
-                scores = answer.json()["scores"]
+                scores = decode(answer.content)["scores"]
             except (requests.RequestException, KeyError, TypeError, ValueError) as error:
                 raise RewardError(
                     f"reward endpoint {self.url} gave no scores: {' '.join(str(error).split())[:300]}"

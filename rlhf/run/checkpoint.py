@@ -20,6 +20,7 @@ from torch import Tensor
 
 from rlhf.base import storage
 from rlhf.base.errors import UserError
+from rlhf.base.json_files import read_object
 
 _KEEP = 2
 
@@ -165,8 +166,7 @@ def load_tensors(path: Path, group: str) -> dict[str, Tensor]:
 def load_state(path: Path) -> dict[str, Any]:
     """The state that `save` was given, and its `step`."""
     try:
-        state: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        return state
+        return read_object(path / "state.json")
     except Exception as error:
         raise _damaged(path, error) from error
 

@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 from rlhf.base import storage
 from rlhf.base.errors import UserError
-from rlhf.base.json_files import read_jsonl
+from rlhf.base.json_files import read_jsonl, read_object_or_none
 from rlhf.base.redaction import redact
 from rlhf.run import terminal
 from rlhf.run.metrics import reward_kl_points
@@ -344,10 +344,10 @@ class Tracker:
     def _load_or_make_run_id(self) -> str:
         file = self.run_dir / RUN_FILE
         if self.resume and file.exists():
-            try:
-                return str(json.loads(file.read_text(encoding="utf-8"))["run_id"])
-            except (json.JSONDecodeError, KeyError, TypeError):
-                self._warn(f"{file} is not readable; a new W&B run is started")
+            record = read_object_or_none(file) or {}
+            if "run_id" in record:
+                return str(record["run_id"])
+            self._warn(f"{file} is not readable; a new W&B run is started")
         return secrets.token_hex(4)
 
     def _write_record(self) -> None:

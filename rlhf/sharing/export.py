@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from rlhf.base.errors import UserError
+from rlhf.base.json_files import decode, read_object
 from rlhf.models.adapters import ADAPTER_FILE
 from rlhf.models.registered import MANIFESTS, merged_model, policy_of
 from rlhf.models.tokenization import load_tokenizer
@@ -121,8 +122,7 @@ def _parts(registry: Registry, artifact: Artifact) -> list[Artifact]:
 
 
 def _adapter_config(artifact: Artifact) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((artifact.path / "adapter_config.json").read_text(encoding="utf-8"))
-    return config
+    return read_object(artifact.path / "adapter_config.json")
 
 
 def _write_adapter(registry: Registry, artifact: Artifact, folder: Path) -> None:
@@ -170,4 +170,4 @@ def _scale(config: dict[str, Any]) -> float:
 def _manifests(registry: Registry, artifact: Artifact) -> dict[str, Any]:
 
     lines = ancestors(registry.lineage(artifact))
-    return {line.reference: json.loads(line.artifact.manifest.to_json()) for line in lines if line.artifact}
+    return {line.reference: decode(line.artifact.manifest.to_json()) for line in lines if line.artifact}

@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from rlhf.base import distributed, storage
 from rlhf.base.errors import UserError
+from rlhf.base.json_files import read_object
 from rlhf.base.redaction import redact
 from rlhf.config import StageConfig, TrainingConfig
 from rlhf.data_prep.load import Loaded
@@ -201,7 +202,7 @@ def _claim_checkpoints(folder: Path, config: TrainingConfig, parents: list[Artif
             folder.rename(previous)
     checkpoint.clear(folder)
     if mark.is_file() or checkpoint.latest(folder):
-        before = json.loads(mark.read_text(encoding="utf-8")) if mark.is_file() else {}
+        before = read_object(mark, fix="start anew without --resume") if mark.is_file() else {}
         if changed := sorted(k for k, v in made_of.items() if k not in before or before[k] != v):
             raise UserError(
                 f"the checkpoints in {folder} were made with other options or inputs ({', '.join(changed)}); "

@@ -259,9 +259,9 @@ def test_a_corrupt_run_does_not_take_the_others_with_it(runs: list[Path], tmp_pa
     text = text_of(page_of([*runs, broken, empty], tmp_path))
     assert "4 runs compared" in text
     for line in (
-        "broken: results.json cannot be read", "broken: manifest.json of its ppo stage is corrupt",
+        "broken: results.json is not readable as JSON", "broken: manifest.json of its ppo stage is corrupt",
         "broken: ppo/tracking.json holds a list", "broken: ppo/metrics.jsonl: 1 unreadable line left out",
-        "broken: reward/card.json cannot be read", "empty: ppo/metrics.jsonl is not there", "no readable manifest of",
+        "broken: reward/card.json is not readable as JSON", "empty: ppo/metrics.jsonl is not there", "no readable manifest of",
     ):  # fmt: skip
         assert line in text, line
     assert "cheap says 0" in text and "dear says 0" in text

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any, Literal
 
 from rlhf.base.assets import VADER_SDIST, extract_ratings, fetch
 from rlhf.base.errors import UserError, did_you_mean
+from rlhf.base.json_files import read_object
 from rlhf.base.storage import sha256_file
 from rlhf.config import option
 from rlhf.data_prep.demo import sentiment
@@ -74,7 +74,7 @@ def prepare_reviews(config: ReviewsConfig, archive: Path | None = None) -> Path:
         _build(partial, recipe, config, fetch(VADER_SDIST) if archive is None else archive)
 
     if made_once(folder, recipe, fill):
-        rows = json.loads((folder / "card.json").read_text(encoding="utf-8"))["rows"]
+        rows = read_object(folder / "card.json")["rows"]
         print(f"data: {folder}: " + ", ".join(f"{count:,} {name}" for name, count in rows.items()), file=sys.stderr)
     return folder
 

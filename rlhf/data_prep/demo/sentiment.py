@@ -8,11 +8,12 @@ so it is the same on every machine and does not move when rows are added. (One e
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from rlhf.base.json_files import decode
 
 Row = dict[str, Any]
 Messages = list[dict[str, str]]
@@ -157,8 +158,8 @@ def _number(text: str) -> float:
 
 def _ratings(text: str) -> tuple[int, ...]:
     try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        values = decode(text)
+    except ValueError as error:
         raise BadLine("ratings are not a list of whole numbers from -4 to 4") from error
     if not isinstance(values, list) or not all(type(v) is int and -4 <= v <= 4 for v in values):
         raise BadLine("ratings are not a list of whole numbers from -4 to 4")

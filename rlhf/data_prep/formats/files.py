@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rlhf.base.errors import UserError
+from rlhf.base.json_files import EXCERPT, bounded_lines, decode
 from rlhf.base.storage import sha256_file
 from rlhf.data_prep.prepare.recipe import Source, local
 
@@ -32,7 +33,6 @@ BINARY_SUFFIXES = (".parquet", ".arrow")
 #: Columns whose cells in a CSV file are texts even when they look like a JSON list, unless it is a list of messages.
 TEXT_COLUMNS = ("prompt", "completion", "chosen", "rejected", "response")
 _BATCH = 1000
-_EXCERPT = 2000
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def _is_array(file: Path) -> bool:
 
 def _json_lines(file: Path, max_row_bytes: int) -> Iterator[Line]:
     with _open(file) as stream:
-        for number, (raw, size) in enumerate(_bounded_lines(stream, max_row_bytes), start=1):
+        for number, (raw, size) in enumerate(bounded_lines(stream, max_row_bytes), start=1):
             if number == 1:
                 raw = raw.removeprefix(codecs.BOM_UTF8)
             if size > max_row_bytes:
@@ -182,30 +182,16 @@ def _json_lines(file: Path, max_row_bytes: int) -> Iterator[Line]:
 
 def _json_line(file: str, number: int, raw: bytes) -> Line:
     try:
-        return Line(file, number, json.loads(raw.decode("utf-8")))
+        return Line(file, number, decode(raw))
     except UnicodeDecodeError as error:
         problem = f"not UTF-8 (byte {error.start + 1} of the line)"
     except ValueError as error:
         problem = f"not valid JSON: {error}"
-    except RecursionError:
-        problem = "not valid JSON: nested too deeply"
     return Line(file, number, problem=problem, raw=_excerpt(raw))
 
 
-def _bounded_lines(stream: IO[bytes], limit: int) -> Iterator[tuple[bytes, int]]:
-    """(line, its length in bytes); of a line longer than `limit` only the beginning is kept."""
-    while raw := stream.readline(limit + 1):
-        size = len(raw.rstrip(b"\r\n"))
-        if size > limit:
-            raw = raw[:_EXCERPT]
-            while (more := stream.readline(1 << 20)) and not more.endswith(b"\n"):
-                size += len(more)
-            size += len(more.rstrip(b"\r\n"))
-        yield raw, size
-
-
 def _excerpt(raw: bytes) -> str:
-    return raw[:_EXCERPT].decode("utf-8", "backslashreplace").rstrip("\r\n")
+    return raw[:EXCERPT].decode("utf-8", "backslashreplace").rstrip("\r\n")
 
 
 def _json_array_lines(file: Path, _: int) -> Iterator[Line]:
@@ -240,7 +226,7 @@ def _csv_lines(file: Path, max_row_bytes: int) -> Iterator[Line]:
 
 def _csv_line(file: str, number: int, row: dict[str, Any]) -> Line:
     more = row.pop("\0more", None)
-    raw = json.dumps(row, default=str)[:_EXCERPT]
+    raw = json.dumps(row, default=str)[:EXCERPT]
     if more is not None:
         return Line(file, number, problem=f"{len(more)} more cells than columns", raw=raw)
     missing = [name for name, value in row.items() if value is None]
@@ -259,7 +245,7 @@ def csv_cell(name: str, value: str) -> Any:
     if not value.lstrip().startswith("["):
         return value
     try:
-        values = json.loads(value)
+        values = decode(value)
     except ValueError:
         return value
     return values if name not in TEXT_COLUMNS or all(isinstance(v, dict) for v in values) else value

@@ -14,6 +14,7 @@ from filelock import FileLock
 
 from rlhf.base.assets import cache_dir
 from rlhf.base.errors import UserError
+from rlhf.base.json_files import read_object_or_none
 from rlhf.base.storage import sha256_file
 
 CARD = "card.json"
@@ -61,11 +62,11 @@ def made_once(folder: Path, recipe: dict[str, Any], fill: Callable[[Path], None]
 def up_to_date(folder: Path, recipe: dict[str, Any]) -> bool:
     """Whether the folder was made by this recipe and every file is as it was written."""
     try:
-        card = json.loads((folder / CARD).read_text(encoding="utf-8"))
+        card = read_object_or_none(folder / CARD) or {}
         return card["recipe"] == recipe and all(
             sha256_file(folder / name) == digest for name, digest in card["files"].items()
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, KeyError, TypeError, AttributeError):
         return False
 
 
@@ -88,9 +89,9 @@ def prepared_fingerprint(file: Path) -> str | None:
     if not card_file.is_file():
         return None
     try:
-        card = json.loads(card_file.read_text(encoding="utf-8"))
+        card = read_object_or_none(card_file) or {}
         fingerprint, digest = str(card["fingerprint"]), card["files"].get(f"{file.parent.name}/{file.name}")
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (KeyError, AttributeError):
         return None  # some other tool's card
     if digest is not None and digest != sha256_file(file):
         raise UserError(

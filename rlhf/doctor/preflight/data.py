@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rlhf.base.errors import UserError
+from rlhf.base.json_files import read_value
 from rlhf.data_prep.load import Kind, Loaded, joint_fingerprint, load_rows
 from rlhf.data_prep.prepare.folder import CARD
 from rlhf.data_prep.prepare.staged import comparable
@@ -130,7 +130,7 @@ def _kind(loaded: Loaded) -> Kind:
 def _allowed(dataset: str, trained: Kind, held_out: Kind) -> bool:
     """Whether the card of a prepared folder tells of an overlap of these sets: its leak gate has let it pass."""
     try:
-        card = json.loads((Path(dataset).expanduser() / CARD).read_text(encoding="utf-8"))
+        card = read_value(Path(dataset).expanduser() / CARD)
         pairs = [set(pair.split(" / ")) for pair in card["leaks"]["overlaps"]]
     except (OSError, ValueError, KeyError, TypeError):
         return False
