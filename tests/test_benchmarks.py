@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import json
@@ -481,6 +482,74 @@ def test_crash_sees_what_differs(load: Callable[[str], Any], tmp_path: Path) -> 
         place = killed(f"run {number}")
         (place.folder / file).write_text(change((place.folder / file).read_text()))
         assert crash.differences(place, whole) == [name]
+
+
+def test_toy_chain_repeats_itself(tmp_path: Path) -> None:
+    """Catches: a line that belongs to the clock or the place, and a chain that runs other code than the checkout's."""
+    lines, kept = tmp_path / "lines.txt", tmp_path / "kept"
+    done = script("toy_chain", "--until", "pretrain", "--output", lines, "--keep", kept)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "registry/pretrain/toy/v1/files/model.safetensors  " in lines.read_text()
+    assert (kept / "registry/pretrain/toy/v1/manifest.json").is_file() and (kept / "configs/ppo.yaml").is_file()
+    done = script("toy_chain", "--until", "pretrain", "--against", lines)
+    assert done.returncode == 0 and done.stdout.endswith(" lines, 0 differ\n"), done.stdout[-3000:]
+    done = script("toy_chain", "--until", "pretrain", "--checkout", tmp_path)
+    assert done.returncode == 2 and "Python takes rlhf from" in done.stderr
+
+
+def test_toy_chain_sees_what_differs(load: Callable[[str], Any], tmp_path: Path) -> None:
+    """Catches: a comparison that leaves something out, and so finds every version the same."""
+    chain = load("toy_chain")
+
+    def make(name: str) -> Path:
+        folder = tmp_path / name
+        run, artifact = folder / "out/ppo/ppo", folder / "registry/ppo/toy/v1"
+        for place in (run / "checkpoints/checkpoint-2", artifact):
+            place.mkdir(parents=True)
+            (place / "weights.safetensors").write_bytes(b"weights")
+        clock: dict[str, Any] = {
+            "created": name,
+            "checksum": name,
+            "code_commit": name,
+            "library_versions": {"a": name},
+        }
+        clock |= {"recipe": name, "wandb_run_id": name, "parents": [{"stage": "sft", "name": "toy", "hash": name}]}
+        sha = hashlib.sha256(b"weights").hexdigest()
+        figures = {"kl": 0.5, "seconds": len(name), "phases": [{"phase": name}]}
+        content = {**clock, "files": {"weights.safetensors": sha}, "metrics": figures, "config": {"lam": 0.95}}
+        (artifact / "manifest.json").write_text(json.dumps(content))
+        rows = [{"step": step, "time": len(name), "time/rollout": len(name), "ppo/loss": 1 / step} for step in (1, 2)]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (run / "samples.jsonl").write_text(json.dumps({"step": 1, "time": len(name), "response": "good"}) + "\n")
+        return folder
+
+    def changed(name: str, file: str = "", old: str = "", new: str = "") -> list[str]:
+        folder = make(name)
+        if file:
+            text = (folder / file).read_text()
+            assert old in text
+            (folder / file).write_text(text.replace(old, new))
+        lines = chain.to_text(chain.describe(folder))
+        return chain.compare(before, chain.from_text(lines))
+
+    before = chain.describe(make("before"))
+    artifact, run = "registry/ppo/toy/v1", "out/ppo/ppo"
+    assert changed("a longer name") == []
+    assert changed("a", f"{artifact}/manifest.json", "0.5", "0.25") == [
+        f"- {artifact}/manifest/metrics/kl  0.5",
+        f"+ {artifact}/manifest/metrics/kl  0.25",
+    ]
+    assert changed("b", f"{artifact}/manifest.json", ', "config": {"lam": 0.95}', "") == [
+        f"- {artifact}/manifest/config/lam  0.95"
+    ]
+    assert changed("c", f"{run}/metrics.jsonl", '"ppo/loss": 0.5', '"ppo/loss": 0.5000000000000001') == [
+        "- out/ppo/metrics/001 step 2/ppo/loss  0.5",
+        "+ out/ppo/metrics/001 step 2/ppo/loss  0.5000000000000001",
+    ]
+    assert len(changed("d", f"{run}/samples.jsonl", "good", "bad")) == 2
+    assert len(changed("e", f"{run}/checkpoints/checkpoint-2/weights.safetensors", "w", "v")) == 2
+    weights = changed("f", f"{artifact}/weights.safetensors", "w", "v")
+    assert len(weights) == 4 and f"+ {artifact}/files as recorded  false" in weights
 
 
 @pytest.fixture
