@@ -250,7 +250,7 @@ def _rows(file: Path) -> list[dict[str, Any]]:
 
 def describe(folder: Path) -> dict[str, str]:
     """Return everything that must be the same, by name, as JSON."""
-    found = {"machine/processor": _processor(), "machine/torch": version("torch")}
+    found: dict[str, Any] = {"machine/processor": _processor(), "machine/torch": version("torch")}
     for manifest in sorted((folder / "registry").glob("*/*/v*/manifest.json")):
         found |= describe_artifact(manifest, manifest.parent.relative_to(folder).as_posix())
     for run in RUNS:

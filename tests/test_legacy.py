@@ -28,7 +28,7 @@ LEGACY = Path(__file__).parent / "legacy"
 STAGES = {"pretrain": "PretrainConfig", "sft": "SFTConfig", "reward": "RewardConfig", "ppo": "PPOConfig"}
 #: On the processor that made them, a resumed run ends in the very bytes of the uninterrupted one. Other processors and
 #: torch versions round differently: without vector instructions figures moved by 2e-6 of themselves, weights by 1e-7.
-CLOSE = {"rel": 1e-4, "abs": 1e-5}
+CLOSE: dict[str, Any] = {"rel": 1e-4, "abs": 1e-5}
 CLOCK = ("seconds", "seconds_per_update", "phases")
 
 REGISTRY_VERBS = (
