@@ -19,6 +19,7 @@ MOVED = {
     "rlhf.dashboard": "rlhf.report.dashboard",
     "rlhf.tracking": "rlhf.report.dashboard",
     "rlhf.evaluation.reward": "rlhf.evaluation.card.report_card",
+    "rlhf.doctor.preflight.__main__": "rlhf.doctor.preflight.command",
     "rlhf.registry.__main__": "rlhf.sharing.__main__",
 }
 

@@ -35,14 +35,12 @@ REGISTRY_VERBS = (
     *("list", "show", "verify", "delete", "lineage", "diff"),
     *("tag", "prune", "export", "push", "pull", "reproduce"),
 )
-#: Every module that users start with `python -m`, with the words in front of `--help`.
+#: Every documented module that users start with `python -m`, or by a verb of `rlhf`; then words in front of `--help`.
 COMMANDS = (
     "rlhf",
     "rlhf.data_prep",
     "rlhf.data_prep show",
     "rlhf.doctor",
-    "rlhf.doctor preflight",
-    "rlhf.doctor.preflight",
     "rlhf.evaluation",
     "rlhf.evaluation.reward",
     "rlhf.generation.chat",
