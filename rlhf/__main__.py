@@ -4,33 +4,67 @@ from __future__ import annotations
 
 import importlib
 import sys
+from typing import NamedTuple
 
 from rlhf.base.errors import UserError, did_you_mean, run_command
+from rlhf.base.functions import load_function
+from rlhf.config import parse_config
+
+
+class Verb(NamedTuple):
+    """One thing that can be run."""
+
+    module: str
+    """Its `main` reads the command line."""
+    summary: str
+    """Its line in the help text."""
+    options: str = ""
+    """`module:Class` of its options where `module` is slow to import, so that help and wrong options need not wait for it."""
+
 
 VERBS = {
-    "pipeline": ("rlhf.pipeline", "data, SFT, reward model, PPO and report, in one go"),
-    "data": ("rlhf.data_prep.__main__", "prepare demonstrations, comparisons and prompts"),
-    "pretrain": ("rlhf.stages.pretrain", "before stage 1: a tokenizer and a model of your own, from plain text"),
-    "sft": ("rlhf.stages.sft", "stage 1: supervised fine-tuning"),
-    "reward": ("rlhf.stages.reward", "stage 2: train a reward model on rankings"),
-    "ppo": ("rlhf.stages.ppo", "stage 3: PPO against the reward model"),
-    "card": ("rlhf.evaluation.card.report_card", "report card of a registered reward model on any comparisons"),
-    "evaluate": ("rlhf.evaluation.__main__", "what policies are worth: figures, win rates, best-of-n, frontier, tax"),
-    "generate": ("rlhf.generation.generate", "answers of any model to prompts, as text or JSON lines"),
-    "chat": ("rlhf.generation.chat", "talk to a model, or to several side by side"),
-    "registry": (
-        "rlhf.sharing.__main__",
-        "what was trained: list, lineage, diff, export, push, reproduce, delete, ...",
+    "pipeline": Verb("rlhf.pipeline", "data, SFT, reward model, PPO and report, in one go"),
+    "data": Verb("rlhf.data_prep.__main__", "prepare demonstrations, comparisons and prompts"),
+    "pretrain": Verb(
+        "rlhf.stages.pretrain",
+        "before stage 1: a tokenizer and a model of your own, from plain text",
+        "rlhf.config:PretrainConfig",
     ),
-    "doctor": ("rlhf.doctor.__main__", "what was wrong with a run; before it, what would be: rlhf doctor preflight"),
-    "report": ("rlhf.report.__main__", "one HTML page about a run, or about several"),
-    "tracking": ("rlhf.report.dashboard", "save a W&B workspace that compares runs"),
+    "sft": Verb("rlhf.stages.sft", "stage 1: supervised fine-tuning", "rlhf.config:SFTConfig"),
+    "reward": Verb("rlhf.stages.reward", "stage 2: train a reward model on rankings", "rlhf.config:RewardConfig"),
+    "ppo": Verb("rlhf.stages.ppo", "stage 3: PPO against the reward model", "rlhf.config:PPOConfig"),
+    "card": Verb(
+        "rlhf.evaluation.card.report_card",
+        "report card of a registered reward model on any comparisons",
+        "rlhf.config:RewardCardConfig",
+    ),
+    "evaluate": Verb(
+        "rlhf.evaluation.__main__",
+        "compare policies: figures, win rates, best-of-n, frontier, tax",
+        "rlhf.config:EvaluationConfig",
+    ),
+    "generate": Verb(
+        "rlhf.generation.generate",
+        "answers of any model to prompts, as text or JSON lines",
+        "rlhf.generation.config:GenerateConfig",
+    ),
+    "chat": Verb(
+        "rlhf.generation.chat",
+        "talk to a model, or to several side by side",
+        "rlhf.generation.config:ChatConfig",
+    ),
+    "registry": Verb(
+        "rlhf.sharing.__main__", "registered artefacts: list, lineage, diff, export, push, reproduce, delete, ..."
+    ),
+    "doctor": Verb("rlhf.doctor.__main__", "find problems of a run afterwards; before it: rlhf doctor preflight"),
+    "report": Verb("rlhf.report.__main__", "one HTML page about a run, or about several"),
+    "tracking": Verb("rlhf.report.dashboard", "save a W&B workspace that compares runs"),
 }
 
 
 def usage() -> str:
-    """The help text."""
-    lines = [f"  {verb:10s} {what}" for verb, (_, what) in VERBS.items()]
+    """Return the help text."""
+    lines = [f"  {name:10s} {verb.summary}" for name, verb in VERBS.items()]
     return "\n".join(
         [
             "usage: rlhf VERB [--config FILE] [--option value ...]",
@@ -43,16 +77,19 @@ def usage() -> str:
 
 
 def dispatch() -> None:
-    """Runs the verb that the command line names."""
+    """Run the verb that the command line names."""
     words = sys.argv[1:]
     if not words or words[0] in ("-h", "--help", "help"):
         print(usage())
         return
-    verb = words[0]
-    if verb not in VERBS:
-        raise UserError(f"no verb '{verb}'{did_you_mean(verb, VERBS)}; rlhf --help lists them")
-    sys.argv = [f"rlhf {verb}", *words[1:]]
-    importlib.import_module(VERBS[verb][0]).main()
+    name, *options = words
+    if name not in VERBS:
+        raise UserError(f"no verb '{name}'{did_you_mean(name, VERBS)}; rlhf --help lists them")
+    verb = VERBS[name]
+    sys.argv = [f"rlhf {name}", *options]
+    if verb.options:
+        parse_config(load_function(verb.options), options)  # type: ignore[arg-type]
+    importlib.import_module(verb.module).main()
 
 
 def main() -> None:

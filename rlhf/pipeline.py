@@ -7,7 +7,6 @@ same recipe (options, data, parents) is skipped, so the command can be repeated 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import datetime
@@ -26,9 +25,10 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 from rlhf.base import storage
+from rlhf.base.cli import Parser
 from rlhf.base.errors import UserError, did_you_mean, run_command
 from rlhf.config import (
     PPOConfig,
@@ -51,11 +51,6 @@ NOT_OF_PRETRAINING = {
     *("lr_scheduler_type", "warmup_steps", "save_steps"),
     *(option.name for option in dataclasses.fields(TrainingLength)),
 }
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see python -m rlhf.pipeline --help)")
 
 
 def run(folder: Path, overrides: dict[str, Any]) -> dict[str, Any]:
@@ -227,13 +222,11 @@ def _results(artifacts: dict[str, Any], seed: int, seconds: float) -> dict[str, 
 
 def parse(argv: Sequence[str] | None = None) -> tuple[Path, dict[str, Any]]:
     """The config folder, and `--option value` pairs for every stage that has the option."""
-    parser = _Parser(
-        prog="python -m rlhf.pipeline",
+    parser = Parser(
         usage="%(prog)s --config CONFIG [--option value ...]",
         description=__doc__.split("\n")[0],
         epilog="An option goes to every stage that has it. Data, training length and optimisation of pretraining are not those "
         "of the other stages: they stay as in pretrain.yaml.",
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--config",

@@ -12,6 +12,7 @@ import pytest
 from toys import Call
 
 from rlhf.__main__ import VERBS
+from rlhf.base.functions import load_function
 
 Caller = Callable[..., Call]
 
@@ -40,6 +41,39 @@ def test_every_verb_explains_itself(rlhf: Caller, verb: str) -> None:
     shown = rlhf(verb, "--help")
     assert shown.code == 0, shown.err
     assert "usage" in shown.out.lower() and len(shown.out.splitlines()) >= 3
+
+
+@pytest.mark.parametrize("words", [*([verb] for verb in VERBS), ["registry", "export"], ["doctor", "preflight"]])
+def test_help_imports_nothing_slow(words: list[str]) -> None:
+    """`rlhf ppo --help` took 9 to 11 s of CPU: torch and transformers' models were imported to print a few lines."""
+    watched = (
+        "import atexit, resource, sys\n"
+        "def report():\n"
+        "    usage = resource.getrusage(resource.RUSAGE_SELF)\n"
+        "    print(usage.ru_utime + usage.ru_stime, 'torch' in sys.modules, file=sys.stderr)\n"
+        "atexit.register(report)\n"
+        "from rlhf.__main__ import main\n"
+        "main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", watched, *words, "--help"], capture_output=True, text=True, timeout=120, check=True
+    )
+    seconds, torch = done.stderr.split()
+    assert "usage: " in done.stdout and torch == "False" and float(seconds) < 2
+
+
+@pytest.mark.parametrize("verb", [name for name, verb in VERBS.items() if verb.options])
+def test_wrong_options_need_not_wait_for_the_module(rlhf: Caller, monkeypatch: pytest.MonkeyPatch, verb: str) -> None:
+    """A slip in an option was reported after ten seconds of imports. The table must name the options that `main` reads."""
+    module = importlib.import_module(VERBS[verb].module)
+    options = load_function(VERBS[verb].options)
+    read: list[object] = []
+    monkeypatch.setattr(module, "parse_config", lambda kind: read.append(kind) or sys.exit(0))
+    with pytest.raises(SystemExit):
+        module.main()
+    assert read == [options]
+    monkeypatch.setattr(module, "main", lambda: pytest.fail("its module was run"))
+    assert "no_such_option" in rlhf(verb, "--no_such_option").complaint
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -86,8 +120,8 @@ def test_registry_of_the_toy_pipeline(rlhf: Caller, finished: tuple[Path, Path])
 
 def test_verbs_name_modules_with_a_main() -> None:
     """The table of verbs and the modules, without starting any of them."""
-    for module, _ in VERBS.values():
-        assert callable(importlib.import_module(module).main)
+    for verb in VERBS.values():
+        assert callable(importlib.import_module(verb.module).main)
 
 
 def test_in_a_process(command: Callable[..., subprocess.CompletedProcess[str]]) -> None:

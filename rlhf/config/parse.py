@@ -6,10 +6,11 @@ import dataclasses
 import math
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 
+from rlhf.base.cli import Parser
 from rlhf.base.errors import UserError, did_you_mean
 from rlhf.config.options import T
 
@@ -83,8 +84,7 @@ def _as_arguments(config_type: type, values: dict[str, Any], source: str) -> lis
 def _parser(config_type: Any) -> Any:
     from transformers import HfArgumentParser  # slow to import: only when a command really parses
 
-    class Parser(HfArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            raise UserError(f"{message} (see --help)")
+    class OptionsParser(Parser, HfArgumentParser):
+        """Options are the fields of a dataclass."""
 
-    return Parser(config_type, allow_abbrev=False, description=config_type.__doc__)
+    return OptionsParser(config_type, description=config_type.__doc__)

@@ -6,12 +6,12 @@ A run's folder holds what its stages left: `metrics.jsonl`, `samples.jsonl`, `co
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from rlhf.base.cli import Parser
 from rlhf.base.errors import UserError, did_you_mean
 from rlhf.base.json_files import read_jsonl, read_object_or_none
 from rlhf.doctor.health.findings import CHECKS, Finding, replay
@@ -128,14 +128,9 @@ def print_diagnoses(diagnoses: Sequence[Diagnosis]) -> None:
         console.print(f"Start with {one.findings[0].check.name}: what stands below it may be its consequence.")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see python -m rlhf.doctor --help)")
-
-
 def main(words: Sequence[str]) -> int:
     """`RUN [--registry FOLDER]`: prints the diagnosis; 0 if nothing was found, else 1."""
-    parser = _Parser(prog="python -m rlhf.doctor", description="What was wrong with a run?", allow_abbrev=False)
+    parser = Parser(description="What was wrong with a run?")
     parser.add_argument(
         "run", help="folder of a run or of one of its stages, or an artefact: ppo/NAME, ppo/NAME@VERSION"
     )

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
-from typing import NoReturn
 
+from rlhf.base.cli import Parser
 from rlhf.base.errors import UserError, run_command
 from rlhf.report.compare_page import write_comparison
 from rlhf.report.run_page import write_report
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see python -m rlhf.report --help)")
-
-
 def main() -> None:
     """`python -m rlhf.report RUN` or `python -m rlhf.report RUN RUN ... -o FILE`"""
-    parser = _Parser(prog="python -m rlhf.report", description="Reports of one run or of several.", allow_abbrev=False)
+    parser = Parser(description="Reports of one run or of several.")
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder that a run wrote, with results.json")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="compare the runs on one page, written here")
     parser.add_argument("--registry", type=Path, metavar="DIR", help="where manifests are, if not in the runs' folders")

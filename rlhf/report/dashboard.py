@@ -6,14 +6,14 @@ reward-KL frontier, the figures that tell a run's health, and the samples; runs 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from rlhf.base.cli import Parser
 from rlhf.base.errors import UserError, run_command
 from rlhf.base.json_files import decode
 from rlhf.run.metrics import METRICS
@@ -95,16 +95,11 @@ def _frontier(wr: Any) -> Any:
     return wr.ScatterPlot(title="Score over KL, last update", x=kl, y=score)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see python -m rlhf.tracking dashboard --help)")
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    parser = _Parser(prog="python -m rlhf.tracking", description="Compare runs in W&B.", allow_abbrev=False)
+    parser = Parser(description="Compare runs in W&B.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="dashboard")
-    command = commands.add_parser("dashboard", help="save a workspace that compares runs", allow_abbrev=False)
+    command = commands.add_parser("dashboard", help="save a workspace that compares runs")
     command.add_argument("--project", default="rlhf", help="W&B project; default: rlhf")
     command.add_argument("--entity", default=os.environ.get("WANDB_ENTITY"), help="user or team; default: WANDB_ENTITY")
     command.add_argument("--name", default="Runs compared", help="of the workspace")

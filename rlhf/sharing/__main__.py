@@ -7,35 +7,26 @@ import dataclasses
 import json
 import sys
 from collections.abc import Iterable, Sequence
-from typing import NoReturn
 
 from rich.console import Console
 from rich.table import Table
 from rich.tree import Tree
 
+from rlhf.base.cli import Parser
 from rlhf.base.errors import UserError, run_command
 from rlhf.registry import Artifact, Lineage, Reference, Registry
 from rlhf.sharing import verbs
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see python -m rlhf.registry --help)")
-
-
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(
-        prog="python -m rlhf.registry", description="Look at, compare and move artefacts.", allow_abbrev=False
-    )
+    parser = Parser(description="Look at, compare and move artefacts.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="VERB")
-    lister = commands.add_parser("list", help="all artefacts", allow_abbrev=False)
-    show = commands.add_parser("show", help="manifest and lineage of one artefact", allow_abbrev=False)
+    lister = commands.add_parser("list", help="all artefacts")
+    show = commands.add_parser("show", help="manifest and lineage of one artefact")
     show.add_argument("reference", metavar="REF", help="e.g. sft/demo (the latest version) or sft/demo@2")
-    verify = commands.add_parser(
-        "verify", help="check the files and parents of all artefacts, or of one", allow_abbrev=False
-    )
+    verify = commands.add_parser("verify", help="check the files and parents of all artefacts, or of one")
     verify.add_argument("reference", metavar="REF", nargs="?", help="default: all")
-    delete = commands.add_parser("delete", help="delete one version", allow_abbrev=False)
+    delete = commands.add_parser("delete", help="delete one version")
     delete.add_argument("reference", metavar="REF", help="e.g. sft/demo@2")
     delete.add_argument("--force", action="store_true", help="also one that others were made from")
     # Before or after the command; SUPPRESS keeps the second parser's default from undoing what the first one read.

@@ -25,7 +25,7 @@ def add_parsers(commands: Any) -> list[argparse.ArgumentParser]:
     def verb(
         name: str, help: str, run: Callable[[argparse.Namespace, Console], None], *refs: str
     ) -> argparse.ArgumentParser:
-        parser: argparse.ArgumentParser = commands.add_parser(name, help=help, allow_abbrev=False)
+        parser: argparse.ArgumentParser = commands.add_parser(name, help=help)
         for ref in refs:
             parser.add_argument(ref.lower(), metavar=ref, help="sft/demo, sft/demo@2 or sft/demo@TAG")
         parser.set_defaults(run=run)
