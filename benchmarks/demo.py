@@ -52,15 +52,15 @@ def run_seed(config: Path, seed: int, folder: Path) -> dict[str, Any]:
 
 
 def table(runs: list[dict[str, Any]]) -> str:
-    """Markdown: the figure, what is wanted, and what each run had."""
+    """Return a Markdown table: each figure, its target, and its value in each run."""
     lines = [
-        " | ".join(["| figure | wanted", *(f"seed {run['seed']}" for run in runs)]) + " |",
+        " | ".join(["| figure | target", *(f"seed {run['seed']}" for run in runs)]) + " |",
         "|---" * (2 + len(runs)) + "|",
     ]
-    for stage, name, label, wanted in FIGURES:
+    for stage, name, label, target in FIGURES:
         values = [(run[stage] if stage else run)[name] for run in runs]
         if None not in values:
-            lines.append(" | ".join([f"| {label}", wanted, *(f"{value:.4g}" for value in values)]) + " |")
+            lines.append(" | ".join([f"| {label}", target, *(f"{value:.4g}" for value in values)]) + " |")
     return "\n".join(lines)
 
 
