@@ -25,6 +25,7 @@ from rlhf.base.json_files import read_object
 from rlhf.base.redaction import redact
 from rlhf.config import StageConfig, TrainingConfig
 from rlhf.data_prep.load import Loaded
+from rlhf.doctor.health.findings import actions
 from rlhf.doctor.preflight.check import Check, require_all
 from rlhf.doctor.preflight.context import PreflightContext
 from rlhf.models.compute import Compute
@@ -129,6 +130,7 @@ def open_run(
 ) -> Iterator[Run]:
     """Seeds, chooses device and type, opens the tracker; the run's folder is `output_dir/STAGE`."""
     Reference(stage, config.name)  # a name that cannot be registered must not show after the training
+    actions(config.doctor)  # nor a slip in `doctor` at the first finding
     _quiet()
     distributed.start()
     set_seed(config.seed)

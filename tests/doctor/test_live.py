@@ -13,6 +13,7 @@ from rlhf.base.errors import UserError
 from rlhf.config import SFTConfig, build
 from rlhf.doctor.live import QUIET_UPDATES, DoctorStop, LiveDoctor, RollBack
 from rlhf.run.tracker import Tracker
+from rlhf.stages.run import open_run
 
 
 @pytest.fixture
@@ -112,5 +113,9 @@ def test_option_is_checked_before_the_run() -> None:
     """Catches: a slip in the option that shows at the first finding, hours into a run."""
     needed = {"dataset": "d", "model_name_or_path": "m"}
     assert build(SFTConfig, {**needed, "doctor": ["stop", "loss_flat=off"]}, "x").doctor == ["stop", "loss_flat=off"]
-    with pytest.raises(UserError, match=r"no check 'los_flat' .did you mean 'loss_flat'"):
-        build(SFTConfig, {**needed, "doctor": ["warn", "los_flat=off"]}, "x")
+    wrong = build(SFTConfig, {**needed, "doctor": ["warn", "los_flat=off"]}, "x")
+    with (
+        pytest.raises(UserError, match=r"no check 'los_flat' .did you mean 'loss_flat'"),
+        open_run("sft", wrong, [], {}, ""),
+    ):
+        pass
