@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from rlhf.config import EvaluationConfig, PPOConfig, RewardConfig, StageConfig, TrainingLength
-from rlhf.doctor.health.findings import CHECKS
+from rlhf.doctor.health.findings import markdown_rows
 from rlhf.evaluation.card import hack_probes, statistics
 from rlhf.run.metrics import METRICS
 from rlhf.sharing import verbs as registry_verbs
@@ -120,13 +120,9 @@ def test_every_option_of_the_evaluation_is_listed_with_its_default() -> None:
 HEALTH_PAGE = (ROOT / "docs" / "health.md").read_text(encoding="utf-8")
 
 
-def test_every_check_of_the_doctor_is_explained_as_it_is() -> None:
-    """Catches: a check without a word about it, and a severity, remedy, cause or cure that differs from what the doctor says."""
-    rows = {row[0].strip("`"): row[1:] for row in table("The checks", HEALTH_PAGE)}
-    assert list(rows) == [check.name for check in CHECKS], "in the order of the diagnosis"
-    for check in CHECKS:
-        stages, severity, looks, finds, cause, action, _ = rows[check.name]
-        assert stages == ", ".join(check.stages)
-        assert severity == check.severity + (", kl_coef" if check.remedy == "kl_coef" else "")
-        assert (cause, action) == (check.cause, check.action)
-        assert looks and finds
+def test_the_table_of_health_checks_is_that_of_the_code() -> None:
+    """Catches: a check or a limit that was changed without the page. `python -m rlhf.doctor.health.findings` prints the table."""
+    rows = [
+        line for line in HEALTH_PAGE.split("## The checks")[1].split("\n## ")[0].splitlines() if line.startswith("| `")
+    ]
+    assert rows == markdown_rows()

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rlhf.base.errors import UserError
-from rlhf.doctor.health.check import HealthCheck
-from rlhf.doctor.health.findings import CHECKS, actions, find, replay
+from rlhf.doctor.health import supervised
+from rlhf.doctor.health.check import HealthCheck, registered
+from rlhf.doctor.health.findings import CHECKS, MODULES, actions, find, replay
 from rlhf.doctor.health.history import History
 
 UPDATES = 24
@@ -173,6 +177,44 @@ def names(history: History) -> list[str]:
 def test_a_healthy_run_has_no_findings(stage: str) -> None:
     """Catches: a threshold inside the noise of ordinary runs."""
     assert names(run(stage)) == []
+
+
+#: Checks in the order of a diagnosis; others may come between them.
+ORDER = [
+    "not_finite", "learning_rate_zero", "no_gradient", "loss_rising", "accuracy_below_chance",
+    "accuracy_at_chance", "loss_flat", "batch_spike", "wrong_reference", "template_twice", "pad_is_stop",
+    "padding_counted", "sampler_mismatch", "sampler_drift", "stale_logprobs", "advantages_not_centred",
+    "gradient_zero", "policy_unmoved", "same_as_sft", "value_untrained", "reward_constant", "reward_scale",
+    "reward_opposes_judge", "cut_off", "length_rewarded", "no_kl_penalty", "steps_too_large", "kl_jump",
+    "negative_kl", "controller_saturated", "over_optimised", "reward_ignores_judge", "stop_rate_falling",
+    "entropy_collapse", "responses_alike", "repeated_text", "length_up", "length_down", "kl_high",
+    "reward_saturated", "advantages_vanished", "value_dead", "value_useless", "reward_falling",
+    "gradient_spike", "slowing_down",
+]  # fmt: skip
+
+
+def test_checks_are_in_order_of_causation_however_they_are_imported() -> None:
+    """Catches: a registry in the order of imports, by which a run's diagnosis would change with who imports what first."""
+    names = [check.name for check in CHECKS]
+    assert [name for name in names if name in ORDER] == ORDER
+    imports = "; ".join(f"import rlhf.doctor.health.{module.__name__.split('.')[-1]}" for module in reversed(MODULES))
+    code = f"{imports}; from rlhf.doctor.health.findings import CHECKS; print(*(check.name for check in CHECKS))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == names
+
+
+def test_every_module_of_checks_is_listed() -> None:
+    """Catches: a check in a new file that nobody imports, and so never looks."""
+    files = {
+        file.stem for file in Path(str(supervised.__file__)).parent.glob("*.py") if "\n@check(" in file.read_text()
+    }
+    assert files == {module.__name__.split(".")[-1] for module in MODULES}
+    for module in MODULES:
+        assert registered(module.__name__) == tuple(
+            item
+            for item in vars(module).values()
+            if isinstance(item, HealthCheck) and item.look.__module__ == module.__name__
+        )
 
 
 def test_every_check_has_a_sick_run() -> None:

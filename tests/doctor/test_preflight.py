@@ -368,7 +368,7 @@ def test_a_policy_that_is_loaded_without_its_adapter(examine: Examine, monkeypat
 def test_a_reward_head_of_the_wrong_sign(examine: Examine, monkeypatch: pytest.MonkeyPatch) -> None:
     """The reward model that PPO asks is not the one that was judged; scores look well, and answers get worse."""
     read = reward_model.read_score_head
-    monkeypatch.setattr("rlhf.models.reward_model.read_score_head", lambda folder: -read(folder))
+    monkeypatch.setattr("rlhf.models.roles.read_score_head", lambda folder: -read(folder))
     assert list(failed(examine("ppo"))) == ["reward model loads as it was trained"]
 
 

@@ -1,1 +1,1 @@
-"""Health checks: what a stage's log says of its run."""
+"""Health checks: causes and evidence read from a stage's log."""

@@ -1,4 +1,4 @@
-"""What a stage has logged, as the health checks read it."""
+"""The log of a stage, as the health checks read it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class History:
     """The metric rows of one stage in order, and what else its folder holds.
 
     Args:
-        stage: `sft`, `reward` or `ppo`.
+        stage: `pretrain`, `sft`, `reward` or `ppo`.
         rows: lines of `metrics.jsonl`: `step`, in updates, and figures by name; None or NaN is a figure that was not finite.
         settings: options of the run, where they are known.
         samples: lines of `samples.jsonl`: `step`, `prompt`, `response`.
@@ -42,7 +42,7 @@ class History:
             self.add(row)
 
     def add(self, row: Row) -> None:
-        """One line more."""
+        """Append one line of the log."""
         self.step = int(row.get("step") or 0)
         for name, value in row.items():
             if name in ("step", "time") or isinstance(value, bool | str):
@@ -56,12 +56,11 @@ class History:
 
     @property
     def steps(self) -> list[int]:
-        """The updates of which there are figures."""
-        found = {step for steps, _ in self._finite.values() for step in steps} | set(self._broken.values())
-        return sorted(found)
+        """Updates that were logged, in order."""
+        return sorted({step for steps, _ in self._finite.values() for step in steps} | set(self._broken.values()))
 
     def until(self, step: int) -> History:
-        """What was known after that update; shares the figures."""
+        """Return the history as it was after that update; it shares the figures."""
         earlier = History(self.stage, settings=self.settings)
         earlier.step = step
         earlier.samples = [row for row in self.samples if (row.get("step") or 0) <= step]
@@ -71,31 +70,34 @@ class History:
         return earlier
 
     def broken(self) -> dict[str, int]:
-        """Figures that were not finite, and the first update at which."""
+        """Return the figures that were not finite, each with the first update at which it was not."""
         return dict(self._broken)
 
     def values(self, name: str, last: int | None = None) -> list[float]:
-        """The finite values of a figure, oldest first: all, or the last few."""
-        steps, values = self._finite.get(name, ([], []))
-        end = bisect_right(steps, self.step)
+        """Return the finite values of a figure, oldest first: all, or the last few."""
+        values = self._finite.get(name, ([], []))[1]
+        end = self.count(name)
         return values[max(0, end - last) if last is not None else 0 : end]
 
     def first(self, name: str, count: int) -> list[float]:
-        """The first few values, or fewer."""
-        steps, values = self._finite.get(name, ([], []))
-        return values[: min(count, bisect_right(steps, self.step))]
+        """Return the first few values, or fewer."""
+        return self._finite.get(name, ([], []))[1][: min(count, self.count(name))]
 
     def count(self, name: str) -> int:
-        """How many finite values there are."""
+        """Return the number of finite values of a figure."""
         return bisect_right(self._finite.get(name, ([], []))[0], self.step)
 
     def at(self, name: str, step: int) -> float | None:
-        """The value at an update, if it was logged there."""
+        """Return the value at an update, if it was logged there."""
         steps, values = self._finite.get(name, ([], []))
         place = bisect_right(steps, step) - 1
         return values[place] if step <= self.step and place >= 0 and steps[place] == step else None
 
     def change(self, name: str, *, start: int = 3, recent: int = 3) -> tuple[float, float]:
-        """Means of the first few and of the last few values, of which there must be as many as both together."""
+        """Return the means of the first few and of the last few values, of which as many as both together are needed."""
         assert self.count(name) >= start + recent
         return statistics.fmean(self.first(name, start)), statistics.fmean(self.values(name, recent))
+
+    def setting(self, name: str, default: float = 0.0) -> float:
+        """Return a numeric option of the run; the default where it is unknown, unset or 0."""
+        return float(self.settings.get(name) or default)

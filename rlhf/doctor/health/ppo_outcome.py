@@ -1,31 +1,73 @@
-"""Health checks of PPO: what became of the responses?"""
+"""Health checks of PPO: what becomes of reward, responses and values?"""
 
 from __future__ import annotations
 
+import itertools
+import math
 import statistics
+from collections.abc import Sequence
 
 from rlhf.doctor.health.check import check
 from rlhf.doctor.health.history import History
+from rlhf.doctor.health.ppo_reward import judge_correlation, reward_constant
+from rlhf.doctor.health.series import exact_kl, gradient_outlier
+
+#: Updates of a running mean.
+WIDTH = 5
+
+# ---- what the reward pays for ---------------------------------------------------------------------------------------
 
 
 @check(
-    "ppo",
-    severity="warning",
-    cause="most responses are cut off at response_length and scored unfinished: the SFT model never learned to stop (a stop "
-    "token masked out of its loss), or the limit is too low",
-    action="raise response_length; look whether SFT answers end in the stop token; set missing_eos_penalty",
-    needs=("response/stop_rate",),
-    rows=3,
+    severity="critical",
+    cause="over-optimisation: the policy has learned what the reward model gets wrong",
+    action="stop at the judge's best update; raise kl_coef, set kl_target, or train the reward model on the new responses",
+    remedy="kl_coef",
+    needs=("objective/gold", "objective/raw_score", "objective/score_std"),
+    rows=12,
+    source="Gao et al. 2022",
 )
-def cut_off(h: History) -> str | None:
-    """The share of responses that end by themselves in the first rollouts."""
-    rates = h.first("response/stop_rate", 3)
-    mean = statistics.fmean(rates)
-    return f"{mean:.0%} of the first rollouts' responses end in a stop token" if mean < 0.35 else None
+def over_optimised(h: History, *, errors: float = 6, updates: int = 10) -> str | None:
+    """Over running means of 5: the judge is {errors:g} standard errors below its best while the score is above what it was
+    then; or in {updates} updates the score rose by a whole spread and {errors:g} standard errors, and the judge fell."""
+    gold, score = h.values("objective/gold"), h.values("objective/raw_score")
+    if len(gold) != len(score):
+        return None
+    golds, scores, margin = _running_means(gold), _running_means(score), errors * _standard_error(gold)
+    best = max(range(len(golds)), key=golds.__getitem__)
+    if golds[-1] < golds[best] - margin and scores[-1] > scores[best]:
+        return (
+            f"the judge fell from {golds[best]:.3g} to {golds[-1]:.3g} while the score rose from {scores[best]:.3g} to "
+            f"{scores[-1]:.3g}"
+        )
+    if len(golds) <= updates:
+        return None
+    rise, gain = scores[-1] - scores[-1 - updates], golds[-1] - golds[-1 - updates]
+    spread = statistics.fmean(h.first("objective/score_std", 3))
+    if rise <= max(spread, errors * _standard_error(score)) or gain >= 0:
+        return None
+    return f"the score rose by {rise:.3g} in {updates} updates, the judge by {gain:.2g}"
 
 
 @check(
-    "ppo",
+    severity="warning",
+    cause="the reward knows nothing of what the independent judge looks at: shuffled labels, a random head, or another task",
+    action="compare the reward model with the judge on its own data: its report card, gold accuracy",
+    needs=("objective/gold_correlation",),
+    rows=10,
+)
+def reward_ignores_judge(h: History, *, correlation: float = 0.1, precision: float = 0.15) -> str | None:
+    """Mean of the first {rows} rollouts within {correlation:g} of 0, and 3 standard errors below {precision:g}."""
+    mean, error = judge_correlation(h, 10)
+    if abs(mean) >= correlation or 3 * error >= precision:
+        return None
+    return f"reward and judge correlate by {mean:.2f} in the first rollouts"
+
+
+# ---- responses ------------------------------------------------------------------------------------------------------
+
+
+@check(
     severity="critical",
     cause="the policy unlearns to stop: the reward likes unfinished or long texts",
     action="raise missing_eos_penalty or kl_coef; lower learning_rate",
@@ -33,16 +75,13 @@ def cut_off(h: History) -> str | None:
     needs=("response/stop_rate",),
     rows=6,
 )
-def stop_rate_falling(h: History) -> str | None:
-    """The share of responses with a stop token, against the start."""
-    change = h.change("response/stop_rate")
-    if change[1] > change[0] - 0.3:
-        return None
-    return f"share of responses with a stop token fell from {change[0]:.0%} to {change[1]:.0%}"
+def stop_rate_falling(h: History, *, fall: float = 0.3) -> str | None:
+    """Mean of the last 3 lower by {fall:.0%} of responses than of the first 3."""
+    start, now = h.change("response/stop_rate")
+    return f"share of responses with a stop token fell from {start:.0%} to {now:.0%}" if now <= start - fall else None
 
 
 @check(
-    "ppo",
     severity="critical",
     cause="entropy collapse: the policy has one answer left, and nothing to explore",
     action="raise kl_coef, lower learning_rate; check that the reward tells good answers apart",
@@ -50,33 +89,28 @@ def stop_rate_falling(h: History) -> str | None:
     needs=("objective/entropy",),
     rows=6,
 )
-def entropy_collapse(h: History) -> str | None:
-    """Entropy against the start."""
-    change = h.change("objective/entropy")
-    if change[1] > 0.2 * change[0]:
-        return None
-    return f"entropy fell from {change[0]:.3g} to {change[1]:.3g} nats a token"
+def entropy_collapse(h: History, *, share: float = 0.2) -> str | None:
+    """Mean of the last 3 at most {share:.0%} of the first 3."""
+    start, now = h.change("objective/entropy")
+    return f"entropy fell from {start:.3g} to {now:.3g} nats a token" if now <= share * start else None
 
 
 @check(
-    "ppo",
     severity="warning",
     cause="all responses grow alike: the policy repeats the few texts that the reward model likes best (over-optimisation)",
     action="raise kl_coef or set kl_target, stop earlier",
     remedy="kl_coef",
     needs=("response/distinct_2",),
     rows=6,
+    source="Li et al. 2016 (distinct-n)",
 )
-def responses_alike(h: History) -> str | None:
-    """Distinct word pairs of a rollout, against the start."""
-    change = h.change("response/distinct_2")
-    if change[1] > 0.6 * change[0]:
-        return None
-    return f"distinct word pairs fell from {change[0]:.0%} to {change[1]:.0%}"
+def responses_alike(h: History, *, share: float = 0.6) -> str | None:
+    """Mean of the last 3 at most {share:.0%} of the first 3."""
+    start, now = h.change("response/distinct_2")
+    return f"distinct word pairs fell from {start:.0%} to {now:.0%}" if now <= share * start else None
 
 
 @check(
-    "ppo",
     severity="warning",
     cause="responses repeat themselves: the reward model pays for words, however often they come",
     action="raise kl_coef; show the reward model repeated texts as bad ones",
@@ -84,43 +118,170 @@ def responses_alike(h: History) -> str | None:
     needs=("response/repetition",),
     rows=6,
 )
-def repeated_text(h: History) -> str | None:
-    """Word triples that a response has used before, against the start."""
-    change = h.change("response/repetition")
-    if change[1] < change[0] + 0.15:
-        return None
-    return f"{change[1]:.0%} of word triples are repetitions, {change[0]:.0%} at the start"
+def repeated_text(h: History, *, rise: float = 0.15) -> str | None:
+    """Mean of the last 3 higher by {rise:.0%} of word triples than of the first 3."""
+    start, now = h.change("response/repetition")
+    return f"{now:.0%} of word triples are repetitions, {start:.0%} at the start" if now >= start + rise else None
 
 
 @check(
-    "ppo",
     severity="warning",
     cause="responses grow longer and longer: the reward likes length, or stopping became rare",
     action="look at objective/length_correlation; balance the reward model by length, raise kl_coef",
     remedy="kl_coef",
     needs=("response/length",),
     rows=6,
+    source="Singhal et al. 2023",
 )
-def length_up(h: History) -> str | None:
-    """Response length against the start."""
-    change = h.change("response/length")
-    if change[1] < 2 * change[0] or change[1] < change[0] + 4:
-        return None
-    return f"length rose from {change[0]:.3g} to {change[1]:.3g} tokens"
+def length_up(h: History, *, factor: float = 2, tokens: float = 4) -> str | None:
+    """Mean of the last 3 at least {factor:g} x the first 3, and {tokens:g} tokens above them."""
+    start, now = h.change("response/length")
+    return f"length rose from {start:.3g} to {now:.3g} tokens" if now >= max(factor * start, start + tokens) else None
 
 
 @check(
-    "ppo",
     severity="warning",
     cause="responses shrink: fewer tokens cost less KL, or the reward likes short answers",
     action="set min_response_length and short_response_penalty; lower kl_coef if it is what they save",
-    remedy="learning_rate",
     needs=("response/length",),
     rows=6,
 )
-def length_down(h: History) -> str | None:
-    """Response length against the start."""
-    change = h.change("response/length")
-    if change[1] > 0.4 * change[0]:
+def length_down(h: History, *, share: float = 0.4) -> str | None:
+    """Mean of the last 3 at most {share:.0%} of the first 3."""
+    start, now = h.change("response/length")
+    return f"length fell from {start:.3g} to {now:.3g} tokens" if now <= share * start else None
+
+
+@check(
+    severity="warning",
+    cause="the policy is far from the SFT model: what the reward model says of such text was never learned",
+    action="raise kl_coef or set kl_target; lower learning_rate if the score no longer rises",
+    remedy="kl_coef",
+    needs=("objective/kl_k3", "response/length"),
+    rows=3,
+    reads="`objective/kl_full`, `response/length`",
+)
+def kl_high(h: History, *, token: float = 1, response: float = 2) -> str | None:
+    """Mean of the last {rows} above {token:g} nats a token and {response:g} nats a response."""
+    kl, length = statistics.fmean(exact_kl(h, 3)), statistics.fmean(h.values("response/length", 3))
+    return f"KL {kl:.3g} nats in {length:.3g} tokens" if kl > max(response, token * length) else None
+
+
+# ---- reward, values, speed ------------------------------------------------------------------------------------------
+
+
+@check(
+    severity="warning",
+    cause="the reward is saturated: nearly all responses get the same score, and the rest is noise",
+    action="stop here, or make the reward finer; more updates only move the policy away",
+    remedy="kl_coef",
+    needs=("objective/score_std",),
+    rows=6,
+)
+def reward_saturated(h: History, *, share: float = 0.15) -> str | None:
+    """Mean of the last 3 at most {share:.0%} of the first 3, and not `reward_constant`."""
+    start, now = h.change("objective/score_std")
+    if now > share * start or reward_constant(h):
         return None
-    return f"length fell from {change[0]:.3g} to {change[1]:.3g} tokens"
+    return f"spread of the scores fell from {start:.3g} to {now:.3g}"
+
+
+@check(
+    severity="warning",
+    cause="advantages are all but equal, and whitening blows what is left up to full size: noise is trained on",
+    action="look at objective/score_std; stop, or sample wider (more prompts, higher temperature)",
+    needs=("ppo/advantage_std",),
+    rows=6,
+)
+def advantages_vanished(h: History, *, share: float = 0.1) -> str | None:
+    """Mean of the last 3 at most {share:.0%} of the first 3, before whitening."""
+    start, now = h.change("ppo/advantage_std")
+    return f"spread of the advantages fell from {start:.3g} to {now:.3g}" if now <= share * start else None
+
+
+@check(
+    severity="warning",
+    cause="the value head is dead: it gives every token the same value",
+    action="start it from the reward model, raise value_learning_rate, or set value_warmup_updates",
+    needs=("ppo/value_std", "ppo/advantage_std"),
+    rows=8,
+)
+def value_dead(h: History, *, share: float = 0.02) -> str | None:
+    """After {rows} updates: spread of the values at most {share:.0%} of the advantages' (means of the last 3)."""
+    values, advantages = (statistics.fmean(h.values(f"ppo/{name}_std", 3)) for name in ("value", "advantage"))
+    if values > share * advantages:
+        return None
+    return f"spread of the values {values:.2g}, of the advantages {advantages:.2g}"
+
+
+@check(
+    severity="warning",
+    cause="the values mislead the policy: they explain less of the returns than a constant would",
+    action="raise value_learning_rate or clip_range_value, set value_warmup_updates, or start the value from the reward model",
+    needs=("ppo/explained_variance",),
+    rows=10,
+)
+def value_useless(h: History, *, variance: float = -0.02, recovery: float = 0.5) -> str | None:
+    """At most {variance:g} in each of the last 5 updates, after {rows} and the value warm-up; and their mean is not above
+    {recovery:g} x that of the 5 before, which would be a value on its way up."""
+    earlier, recent = h.values("ppo/explained_variance", 10)[:5], h.values("ppo/explained_variance", 5)
+    if h.count("ppo/explained_variance") < h.setting("value_warmup_updates") + 10 or max(recent) > variance:
+        return None
+    if statistics.fmean(recent) > recovery * statistics.fmean(earlier):
+        return None
+    return f"explained variance {min(recent):.2g} to {max(recent):.2g} in the last {len(recent)} updates"
+
+
+@check(
+    severity="warning",
+    cause="PPO lowers its own reward: steps too large, values that mislead, or an advantage with the wrong sign",
+    action="lower learning_rate; look at ppo/explained_variance and ppo/approx_kl",
+    needs=("objective/score", "objective/score_std"),
+    rows=10,
+    reads="`objective/score`",
+)
+def reward_falling(h: History, *, spreads: float = 0.6, least: float = 1e-6) -> str | None:
+    """After {rows} updates: mean of the last 5 below that of the first 3 by {spreads:g} spreads, {least:g} at least."""
+    start, now = h.change("objective/score", start=3, recent=5)
+    spread = statistics.fmean(h.first("objective/score_std", 3))
+    if now > start - max(spreads * spread, least):
+        return None
+    return f"the score fell from {start:.3g} to {now:.3g}, spread {spread:.2g}"
+
+
+@check(
+    severity="warning",
+    cause="one batch had a gradient far out of the usual: an outlier among the scores, or ratios that ran away",
+    action="set reward_clip; max_grad_norm holds the step, but look at the samples of that update",
+    needs=("ppo/grad_norm",),
+    rows=8,
+)
+def gradient_spike(h: History, *, usual: float = 10, largest: float = 3, clip: float = 1) -> str | None:
+    """Above {usual:g} x the median and {largest:g} x the largest of the 19 before, and above {clip:g} x `max_grad_norm`."""
+    return gradient_outlier(h, usual=usual, largest=largest, floor=clip * h.setting("max_grad_norm", 1.0))
+
+
+@check(
+    severity="warning",
+    cause="the machine has become slower: another process, swapping, a throttled GPU, or a leak",
+    action="look at the machine's load and memory; the run itself may be fine",
+    needs=("time/rollout", "time/score", "time/optimise", "response/length"),
+    rows=18,
+)
+def slowing_down(h: History, *, factor: float = 3) -> str | None:
+    """Seconds a token: median of the last 8 updates above {factor:g} x that of updates 2 to 9."""
+    series = [h.values(name) for name in ("time/rollout", "time/score", "time/optimise", "response/length")]
+    if len({len(values) for values in series}) > 1:
+        return None
+    seconds = [sum(times) / length for *times, length in zip(*series, strict=True)]
+    start, now = statistics.median(seconds[1:9]), statistics.median(seconds[-8:])
+    return f"an update takes {now / start:.1f} times as long a token as at the start" if now > factor * start else None
+
+
+def _running_means(values: Sequence[float]) -> list[float]:
+    return [statistics.fmean(values[i : i + WIDTH]) for i in range(len(values) - WIDTH + 1)]
+
+
+def _standard_error(values: Sequence[float]) -> float:
+    """Return the error of a running mean, from the differences of neighbours, which a trend hardly touches."""
+    return statistics.pstdev([b - a for a, b in itertools.pairwise(values)]) / math.sqrt(2 * WIDTH)

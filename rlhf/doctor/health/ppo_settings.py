@@ -1,4 +1,4 @@
-"""Health checks of PPO: do KL and its coefficient stay in bounds?"""
+"""Health checks of PPO: do step size and KL coefficient fit the run?"""
 
 from __future__ import annotations
 
@@ -7,108 +7,103 @@ import statistics
 
 from rlhf.doctor.health.check import check
 from rlhf.doctor.health.history import History
-from rlhf.doctor.health.series import _kl, _responses
+from rlhf.doctor.health.series import exact_kl, rollout_size
 
 
 @check(
-    "ppo",
     severity="warning",
     cause="nothing holds the policy near the SFT model: kl_coef is 0",
     action="set kl_coef (0.02 to 0.2), or kl_target",
     remedy="kl_coef",
-    needs=(
-        "objective/kl_coef",
-        "objective/kl_k3",
-        "response/length",
-    ),
+    needs=("objective/kl_coef", "objective/kl_k3", "response/length"),
     rows=3,
+    source="Ziegler et al. 2019, section 2.1",
 )
-def no_kl_penalty(h: History) -> str | None:
-    """A KL coefficient of 0 with a KL that grows."""
-    coefficient, length, kl = h.values("objective/kl_coef"), h.values("response/length", 3), _kl(h, 3)
-    mean = statistics.fmean(kl)
-    if max(coefficient) > 0 or mean < min(5, 0.25 * statistics.fmean(length)):
+def no_kl_penalty(h: History, *, response: float = 5, token: float = 0.25) -> str | None:
+    """0 in all rollouts, and a KL (mean of the last 3) of at least {response:g} nats or {token:g} a token."""
+    kl, length = statistics.fmean(exact_kl(h, 3)), statistics.fmean(h.values("response/length", 3))
+    if max(h.values("objective/kl_coef")) > 0 or kl < min(response, token * length):
         return None
-    return f"kl_coef is 0 and the KL {mean:.3g} nats a response"
+    return f"kl_coef is 0 and the KL {kl:.3g} nats a response"
 
 
 @check(
-    "ppo",
+    severity="critical",
+    cause="steps are too large: the policy changes more in one rollout's updates than the clip can hold",
+    action="lower learning_rate or num_ppo_epochs, set warmup_steps or max_approx_kl",
+    needs=("ppo/approx_kl", "ppo/clipfrac", "ppo/ratio_max"),
+    source="OpenAI's Spinning Up stops at 0.015; these are bursts",
+)
+def steps_too_large(
+    h: History,
+    *,
+    burst_kl: float = 0.2,
+    burst_clipped: float = 0.5,
+    kl: float = 0.08,
+    clipped: float = 0.35,
+    ratio: float = 100,
+) -> str | None:
+    """Once approx_kl above {burst_kl:g} nats a token or {burst_clipped:.0%} of the tokens clipped; or in 2 of 3 updates
+    approx_kl above {kl:g}, {clipped:.0%} clipped, or a ratio above {ratio:g}."""
+    kls, shares, ratios = (h.values(f"ppo/{name}", 3) for name in ("approx_kl", "clipfrac", "ratio_max"))
+    burst = kls[-1] > burst_kl or shares[-1] > burst_clipped
+    lasting = len(kls) >= 3 and (sorted(kls)[1] > kl or sorted(shares)[1] > clipped or sorted(ratios)[1] > ratio)
+    if not (burst or lasting):
+        return None
+    return (
+        f"approx_kl {max(kls):.2g} nats a token, {max(shares):.0%} of tokens clipped, largest ratio {max(ratios):.3g}"
+    )
+
+
+@check(
     severity="critical",
     cause="the policy jumped away from the SFT model in one rollout's updates: the step size is too large, or had no warm-up",
     action="lower learning_rate, set warmup_steps",
     needs=("objective/kl_k3",),
     rows=2,
+    reads="`objective/kl_full`",
 )
-def kl_jump(h: History) -> str | None:
-    """KL of a rollout against the rollouts before it."""
-    kl = _kl(h, 6)
-    before = max(kl[:-1])
-    return f"KL went from {before:.3g} to {kl[-1]:.3g} nats in one update" if kl[-1] > 3 + 3 * before else None
+def kl_jump(h: History, *, margin: float = 3, factor: float = 3) -> str | None:
+    """Above {margin:g} nats plus {factor:g} x the most of the 5 rollouts before."""
+    *earlier, now = exact_kl(h, 6)
+    if now <= margin + factor * max(earlier):
+        return None
+    return f"KL went from {max(earlier):.3g} to {now:.3g} nats in one update"
 
 
 @check(
-    "ppo",
     severity="warning",
     cause="KL cannot be negative: tokens are not drawn from the policy that is scored, or reference and policy are swapped",
     action="look at rollout/surprise_gap and rollout/logprob_gap; a repetition penalty or a minimum length does this, too",
-    needs=(
-        "objective/kl",
-        "objective/kl_full",
-    ),
+    needs=("objective/kl", "objective/kl_full"),
     rows=5,
+    source="KL(p, q) >= 0; the log-ratio's variance is about 2 KL",
 )
-def negative_kl(h: History) -> str | None:
-    """The sampled KL below 0 by more than its noise, or below the exact KL."""
-    kl, exact = h.values("objective/kl", 5), h.values("objective/kl_full", 5)
-    mean, true = statistics.fmean(kl), statistics.fmean(exact)
-    # The log-ratio of a response has about twice its KL as variance.
-    error = math.sqrt(2 * max(true, 0.0) / max(_responses(h) * len(kl), 1))
-    return (
-        f"KL {mean:.3g} nats a response over {len(kl)} updates (exact {true:.3g})"
-        if mean < -max(0.05, 4 * error)
-        else None
-    )
+def negative_kl(h: History, *, kl: float = -0.05, errors: float = 4) -> str | None:
+    """Mean of the last {rows} below {kl:g} nats and {errors:g} standard errors below 0."""
+    mean, exact = statistics.fmean(h.values("objective/kl", 5)), statistics.fmean(h.values("objective/kl_full", 5))
+    error = math.sqrt(2 * max(exact, 0.0) / max(rollout_size(h) * 5, 1))
+    if mean >= min(kl, -errors * error):
+        return None
+    return f"KL {mean:.3g} nats a response over 5 updates (exact {exact:.3g})"
 
 
 @check(
-    "ppo",
-    severity="warning",
-    cause="the policy is far from the SFT model: what the reward model says of such text was never learned",
-    action="raise kl_coef or set kl_target; lower learning_rate if the score no longer rises",
-    remedy="kl_coef",
-    needs=(
-        "objective/kl_k3",
-        "response/length",
-    ),
-    rows=3,
-)
-def kl_high(h: History) -> str | None:
-    """KL a token."""
-    kl, length = _kl(h, 3), h.values("response/length", 3)
-    total, tokens = statistics.fmean(kl), statistics.fmean(length)
-    return f"KL {total:.3g} nats in {tokens:.3g} tokens" if total > max(2.0, 1.0 * tokens) else None
-
-
-@check(
-    "ppo",
     severity="warning",
     cause="the KL controller cannot hold its target: it changes too slowly, or the step size outruns any coefficient",
     action="lower kl_horizon or learning_rate, or start from a higher kl_coef",
     remedy="kl_coef",
-    needs=(
-        "objective/kl",
-        "objective/kl_coef",
-    ),
+    needs=("objective/kl", "objective/kl_coef"),
     rows=10,
+    source="Ziegler et al. 2019, section 2.2",
 )
-def controller_saturated(h: History) -> str | None:
-    """KL beyond twice its target over ten updates, of which one may be low by chance."""
-    target = h.settings.get("kl_target")
+def controller_saturated(h: History, *, factor: float = 2) -> str | None:
+    """Of the last {rows} rollouts the median KL at least {factor:g} x `kl_target`, and all but one at least at it."""
+    target = h.setting("kl_target")
     kl, coefficient = h.values("objective/kl", 10), h.values("objective/kl_coef", 10)
-    if not target or statistics.median(kl) < 2 * float(target) or sorted(kl)[1] < float(target):
+    if not target or statistics.median(kl) < factor * target or sorted(kl)[1] < target:
         return None
     return (
-        f"KL {min(kl):.3g} to {max(kl):.3g} nats for {len(kl)} updates at a target of {float(target):.3g}, "
+        f"KL {min(kl):.3g} to {max(kl):.3g} nats for {len(kl)} updates at a target of {target:.3g}, "
         f"kl_coef {coefficient[0]:.2g} to {coefficient[-1]:.2g}"
     )

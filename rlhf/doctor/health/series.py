@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 import statistics
-from collections.abc import Sequence
 
 from rlhf.doctor.health.history import History
 
 
-def _kl(h: History, last: int) -> list[float]:
-    """The exact KL, nats a response; of older logs, the estimate with the least noise."""
+def exact_kl(h: History, last: int) -> list[float]:
+    """Return the last exact KLs, nats a response; logs of older versions hold an estimate only."""
     return h.values("objective/kl_full", last) or h.values("objective/kl_k3", last)
 
 
-def _responses(h: History) -> float:
-    """Responses of a rollout."""
-    episodes, steps = h.values("episodes", 1), max(h.step, 1)
-    return episodes[-1] / steps if episodes else float(h.settings.get("rollout_batch_size") or 1)
+def rollout_size(h: History) -> float:
+    """Return the responses of a rollout."""
+    episodes = h.values("episodes", 1)
+    return episodes[-1] / max(h.step, 1) if episodes else h.setting("rollout_batch_size", 1)
 
 
-def _smooth(values: Sequence[float], width: int = 5) -> list[float]:
-    """Running means."""
-    return [statistics.fmean(values[i : i + width]) for i in range(len(values) - width + 1)]
-
-
-def _noise(values: Sequence[float], width: int = 5) -> float:
-    """Standard error of a running mean, from the differences of neighbours, which a trend hardly touches."""
-    differences = [b - a for a, b in itertools.pairwise(values)]
-    return statistics.pstdev(differences) / math.sqrt(2 * width)
+def gradient_outlier(h: History, *, usual: float, largest: float, floor: float) -> str | None:
+    """Return the evidence of a last gradient norm above the median, the largest (times factors) of 19 before, and a floor."""
+    *earlier, norm = h.values(f"{h.stage}/grad_norm", 20)
+    median = statistics.median(earlier)
+    if norm <= max(usual * median, largest * max(earlier), floor):
+        return None
+    return f"gradient norm {norm:.3g}, usually {median:.3g}, {max(earlier):.3g} at most"

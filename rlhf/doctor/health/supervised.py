@@ -1,104 +1,101 @@
-"""The health checks of pretraining, SFT and reward modelling, and those of any stage. Thresholds and sources: docs/health.md."""
+"""Health checks of every stage, and of pretraining, SFT and reward modelling."""
 
 from __future__ import annotations
 
-import statistics
-
 from rlhf.doctor.health.check import check
 from rlhf.doctor.health.history import History
+from rlhf.doctor.health.series import gradient_outlier
 
-# ---- any stage ------------------------------------------------------------------------------------------------------
+# ---- every stage ----------------------------------------------------------------------------------------------------
 
 
 @check(
-    "pretrain", "sft", "reward", "ppo",
+    stages=("pretrain", "sft", "reward", "ppo"),
     severity="critical",
     cause="a figure overflowed or was divided by zero: the step size is too large, or the compute type too narrow",
     action="lower learning_rate, or use dtype float32, and start from the last good checkpoint",
-)  # fmt: skip
+    reads="every figure",
+)
 def not_finite(h: History) -> str | None:
-    """NaN or infinity in any figure."""
+    """NaN or infinity, once."""
     broken = h.broken()
     return f"{', '.join(sorted(broken)[:4])} not finite from update {min(broken.values())}" if broken else None
 
 
 @check(
-    "pretrain", "sft", "reward", "ppo",
+    stages=("pretrain", "sft", "reward", "ppo"),
     severity="critical",
     cause="the step size is 0, so nothing is trained",
     action="set learning_rate; look at lr_scheduler_type and at warmup_steps, which may be longer than the run",
-)  # fmt: skip
+    needs=("STAGE/lr",),
+    rows=3,
+)
 def learning_rate_zero(h: History) -> str | None:
-    """A step size of 0 from the start; its fall to 0 at the end is a schedule."""
+    """0 in all log lines, {rows} at least: a fall to 0 at the end is a schedule."""
     lr = h.values(f"{h.stage}/lr")
-    return f"learning rate 0 in all {len(lr)} updates" if len(lr) >= 3 and max(lr) == 0 else None
+    return f"learning rate 0 in all {len(lr)} updates" if max(lr) == 0 else None
 
 
 # ---- pretraining, SFT and reward model ------------------------------------------------------------------------------
 
 
 @check(
-    "pretrain", "sft", "reward",
+    stages=("pretrain", "sft", "reward"),
     severity="critical",
     cause="no gradient reaches the weights: frozen adapters, or labels that are all masked out",
     action="see that the adapter has requires_grad and that the data has answers to train on",
-)  # fmt: skip
+    needs=("STAGE/grad_norm",),
+    rows=2,
+)
 def no_gradient(h: History) -> str | None:
-    """A gradient norm of 0."""
+    """0 in the last 3 log lines, or in {rows} if there are no more."""
     norms = h.values(f"{h.stage}/grad_norm", 3)
-    return f"gradient norm 0 in {len(norms)} log lines in a row" if len(norms) >= 2 and max(norms) == 0 else None
+    return f"gradient norm 0 in {len(norms)} log lines in a row" if max(norms) == 0 else None
 
 
 @check(
-    "pretrain", "sft", "reward",
+    stages=("pretrain", "sft", "reward"),
     severity="critical",
     cause="training diverges: the step size is too large",
     action="lower learning_rate, or raise warmup_steps",
-)  # fmt: skip
-def loss_rising(h: History) -> str | None:
-    """Training and held-out loss against the start."""
+    reads="`STAGE/loss`, `STAGE/eval_loss`",
+)
+def loss_rising(
+    h: History,
+    *,
+    factor: float = 1.25,
+    margin: float = 0.1,
+    held_out_factor: float = 1.05,
+    held_out_margin: float = 0.02,
+) -> str | None:
+    """Training loss: mean of the last 5 above {factor:g} x that of the first 3, plus {margin:g}. Held-out loss, in
+    pretraining and SFT: above {held_out_factor:g} x the first, plus {held_out_margin:g}."""
     loss, held_out = f"{h.stage}/loss", h.values(f"{h.stage}/eval_loss")
     if h.count(loss) >= 8:
-        before, now = h.change(loss, recent=5)
-        if now > 1.25 * before + 0.1:
-            return f"training loss rose from {before:.3g} to {now:.3g}"
-    if h.stage in ("pretrain", "sft") and len(held_out) >= 2 and held_out[-1] > 1.05 * held_out[0] + 0.02:
-        return f"held-out loss rose from {held_out[0]:.3g} to {held_out[-1]:.3g}"
-    return None
-
-
-@check(
-    "sft",
-    severity="warning",
-    cause="nothing is learned: the step size is far too small, or the loss is on other tokens than the answers",
-    action="raise learning_rate; look at rows as the model sees them",
-    needs=("sft/loss",),
-    rows=12,
-)
-def loss_flat(h: History) -> str | None:
-    """Held-out and training loss against the start."""
-    change, held_out = h.change("sft/loss", recent=5), h.values("sft/eval_loss")
-    if len(held_out) < 2 or change[1] < 0.98 * change[0] or held_out[-1] < 0.995 * held_out[0]:
+        start, now = h.change(loss, start=3, recent=5)
+        if now > factor * start + margin:
+            return f"training loss rose from {start:.3g} to {now:.3g}"
+    if h.stage == "reward" or len(held_out) < 2 or held_out[-1] <= held_out_factor * held_out[0] + held_out_margin:
         return None
-    return f"held-out loss {held_out[0]:.4g} at first, {held_out[-1]:.4g} after {h.step} updates"
+    return f"held-out loss rose from {held_out[0]:.3g} to {held_out[-1]:.3g}"
 
 
 @check(
-    "reward",
+    stages=("reward",),
     severity="critical",
     cause="held-out pairs are ranked the wrong way round: labels are swapped in one of the splits, or the sign of the ratings",
     action="compare a few training and held-out pairs by eye: is the preferred answer the better one in both?",
     needs=("reward/eval_accuracy",),
     rows=3,
 )
-def accuracy_below_chance(h: History) -> str | None:
-    """Held-out accuracy of the last two evaluations."""
-    accuracy = h.values("reward/eval_accuracy", 2)
-    return f"held-out accuracy {accuracy[-1]:.1%}" if max(accuracy) < 0.44 else None
+def accuracy_below_chance(h: History, *, accuracy: float = 0.44) -> str | None:
+    """Below {accuracy:.0%} at the last 2 of at least {rows} evaluations."""
+    recent = h.values("reward/eval_accuracy", 2)
+    return f"held-out accuracy {recent[-1]:.1%}" if max(recent) < accuracy else None
 
 
 @check(
-    "reward",
+    stages=("reward",),
     severity="critical",
     cause="the reward model ranks held-out pairs no better than a coin: shuffled labels, a step size of 0, or a score read at "
     "the wrong token",
@@ -106,25 +103,41 @@ def accuracy_below_chance(h: History) -> str | None:
     needs=("reward/eval_accuracy",),
     rows=3,
 )
-def accuracy_at_chance(h: History) -> str | None:
-    """Held-out accuracy of the last two evaluations, which come after the one before training."""
-    accuracy, training = h.values("reward/eval_accuracy", 2), h.values("reward/accuracy", 5)
-    if max(accuracy) > 0.56 or accuracy_below_chance(h):
+def accuracy_at_chance(h: History, *, accuracy: float = 0.56) -> str | None:
+    """At most {accuracy:.0%} at the last 2 of at least {rows} evaluations (the first is before training), and not
+    `accuracy_below_chance`."""
+    recent, training = h.values("reward/eval_accuracy", 2), h.values("reward/accuracy", 1)
+    if max(recent) > accuracy or accuracy_below_chance(h):
         return None
-    return f"held-out accuracy {accuracy[-1]:.1%}" + (f", on training pairs {training[-1]:.1%}" if training else "")
+    return f"held-out accuracy {recent[-1]:.1%}" + (f", on training pairs {training[-1]:.1%}" if training else "")
 
 
 @check(
-    "pretrain", "sft", "reward",
+    stages=("sft",),
+    severity="warning",
+    cause="nothing is learned: the step size is far too small, or the loss is on other tokens than the answers",
+    action="raise learning_rate; look at rows as the model sees them",
+    needs=("sft/loss",),
+    rows=12,
+    reads="`sft/loss`, `sft/eval_loss`",
+)
+def loss_flat(h: History, *, training_fall: float = 0.02, held_out_fall: float = 0.005) -> str | None:
+    """After {rows} log lines: training loss fell by at most {training_fall:.0%} (mean of the last 5 against the first 3),
+    held-out loss by at most {held_out_fall:.1%}."""
+    (start, now), held_out = h.change("sft/loss", start=3, recent=5), h.values("sft/eval_loss")
+    if len(held_out) < 2 or now < (1 - training_fall) * start or held_out[-1] < (1 - held_out_fall) * held_out[0]:
+        return None
+    return f"held-out loss {held_out[0]:.4g} at first, {held_out[-1]:.4g} after {h.step} updates"
+
+
+@check(
+    stages=("pretrain", "sft", "reward"),
     severity="warning",
     cause="one batch had a gradient far out of the usual",
     action="look at the rows of that batch; max_grad_norm holds the step",
-)  # fmt: skip
-def batch_spike(h: History) -> str | None:
-    """A gradient norm far above the usual one."""
-    if h.count(f"{h.stage}/grad_norm") < 8:
-        return None
-    *before, norm = h.values(f"{h.stage}/grad_norm", 20)
-    usual, limit = statistics.median(before), float(h.settings.get("max_grad_norm") or 1.0)
-    spike = norm > max(10 * usual, 3 * max(before), 5 * limit)
-    return f"gradient norm {norm:.3g}, usually {usual:.3g}, {max(before):.3g} at most" if spike else None
+    needs=("STAGE/grad_norm",),
+    rows=8,
+)
+def batch_spike(h: History, *, usual: float = 10, largest: float = 3, clip: float = 5) -> str | None:
+    """Above {usual:g} x the median and {largest:g} x the largest of the 19 before, and above {clip:g} x `max_grad_norm`."""
+    return gradient_outlier(h, usual=usual, largest=largest, floor=clip * h.setting("max_grad_norm", 1.0))
