@@ -206,9 +206,7 @@ class Registry:
             if remove and tags.get(tag) != artifact.version:
                 raise UserError(f"{artifact.reference} does not have the tag '{tag}'")
             tags = {name: version for name, version in tags.items() if name != tag}
-            partial = folder / f".{TAGS}"
-            partial.write_text(json.dumps(tags if remove else {**tags, tag: artifact.version}), encoding="utf-8")
-            partial.replace(folder / TAGS)
+            storage.write_text(folder / TAGS, json.dumps(tags if remove else {**tags, tag: artifact.version}))
 
     def find(self, stage: str, name: str, recipe: str) -> Artifact | None:
         """The newest version of this recipe that is whole, parents included, or None."""

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rlhf.base import storage
 from rlhf.base.errors import UserError, did_you_mean
 from rlhf.base.storage import sha256_file
 from rlhf.registry import MANIFEST, Artifact, Reference, Registry, check_files, parse_reference, read_manifest
@@ -285,6 +286,8 @@ def install(registry: Registry, source: Path, artifact: Artifact) -> None:
     try:
         shutil.copytree(source, partial, ignore=shutil.ignore_patterns(".*"))
         check_files(Artifact(partial, artifact.manifest))
+        storage.sync(partial, *partial.rglob("*"))
         partial.rename(target)
+        storage.sync(target.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
