@@ -261,7 +261,7 @@ def test_numbers_that_are_none(value: str) -> None:
 
 def test_limits_of_generation() -> None:
     """A timeout below zero is an error of the socket, after the models were loaded."""
-    with pytest.raises(UserError, match="reward_timeout must be above 0, got -1.0"):
+    with pytest.raises(UserError, match=r"reward_timeout must be above 0, got -1\.0"):
         parse_config(GenerateConfig, ["--model", "sft/a", "--reward_timeout", "-1"])
 
 
