@@ -82,7 +82,7 @@ def load_reward_model(
     """
     if not (folder / ADAPTER_FILE).is_file():
         return _load_whole_reward_model(folder, config, compute)
-    read_score_head(folder)
+    read_reward_adapter(folder)
     classifier = sequence_classifier(load_policy(policy, config, compute), pad_token_id, seed=0)
     return PeftModel.from_pretrained(classifier, str(folder)).to(compute.device).eval().requires_grad_(False)
 
@@ -105,13 +105,14 @@ def _load_whole_reward_model(folder: Path, config: ComputeConfig, compute: Compu
     return model.eval().requires_grad_(False)
 
 
-def read_score_head(folder: Path) -> Tensor:
-    """The score head (1, d) that was saved with a reward adapter.
+def read_reward_adapter(folder: Path) -> tuple[dict[str, Tensor], Tensor]:
+    """Return the tensors of a saved reward adapter, and its score head (1, d).
 
     Raises:
-        UserError: there is none (a reward model saved without it scores at random).
+        UserError: there is no head (a reward model saved without it scores at random).
     """
     state = load_file(folder / ADAPTER_FILE)
     if _SCORE_KEY not in state:
         raise UserError(f"{folder} holds no score head ({_SCORE_KEY}); train the reward model again")
-    return state[_SCORE_KEY]
+    head = state.pop(_SCORE_KEY)
+    return state, head

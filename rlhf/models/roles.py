@@ -1,4 +1,8 @@
-"""The four roles of PPO as adapters on one frozen base."""
+"""PPO's four roles (policy, value, reward, reference), as adapters on one frozen base.
+
+`RoleModels` is what PPO uses: one role computes at a time, and the heads read its hidden states. `SharedModels` holds
+the roles in one base; `rlhf.models.separate` has a model for each.
+"""
 
 from __future__ import annotations
 
@@ -12,96 +16,134 @@ from typing import Any, Literal, cast
 
 import torch
 from accelerate import cpu_offload
-from peft import (
-    LoraConfig,
-    get_peft_model,
-    set_peft_model_state_dict,
-)
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
 from rlhf.base.errors import UserError
 from rlhf.models.adapters import ADAPTER_FILE, added_to_base, direct_casting, lora_layers, save_adapter
 from rlhf.models.compute import Compute
 from rlhf.models.heads import ScalarHead, backbone, check_plain_head
-from rlhf.models.reward_model import _SCORE_KEY, read_score_head
+from rlhf.models.reward_model import read_reward_adapter
 
 Role = Literal["policy", "value", "reward", "reference"]
 
 
 class RoleModels(nn.Module, abc.ABC):
-    """Who answers in PPO: `policy`, `value`, `reward` and `reference`, one of them at a time (`role`).
+    """The models of PPO, of which one role computes at a time.
 
-    Subclasses say where the weights are: adapters on one frozen base (`SharedModels`), or a model for each
-    (`rlhf.models.separate.SeparateModels`). Heads and what is read off the hidden states are the same.
+    Subclasses decide where the weights of a role are; heads and the reading of hidden states are common. With
+    `shared_trunk` the value head sits on the policy's hidden states, and there is no value model.
     """
 
-    def __init__(self, width: int, compute: Compute, *, shared_trunk: bool) -> None:
+    def __init__(self, base: PreTrainedModel, compute: Compute, *, shared_trunk: bool) -> None:
         super().__init__()
+        check_plain_head(base)
         self.compute, self.shared_trunk = compute, shared_trunk
-        head_dtype = torch.promote_types(compute.dtype, torch.float32)
+        width, head_dtype = base.config.hidden_size, torch.promote_types(compute.dtype, torch.float32)
         self.reward_head = ScalarHead(width, bias=False, dtype=head_dtype).requires_grad_(False)
         self.value_head = ScalarHead(width, bias=True, dtype=head_dtype)
         self.reward_mean, self.reward_std = 0.0, 1.0
+        self._role: Role = "policy"
 
     @property
     @abc.abstractmethod
     def causal(self) -> PreTrainedModel:
-        """The causal model that answers now."""
-
-    @abc.abstractmethod
-    def role(self, role: Role) -> contextlib.AbstractContextManager[None]:
-        """Inside, the models answer as `role`."""
+        """The causal model that computes as the current role."""
 
     @abc.abstractmethod
     def merged_policy(self) -> contextlib.AbstractContextManager[PreTrainedModel]:
-        """Inside, the policy as a plain model for fast sampling."""
-
-    @abc.abstractmethod
-    def trainable(self, role: Literal["policy", "value"]) -> dict[str, nn.Parameter]:
-        """The parameters that the role's loss changes, by name."""
-
-    @abc.abstractmethod
-    def load_reward(self, folder: Path, mean: float, std: float) -> None:
-        """A trained reward model; the value model starts from it."""
-
-    @abc.abstractmethod
-    def fresh_value(self, config: LoraConfig) -> None:
-        """A value model that knows nothing, where no reward model is there to start from: all values are 0."""
+        """Context that yields the policy as a plain model, for fast sampling."""
 
     @abc.abstractmethod
     def save_policy(self, folder: Path, *, base_model: str) -> None:
-        """What is registered of the policy."""
+        """Write the policy as it is registered."""
+
+    @abc.abstractmethod
+    def _load_reward_trunk(self, folder: Path) -> Tensor:
+        """Load a reward model below its head, copy it as the value model, and return the head (1, d)."""
+
+    @abc.abstractmethod
+    def _add_fresh_value_trunk(self, config: LoraConfig) -> None:
+        """Add a value model that starts as the SFT model."""
+
+    @abc.abstractmethod
+    def _ready(self) -> None:
+        """Bring models that were added to the device, and freeze what does not train."""
+
+    @abc.abstractmethod
+    def _trunk_parameters(self, role: Role) -> dict[str, nn.Parameter]:
+        """Parameters of the model or adapter that belongs to a role, by name."""
+
+    def load_reward(self, folder: Path, mean: float, std: float) -> None:
+        """Load a trained reward model, and start the value model from it.
+
+        A value head on the policy's hidden states starts at 0 instead: the reward head reads others.
+
+        Args:
+            mean, std: of the raw scores that become 0 and 1.
+
+        Raises:
+            UserError: the folder holds no score head, or was made for another model.
+        """
+        head = self._load_reward_trunk(folder)
+        with torch.no_grad():
+            self.reward_head.weight.copy_(head)
+            if not self.shared_trunk:  # the *normalised* score, which is what the returns are made of
+                self.value_head.weight.copy_(head / std)
+                self.value_head.bias.fill_(-mean / std)
+        self.reward_mean, self.reward_std = mean, std
+        self._ready()
+
+    def fresh_value(self, config: LoraConfig) -> None:
+        """Make a value model where there is no reward model to start from: all its values are 0."""
+        if not self.shared_trunk:
+            self._add_fresh_value_trunk(config)
+        self._ready()
+
+    def trainable(self, role: Literal["policy", "value"]) -> dict[str, nn.Parameter]:
+        """Return the parameters that the role's loss changes, by name."""
+        if role == "policy":
+            return self._trunk_parameters(role)
+        head = {f"value_head.{name}": p for name, p in self.value_head.named_parameters()}
+        return head if self.shared_trunk else self._trunk_parameters(role) | head
+
+    @contextlib.contextmanager
+    def role(self, role: Role) -> Iterator[None]:
+        """Context in which the models compute as `role`. It leaves `requires_grad` alone."""
+        previous = self._role
+        try:
+            self._switch(role)
+            yield
+        finally:
+            self._switch(previous)
+
+    def _switch(self, role: Role) -> None:
+        self._role = role
+
+    def _trunk(self, role: Role) -> str:
+        """Name of the model or adapter that computes a role's hidden states."""
+        return "policy" if role == "value" and self.shared_trunk else role
 
     @contextlib.contextmanager
     def training_as(self, role: Role) -> Iterator[None]:
-        """As `role`, for a forward pass *and its backward*: activations that are computed again need the same adapter."""
+        """Context of a role's forward pass *and its backward*: recomputed activations need its adapter again."""
         with self.role(role), direct_casting(self, self.compute):
             yield
 
-    def _no_dropout(self) -> None:
-        """For good, so that `train()` cannot bring it back."""
+    def _disable_dropout(self) -> None:
+        """Set every dropout to 0, so that `train()` cannot bring it back."""
         self.eval()
         for module in self.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
-            if isinstance(
-                getattr(module, "attention_dropout", None), float
-            ):  # a number, not a module, in Llama and others
+            if isinstance(getattr(module, "attention_dropout", None), float):  # no module in Llama and others
                 cast(Any, module).attention_dropout = 0.0
 
-    def _start_value_head(self, head: Tensor, mean: float, std: float) -> None:
-        """The *normalised* score, which is what the returns are made of."""
-        with torch.no_grad():
-            self.value_head.weight.copy_(head / std)
-            self.value_head.bias.fill_(-mean / std)
-
     def hidden(self, input_ids: Tensor, mask: Tensor) -> Tensor:
-        """Last hidden states (B, T, d) of whoever has the role; positions count real tokens, whatever the padding."""
+        """Return the current role's last hidden states (B, T, d); positions count real tokens only."""
         position_ids = (mask.long().cumsum(dim=1) - 1).clamp_min(0)
         with self.compute.autocast(), direct_casting(self, self.compute):
             output = backbone(self.causal)(
@@ -110,24 +152,23 @@ class RoleModels(nn.Module, abc.ABC):
         return output.last_hidden_state
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Next-token logits (N, V) of flat hidden states (N, d): flat, so the head is one product and copies nothing."""
+        """Return next-token logits (N, V) of hidden states (N, d): flat, so that the product copies nothing."""
         with self.compute.autocast():
             return self.causal.get_output_embeddings()(hidden)
 
     def values(self, hidden: Tensor) -> Tensor:
-        """Values of flat hidden states (N, d), fp32 or better."""
+        """Return values (N,) of hidden states (N, d), in fp32 or better."""
         return self.value_head(hidden).squeeze(-1)
 
     def scores(self, hidden: Tensor) -> Tensor:
-        """Normalised scores of the last real token's hidden states (B, d): 0 is the mean of the demonstrations."""
+        """Return normalised scores (B,) of the last real tokens' hidden states (B, d): 0 is the demonstrations' mean."""
         return (self.reward_head(hidden).squeeze(-1) - self.reward_mean) / self.reward_std
 
 
 class SharedModels(RoleModels):
-    """One frozen base, three adapters: `policy` (fresh, so it starts as the SFT model), `reward` (frozen) and `value`.
+    """One frozen base with three adapters; the reference is the base with all of them off.
 
-    `policy` and `value` train, with the value head; everything else is frozen. `role` chooses who answers; the reference is
-    the base with all adapters off. With `shared_trunk` there is no value adapter: the value head sits on the policy's.
+    `policy` (fresh, so it starts as the SFT model) and `value` train, with the value head; `reward` is frozen.
     """
 
     def __init__(
@@ -140,32 +181,54 @@ class SharedModels(RoleModels):
         offload: bool = False,
     ) -> None:
         """With `offload` the frozen weights stay in main memory; each layer's are brought in while it computes."""
-        super().__init__(base.config.hidden_size, compute, shared_trunk=shared_trunk)
+        super().__init__(base, compute, shared_trunk=shared_trunk)
         self.offload = offload
         base.requires_grad_(False)
-        self.peft = get_peft_model(base, policy, adapter_name="policy")
+        self.peft = cast(PeftModel, get_peft_model(base, policy, adapter_name="policy"))
         if not offload:
             self.to(compute.device)
-        self._no_dropout()
-        self._role: Role = "policy"
+        self._disable_dropout()
         self._layers = list(lora_layers(self.peft).values())
-        check_plain_head(base)
+
+    @classmethod
+    def finished(cls, base: PreTrainedModel, folder: Path | None, compute: Compute) -> SharedModels:
+        """Return the base with a policy adapter that `save_policy` wrote; without a folder, with one of no effect.
+
+        `release` gives the base back.
+
+        Raises:
+            UserError: the folder holds no adapter for this base.
+        """
+        if folder is None:
+            return cls(base, LoraConfig(r=1, target_modules="all-linear"), compute)
+        try:
+            config = cast(LoraConfig, LoraConfig.from_pretrained(str(folder)))
+            config.inference_mode = False
+            config.base_model_name_or_path = None  # peft would warn of the base's other name
+            state = load_file(folder / ADAPTER_FILE)
+            models = cls(base, config, compute)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise UserError(
+                f"{folder} holds no adapter for this model: {str(error).splitlines()[-1].strip()}"
+            ) from error
+        try:
+            _set_adapter(models.peft, "policy", state, folder)
+        except UserError:
+            models.release()
+            raise
+        return models
+
+    def release(self) -> PreTrainedModel:
+        """Return the base as it was, without adapters. These models cannot be used afterwards."""
+        return cast(Any, self.peft).unload()
 
     @property
     def causal(self) -> PreTrainedModel:
         """The causal model with its adapters in place."""
         return cast(PreTrainedModel, self.peft.get_base_model())
 
-    def load_reward(self, folder: Path, mean: float, std: float) -> None:
-        """Puts a trained reward adapter and its head on the base, and starts the value adapter and head from them.
-
-        A head on the policy's trunk starts at 0: the reward's head reads another trunk.
-
-        Raises:
-            UserError: the folder holds no score head (a reward model saved without it scores at random).
-        """
-        head = read_score_head(folder)
-        state = {key: tensor for key, tensor in load_file(folder / ADAPTER_FILE).items() if key != _SCORE_KEY}
+    def _load_reward_trunk(self, folder: Path) -> Tensor:
+        state, head = read_reward_adapter(folder)
         saved = LoraConfig.from_pretrained(str(folder))
         for name in ("reward",) if self.shared_trunk else ("reward", "value"):
             config = LoraConfig(
@@ -178,73 +241,23 @@ class SharedModels(RoleModels):
             )
             try:
                 self.peft.add_adapter(name, config)
-                result: Any = set_peft_model_state_dict(self.peft, dict(state), adapter_name=name)
-            except (ValueError, RuntimeError) as error:  # no such layers, or layers of another size
-                raise UserError(
-                    f"{folder} was made for another model: {str(error).splitlines()[-1].strip()}"
-                ) from error
-            wrong = [*result.unexpected_keys, *(key for key in result.missing_keys if f".{name}." in key)]
-            if wrong:
-                raise UserError(f"{folder} was made for another model: {wrong[0]} is on one side only")
-        with torch.no_grad():
-            self.reward_head.weight.copy_(head)
-        if not self.shared_trunk:
-            self._start_value_head(head, mean, std)
-        self.reward_mean, self.reward_std = mean, std
-        self._adapters_added()
+            except (ValueError, RuntimeError) as error:  # no such layers
+                raise other_model(folder, error) from error
+            _set_adapter(self.peft, name, dict(state), folder)
+        return head
 
-    def fresh_value(self, config: LoraConfig) -> None:
-        """A value adapter and head that know nothing, where no reward adapter is there to start from: all values are 0."""
-        if not self.shared_trunk:
-            self.peft.add_adapter("value", copy.deepcopy(config))
-        self._adapters_added()
-
-    def save_policy(self, folder: Path, *, base_model: str) -> None:
-        """The policy's adapter, as plain peft opens it."""
-        save_adapter(self.peft, folder, adapter="policy", base_model=base_model)
-
-    @classmethod
-    def finished(cls, base: PreTrainedModel, folder: Path | None, compute: Compute) -> SharedModels:
-        """The base with a finished policy's adapter, as `save_policy` left it, or (None) with one that changes nothing.
-
-        `release` gives the base back.
-
-        Raises:
-            UserError: the folder holds no adapter for this base.
-        """
-        if folder is None:
-            return cls(base, LoraConfig(r=1, target_modules="all-linear"), compute)
-        try:
-            config = cast(LoraConfig, LoraConfig.from_pretrained(str(folder)))
-            config.inference_mode, config.base_model_name_or_path = (
-                False,
-                None,
-            )  # peft would warn of the base's other name
-            state = load_file(folder / ADAPTER_FILE)
-            models = cls(base, config, compute)
-        except (OSError, ValueError, SafetensorError) as error:
-            raise UserError(
-                f"{folder} holds no adapter for this model: {str(error).splitlines()[-1].strip()}"
-            ) from error
-        try:
-            result: Any = set_peft_model_state_dict(models.peft, state, adapter_name="policy")
-            wrong = [*result.unexpected_keys, *(key for key in result.missing_keys if ".policy." in key)]
-        except RuntimeError as error:  # layers of another size
-            wrong = [str(error).splitlines()[-1].strip()]
-        if wrong:
-            models.release()
-            raise UserError(f"{folder} was made for another model: {wrong[0]} is on one side only")
-        return models
-
-    def release(self) -> PreTrainedModel:
-        """The base as it was, without adapters: these models are used up."""
-        return cast(Any, self.peft).unload()
+    def _add_fresh_value_trunk(self, config: LoraConfig) -> None:
+        self.peft.add_adapter("value", copy.deepcopy(config))
 
     def merged_reward(self) -> PreTrainedModel:
-        """The base with the reward adapter merged in, for good: these models are used up."""
+        """Return the base with the reward adapter merged in. These models cannot be used afterwards."""
         return cast(Any, self.peft).merge_and_unload(adapter_names=["reward"])
 
-    def _adapters_added(self) -> None:
+    def save_policy(self, folder: Path, *, base_model: str) -> None:
+        """Write the policy's adapter, as plain peft opens it."""
+        save_adapter(self.peft, folder, adapter="policy", base_model=base_model)
+
+    def _ready(self) -> None:
         self._layers = list(lora_layers(self.peft).values())
         for layer in self._layers:
             layer.set_adapter("policy")
@@ -255,36 +268,24 @@ class SharedModels(RoleModels):
         else:
             self.to(self.compute.device)
 
-    def trainable(self, role: Literal["policy", "value"]) -> dict[str, nn.Parameter]:
-        """The parameters that the role's loss changes, by name."""
-        named = {n: p for n, p in self.peft.named_parameters() if _is_adapter(n, role)}
-        if role == "value":
-            named |= {f"value_head.{n}": p for n, p in self.value_head.named_parameters()}
-        return named
+    def _trunk_parameters(self, role: Role) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.peft.named_parameters() if _is_adapter(name, role)}
 
-    @contextlib.contextmanager
-    def role(self, role: Role) -> Iterator[None]:
-        """Inside, the base answers as `role`; outside, as before. `requires_grad` stays as it was found."""
-        before = self._role
-        try:
-            self._answer_as(role)
-            yield
-        finally:
-            self._answer_as(before)
+    def _switch(self, role: Role) -> None:
+        """Set the fields that peft's `set_adapter` and `enable_adapters` set.
 
-    def _answer_as(self, role: Role) -> None:
-        """Sets what peft's `set_adapter` and `enable_adapters` set. These also turn `requires_grad` of every weight off and
-        on, 25 ms for 210 layers, and which weights train does not depend on who answers."""
-        adapter = "policy" if role == "value" and self.shared_trunk else role
+        These also turn `requires_grad` of every weight off and on (25 ms for 210 layers), and a role does not change
+        which weights train.
+        """
         for layer in self._layers:
             layer._disable_adapters = role == "reference"
             if role != "reference":
-                layer._active_adapter = [adapter]
-        self._role = role
+                layer._active_adapter = [self._trunk(role)]
+        super()._switch(role)
 
     @contextlib.contextmanager
     def merged_policy(self) -> Iterator[PreTrainedModel]:
-        """Inside, the policy as a plain model for fast sampling: the adapter is added to the base weights.
+        """Context that yields the base with the policy adapter added to its weights.
 
         A quantised or offloaded base cannot be merged; it samples with the adapter on.
         """
@@ -299,8 +300,28 @@ class SharedModels(RoleModels):
             yield self.causal
 
 
+def _set_adapter(peft: PeftModel, adapter: str, state: dict[str, Tensor], folder: Path) -> None:
+    """Copy the tensors that a folder holds into an adapter.
+
+    Raises:
+        UserError: they are of other layers, or of another size.
+    """
+    try:
+        result: Any = set_peft_model_state_dict(peft, state, adapter_name=adapter)
+    except (ValueError, RuntimeError) as error:
+        raise other_model(folder, error) from error
+    wrong = [*result.unexpected_keys, *(key for key in result.missing_keys if f".{adapter}." in key)]
+    if wrong:
+        raise UserError(f"{folder} was made for another model: {wrong[0]} is on one side only")
+
+
+def other_model(folder: Path, error: Exception) -> UserError:
+    """Return the error of a folder whose tensors do not fit the model."""
+    return UserError(f"{folder} was made for another model: {str(error).splitlines()[-1].strip()}")
+
+
 def _offload_frozen(models: nn.Module, device: torch.device) -> None:
-    """Moves what trains, and the buffers, to the device; accelerate's hooks bring the rest in, a layer at a time."""
+    """Move buffers and trainable weights to the device; accelerate's hooks bring the rest in, a layer at a time."""
     for module in models.modules():
         own = list(module.parameters(recurse=False))
         if own and not any(p.requires_grad for p in own):
@@ -311,5 +332,5 @@ def _offload_frozen(models: nn.Module, device: torch.device) -> None:
 
 
 def _is_adapter(name: str, role: str) -> bool:
-    """Whether a parameter belongs to a role's adapter: a layer of the base may itself be called `value`."""
+    """Return True for a parameter of a role's adapter; a layer of the base may itself be called `value`."""
     return re.search(rf"\.lora_\w+\.{role}(\.|$)", name) is not None

@@ -1,7 +1,7 @@
-"""Full fine-tuning in PPO: a model of its own for each role, all weights of policy and value trained.
+"""Full fine-tuning in PPO: a model for each role, with all weights of policy and value trained.
 
-Four copies of the model, in fp32: a step of 1e-6 would be rounded away in bf16, and a reference of the same type makes the
-first KL exactly 0. Products are computed in bf16 where the run computes in bf16.
+The four copies are in fp32: bf16 would round a step of 1e-6 away, and a reference of the same type makes the first KL
+exactly 0. Products are computed in bf16 where the run computes in bf16.
 """
 
 from __future__ import annotations
@@ -10,123 +10,85 @@ import contextlib
 import copy
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from rlhf.base.errors import UserError
 from rlhf.models.adapters import ADAPTER_FILE
 from rlhf.models.compute import Compute
 from rlhf.models.heads import backbone, check_plain_head
-from rlhf.models.roles import Role, RoleModels, SharedModels
+from rlhf.models.roles import Role, RoleModels, SharedModels, other_model
 
 
 class SeparateModels(RoleModels):
-    """A policy and a value model that train, a reward model and a reference that do not.
-
-    With `shared_trunk` there is no value model: the value head sits on the policy.
-    """
+    """A policy and a value model that train, a reward model and a reference that do not."""
 
     def __init__(self, base: PreTrainedModel, compute: Compute, *, shared_trunk: bool = False) -> None:
-        super().__init__(base.config.hidden_size, compute, shared_trunk=shared_trunk)
-        check_plain_head(base)
+        super().__init__(base, compute, shared_trunk=shared_trunk)
         self.saved_dtype = base.dtype
         reference: Any = nn.Module.to(base, torch.promote_types(base.dtype, torch.float32)).requires_grad_(False)
         self.models = nn.ModuleDict({"reference": reference, "policy": copy.deepcopy(reference).requires_grad_(True)})
-        self._role: Role = "policy"
         self._ready()
 
     @property
     def causal(self) -> PreTrainedModel:
-        """The model of whoever has the role."""
-        name = "policy" if self._role == "value" and self.shared_trunk else self._role
-        model = self.models[name]
-        assert isinstance(model, PreTrainedModel)
-        return model
+        """The current role's model."""
+        return self._model(self._trunk(self._role))
 
-    @contextlib.contextmanager
-    def role(self, role: Role) -> Iterator[None]:
-        """Inside, the model of `role` answers; outside, the one before."""
-        before, self._role = self._role, role
-        try:
-            yield
-        finally:
-            self._role = before
+    def _model(self, name: str) -> PreTrainedModel:
+        return cast(PreTrainedModel, self.models[name])
 
     @contextlib.contextmanager
     def merged_policy(self) -> Iterator[PreTrainedModel]:
-        """The policy itself; its products are computed in the run's type."""
+        """Context that yields the policy itself; its products are computed in the run's type."""
         with self.role("policy"), self.compute.autocast():
             yield self.causal
 
-    def trainable(self, role: Literal["policy", "value"]) -> dict[str, nn.Parameter]:
-        """The parameters that the role's loss changes, by name."""
-        named: dict[str, nn.Parameter] = {}
-        if role == "policy" or not self.shared_trunk:
-            named = {f"{role}.{n}": p for n, p in self.models[role].named_parameters()}
-        if role == "value":
-            named |= {f"value_head.{n}": p for n, p in self.value_head.named_parameters()}
-        return named
+    def save_policy(self, folder: Path, *, base_model: str) -> None:
+        """Write the whole policy, in the type that the SFT model was loaded in, as plain transformers opens it."""
+        policy = self._model("policy")
+        state = {name: tensor.detach().to("cpu", self.saved_dtype) for name, tensor in policy.state_dict().items()}
+        policy.save_pretrained(folder, state_dict=state)
 
-    def load_reward(self, folder: Path, mean: float, std: float) -> None:
-        """The reference with a trained reward adapter merged in, or with the weights of a whole reward model, and its
-        head; the value model starts as a copy.
-
-        Raises:
-            UserError: the folder holds no score head, or was made for another model.
-        """
-        base = self.models["reference"]
-        assert isinstance(base, PreTrainedModel)
-        reward, head = self._adapted(base, folder) if (folder / ADAPTER_FILE).is_file() else _replaced(base, folder)
+    def _load_reward_trunk(self, folder: Path) -> Tensor:
+        load = self._with_reward_adapter if (folder / ADAPTER_FILE).is_file() else _with_reward_backbone
+        reward, head = load(self._model("reference"), folder)
         self.models["reward"] = reward.requires_grad_(False)
         if not self.shared_trunk:
-            self.models["value"] = copy.deepcopy(self.models["reward"]).requires_grad_(True)
-            self._start_value_head(head, mean, std)
-        with torch.no_grad():
-            self.reward_head.weight.copy_(head)
-        self.reward_mean, self.reward_std = mean, std
-        self._ready()
+            self.models["value"] = copy.deepcopy(reward).requires_grad_(True)
+        return head
 
-    def _adapted(self, base: PreTrainedModel, folder: Path) -> tuple[PreTrainedModel, Tensor]:
+    def _with_reward_adapter(self, base: PreTrainedModel, folder: Path) -> tuple[PreTrainedModel, Tensor]:
         adapted = SharedModels(copy.deepcopy(base), LoraConfig(r=1, target_modules="all-linear"), self.compute)
         adapted.load_reward(folder, mean=0.0, std=1.0)
         return adapted.merged_reward(), adapted.reward_head.weight.detach().clone()
 
-    def fresh_value(self, config: LoraConfig) -> None:
-        """A value model that starts as the SFT model with a head of 0."""
-        if not self.shared_trunk:
-            self.models["value"] = copy.deepcopy(self.models["reference"]).requires_grad_(True)
-        self._ready()
+    def _add_fresh_value_trunk(self, config: LoraConfig) -> None:
+        self.models["value"] = copy.deepcopy(self.models["reference"]).requires_grad_(True)
 
-    def save_policy(self, folder: Path, *, base_model: str) -> None:
-        """The whole policy, in the type that the SFT model was loaded in, as plain transformers opens it."""
-        policy = self.models["policy"]
-        assert isinstance(policy, PreTrainedModel)
-        state = {name: tensor.detach().to("cpu", self.saved_dtype) for name, tensor in policy.state_dict().items()}
-        policy.save_pretrained(folder, state_dict=state)
+    def _trunk_parameters(self, role: Role) -> dict[str, nn.Parameter]:
+        return {f"{role}.{name}": p for name, p in self.models[role].named_parameters()}
 
     def _ready(self) -> None:
         self.to(self.compute.device)
-        self._no_dropout()
+        self._disable_dropout()
 
 
 class FinishedPair(SeparateModels):
-    """A finished policy beside another model as its reference, in the types that they were loaded in; nothing trains."""
+    """A finished policy and another model as its reference, in the types they were loaded in; nothing trains."""
 
     def __init__(self, policy: PreTrainedModel, reference: PreTrainedModel, compute: Compute) -> None:
-        RoleModels.__init__(self, reference.config.hidden_size, compute, shared_trunk=True)
+        RoleModels.__init__(self, reference, compute, shared_trunk=True)
         check_plain_head(policy)
-        check_plain_head(reference)
         self.models = nn.ModuleDict({"reference": reference, "policy": policy}).requires_grad_(False)
-        self._role: Role = "policy"
         self._ready()
 
 
-def _replaced(base: PreTrainedModel, folder: Path) -> tuple[PreTrainedModel, Tensor]:
-    """A copy of the base with the trunk of the whole reward model in the folder, and that model's head."""
+def _with_reward_backbone(base: PreTrainedModel, folder: Path) -> tuple[PreTrainedModel, Tensor]:
+    """Return a copy of the base with the backbone of a whole reward model, and that model's head."""
     saved: Any = AutoModelForSequenceClassification.from_pretrained(
         folder, dtype=base.dtype, use_safetensors=True, trust_remote_code=False
     )
@@ -134,5 +96,5 @@ def _replaced(base: PreTrainedModel, folder: Path) -> tuple[PreTrainedModel, Ten
     try:
         backbone(reward).load_state_dict(backbone(saved).state_dict())
     except RuntimeError as error:
-        raise UserError(f"{folder} was made for another model: {str(error).splitlines()[-1].strip()}") from error
+        raise other_model(folder, error) from error
     return reward, saved.score.weight.detach()

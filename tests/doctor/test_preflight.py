@@ -367,16 +367,21 @@ def test_a_policy_that_is_loaded_without_its_adapter(examine: Examine, monkeypat
 
 def test_a_reward_head_of_the_wrong_sign(examine: Examine, monkeypatch: pytest.MonkeyPatch) -> None:
     """The reward model that PPO asks is not the one that was judged; scores look well, and answers get worse."""
-    read = reward_model.read_score_head
-    monkeypatch.setattr("rlhf.models.roles.read_score_head", lambda folder: -read(folder))
+    read = reward_model.read_reward_adapter
+
+    def turned(folder: Path) -> Any:
+        state, head = read(folder)
+        return state, -head
+
+    monkeypatch.setattr("rlhf.models.roles.read_reward_adapter", turned)
     assert list(failed(examine("ppo"))) == ["reward model loads as it was trained"]
 
 
 def test_a_reference_that_is_another_model(examine: Examine, monkeypatch: pytest.MonkeyPatch) -> None:
     """The KL penalty pulls to something else than the SFT model."""
-    answer = SharedModels._answer_as
+    answer = SharedModels._switch
     monkeypatch.setattr(
-        SharedModels, "_answer_as", lambda self, role: answer(self, "reward" if role == "reference" else role)
+        SharedModels, "_switch", lambda self, role: answer(self, "reward" if role == "reference" else role)
     )
     assert "policy is the reference at step 0" in failed(examine("ppo"))
 

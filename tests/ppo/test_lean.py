@@ -68,7 +68,7 @@ def test_a_base_in_main_memory_gives_the_same_run(make: Make) -> None:
     plain = make("gpt2", folder="plain")
     lean = recomputing(make("gpt2", folder="lean", gradient_checkpointing=True, offload_base=True))
     lean.models.offload = True  # type: ignore[attr-defined]
-    lean.models._adapters_added()  # type: ignore[attr-defined]
+    lean.models._ready()  # type: ignore[attr-defined]
     away = {name for name, p in lean.models.named_parameters() if p.is_meta}
     trained = {id(p) for role in ("policy", "value") for p in lean.models.trainable(role).values()}  # type: ignore[arg-type]
     assert away == {name for name, p in lean.models.named_parameters() if id(p) not in trained}

@@ -18,7 +18,7 @@ from rlhf.base.errors import UserError
 from rlhf.models.adapters import ADAPTER_FILE
 from rlhf.models.compute import Compute
 from rlhf.models.packing import pack_rows
-from rlhf.models.reward_model import read_score_head
+from rlhf.models.reward_model import read_reward_adapter
 from rlhf.models.tokenization import load_tokenizer
 from rlhf.reward.parity import REORDERED, deviation, require_parity
 from rlhf.reward.scorer import Scorer
@@ -119,7 +119,7 @@ def test_an_adapter_without_its_head_is_refused(tmp_path: Path) -> None:
     state = load_file(tmp_path / ADAPTER_FILE)
     save_file({name: tensor for name, tensor in state.items() if "score" not in name}, tmp_path / ADAPTER_FILE)
     with pytest.raises(UserError, match="holds no score head"):
-        read_score_head(tmp_path)
+        read_reward_adapter(tmp_path)
 
 
 def test_scores_are_normalised_once(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
