@@ -17,7 +17,7 @@ from peft import LoraConfig
 from toys import FAMILIES, PROMPTS, Call, build_model, rows
 from transformers import PreTrainedModel
 
-from rlhf.models import sampling
+from rlhf.models import decoding, sampling
 from rlhf.models.compute import Compute
 from rlhf.models.packing import pack_rows
 from rlhf.models.roles import SharedModels
@@ -38,8 +38,8 @@ cuda = pytest.mark.parametrize("device", DEVICES[1:], indirect=True)
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Where to compute; a CPU only traces what is compiled, because its compiler takes minutes."""
     if request.param == "cpu":
-        step = torch.compile(sampling._last_logits, backend="eager", dynamic=False)
-        monkeypatch.setattr(sampling, "_compiled", lambda: step)
+        step = torch.compile(decoding.last_logits, backend="eager", dynamic=False)
+        monkeypatch.setattr(sampling, "compiled_step", lambda: step)
     return str(request.param)
 
 

@@ -11,7 +11,7 @@ import torch
 from toys import BENT, FAMILIES, PROMPTS, build_bent, build_model, rows
 from transformers import AutoModelForCausalLM, MambaConfig, MistralConfig, PreTrainedModel
 
-from rlhf.models import sampling
+from rlhf.models import decoding, sampling
 from rlhf.models.sampling import Sampled, Sampler, sample
 from rlhf.models.sequences import pad
 
@@ -216,12 +216,12 @@ def test_top_p_leaves_the_likeliest_tokens() -> None:
     assert sum(int(token) == 1 for token, _ in drawn) in (57, 58)
 
 
-def test_what_is_heard_is_what_is_written() -> None:
-    """Catches: tokens of finished rows that a listener still hears, and a step that it misses."""
-    model, heard = build_model("llama", VOCAB), list[torch.Tensor]()
-    result = draw(model, PROMPTS, heard=heard.append)
-    assert len(heard) == result.responses.shape[1]
-    for t, tokens in enumerate(heard):
+def test_on_tokens_gets_the_tokens_of_unfinished_rows() -> None:
+    """Catches: tokens of finished rows that are still passed on, and a step that is left out."""
+    model, steps = build_model("llama", VOCAB), list[torch.Tensor]()
+    result = draw(model, PROMPTS, on_tokens=steps.append)
+    assert len(steps) == result.responses.shape[1]
+    for t, tokens in enumerate(steps):
         assert tokens.tolist() == result.responses[result.mask[:, t], t].tolist()
 
 
@@ -236,7 +236,7 @@ def test_an_opening_that_all_prompts_share_changes_nothing(family: str, monkeypa
     )
     shared = draw(model, prompts, seed=4, sampler="loop")
     assert widths[:2] == [3, len(PROMPTS) * max(map(len, PROMPTS))]
-    monkeypatch.setattr(sampling, "common_prefix", lambda ids, mask: 0)
+    monkeypatch.setattr(decoding, "common_prefix", lambda ids, mask: 0)
     plain = draw(model, prompts, seed=4, sampler="loop")
     assert torch.equal(shared.responses, plain.responses) and torch.equal(shared.mask, plain.mask)
     torch.testing.assert_close(shared.logprobs, plain.logprobs, rtol=0, atol=1e-5)
@@ -247,7 +247,7 @@ def test_an_opening_that_all_prompts_share_changes_nothing(family: str, monkeypa
 def test_every_sampler_draws_the_same(family: str, sampler: Sampler, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches: a model's own generation config that bends `generate`, fixed-size caches whose unused entries are seen, rows
     mixed up when a batch of fixed sizes is halved. Compiling itself is left to the next test."""
-    monkeypatch.setattr(sampling, "_compiled", lambda: sampling._last_logits)
+    monkeypatch.setattr(sampling, "compiled_step", lambda: decoding.last_logits)
     model = build_model(family, VOCAB, dtype=torch.float64)
     usual = draw(model, PROMPTS * 2, length=12, seed=6)
     model.generation_config.top_k, model.generation_config.repetition_penalty = 1, 5.0
@@ -260,7 +260,7 @@ def test_every_sampler_draws_the_same(family: str, sampler: Sampler, monkeypatch
     assert model.generation_config is own
 
 
-@pytest.mark.skipif(not sampling._has_ordered_products(), reason="a CPU, or a torch, without bf16 products of its own")
+@pytest.mark.skipif(not decoding.has_ordered_products(), reason="a CPU, or a torch, without bf16 products of its own")
 @pytest.mark.parametrize(
     "family", ["llama", "gpt_neox"]
 )  # without biases, and with them; gpt2 has no linear layer but its head
@@ -277,18 +277,18 @@ def test_ordered_weights_change_only_the_rounding(family: str, monkeypatch: pyte
     own = linear[0].forward
     linear[0].forward = lambda x: (calls.append(1), own(x))[1]  # type: ignore[method-assign]
     plain = model(input_ids=ids).logits
-    with sampling._ordered_weights(model), torch.no_grad():
+    with decoding.ordered_weights(model), torch.no_grad():
         ordered = model(input_ids=ids).logits
         assert sum("forward" in vars(layer) for layer in linear) == len(linear)
         with torch.autocast("cpu", torch.bfloat16):
             assert model(input_ids=ids).logits.isfinite().all()
     assert len(calls) == 3
     torch.testing.assert_close(ordered, plain, rtol=2**-6, atol=2**-6 * float(plain.abs().max()))
-    with pytest.raises(ZeroDivisionError), sampling._ordered_weights(model):
+    with pytest.raises(ZeroDivisionError), decoding.ordered_weights(model):
         1 / 0  # noqa: B018
     assert [layer for layer in linear if "forward" in vars(layer)] == linear[:1]
-    monkeypatch.setattr(sampling, "_ORDERED_AT_MOST", 100)
-    with sampling._ordered_weights(model):
+    monkeypatch.setattr(decoding, "_ORDERED_AT_MOST", 100)
+    with decoding.ordered_weights(model):
         assert [layer for layer in linear if "forward" in vars(layer)] == linear[:1]
 
 
@@ -303,12 +303,12 @@ def test_a_compiled_step_draws_the_same() -> None:
 def test_a_batch_of_fixed_sizes_is_only_halved() -> None:
     """Catches: a compiled batch that is cut to every size there is, each of which would be compiled anew."""
     stopped = torch.tensor([True, False, False, True, False, True, False, False])
-    assert sampling._kept(stopped, least=1).tolist() == list(range(8))
+    assert sampling._rows_to_keep(stopped, smallest=1).tolist() == list(range(8))
     stopped[[1, 2]] = True
-    assert sampling._kept(stopped, least=4).tolist() == [0, 4, 6, 7]  # three live rows, and a finished one
-    assert sampling._kept(stopped, least=5).tolist() == list(range(8))
-    assert sampling._kept(stopped, least=None).tolist() == [4, 6, 7]
-    assert len(sampling._kept(torch.ones(4, dtype=torch.bool), least=4)) == 0
+    assert sampling._rows_to_keep(stopped, smallest=4).tolist() == [0, 4, 6, 7]  # three live rows, and a finished one
+    assert sampling._rows_to_keep(stopped, smallest=5).tolist() == list(range(8))
+    assert sampling._rows_to_keep(stopped, smallest=None).tolist() == [4, 6, 7]
+    assert len(sampling._rows_to_keep(torch.ones(4, dtype=torch.bool), smallest=4)) == 0
 
 
 def test_prompts_of_any_width_share_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -321,27 +321,27 @@ def test_prompts_of_any_width_share_what_is_compiled(monkeypatch: pytest.MonkeyP
         graphs.append(graph)
         return graph.forward
 
-    step = torch.compile(sampling._last_logits, backend=backend, dynamic=False)
-    monkeypatch.setattr(sampling, "_compiled", lambda: step)
+    step = torch.compile(decoding.last_logits, backend=backend, dynamic=False)
+    monkeypatch.setattr(sampling, "compiled_step", lambda: step)
     places = set()
     for width in range(1, 13):
         prompts = [[*range(5, 5 + width)], [7, 8][:width], [9], [10]]
         plain = draw(model, prompts, seed=width, sampler="loop")
         compiled = draw(model, prompts, seed=width, sampler="compiled")
         assert torch.equal(plain.responses, compiled.responses) and torch.equal(plain.mask, compiled.mask)
-        places.add(sampling._FIXED[model]._whole.layers[0].keys.data_ptr())
+        places.add(decoding._STATIC_CACHES[model]._whole.layers[0].keys.data_ptr())
     assert len(graphs) == 3, "one for each of 4, 2 and 1 rows"
     assert len(places) == 1
 
 
 def test_fixed_keys_and_values_grow_with_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches: a later batch of more rows, or of longer prompts, that is written past the end of the first one's cache."""
-    monkeypatch.setattr(sampling, "_compiled", lambda: sampling._last_logits)
+    monkeypatch.setattr(sampling, "compiled_step", lambda: decoding.last_logits)
     model, sizes = build_model("gpt2", VOCAB), []
     for prompts in (PROMPTS[:2], PROMPTS, [[5] * 60, [3]], PROMPTS[:3]):
         plain, compiled = (draw(model, prompts, sampler=sampler) for sampler in ("loop", "compiled"))
         assert torch.equal(plain.responses, compiled.responses)
-        sizes.append((sampling._FIXED[model].rows, sampling._FIXED[model].width))
+        sizes.append((decoding._STATIC_CACHES[model].rows, decoding._STATIC_CACHES[model].width))
     assert sizes == [(2, 64), (8, 64), (8, 128), (8, 128)]
 
 

@@ -122,8 +122,8 @@ class Speaker:
             pad_token_id=pad_id,
             generator=torch.Generator().manual_seed(seed),
             stop_strings=self.stop_strings,
-            drawn=(total, torch.tensor(list(numbers))),
-            heard=heard,
+            batch_slice=(total, torch.tensor(list(numbers))),
+            on_tokens=heard,
         )
         rows = [row[real].tolist() for row, real in zip(sampled.responses, sampled.mask, strict=True)]
         ends = sampled.stopped.tolist()

@@ -69,7 +69,7 @@ def respond(
             pad_token_id=options.pad_token_id,
             generator=generator,
             stop_strings=options.stop_strings,
-            drawn=(len(prompts), own),
+            batch_slice=(len(prompts), own),
             sampler=options.sampler,
         )
     if distributed.size() > 1:

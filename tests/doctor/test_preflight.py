@@ -266,14 +266,14 @@ def test_rankings_that_are_scored_before_their_end(examine: Examine, monkeypatch
 
 def test_a_rollout_whose_mask_covers_padding(examine: Examine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Padding that is trained on: the policy learns to say nothing."""
-    finish = sampling._Draft.finished
+    finish = sampling.ResponseBuffer.finished
 
     def all_true(self: Any) -> sampling.Sampled:
         done = finish(self)
         object.__setattr__(done, "mask", torch.ones_like(done.mask))
         return done
 
-    monkeypatch.setattr(sampling._Draft, "finished", all_true)
+    monkeypatch.setattr(sampling.ResponseBuffer, "finished", all_true)
     draw = sampling._draw
 
     def stop_soon(logits: torch.Tensor, *rest: Any, **named: Any) -> Any:

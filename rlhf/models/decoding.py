@@ -1,0 +1,185 @@
+"""Next-token logits over a KV cache: prefilling prompts, static caches for torch.compile, faster products on a CPU.
+
+Legend: B responses, P padded prompt, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, TypeGuard, cast
+from weakref import WeakKeyDictionary
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from rlhf.models.heads import backbone
+from rlhf.models.packing import common_prefix
+
+#: The width of a static cache is a multiple of this many tokens.
+_WIDTH_STEP = 64
+#: Bytes of weights that are held a second time, in the order of a CPU's products.
+_ORDERED_AT_MOST = 2_000_000_000
+
+
+def last_logits(
+    model: PreTrainedModel, input_ids: Tensor, attention: Tensor, position_ids: Tensor, cache: Any
+) -> Tensor:
+    """Return next-token logits (B, V) after the last column, and append all columns to the cache."""
+    hidden = backbone(model)(
+        input_ids=input_ids, attention_mask=attention, position_ids=position_ids, past_key_values=cache, use_cache=True
+    ).last_hidden_state
+    # Flat: from a strided slice the head's product would copy the embedding matrix for every row.
+    return model.get_output_embeddings()(hidden[:, -1].contiguous())
+
+
+def prefill(model: PreTrainedModel, prompts: Tensor, mask: Tensor, cache: DynamicCache) -> tuple[Tensor, Tensor]:
+    """Fill the cache with the prompts; return their logits (B, V), and the mask (B, columns) of the cache.
+
+    A prefix that all prompts share is computed once, and so is a prompt that gets several responses.
+    """
+    first, copy_of = _distinct(prompts, mask)
+    prompts, mask = prompts[first], mask[first]
+    shared, positions = common_prefix(prompts, mask), mask.long().cumsum(dim=1) - 1
+    rest = mask & (positions >= shared)
+    if shared:
+        prefix = prompts[0][mask[0]][:shared][None]
+        last_logits(model, prefix, torch.ones_like(prefix), torch.arange(shared, device=mask.device)[None], cache)
+        cache.batch_repeat_interleave(len(prompts))
+        # Prompts end in the last column, and so do their remainders.
+        width = int(rest.sum(dim=1).max())
+        prompts, rest, positions = prompts[:, -width:], rest[:, -width:], positions[:, -width:]
+    attention = torch.cat([rest.new_ones(len(prompts), shared), rest], dim=1).long()
+    logits = last_logits(model, prompts, attention, positions.clamp_min(0), cache)
+    if len(first) < len(copy_of):
+        cache.batch_select_indices(copy_of)
+    return logits[copy_of], attention[copy_of]
+
+
+def _distinct(prompts: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the row numbers (D,) of distinct prompts (B, P), and for each row (B,) which of the D it equals."""
+    rows = torch.arange(len(prompts), device=prompts.device)
+    _, number = torch.unique(torch.cat([prompts * mask, mask.long()], dim=1), dim=0, return_inverse=True)
+    first = torch.full_like(rows, len(rows)).scatter_reduce(0, number, rows, "amin")[number]  # of each row's equals
+    is_first = first == rows
+    return is_first.nonzero().squeeze(1), (is_first.cumsum(dim=0) - 1)[first]
+
+
+@functools.cache
+def compiled_step() -> Callable[..., Tensor]:
+    """Return `last_logits` under torch.compile; a GPU replays it as one CUDA graph instead of launching each operation."""
+    # Past its limit of 8 torch.compile goes on uncompiled: each batch has four sizes, and others before its cache grew.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
+    return torch.compile(last_logits, mode="reduce-overhead", dynamic=False)
+
+
+class StaticCache:
+    """Keys and values of fixed size that keep their place in memory, from one rollout to the next.
+
+    So a step that was compiled, or recorded as a CUDA graph, for one rollout serves the others. A batch of fewer rows
+    uses the first ones.
+    """
+
+    def __init__(self, model: PreTrainedModel, like: DynamicCache, rows: int, width: int) -> None:
+        """Allocate `rows` of `width` tokens, with the heads and the type of the cache `like`."""
+        self.rows, self.width = rows, width
+        self._whole = transformers.StaticCache(model.config, max_cache_len=width)
+        for layer, other in zip(cache_layers(self._whole), cache_layers(like), strict=True):
+            layer.lazy_initialization(*(x[:1].expand(rows, -1, -1, -1) for x in (other.keys, other.values)))
+        self._parts: dict[int, transformers.StaticCache] = {}
+
+    def fits(self, keys: Tensor, width: int) -> bool:
+        """Return True if there is room for a batch with such keys, up to this width."""
+        own = cache_layers(self._whole)[0].keys
+        return (own.dtype, own.device) == (keys.dtype, keys.device) and len(keys) <= self.rows and width <= self.width
+
+    def filled(self, cache: DynamicCache) -> transformers.StaticCache:
+        """Return a cache of the prompts' keys and values, without those of an earlier rollout."""
+        part = self._part(len(cache_layers(cache)[0].keys))
+        part.reset()
+        for number, layer in enumerate(cache_layers(cache)):
+            part.update(layer.keys, layer.values, number)
+        return part
+
+    def select(self, cache: transformers.StaticCache, rows: Tensor) -> transformers.StaticCache:
+        """Return a cache of some rows of another."""
+        part = self._part(len(rows))
+        for layer, other in zip(cache_layers(part), cache_layers(cache), strict=True):
+            layer.keys.copy_(other.keys[rows])
+            layer.values.copy_(other.values[rows])
+        return part
+
+    def _part(self, rows: int) -> transformers.StaticCache:
+        """Return a view of the first rows."""
+        if rows not in self._parts:
+            self._parts[rows] = part = copy.copy(self._whole)
+            part.layers = [copy.copy(layer) for layer in self._whole.layers]  # of one length, a tensor in each layer
+            for layer in cache_layers(part):
+                layer.batch_size, layer.keys, layer.values = rows, layer.keys[:rows], layer.values[:rows]
+                torch._dynamo.mark_static_address(layer.keys)
+                torch._dynamo.mark_static_address(layer.values)
+        return self._parts[rows]
+
+
+#: The static cache of each model that is sampled compiled.
+_STATIC_CACHES: WeakKeyDictionary[PreTrainedModel, StaticCache] = WeakKeyDictionary()
+
+
+def static_cache(model: PreTrainedModel, cache: DynamicCache, width: int) -> StaticCache:
+    """Return the model's static cache, allocated anew only where it cannot hold the batch."""
+    keys, current = cache_layers(cache)[0].keys, _STATIC_CACHES.get(model)
+    rows, width = len(keys), -(-width // _WIDTH_STEP) * _WIDTH_STEP
+    if current is not None:
+        if current.fits(keys, width):
+            return current
+        rows, width = max(rows, current.rows), max(width, current.width)
+        del _STATIC_CACHES[model], current  # its memory goes before the larger one's is taken
+    _STATIC_CACHES[model] = StaticCache(model, cache, rows, width)
+    return _STATIC_CACHES[model]
+
+
+def cache_layers(cache: DynamicCache | transformers.StaticCache) -> list[Any]:
+    """Return a cache's layers; keys and values are (rows, heads, tokens, width)."""
+    return cast(list[Any], cache.layers)
+
+
+@contextlib.contextmanager
+def ordered_weights(model: PreTrainedModel) -> Iterator[None]:
+    """Context in which linear layers hold their weights in the order that a CPU's bf16 products read.
+
+    Otherwise each step reorders them, which takes longer than the product of a few rows with them.
+    """
+    layers = [layer for layer in model.modules() if _can_be_ordered(layer)] if has_ordered_products() else []
+    if sum(layer.weight.nbytes for layer in layers) > _ORDERED_AT_MOST:
+        layers = []
+    try:
+        for layer in layers:
+            weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
+            layer.forward = functools.partial(_ordered_product, weight, layer.bias)  # type: ignore[method-assign]
+        yield
+    finally:
+        for layer in layers:
+            vars(layer).pop("forward", None)
+
+
+def has_ordered_products() -> bool:
+    """Return True if this build of torch, on this CPU, multiplies bf16 with weights in an order of its own."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def _can_be_ordered(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    """Return True for plain layers: quantised ones are of other types, offloaded ones have a forward of their own."""
+    return (
+        type(layer) is nn.Linear
+        and (layer.weight.device.type, layer.weight.dtype) == ("cpu", torch.bfloat16)
+        and "forward" not in vars(layer)
+    )
+
+
+def _ordered_product(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    """Return a linear layer's output by its ordered weight, in the weight's type: autocast does not know this product."""
+    return torch.ops.mkldnn._linear_pointwise(x.to(weight.dtype), weight, bias, "none", [], "")
