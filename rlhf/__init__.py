@@ -16,8 +16,8 @@ __version__ = "0.1.0"
 #: Modules that users import or run by a name of an earlier layout: old name -> where the module is now.
 MOVED = {
     "rlhf.comparison": "rlhf.report.compare_page",
-    "rlhf.dashboard": "rlhf.report.dashboard",
-    "rlhf.tracking": "rlhf.report.dashboard",
+    "rlhf.dashboard": "rlhf.report.workspace",
+    "rlhf.tracking": "rlhf.report.workspace",
     "rlhf.evaluation.reward": "rlhf.evaluation.card.report_card",
     "rlhf.doctor.preflight.__main__": "rlhf.doctor.preflight.command",
     "rlhf.registry.__main__": "rlhf.sharing.__main__",

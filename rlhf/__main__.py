@@ -58,7 +58,7 @@ VERBS = {
     ),
     "doctor": Verb("rlhf.doctor.__main__", "find problems of a run afterwards; before it: rlhf doctor preflight"),
     "report": Verb("rlhf.report.__main__", "one HTML page about a run, or about several"),
-    "tracking": Verb("rlhf.report.dashboard", "save a W&B workspace that compares runs"),
+    "tracking": Verb("rlhf.report.workspace", "save a W&B workspace that compares runs"),
 }
 
 

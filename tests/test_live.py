@@ -19,7 +19,7 @@ from rlhf.run.terminal import LiveView, sparkline, view
 
 RUN = """
 import sys
-from rlhf import live
+from rlhf.run import terminal as live
 from rlhf.run.progress import Progress
 with live.view("ppo: demo on cpu"), Progress(2, "ppo") as bar:
     for step in (1, 2):

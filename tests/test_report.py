@@ -18,7 +18,7 @@ from rlhf.base.errors import UserError
 from rlhf.base.json_files import read_jsonl
 from rlhf.report.card_page import write_card_page
 from rlhf.report.charts import POINTS_PER_CURVE
-from rlhf.report.figures import STAGES
+from rlhf.report.run_folder import STAGES
 from rlhf.report.run_page import print_results, write_report
 
 ATTACK = '<script>document.title="owned"</script><img src=x onerror=alert(1)>'
@@ -174,7 +174,7 @@ def test_the_page_shows_every_part(run: Path) -> None:
         "19:40 in all",
     ):
         assert text in page, text
-    assert [len(plot["traces"]) for plot in plots_of(page)] == [2, 2, 1, 2, 1, 1, 2, 2, 1, 1]
+    assert [len(plot["traces"]) for plot in plots_of(page)] == [2, 2, 1, 1, 2, 1, 2, 2, 1, 1]
     assert page.count('class="sample"') == 20
     assert "Missing from this report" not in page
 
@@ -284,7 +284,7 @@ def test_missing_and_half_written_parts_are_named(run: Path) -> None:
     ):  # fmt: skip
         assert line in page, line
     titles = [plot["title"] for plot in plots_of(page)]
-    assert "Reward score" in titles and "Reward model accuracy" not in titles and "Time" not in titles
+    assert "Reward score" in titles and "Reward model's accuracy" not in titles and "Time" not in titles
 
 
 def test_figures_that_are_null_or_nan_are_left_out(run: Path) -> None:

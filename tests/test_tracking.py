@@ -21,14 +21,13 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from wandb_reader import OfflineRun, table_rows, wandb_records
 
 from rlhf.base.errors import UserError
-from rlhf.run import tracker as tracker_module
-from rlhf.run import wandb_link
+from rlhf.run import wandb as wandb_module
 from rlhf.run.callbacks import MetricsCallback, ProgressCallback, house_metrics
 from rlhf.run.timing import PhaseTimer, peak_rss_gb
 from rlhf.run.tracker import Tracker
-from rlhf.run.wandb_link import resolve_wandb_mode, split_reference
+from rlhf.run.wandb import resolve_wandb_mode, split_reference
 
-KNOCK = wandb_link._knock
+KNOCK = wandb_module._knock
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +37,7 @@ def no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_DATA_DIR", "WANDB_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    monkeypatch.setattr(tracker_module, "_knock", lambda: None)
+    monkeypatch.setattr(wandb_module, "_knock", lambda: None)
 
 
 def make(run_dir: Path, **options: Any) -> Tracker:
@@ -260,13 +259,13 @@ def test_an_unreachable_server_leaves_an_offline_run(
     """Bug: with the server down a run has no W&B record at all, so that nothing can be synced later."""
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    monkeypatch.setattr(tracker_module, "INIT_TIMEOUT_SECONDS", 1.0)
+    monkeypatch.setattr(wandb_module, "INIT_TIMEOUT_SECONDS", 1.0)
     start = time.monotonic()
     with make(tmp_path, wandb_mode="online") as tracker:
         tracker.log({"sft/loss": 1.0}, 1)
     assert time.monotonic() - start < 60
     assert any(record.WhichOneof("record_type") == "history" for record in wandb_records(tmp_path))
-    assert len([r for r in caplog.records if r.name == "rlhf.tracking" and r.levelno >= logging.WARNING]) == 1
+    assert len([r for r in caplog.records if r.name == wandb_module.logger.name and r.levelno >= logging.WARNING]) == 1
 
 
 def test_a_silent_server_leaves_an_offline_run(
@@ -276,15 +275,15 @@ def test_a_silent_server_leaves_an_offline_run(
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
-        monkeypatch.setattr(tracker_module, "INIT_TIMEOUT_SECONDS", 0.5)
-        monkeypatch.setattr(tracker_module, "_knock", KNOCK)
+        monkeypatch.setattr(wandb_module, "INIT_TIMEOUT_SECONDS", 0.5)
+        monkeypatch.setattr(wandb_module, "_knock", KNOCK)
         modes: list[str] = []
         monkeypatch.setattr(wandb, "init", lambda mode, **_: (modes.append(mode), BrokenRun())[1])
         start = time.monotonic()
         with make(tmp_path, wandb_mode="online") as tracker:
             assert tracker.wandb_mode == "offline" and modes == ["offline"]
         assert time.monotonic() - start < 20
-    assert len([r for r in caplog.records if r.name == "rlhf.tracking" and r.levelno >= logging.WARNING]) == 1
+    assert len([r for r in caplog.records if r.name == wandb_module.logger.name and r.levelno >= logging.WARNING]) == 1
 
 
 def test_a_server_that_dies_does_not_hold_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,7 +293,7 @@ def test_a_server_that_dies_does_not_hold_the_run(tmp_path: Path, monkeypatch: p
         def finish(self, exit_code: int) -> None:
             time.sleep(30)
 
-    monkeypatch.setattr(tracker_module, "FINISH_TIMEOUT_SECONDS", 0.1)
+    monkeypatch.setattr(wandb_module, "FINISH_TIMEOUT_SECONDS", 0.1)
     tracker = make(tmp_path)
     with tracker:
         tracker._run = HangingRun()
@@ -346,7 +345,7 @@ def test_references_become_names_that_wandb_allows() -> None:
 
 def test_wandb_is_imported_only_by_a_run_that_uses_it() -> None:
     """Bug: `import wandb` at the top; a machine without it cannot train."""
-    code = "import sys, rlhf.tracking; print('wandb' in sys.modules)"
+    code = "import sys, rlhf.run.tracker, rlhf.report.workspace; print('wandb' in sys.modules)"
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
         == "False"

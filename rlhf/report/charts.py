@@ -1,116 +1,87 @@
-"""The plots of a run's page."""
+"""Curves of metrics and bars of phases, for the run's page and for the page that compares runs.
+
+A chart is a dictionary of the page's plotting script: `title`, `unit`, `note`, `kind` and `traces`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rlhf.base.json_files import finite_number
-from rlhf.report.figures import Results
+from rlhf.report.run_folder import RunFolder, series
+from rlhf.run import metrics
 
 POINTS_PER_CURVE = 400
 """Enough for a plot 500 pixels wide; a run of 100,000 steps would make a page of many megabytes otherwise."""
 
-
-class Chart(NamedTuple):
-    """One plot of the page. Curves of which the files hold nothing are left out."""
-
-    title: str
-    curves: tuple[tuple[str, str, str], ...]
-    """Stage, metric, label."""
-    unit: str
-    note: str
-    """What to look for."""
+Chart = dict[str, Any]
 
 
-CHARTS = (
-    Chart(
-        "Pretraining loss",
-        (("pretrain", "pretrain/loss", "training"), ("pretrain", "pretrain/eval_loss", "held out")),
-        "nats per token",
-        "Held out should fall with training, fast and then slowly. If it turns up, the text was read too often.",
-    ),
-    Chart(
-        "Pretraining, bits per character",
-        (("pretrain", "pretrain/eval_bits_per_character", "held out"),),
-        "",
-        "What a held-out character costs, whatever the tokenizer. Plain bytes cost 8 bits.",
-    ),
-    Chart(
-        "Reward score",
-        (("ppo", "objective/score", "score"), ("ppo", "objective/rlhf_reward", "score less KL cost")),
-        "",
-        "Should rise, then flatten.",
-    ),
-    Chart(
-        "KL from the SFT model",
-        (("ppo", "objective/kl", "KL"), ("ppo", "objective/kl_k3", "KL, k3 estimate")),
-        "nats per answer",
-        "Should grow slowly. A jump means the policy is leaving the language it knew.",
-    ),
-    Chart(
-        "Response length",
-        (("ppo", "response/length", "length"),),
-        "tokens",
-        "A steady climb or fall can be a trick played on the reward model.",
-    ),
-    Chart(
-        "PPO losses",
-        (("ppo", "ppo/policy_loss", "policy"), ("ppo", "ppo/value_loss", "value")),
-        "",
-        "The policy loss hovers near 0. The value loss should fall.",
-    ),
-    Chart(
-        "Entropy",
-        (("ppo", "objective/entropy", "entropy"),),
-        "nats",
-        "How undecided the policy is. Near 0 it says one thing only.",
-    ),
-    Chart(
-        "Explained variance",
-        (("ppo", "ppo/explained_variance", "explained variance"),),
-        "",
-        "How well the value head foresees the reward. 1 is perfect; 0 or less is no use.",
-    ),
-    Chart(
-        "SFT loss",
-        (("sft", "sft/loss", "training"), ("sft", "sft/eval_loss", "held out")),
-        "nats per token",
-        "Held out should fall with training. If it turns up, that is overfitting.",
-    ),
-    Chart(
-        "Reward model accuracy",
-        (("reward", "reward/accuracy", "training"), ("reward", "reward/eval_accuracy", "held out")),
-        "",
-        "Share of pairs in which the preferred answer gets the higher score. 0.5 is a coin.",
-    ),
-)
-
-
-def _draw(chart: Chart, metrics: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any] | None:
-    traces = []
-    for stage, metric, label in chart.curves:
-        rows = metrics.get(stage, [])
-        points = [(row.get("step"), value) for row in rows if (value := finite_number(row.get(metric))) is not None]
-        if points:
-            points = _thin(points)
-            traces.append({"name": label, "x": [x for x, _ in points], "y": [float(f"{y:.5g}") for _, y in points]})
-    if not traces:
-        return None
-    return {"title": chart.title, "unit": chart.unit, "note": chart.note, "kind": "lines", "traces": traces}
-
-
-def _thin(points: list[Any]) -> list[Any]:
-    """At most `POINTS_PER_CURVE` of them, evenly spaced, the last one included."""
+def thin(points: Sequence[Any]) -> Sequence[Any]:
+    """Return `POINTS_PER_CURVE` of the points at most, evenly spaced, the last one included."""
     if len(points) <= POINTS_PER_CURVE:
         return points
     last = len(points) - 1
     return [points[index * last // (POINTS_PER_CURVE - 1)] for index in range(POINTS_PER_CURVE)]
 
 
-def _timing_charts(results: Results) -> list[dict[str, Any]]:
-    rows = [row for row in results.get("phases") or [] if isinstance(row, Mapping)]
-    labels = [f"{row.get('stage', '')} · {row.get('phase', '')}" for row in rows]
+def rounded(value: float) -> float:
+    """Return five significant digits; more would only make the page larger."""
+    return float(f"{value:.5g}")
+
+
+def _curve(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Any] | None:
+    """Return the `x` (updates) and `y` of a metric; None for one that was not logged."""
+    points = thin(series(rows, metric))
+    return {"x": [x for x, _ in points], "y": [rounded(y) for _, y in points]} if points else None
+
+
+def run_charts(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Chart]:
+    """Return the charts of the metrics shown in a run's page.
+
+    Args:
+        logs: rows of `metrics.jsonl` by stage.
+    """
+    charts: dict[str, Chart] = {}
+    for metric in metrics.shown("report"):
+        title = metric.chart or metric.title
+        chart = charts.setdefault(
+            title, {"title": title, "unit": metric.unit, "note": "", "kind": "lines", "traces": []}
+        )
+        chart["note"] = chart["note"] or metric.note
+        if curve := _curve(logs.get(metric.stage, []), metric.name):
+            chart["traces"].append({"name": metric.label, **curve})
+    return [chart for chart in charts.values() if chart["traces"]]
+
+
+def compared_charts(runs: Sequence[RunFolder]) -> list[Chart]:
+    """Return the charts of the metrics shown in a comparison, a line a run."""
+    charts = []
+    for metric in metrics.shown("comparison"):
+        traces = [trace for index, run in enumerate(runs) if (trace := _run_trace(index, run, metric))]
+        if traces:
+            axis = "updates" if metric.stage == "ppo" else "optimiser updates"
+            charts.append({
+                "kind": "lines", "section": "curves", "stage": metric.stage, "title": metric.title, "unit": metric.unit,
+                "note": metric.note, "axis": axis, "traces": traces, "source": f"{metric.stage}/metrics.jsonl",
+            })  # fmt: skip
+    return charts
+
+
+def _run_trace(index: int, run: RunFolder, metric: metrics.Metric) -> dict[str, Any] | None:
+    """Return one run's line; its `episodes` are the responses of an update, to turn one axis into the other."""
+    rows = run.metrics.get(metric.stage, [])
+    curve = _curve(rows, metric.name) or _curve(rows, metric.fallback)
+    if curve is None:
+        return None
+    counts = ((finite_number(row.get("episodes")), finite_number(row.get("step"))) for row in rows)
+    episodes = next((count / step for count, step in counts if count and step), None)
+    return {"run": index, **curve, "episodes": episodes, **run.source(metric.stage)}
+
+
+def phase_charts(phases: Sequence[Mapping[str, Any]]) -> list[Chart]:
+    """Return the seconds and the peak memory of a run's phases, a bar each."""
     charts = []
     for title, key, unit in (
         ("Time", "seconds", "seconds"),
@@ -118,11 +89,29 @@ def _timing_charts(results: Results) -> list[dict[str, Any]]:
         ("Peak GPU memory", "peak_cuda_gb", "GB"),
     ):
         bars = [
-            (label, value)
-            for label, row in zip(labels, rows, strict=True)
+            (f"{row.get('stage', '')} · {row.get('phase', '')}", value)
+            for row in phases
             if (value := finite_number(row.get(key))) is not None
         ]
         if bars:
             trace = {"name": title, "x": [value for _, value in bars], "y": [label for label, _ in bars]}
             charts.append({"title": title, "unit": unit, "note": "", "kind": "bars", "traces": [trace]})
     return charts
+
+
+def compared_phases(runs: Sequence[RunFolder]) -> list[Chart]:
+    """Return the seconds of each phase, a bar a run."""
+    seconds = [
+        {(row.get("stage"), row.get("phase")): finite_number(row.get("seconds")) for row in reversed(run.phases())}
+        for run in runs
+    ]
+    phases = dict.fromkeys((row.get("stage"), row.get("phase")) for run in runs for row in run.phases())
+    traces = [
+        {"name": f"{stage} · {phase}", "x": [own.get((stage, phase)) for own in seconds],
+         "y": [run.label for run in runs], "sources": [run.source(str(stage)) for run in runs]}
+        for stage, phase in phases
+    ]  # fmt: skip
+    return [
+        {"kind": "bars", "section": "time", "title": "Time by phase", "unit": "seconds", "note": "", "axis": "seconds",
+         "traces": traces, "source": "results.json"}
+    ] if traces else []  # fmt: skip

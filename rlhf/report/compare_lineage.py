@@ -1,4 +1,4 @@
-"""The lineage of several runs as a drawing: data on the left, policies on the right, an arrow from each input."""
+"""A drawing of the lineage of several runs: data on the left, policies on the right, an arrow from each input."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rlhf.base.json_files import finite_number, section
-from rlhf.report.compare_runs import RunFolder
-from rlhf.report.figures import _text
+from rlhf.base.json_files import section
+from rlhf.report.figures import number
+from rlhf.report.run_folder import RunFolder
 
 COLUMNS = ("data", "pretrain", "sft", "reward", "ppo")
 BOX_WIDTH, BOX_HEIGHT = 196, 44
@@ -20,7 +20,7 @@ class Node(NamedTuple):
     """A box."""
 
     key: str
-    """What it is known by: a hash, or a fingerprint."""
+    """Its identity: a hash, or a fingerprint."""
     kind: str
     """Its column: one of `COLUMNS`."""
     title: str
@@ -35,9 +35,9 @@ class Edge(NamedTuple):
 
 
 def draw_lineage(nodes: Sequence[Node], edges: Sequence[Edge]) -> dict[str, Any]:
-    """Boxes and arrows with their places: `width` and `height` in pixels, `boxes`, `paths`; {} for no nodes.
+    """Return boxes and arrows with their places: `width` and `height` in pixels, `boxes`, `paths`; {} without nodes.
 
-    An edge to a node that is not given is left out.
+    Edges to or from other nodes than these are left out.
     """
     if not nodes:
         return {}
@@ -59,7 +59,7 @@ def draw_lineage(nodes: Sequence[Node], edges: Sequence[Edge]) -> dict[str, Any]
 
 
 def _path(source: tuple[float, float], target: tuple[float, float]) -> str:
-    """A curve from the right side of one box to the left side of another."""
+    """Return the SVG path of a curve from the right side of one box to the left side of another."""
     x1, y1 = source[0] + BOX_WIDTH, source[1] + BOX_HEIGHT / 2
     x2, y2 = target[0], target[1] + BOX_HEIGHT / 2
     bend = max((x2 - x1) / 2, 20)
@@ -67,39 +67,36 @@ def _path(source: tuple[float, float], target: tuple[float, float]) -> str:
 
 
 def lineage(runs: Sequence[RunFolder]) -> tuple[list[Node], list[Edge]]:
-    """Data, base models and artefacts of all runs, each once, and what was made from what."""
+    """Return data, base models and artefacts of all runs, each once, and an edge from each to what was made from it."""
     nodes: dict[str, Node] = {}
     edges: dict[Edge, None] = {}
     for run in runs:
         for stage in run.stages:
             manifest = run.manifests.get(stage, {})
             key = run.source(stage)["manifest"] or f"{run.label}/{stage}"
-            title = (
-                f"{stage}/{manifest['name']}@{manifest['version']}"
-                if manifest.get("name")
-                else f"{stage} of {run.label}"
-            )
+            title = f"{stage} of {run.label}"
+            if manifest.get("name"):
+                title = f"{stage}/{manifest['name']}@{manifest['version']}"
             detail = f"{key[:10]} · {run.label}" if manifest else "not registered"
             nodes[key] = Node(key, stage, title, detail)
-            for source, column, name, text in _inputs(run, stage):
-                nodes.setdefault(source, Node(source, column, name, text))
-                edges[Edge(source, key)] = None
+            for node in _inputs(run, stage):
+                nodes.setdefault(node.key, node)
+                edges[Edge(node.key, key)] = None
     return list(nodes.values()), list(edges)
 
 
-def _inputs(run: RunFolder, stage: str) -> list[tuple[str, str, str, str]]:
-    """What a stage was made from: key, kind, title and detail of each."""
-    manifest, inputs = run.manifests.get(stage, {}), []
+def _inputs(run: RunFolder, stage: str) -> list[Node]:
+    """Return the boxes of what a stage was made from."""
+    manifest = run.manifests.get(stage, {})
+    inputs: list[Node] = []
     data = section(manifest, "data")
     if data.get("fingerprint"):
         place = Path(str(run.config(stage).get("dataset", "data"))).name
         rows = section(data, "rows")
-        counts = ", ".join(f"{name} {_text(finite_number(count))}" for name, count in rows.items())
-        inputs.append((str(data["fingerprint"]), "data", f"{place} for {stage}", counts))
+        counts = ", ".join(f"{name} {number(count)}" for name, count in rows.items())
+        inputs.append(Node(str(data["fingerprint"]), "data", f"{place} for {stage}", counts))
     name = str(manifest.get("base_model") or "")
     if stage == "sft" and name and not name.startswith("pretrain/"):  # which is among its parents
-        inputs.append((f"base {name}", "data", Path(name).name, "base model"))
-    inputs += [
-        (digest, reference.split("/")[0], reference, digest[:10]) for reference, digest in run.parents(stage).items()
-    ]
-    return inputs
+        inputs.append(Node(f"base {name}", "data", Path(name).name, "base model"))
+    parents = run.parents(stage).items()
+    return inputs + [Node(digest, reference.split("/")[0], reference, digest[:10]) for reference, digest in parents]

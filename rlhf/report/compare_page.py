@@ -1,9 +1,8 @@
 """One page about several runs: how they differ, which is better, at what cost, and where each figure comes from.
 
-`python -m rlhf.report RUN [RUN ...] -o report.html`. A RUN is the folder that a pipeline, a single stage or
-`python -m rlhf.evaluation` wrote. As in `rlhf.report`, the page opens from disk without a network, nothing is measured here,
-and what is missing or half-written is named while the rest is shown. Every figure stands under the run that it comes from, and
-each run is listed with its W&B run id and the hash of its manifest.
+`python -m rlhf.report RUN [RUN ...] -o report.html`. A RUN is a folder of a pipeline, of a single stage, or of
+`python -m rlhf.evaluation`. Nothing is measured here, and files that are missing or half-written are named on the page. Every
+figure stands under its run, and each run is listed with its W&B run id and the hash of its manifest.
 """
 
 from __future__ import annotations
@@ -12,15 +11,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rlhf.base.errors import UserError
-from rlhf.report import compare_charts, compare_samples, compare_tables
+from rlhf.report import charts, compare_tables, frontier
 from rlhf.report.compare_lineage import draw_lineage, lineage
-from rlhf.report.compare_runs import comparability, labels, overlaps, read_run
-from rlhf.report.health import health
-from rlhf.report.page import _plotly_gzip_base64, _write_page, template
+from rlhf.report.compare_samples import evaluation_samples, run_samples
+from rlhf.report.page import diagnoses, write_page
+from rlhf.report.run_folder import RunFolder, comparability, labels, overlaps, read_run
 
 
 def write_comparison(folders: Sequence[Path], file: Path, *, registry: Path | None = None, force: bool = False) -> Path:
-    """Makes the page.
+    """Write the page of several runs and return its path.
 
     Args:
         folders: run folders; one that is corrupt is named on the page, and the others are still compared.
@@ -31,26 +30,29 @@ def write_comparison(folders: Sequence[Path], file: Path, *, registry: Path | No
         UserError: no such folder, a folder that is no run, or runs that were not measured with the same prompts and reward
             model.
     """
-    found = [read_run(folder, registry) for folder in folders]
-    for run, label in zip(found, labels([run.folder for run in found]), strict=True):
+    all_folders = [read_run(folder, registry) for folder in folders]
+    for run, label in zip(all_folders, labels(folders), strict=True):
         run.label = label
-    runs, evaluations = [run for run in found if run.is_run], [run for run in found if run.evaluation]
+    runs = [run for run in all_folders if run.is_run]
+    evaluations = [run for run in all_folders if run.evaluation]
+    for evaluation in evaluations:
+        evaluation.evaluated = evaluation.read_rows("samples.jsonl")
     marks = comparability(runs)
     if marks and not force:
         raise UserError(f"{marks[0]}; compare with --force, and the page will say so")
     plots = [
-        *compare_charts.curves(runs),
-        *compare_charts.frontier_chart(runs),
-        *compare_charts.evaluated_frontiers(evaluations, runs),
-        *compare_charts.time_charts(runs),
+        *charts.compared_charts(runs),
+        *frontier.frontier_charts(runs),
+        *frontier.evaluated_frontiers(evaluations, runs),
+        *charts.compared_phases(runs),
     ]
-    said = [
-        *(part for found in evaluations if (part := compare_samples.of_evaluation(found))),
-        compare_samples.of_runs(runs),
-    ]
-    page = template("comparison.html.j2").render(
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return write_page(
+        file,
+        "comparison.html.j2",
+        plotted=bool(plots),
         runs=runs,
-        marks=[*marks, *overlaps(found)],
+        marks=[*marks, *overlaps(all_folders)],
         incomparable=bool(marks),
         headings=[compare_tables.heading(run) for run in runs],
         differences=compare_tables.differences(runs),
@@ -60,14 +62,18 @@ def write_comparison(folders: Sequence[Path], file: Path, *, registry: Path | No
         win_rates=compare_tables.win_rates(evaluations),
         cards=compare_tables.card_table(runs),
         health=compare_tables.health_table(runs),
-        diagnoses=[(run.label, stage) for run in runs for stage in health(run.folder)],
-        samples=said[0],
+        diagnoses=[(run.label, diagnosis) for run in runs for diagnosis in diagnoses(run.folder)],
+        samples=next(filter(None, map(evaluation_samples, evaluations)), None) or run_samples(runs),
         lineage=draw_lineage(*lineage(runs)),
         memory=compare_tables.memory_table(runs),
         sources=compare_tables.sources(runs),
-        problems=[(run.label, line) for run in found for line in run.problems],
+        problems=[(run.label, line) for run in all_folders for line in [*run.problems, *_unregistered(run)]],
         charts=plots,
-        plotly=_plotly_gzip_base64() if plots else "",
     )
-    file.parent.mkdir(parents=True, exist_ok=True)
-    return _write_page(page, file)
+
+
+def _unregistered(run: RunFolder) -> list[str]:
+    stages = [stage for stage in run.metrics if stage not in run.manifests]
+    return [
+        f"no readable manifest of {', '.join(stages)}: options and parents are known only as far as the run logged them"
+    ] if stages else []  # fmt: skip

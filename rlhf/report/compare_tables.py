@@ -1,4 +1,4 @@
-"""The tables of the page: a line a setting or figure, a column a run."""
+"""Tables of the page that compares runs: a line a setting or figure, a column a run."""
 
 from __future__ import annotations
 
@@ -8,52 +8,28 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rlhf.base.json_files import finite_number, section
-from rlhf.report.card_page import _card_facts
-from rlhf.report.compare_runs import RunFolder, mappings
-from rlhf.report.figures import COMPARED, NO_FIGURE, STAGES, _percent, _text
+from rlhf.report.card_page import card_facts
+from rlhf.report.figures import BEFORE_AND_AFTER, NO_FIGURE, number, number_interval, percent, percent_interval
+from rlhf.report.run_folder import STAGES, RunFolder, mappings, series
+from rlhf.run.metrics import METRICS
 
-#: Options that say where a run is kept, not what it does.
-WHERE = {"registry", "output_dir", "resume", "name", "wandb_mode", "wandb_project", "wandb_group"}
-
-#: What the health table reads off the PPO log: label, metric, how its values become one, what it warns of.
-HEALTH: tuple[tuple[str, str, Callable[[Sequence[float]], float], str], ...] = (
-    ("Largest KL", "objective/kl", max, "Far from the SFT model, the reward model is out of its depth."),
-    ("Lowest KL", "objective/kl", min, "Clearly below 0: the reference is not the model that PPO started from."),
-    ("Lowest entropy", "objective/entropy", min, "Near 0 the policy has collapsed."),
-    (
-        "Spread of scores, last",
-        "objective/score_std",
-        lambda values: values[-1],
-        "Near 0 there is nothing to learn from.",
-    ),
-    ("Stop rate, last", "response/stop_rate", lambda values: values[-1], "Answers that are cut off."),
-    ("Distinct word pairs, last", "response/distinct_2", lambda values: values[-1], "Answers that grow alike."),
-    ("Clipped tokens, most", "ppo/clipfrac", max, "Steps that are too large."),
-    ("Largest ratio", "ppo/ratio_max", max, "One token that moved too far."),
-    ("First ratio off 1 by", "ppo/first_ratio_error", max, "Stale log-probabilities, if more than rounding."),
-    (
-        "Explained variance, last",
-        "ppo/explained_variance",
-        lambda values: values[-1],
-        "Below 0 the value model misleads.",
-    ),
-    ("Sampler off by", "rollout/logprob_gap", max, "Sampler and training forward disagree."),
-)
+_PLACES = {"registry", "output_dir", "resume", "name", "wandb_mode", "wandb_project", "wandb_group"}
+"""Options that decide where a run is stored, not what it computes."""
 
 
 def heading(run: RunFolder) -> dict[str, Any]:
-    """A run's column head: its label and where its figures come from, by stage."""
+    """Return a run's column head: its label, and where its figures come from, in all and by stage."""
     last = run.stages[-1] if run.stages else ""
     return {"label": run.label, **run.source(last), "runs": " ".join(filter(None, map(run.run_id, run.stages)))}
 
 
 def _settings(run: RunFolder) -> dict[str, str]:
-    """Everything that was set, or that came with it, as text."""
+    """Return options, inputs, data, code and machine of a run as text."""
     settings: dict[str, str] = {}
     for stage in run.stages:
         manifest = run.manifests.get(stage, {})
         for name, value in run.config(stage).items():
-            if name not in WHERE:
+            if name not in _PLACES:
                 settings[f"{stage} · {name}"] = value if isinstance(value, str) else json.dumps(value)
         for reference, digest in run.parents(stage).items():
             settings[f"{stage} · parent {reference.split('/')[0]}"] = f"{reference} {digest[:8]}"
@@ -72,34 +48,38 @@ def _settings(run: RunFolder) -> dict[str, str]:
 
 
 def differences(runs: Sequence[RunFolder]) -> list[tuple[str, list[str]]]:
-    """Settings that are not the same in all runs, each with its value in every run.
+    """Return the settings that differ between runs, each with its value in every run.
 
-    A run that left nothing about a stage does not differ in it: its cells say that nothing is known.
+    The cells of a run that left nothing about a stage say `unknown`; that alone is no difference.
     """
-    return [(name, _shown(values)) for name, values in _all_settings(runs) if len(set(values) - {None}) > 1]
+    return [
+        (name, ["unknown" if value is None else value for value in values])
+        for name, values in _all_settings(runs)
+        if len(set(values) - {None}) > 1
+    ]
 
 
 def common(runs: Sequence[RunFolder]) -> list[tuple[str, str]]:
-    """Settings that are the same in all runs of which they are known."""
+    """Return the settings that have one value in all runs that recorded them."""
     return [
         (name, next(filter(None, values))) for name, values in _all_settings(runs) if len(set(values) - {None}) == 1
     ]
 
 
-def _shown(values: Sequence[str | None]) -> list[str]:
-    return ["unknown" if value is None else value for value in values]
-
-
 def _all_settings(runs: Sequence[RunFolder]) -> list[tuple[str, list[str | None]]]:
-    """Every setting with its value in each run: a dash where the run has no such option, None where nothing is known."""
+    """Return every setting with its values: a dash in a run without such an option, None in one without the stage."""
     tables = [_settings(run) for run in runs]
-    known = [{name.split(" · ")[0] for name in table} for table in tables]
-    names = dict.fromkeys(itertools.chain.from_iterable(tables))
-
-    def value(name: str, table: dict[str, str], stages: set[str]) -> str | None:
-        return table.get(name, NO_FIGURE if name.split(" · ")[0] in stages else None)
-
-    return [(name, [value(name, *one) for one in zip(tables, known, strict=True)]) for name in names]
+    stages = [{name.split(" · ")[0] for name in table} for table in tables]
+    return [
+        (
+            name,
+            [
+                table.get(name, NO_FIGURE if name.split(" · ")[0] in own else None)
+                for table, own in zip(tables, stages, strict=True)
+            ],
+        )
+        for name in dict.fromkeys(itertools.chain.from_iterable(tables))
+    ]
 
 
 class Row(NamedTuple):
@@ -110,36 +90,35 @@ class Row(NamedTuple):
     cells: list[str]
 
 
-def _row(label: str, note: str, values: Sequence[float | None], text: Callable[[float | None], str]) -> list[Row]:
-    """No line where no run has the figure."""
+def _row(label: str, note: str, values: Sequence[float | None], text: Callable[[Any], str] = number) -> list[Row]:
+    """Return one row; none where no run has the figure."""
     return [Row(label, note, [text(value) for value in values])] if any(v is not None for v in values) else []
 
 
 def outcome(runs: Sequence[RunFolder]) -> list[Row]:
-    """The final figures of all stages."""
+    """Return the final figures of all stages."""
 
-    def of(stage: str, name: str) -> list[float | None]:
+    def final(stage: str, name: str) -> list[float | None]:
         return [finite_number(run.figures(stage).get(name)) for run in runs]
 
-    rows = _row("SFT: held-out loss", "nats a token", of("sft", "eval_loss_after"), _text)
-    rows += _row("Reward model: held-out accuracy", "", of("reward", "accuracy"), _percent)
-    rows += _row("Reward model: human ceiling", "", of("reward", "human_ceiling"), _percent)
-    for name, label, percent, _, note in COMPARED:
-        text = _percent if percent else _text
-        rows += _row(f"{label}, SFT", note, of("ppo", f"{name}_before"), text)
-        rows += _row(f"{label}, PPO", note, of("ppo", f"{name}_after"), text)
-    rows += _row("KL to the SFT model", "nats a response", of("ppo", "kl"), _text)
-    rows += _row("Episodes", "", of("ppo", "episodes"), _text)
-    rows += _row("Seconds in all", "", [finite_number(run.results.get("total_seconds")) for run in runs], _text)
-    return rows
+    rows = _row("SFT: held-out loss", "nats a token", final("sft", "eval_loss_after"))
+    rows += _row("Reward model: held-out accuracy", "", final("reward", "accuracy"), percent)
+    rows += _row("Reward model: human ceiling", "", final("reward", "human_ceiling"), percent)
+    for name, label, is_share, _, note in BEFORE_AND_AFTER:
+        text = percent if is_share else number
+        rows += _row(f"{label}, SFT", note, final("ppo", f"{name}_before"), text)
+        rows += _row(f"{label}, PPO", note, final("ppo", f"{name}_after"), text)
+    rows += _row("KL to the SFT model", "nats a response", final("ppo", "kl"))
+    rows += _row("Episodes", "", final("ppo", "episodes"))
+    return rows + _row("Seconds in all", "", [finite_number(run.results.get("total_seconds")) for run in runs])
 
 
 def card_table(runs: Sequence[RunFolder]) -> list[Row]:
-    """The reward models' report cards side by side."""
+    """Return the reward models' report cards side by side."""
     if not any(run.reward_card for run in runs):
         return []
     rows = [
-        Row(label, "95% interval over prompts", [interval(run.reward_card.get(name)) for run in runs])
+        Row(label, "95% interval over prompts", [percent_interval(run.reward_card.get(name)) for run in runs])
         for label, name in (
             ("Held-out pairs", "accuracy"),
             ("New prompts", "accuracy_held_out_prompts"),
@@ -148,7 +127,7 @@ def card_table(runs: Sequence[RunFolder]) -> list[Row]:
             ("Independent scorer", "gold_accuracy"),
         )
     ]
-    facts = [{name: (value, note) for name, value, note in _card_facts(run.reward_card)} for run in runs]
+    facts = [{name: (value, note) for name, value, note in card_facts(run.reward_card)} for run in runs]
     for name in dict.fromkeys(itertools.chain.from_iterable(facts)):
         note = next(fact[name][1] for fact in facts if name in fact)
         rows.append(Row(name, note, [fact.get(name, (NO_FIGURE, ""))[0] for fact in facts]))
@@ -158,100 +137,76 @@ def card_table(runs: Sequence[RunFolder]) -> list[Row]:
     return [*rows, Row("Flagged", "Each is explained in the run's own report.", cells)]
 
 
-def interval(figure: Any, *, percent: bool = True) -> str:
-    """`71.3% (69.0–73.6)`, or as plain numbers; without an interval the value alone."""
-    if not isinstance(figure, Mapping) or (value := finite_number(figure.get("value"))) is None:
-        return NO_FIGURE
-    low, high = finite_number(figure.get("low")), finite_number(figure.get("high"))
-    text = _percent(value) if percent else _text(value)
-    if low is None or high is None:
-        return text
-    return text + (f" ({100 * low:.1f}–{100 * high:.1f})" if percent else f" ({_text(low)} to {_text(high)})")
-
-
 def health_table(runs: Sequence[RunFolder]) -> list[Row]:
-    """Signs of trouble in the PPO log."""
+    """Return the signs of trouble in the PPO logs."""
     rows: list[Row] = []
-    for label, metric, summary, note in HEALTH:
-        series = [
-            [v for row in run.metrics.get("ppo", []) if (v := finite_number(row.get(metric))) is not None]
-            for run in runs
-        ]
-        rows += _row(label, note, [summary(values) if values else None for values in series], _text)
+    for metric in METRICS.values():
+        courses = [[value for _, value in series(run.metrics.get("ppo", []), metric.name)] for run in runs]
+        for sign in metric.signs:
+            rows += _row(sign.label, sign.note, [sign.summary(course) if course else None for course in courses])
     return rows
 
 
 def memory_table(runs: Sequence[RunFolder]) -> list[Row]:
-    """Peak memory of each stage, the highest of its phases, in GB."""
+    """Return the peak memory of each stage, the highest of its phases, in GB."""
     rows: list[Row] = []
-    for key, what in (("peak_rss_gb", "memory"), ("peak_cuda_gb", "GPU memory")):
+    for key, kind in (("peak_rss_gb", "memory"), ("peak_cuda_gb", "GPU memory")):
         for stage in STAGES:
             peaks = [
-                max(
-                    (
-                        v
-                        for p in run.phases()
-                        if p.get("stage") == stage and (v := finite_number(p.get(key))) is not None
-                    ),
-                    default=None,
-                )
+                [v for p in run.phases() if p.get("stage") == stage and (v := finite_number(p.get(key))) is not None]
                 for run in runs
             ]
-            rows += _row(f"{stage}: peak {what}", "GB", peaks, _text)
+            rows += _row(f"{stage}: peak {kind}", "GB", [max(values, default=None) for values in peaks])
     return rows
 
 
 def win_rates(evaluations: Sequence[RunFolder]) -> list[dict[str, str]]:
-    """Win rates as `rlhf.evaluation` measured them, one line a model and judge, with the model's run id and manifest."""
+    """Return the measured win rates, a line a model and judge, with the model's run id and manifest."""
     lines = []
-    for found in evaluations:
-        models = {str(m.get("name")): m for m in mappings(found.evaluation, "models")}
-        for line in mappings(found.evaluation, "win_rates"):
-            model = models.get(str(line.get("model")), {})
+    for evaluation in evaluations:
+        sources = {model["label"]: model for model in evaluation.evaluated_models()}
+        for line in mappings(evaluation.evaluation, "win_rates"):
+            source = sources.get(str(line.get("model")), {})
             p = finite_number(section(line, "sign_test").get("p"))
             lines.append({
-                "evaluation": found.label, **{key: str(line.get(key, "")) for key in ("model", "baseline", "judge")},
-                "rate": interval(line), "controlled": interval(line.get("length_controlled")),
+                "evaluation": evaluation.label, **{key: str(line.get(key, "")) for key in ("model", "baseline", "judge")},
+                "rate": percent_interval(line), "controlled": percent_interval(line.get("length_controlled")),
                 "counts": " / ".join(str(line.get(key, NO_FIGURE)) for key in ("wins", "ties", "losses")),
                 "p": NO_FIGURE if p is None else f"{p:.2g}",
-                "run_id": str(model.get("run_id") or ""), "manifest": str(model.get("hash") or ""),
+                "run_id": source.get("run_id", ""), "manifest": source.get("manifest", ""),
             })  # fmt: skip
     return lines
 
 
 def evaluated(evaluations: Sequence[RunFolder]) -> list[dict[str, Any]]:
-    """For each evaluation a table of its models' figures with their intervals, and the checkpoint that it recommends."""
+    """Return a table of the models' figures for each evaluation, and the checkpoint that it recommends."""
     tables = []
-    for found in evaluations:
-        models = mappings(found.evaluation, "models")
-        figures = [section(model, "figures") for model in models]
+    for evaluation in evaluations:
+        figures = [section(model, "figures") for model in mappings(evaluation.evaluation, "models")]
         rows = [
-            Row(name.replace("_", " "), "", [interval(own.get(name), percent=False) for own in figures])
+            Row(name.replace("_", " "), "", [number_interval(own.get(name)) for own in figures])
             for name in dict.fromkeys(itertools.chain.from_iterable(figures))
         ]
-        heads = [
-            {"label": str(m.get("name")), "run_id": str(m.get("run_id") or ""), "manifest": str(m.get("hash") or "")}
-            for m in models
-        ]
-        tables.append(
-            {"label": found.label, "heads": heads, "rows": rows, "recommended": _recommended(found.evaluation)}
-        )
+        tables.append({
+            "label": evaluation.label, "heads": evaluation.evaluated_models(), "rows": rows,
+            "recommended": _recommendation(evaluation.evaluation),
+        })  # fmt: skip
     return tables
 
 
-def _recommended(evaluation: Mapping[str, Any]) -> str:
-    chosen = section(section(evaluation, "frontier"), "recommended")
-    if not chosen:
+def _recommendation(evaluation: Mapping[str, Any]) -> str:
+    choice = section(section(evaluation, "frontier"), "recommended")
+    if not choice:
         return ""
-    update = f", update {chosen['update']}" if chosen.get("update") is not None else ""
+    update = f", update {choice['update']}" if choice.get("update") is not None else ""
     return (
-        f"Recommended: {chosen.get('model')}{update}, KL {_text(finite_number(chosen.get('kl')))} nats, "
-        f"{interval(chosen.get('gain'), percent=False)} more than the SFT policy by {chosen.get('gold')}."
+        f"Recommended: {choice.get('model')}{update}, KL {number(choice.get('kl'))} nats, "
+        f"{number_interval(choice.get('gain'))} more than the SFT policy by {choice.get('gold')}."
     )
 
 
 def sources(runs: Sequence[RunFolder]) -> list[dict[str, str]]:
-    """A line for each stage of each run: what every figure of the page can be traced back to."""
+    """Return the origin of all figures of the page, a line for each stage of each run."""
     lines = []
     for run in runs:
         for stage in run.stages:

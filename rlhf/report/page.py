@@ -1,38 +1,56 @@
-"""HTML pages that open from disk without a network."""
+"""Single-file HTML pages that open from disk without a network."""
 
 from __future__ import annotations
 
 import base64
 import gzip
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from rlhf.report.figures import _duration, _score, _text
+from rlhf.base.errors import UserError
+from rlhf.doctor.diagnosis import Diagnosis, diagnose
+from rlhf.report import figures
 
 
-def _write_page(page: str, file: Path) -> Path:
-    partial = file.with_suffix(".partial")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(file)
-    return file
+def write_page(file: Path, template: str, *, plotted: bool, **content: Any) -> Path:
+    """Render a template into a file, which is replaced as a whole, and return its path.
 
-
-@cache
-def _plotly_gzip_base64() -> str:
-    """plotly.js, 4.8 MB, as 2 MB of text, which the page inflates itself (`DecompressionStream`)."""
-    from plotly.offline import get_plotlyjs
-
-    return base64.b64encode(gzip.compress(get_plotlyjs().encode("utf-8"), compresslevel=9, mtime=0)).decode("ascii")
-
-
-def template(name: str) -> Any:
-    """A page's template, which can show figures, scores and durations."""
+    Args:
+        plotted: put plotly.js in, which is most of the page's size.
+        content: variables of the template.
+    """
     from jinja2 import Environment, PackageLoader
 
     # autoescape is what keeps a <script> in a model's answer from running; no value is ever marked safe
     environment = Environment(
         loader=PackageLoader("rlhf.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters.update(text=_text, score=_score, duration=_duration)
-    return environment.get_template(name)
+    environment.filters.update(text=figures.number, score=figures.score, duration=figures.duration)
+    page = environment.get_template(template).render(plotly=_plotly_gzip_base64() if plotted else "", **content)
+    partial = file.with_suffix(".partial")
+    partial.write_text(page, encoding="utf-8")
+    return partial.replace(file)
+
+
+@cache
+def _plotly_gzip_base64() -> str:
+    """Return plotly.js, 4.8 MB, as 2 MB of text, which the page inflates itself (`DecompressionStream`)."""
+    from plotly.offline import get_plotlyjs
+
+    return base64.b64encode(gzip.compress(get_plotlyjs().encode("utf-8"), compresslevel=9, mtime=0)).decode("ascii")
+
+
+def diagnoses(folder: Path) -> list[Diagnosis]:
+    """Return the doctor's diagnosis of each stage of a run; none for a run without logs, whose page says so at its top."""
+    try:
+        return diagnose(folder)
+    except UserError:
+        return []
+
+
+def evenly_spaced(rows: Sequence[Any], count: int) -> list[Any]:
+    """Return `count` of the rows at most; a choice by score would show the best and hide the rest."""
+    count = min(count, len(rows))
+    return [rows[i * len(rows) // count] for i in range(count)]

@@ -1,8 +1,7 @@
 """One page about a whole run: what each stage gained, how PPO moved, what the policy says now, and how to read it.
 
-`python -m rlhf.report RUN` makes `RUN/report.html` again from the files that the stages left there; with several folders, or
-with `-o FILE`, it makes a page that compares them (`compare_page`). The page is a single file that opens from disk without a
-network. It shows only what those files say: nothing is measured here. Parts that are missing or half-written are named on the
+`python -m rlhf.report RUN` writes `RUN/report.html` from the files that the stages left there; with several folders, or with
+`-o FILE`, it compares them (`compare_page`). Nothing is measured here. Files that are missing or half-written are named on the
 page, and the rest is still shown.
 """
 
@@ -12,78 +11,77 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf.base.errors import UserError
 from rlhf.base.json_files import finite_number, section
-from rlhf.report.card_page import _card_section
-from rlhf.report.charts import CHARTS, _draw, _timing_charts
-from rlhf.report.compare_runs import overlaps, read_run
+from rlhf.report.card_page import card_section
+from rlhf.report.charts import phase_charts, run_charts
+from rlhf.report.compare_samples import gain
 from rlhf.report.compare_tables import evaluated
-from rlhf.report.figures import (
-    COMPARED,
-    MINUS,
-    NO_FIGURE,
-    STAGES,
-    Results,
-    _flatten,
-    _percent,
-    _read_card,
-    _read_rows,
-    _seconds,
-    _text,
-    read_results,
-)
-from rlhf.report.health import health
-from rlhf.report.page import _plotly_gzip_base64, _write_page, template
+from rlhf.report.figures import BEFORE_AND_AFTER, MINUS, NO_FIGURE, duration, flatten, number, percent
+from rlhf.report.page import diagnoses, evenly_spaced, write_page
+from rlhf.report.run_folder import STAGES, RunFolder, overlaps, read_run, series
 from rlhf.run.progress import format_seconds
 
 SAMPLES_SHOWN = 20
 
+Results = Mapping[str, Any]
+
 
 def write_report(output_dir: str | Path) -> Path:
-    """Makes `output_dir/report.html` from `results.json` and whatever else is there, and returns its path.
+    """Write `output_dir/report.html` from the files of a run there, and return its path.
 
     Raises:
         UserError: there is no `results.json`, or it is not JSON.
     """
-    output_dir = Path(output_dir)
-
-    results, run = read_results(output_dir), read_run(output_dir)
-    missing = [problem for problem in run.problems if problem.startswith("evaluation.json")]
-    stages = ("pretrain", *STAGES) if (output_dir / "pretrain").is_dir() else STAGES
-    metrics = {stage: _read_rows(output_dir / stage / "metrics.jsonl", missing) for stage in stages}
-    samples = _read_rows(output_dir / "ppo" / "comparison.jsonl", missing)
-    card = _read_card(output_dir / "data" / "card.json", missing)
-    for stage in stages:
-        if not section(results, stage):
-            missing.append(f"results.json has nothing about {stage}")
-    charts = [drawn for chart in CHARTS if (drawn := _draw(chart, metrics))]
-    timing = _timing_charts(results)
-    reward_card = _card_section(_read_card(output_dir / "reward" / "card.json", missing))
-    page = template("report.html.j2").render(
+    run = read_run(Path(output_dir))
+    results = run.results
+    if not results:
+        problem = next(
+            (line for line in run.problems if line.startswith("results.json")), "results.json is missing or empty"
+        )
+        raise UserError(f"{run.folder}: {problem}; give the folder of a finished run, or run its last stage again")
+    if (run.folder / "pretrain").is_dir():
+        run.metrics = {"pretrain": run.read_rows("pretrain/metrics.jsonl"), **run.metrics}
+    data_card = run.read_object("data/card.json")
+    charts, timing = run_charts(run.metrics), phase_charts(run.phases())
+    reward_card = card_section(run.reward_card)
+    plots = charts + timing + reward_card.get("charts", [])
+    return write_page(
+        run.folder / "report.html",
+        "report.html.j2",
+        plotted=bool(plots or reward_card),
         title="RLHF report",
-        results=results,
+        results={**dict.fromkeys(STAGES), **results},
         headline=_headline(results),
-        stages=_stage_cards(results, card, metrics),
-        compared=_comparison_rows(section(results, "ppo")),
-        health=health(output_dir),
-        samples=_pick_samples(samples),
-        samples_total=len(samples),
-        card=_flatten(card),
-        machine=_flatten(section(results, "machine")),
+        stages=_boxes(run, data_card),
+        compared=_before_and_after(section(results, "ppo")),
+        health=diagnoses(run.folder),
+        samples=[_sample(row) for row in evenly_spaced(run.samples, SAMPLES_SHOWN)],
+        samples_total=len(run.samples),
+        card=flatten(data_card),
+        machine=flatten(section(results, "machine")),
         artifacts=section(results, "artifacts"),
         charts=charts,
         timing=timing,
         reward_card=reward_card,
-        plots=charts + timing + reward_card.get("charts", []),
-        missing=missing,
+        plots=plots,
+        missing=_missing(run),
         evaluated=evaluated([run]) if run.evaluation else [],
         marks=overlaps([run]),
-        plotly=_plotly_gzip_base64() if charts or timing or reward_card else "",
     )
-    return _write_page(page, output_dir / "report.html")
+
+
+def _missing(run: RunFolder) -> list[str]:
+    """Return the problems of a run's files, and the files and figures that a whole run has and this one lacks."""
+    files = [*(f"{stage}/metrics.jsonl" for stage in STAGES), "ppo/comparison.jsonl"]
+    absent = [f"{name} is not there" for name in files if not (run.folder / name).is_file()]
+    stages = [*(["pretrain"] if "pretrain" in run.metrics else []), *STAGES]
+    silent = [f"results.json has nothing about {stage}" for stage in stages if not section(run.results, stage)]
+    return list(dict.fromkeys([*run.problems, *absent, *silent]))
 
 
 def print_results(results: Results) -> None:
-    """The closing table on the terminal: each stage against what it is to be compared with."""
+    """Print the closing table on the terminal: each stage beside what it is to be compared with."""
     from rich.console import Console
     from rich.table import Table
 
@@ -94,20 +92,34 @@ def print_results(results: Results) -> None:
         table.add_row(*row)
     seconds, memory = finite_number(results.get("total_seconds")), finite_number(results.get("peak_rss_gb"))
     total = f"{format_seconds(seconds)} in all" if seconds is not None else ""
-    table.caption = ", ".join(
-        part for part in (total, f"{memory:.1f} GB of memory" if memory is not None else "") if part
-    )
+    table.caption = ", ".join(filter(None, (total, f"{memory:.1f} GB of memory" if memory is not None else "")))
     Console().print(table)
 
 
+def _table_rows(results: Results) -> list[tuple[str, str, str, str]]:
+    """Return stage, measure, before and after; no rows without figures."""
+    sft, reward, ppo = (section(results, stage) for stage in STAGES)
+    bits = number(section(results, "pretrain").get("eval_bits_per_character"))
+    rows = [
+        ("pretraining", "held-out bits per character", "", bits),
+        ("SFT", "held-out loss", number(sft.get("eval_loss_before")), number(sft.get("eval_loss_after"))),
+        ("reward", "held-out accuracy", "", percent(reward.get("accuracy"))),
+        ("reward", "  raters it never saw", "", percent(reward.get("accuracy_held_out_raters"))),
+        ("reward", "  VADER, for comparison", "", percent(reward.get("vader_accuracy"))),
+        ("reward", "  human ceiling", "", percent(reward.get("human_ceiling"))),
+    ]
+    rows += [("PPO", row["label"], row["before"], row["after"]) for row in _before_and_after(ppo)]
+    return [row for row in rows if {row[2], row[3]} - {"", NO_FIGURE}]
+
+
 def _headline(results: Results) -> str:
-    """The outcome in a sentence or two. The judge that PPO never saw has the last word, when there is one."""
+    """Return the outcome in a sentence or two; a judge that PPO never saw has the last word, where there is one."""
     ppo = section(results, "ppo")
     before, after, kl = (finite_number(ppo.get(key)) for key in ("score_before", "score_after", "kl"))
     if before is None or after is None:
         return ""
     change = "raised" if after > before else "lowered" if after < before else "kept"
-    text = f"PPO {change} the reward model's score on held-out prompts from {_text(before)} to {_text(after)}"
+    text = f"PPO {change} the reward model's score on held-out prompts from {number(before)} to {number(after)}"
     text += f", {kl:.1f} nats away from the SFT model." if kl is not None else "."
     gold_before, gold_after = (finite_number(ppo.get(f"gold_positive_{when}")) for when in ("before", "after"))
     if gold_before is None or gold_after is None:
@@ -118,18 +130,20 @@ def _headline(results: Results) -> str:
     return text + judge
 
 
-def _stage_cards(
-    results: Results, card: Mapping[str, Any], metrics: Mapping[str, list[dict[str, Any]]]
-) -> list[dict[str, Any]]:
-    """The chain data -> (pretraining ->) SFT -> reward model -> PPO, each with its figure and the marks to read it against."""
-    pretrain = [_pretrain_box(results, metrics["pretrain"])] if "pretrain" in metrics else []
-    return [_data_box(card, results), *pretrain, _sft_box(results), _reward_box(results), _ppo_box(results)]
+# The chain: a box for each stage, with its figure on a scale beside the marks that it is to be read against.
+
+
+def _boxes(run: RunFolder, data_card: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the boxes data -> (pretraining ->) SFT -> reward model -> PPO."""
+    results = run.results
+    pretrain = [_pretrain_box(results, run.metrics["pretrain"])] if "pretrain" in run.metrics else []
+    return [_data_box(data_card, results), *pretrain, _sft_box(results), _reward_box(results), _ppo_box(results)]
 
 
 def _data_box(card: Mapping[str, Any], results: Results) -> dict[str, Any]:
     rows = {str(name): finite_number(count) for name, count in section(card, "rows").items()}
     counts = [(name.removesuffix("/train"), f"{n:,.0f}") for name, n in rows.items() if name.endswith("/train") and n]
-    counts = counts or [(name, value) for name, value in _flatten(card) if value.replace(",", "").isdigit()][:4]
+    counts = counts or [(name, value) for name, value in flatten(card) if value.replace(",", "").isdigit()][:4]
     pairs = finite_number(section(results, "reward").get("pairs"))
     if not counts and pairs is not None:
         counts = [("preference pairs", f"{pairs:,.0f}")]
@@ -137,125 +151,96 @@ def _data_box(card: Mapping[str, Any], results: Results) -> dict[str, Any]:
 
 
 def _pretrain_box(results: Results, log: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The log tells what a fresh model begins at."""
-    pretrain, name = section(results, "pretrain"), "eval_bits_per_character"
-    before = next((bits for row in log if (bits := finite_number(row.get(f"pretrain/{name}"))) is not None), None)
-    after = finite_number(pretrain.get(name))
-    top = max([value for value in (before, after) if value is not None] + [1e-9])
-    return {
-        "name": "Pretraining", "id": "pretrain", "figure": _text(after),
-        "what": "held-out bits per character; lower is better", "low": "0", "high": _text(top),
-        "marks": _marks(0, top, ("before", before, "base"), ("after", after, "main")), "seconds": _seconds(pretrain),
-    }  # fmt: skip
+    """Return the box of pretraining; the figure of the fresh model is the first one logged."""
+    pretrain = section(results, "pretrain")
+    logged = series(log, "pretrain/eval_bits_per_character")
+    box = _fall(logged[0][1] if logged else None, finite_number(pretrain.get("eval_bits_per_character")))
+    what = "held-out bits per character; lower is better"
+    return {"name": "Pretraining", "id": "pretrain", "what": what, "seconds": duration(pretrain.get("seconds")), **box}
 
 
 def _sft_box(results: Results) -> dict[str, Any]:
     sft = section(results, "sft")
-    before, after = finite_number(sft.get("eval_loss_before")), finite_number(sft.get("eval_loss_after"))
+    box = _fall(finite_number(sft.get("eval_loss_before")), finite_number(sft.get("eval_loss_after")))
+    what = "held-out loss, nats per token; lower is better"
+    return {"name": "SFT", "id": "sft", "what": what, "seconds": duration(sft.get("seconds")), **box}
+
+
+def _fall(before: float | None, after: float | None) -> dict[str, Any]:
+    """Return figure, ends and marks of a loss, on a scale from 0 to the larger of the two values."""
     top = max([value for value in (before, after) if value is not None] + [1e-9])
-    return {
-        "name": "SFT", "id": "sft", "figure": _text(after), "what": "held-out loss, nats per token; lower is better",
-        "low": "0", "high": _text(top),
-        "marks": _marks(0, top, ("before", before, "base"), ("after", after, "main")), "seconds": _seconds(sft),
-    }  # fmt: skip
+    marks = _marks(0, top, ("before", before, "base"), ("after", after, "main"))
+    return {"figure": number(after), "low": "0", "high": number(top), "marks": marks}
 
 
 def _reward_box(results: Results) -> dict[str, Any]:
     reward = section(results, "reward")
-    accuracy, others, ceiling, vader = (
-        finite_number(reward.get(key))
-        for key in ("accuracy", "accuracy_held_out_raters", "human_ceiling", "vader_accuracy")
-    )
+    marks = _marks(
+        0.5, 1, ("reward model", finite_number(reward.get("accuracy")), "main"),
+        ("raters it never saw", finite_number(reward.get("accuracy_held_out_raters")), "second"),
+        ("VADER", finite_number(reward.get("vader_accuracy")), "base"),
+        ("human ceiling", finite_number(reward.get("human_ceiling")), "ceiling"), text=percent,
+    )  # fmt: skip
     return {
-        "name": "Reward model", "id": "reward", "figure": _percent(accuracy),
-        "what": "held-out pairs ranked as people do",
-        "low": "50% (a coin)", "high": "100%",
-        "marks": _marks(
-            0.5, 1, ("reward model", accuracy, "main"), ("raters it never saw", others, "second"),
-            ("VADER", vader, "base"), ("human ceiling", ceiling, "ceiling"), text=_percent,
-        ),
-        "seconds": _seconds(reward),
+        "name": "Reward model", "id": "reward", "figure": percent(reward.get("accuracy")),
+        "what": "held-out pairs ranked as people do", "low": "50% (a coin)", "high": "100%", "marks": marks,
+        "seconds": duration(reward.get("seconds")),
     }  # fmt: skip
 
 
 def _ppo_box(results: Results) -> dict[str, Any]:
-    """On the user's own data there is no judge that PPO never saw; then the reward model's score has to do."""
+    """Return the box of PPO: positive answers by a judge it never saw, or else the reward model's score."""
     ppo = section(results, "ppo")
     before, after = finite_number(ppo.get("gold_positive_before")), finite_number(ppo.get("gold_positive_after"))
-    box = {"name": "PPO", "id": "ppo", "seconds": _seconds(ppo)}
+    box = {"name": "PPO", "id": "ppo", "seconds": duration(ppo.get("seconds"))}
     if after is not None:
-        marks = _marks(0, 1, ("SFT", before, "base"), ("PPO", after, "main"), text=_percent)
+        marks = _marks(0, 1, ("SFT", before, "base"), ("PPO", after, "main"), text=percent)
         what = "of answers are positive, says VADER"
-        return {**box, "figure": _percent(after), "what": what, "low": "0%", "high": "100%", "marks": marks}
+        return {**box, "figure": percent(after), "what": what, "low": "0%", "high": "100%", "marks": marks}
     before, after = finite_number(ppo.get("score_before")), finite_number(ppo.get("score_after"))
-    known = [value for value in (before, after, 0.0) if value is not None]
-    low, high = min(known), max([*known, min(known) + 1e-9])
+    values = [value for value in (before, after, 0.0) if value is not None]
+    low, high = min(values), max([*values, min(values) + 1e-9])
     marks = _marks(low, high, ("SFT", before, "base"), ("PPO", after, "main"))
     what = "reward model's score on held-out prompts"
-    return {**box, "figure": _text(after), "what": what, "low": _text(low), "high": _text(high), "marks": marks}
+    return {**box, "figure": number(after), "what": what, "low": number(low), "high": number(high), "marks": marks}
 
 
-def _marks(low: float, high: float, *marks: tuple[str, float | None, str], text: Any = None) -> list[dict[str, Any]]:
-    """Where each known value sits on a scale from `low` to `high`, in percent of its width."""
+def _marks(low: float, high: float, *marks: tuple[str, float | None, str], text: Any = number) -> list[dict[str, Any]]:
+    """Return the place of each value on a scale from `low` to `high`, in percent of its width; missing values have none."""
     return [
-        {"label": label, "text": (text or _text)(value), "kind": kind,
+        {"label": label, "text": text(value), "kind": kind,
          "at": round(100 * min(1.0, max(0.0, (value - low) / (high - low))), 1)}
         for label, value, kind in marks if value is not None
     ]  # fmt: skip
 
 
-def _comparison_rows(ppo: Results) -> list[dict[str, str]]:
-    """The table of before (SFT) and after (PPO). Changes are called good or bad only where that is known."""
+def _before_and_after(ppo: Results) -> list[dict[str, str]]:
+    """Return the table of SFT and PPO; a change has a verdict where one direction is known to be better."""
     rows = []
-    for key, label, percent, better, note in COMPARED:
+    for key, label, is_share, better, note in BEFORE_AND_AFTER:
         before, after = finite_number(ppo.get(f"{key}_before")), finite_number(ppo.get(f"{key}_after"))
         if before is None and after is None:
             continue
-        text = _percent if percent else _text
+        text = percent if is_share else number
         change, verdict = "", ""
         if before is not None and after is not None:
-            change = f"{100 * (after - before):+.1f} pts" if percent else f"{after - before:+.3g}"
+            change = f"{100 * (after - before):+.1f} pts" if is_share else f"{after - before:+.3g}"
             verdict = "" if not better or after == before else "good" if (after > before) == (better > 0) else "bad"
         rows.append({"label": label, "before": text(before), "after": text(after), "change": change.replace("-", MINUS),
                      "verdict": verdict, "note": note})  # fmt: skip
-    kl = finite_number(ppo.get("kl"))
-    if kl is not None:
+    if finite_number(ppo.get("kl")) is not None:
         note = "How far PPO went from the SFT model, in nats per answer."
-        rows.append({"label": "KL", "before": "0", "after": _text(kl), "change": "", "verdict": "", "note": note})
+        rows.append(
+            {"label": "KL", "before": "0", "after": number(ppo["kl"]), "change": "", "verdict": "", "note": note}
+        )
     return rows
 
 
-def _pick_samples(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Evenly spaced over the file: a choice by score would show the best and hide the rest."""
-    count = min(SAMPLES_SHOWN, len(rows))
-    picked = []
-    for index in range(count):
-        row = rows[index * len(rows) // count]
-        before, after = finite_number(row.get("sft_score")), finite_number(row.get("ppo_score"))
-        gain = after - before if before is not None and after is not None else None
-        picked.append({
-            "prompt": str(row.get("prompt") or ""), "sft": str(row.get("sft_response") or "").strip(),
-            "ppo": str(row.get("ppo_response") or "").strip(), "sft_score": before, "ppo_score": after, "gain": gain,
-        })  # fmt: skip
-    return picked
-
-
-def _table_rows(results: Results) -> list[tuple[str, str, str, str]]:
-    sft, reward, ppo = (section(results, stage) for stage in STAGES)
-    bits = finite_number(section(results, "pretrain").get("eval_bits_per_character"))
-    rows = [
-        ("pretraining", "held-out bits per character", "", _text(bits)),
-        (
-            "SFT",
-            "held-out loss",
-            _text(finite_number(sft.get("eval_loss_before"))),
-            _text(finite_number(sft.get("eval_loss_after"))),
-        ),
-    ]
-    for key, label in (
-        ("accuracy", "held-out accuracy"), ("accuracy_held_out_raters", "  raters it never saw"),
-        ("vader_accuracy", "  VADER, for comparison"), ("human_ceiling", "  human ceiling"),
-    ):  # fmt: skip
-        rows.append(("reward", label, "", _percent(finite_number(reward.get(key)))))
-    rows += [("PPO", row["label"], row["before"], row["after"]) for row in _comparison_rows(ppo)]
-    return [row for row in rows if row[2] not in ("", NO_FIGURE) or row[3] not in ("", NO_FIGURE)]
+def _sample(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a prompt with the answers of SFT and PPO, their scores and the gain."""
+    before, after = finite_number(row.get("sft_score")), finite_number(row.get("ppo_score"))
+    return {
+        "prompt": str(row.get("prompt") or ""), "sft": str(row.get("sft_response") or "").strip(),
+        "ppo": str(row.get("ppo_response") or "").strip(), "sft_score": before, "ppo_score": after,
+        "gain": gain(before, after),
+    }  # fmt: skip

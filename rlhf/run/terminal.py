@@ -13,28 +13,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from rlhf.run import metrics
+
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-#: Metrics that are shown where a stage logs them, most telling first.
-SHOWN = {
-    "objective/score": "score",
-    "objective/rlhf_reward": "score less KL cost",
-    "objective/kl": "KL, nats a response",
-    "objective/entropy": "entropy, nats a token",
-    "response/length": "response length, tokens",
-    "response/stop_rate": "stop rate",
-    "response/distinct_2": "distinct word pairs",
-    "ppo/clipfrac": "clipped tokens",
-    "ppo/explained_variance": "explained variance",
-    "sft/loss": "loss, nats a token",
-    "sft/eval_loss": "held-out loss",
-    "sft/token_accuracy": "token accuracy",
-    "reward/loss": "loss",
-    "reward/accuracy": "accuracy",
-    "reward/eval_accuracy": "held-out accuracy",
-    "reward/margin": "margin",
-}
 POINTS = 32
 """Values a figure's little curve shows."""
 SAMPLES = 3
@@ -62,10 +45,10 @@ class LiveView:
         )
 
     def add_metrics(self, figures: Mapping[str, float]) -> None:
-        """Remembers those of `SHOWN`."""
-        for name in SHOWN:
-            if name in figures:
-                self.values.setdefault(name, deque(maxlen=POINTS)).append(figures[name])
+        """Remember the metrics that the terminal shows."""
+        for metric in metrics.shown("terminal"):
+            if metric.name in figures:
+                self.values.setdefault(metric.name, deque(maxlen=POINTS)).append(figures[metric.name])
 
     def add_samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Remembers the first few of the newest rows."""
@@ -86,9 +69,9 @@ class LiveView:
         from rich.table import Table
 
         table = Table(box=None, show_header=False, pad_edge=False)
-        for name, label in SHOWN.items():
-            if name in self.values:
-                values = list(self.values[name])
+        for metric in metrics.shown("terminal"):
+            if values := list(self.values.get(metric.name, ())):
+                label = f"{metric.label}, {metric.unit}" if metric.unit else metric.label
                 table.add_row(label, f"{values[-1]:.3g}", sparkline(values))
         return table
 

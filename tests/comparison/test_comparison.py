@@ -17,11 +17,10 @@ from test_report import BROWSER, made_up_card, made_up_results, without_plotly, 
 from toys import Call
 
 from rlhf.registry import Artifact, Registry
-from rlhf.report.compare_charts import CURVES
 from rlhf.report.compare_lineage import BOX_WIDTH, Edge, Node, draw_lineage, lineage
 from rlhf.report.compare_page import write_comparison
-from rlhf.report.compare_runs import RunFolder, labels
-from rlhf.run.metrics import reward_kl_points
+from rlhf.report.run_folder import RunFolder, labels
+from rlhf.run.metrics import reward_kl_points, shown
 
 ATTACK = '</script><script>document.title="owned"</script>'
 
@@ -233,14 +232,14 @@ def test_runs_that_cannot_be_compared_are_refused(
     sft = registry.read("sft/demo")
     other = made_up_run(tmp_path / "other", registry, (sft, publish(registry, "reward", [sft], recipe="other")))
     out = tmp_path / "page.html"
-    refused = call("rlhf.report", *runs, other, "-o", out)
+    refused = call("rlhf.report.__main__", *runs, other, "-o", out)
     assert "different reward models" in refused.complaint and "--force" in refused.complaint and not out.exists()
-    assert call("rlhf.report", *runs, other, "-o", out, "--force").code == 0
+    assert call("rlhf.report.__main__", *runs, other, "-o", out, "--force").code == 0
     page = out.read_text()
     assert "different reward models" in page and '<th class="n unequal"' in page
     rows = [json.loads(line) for line in (runs[1] / "ppo" / "comparison.jsonl").read_text().splitlines()]
     write_jsonl(runs[1] / "ppo" / "comparison.jsonl", [{**row, "prompt": f"Other {row['prompt']}"} for row in rows])
-    assert "different held-out prompts" in call("rlhf.report", *runs, "-o", out).complaint
+    assert "different held-out prompts" in call("rlhf.report.__main__", *runs, "-o", out).complaint
     assert "unequal" not in page_of(runs[:1], tmp_path).split("<body>")[1]
 
 
@@ -272,10 +271,10 @@ def test_folders_that_hold_no_run_are_the_users_error(
 ) -> None:
     """Bug: a mistyped folder is a traceback, or an empty column."""
     out = tmp_path / "page.html"
-    assert f"did you mean '{runs[0]}'" in call("rlhf.report", tmp_path / "chep", runs[1], "-o", out).complaint
+    assert f"did you mean '{runs[0]}'" in call("rlhf.report.__main__", tmp_path / "chep", runs[1], "-o", out).complaint
     (tmp_path / "nothing").mkdir()
-    assert "holds no run" in call("rlhf.report", tmp_path / "nothing", runs[1], "-o", out).complaint
-    assert "-o FILE" in call("rlhf.report", *runs).complaint
+    assert "holds no run" in call("rlhf.report.__main__", tmp_path / "nothing", runs[1], "-o", out).complaint
+    assert "-o FILE" in call("rlhf.report.__main__", *runs).complaint
 
 
 def test_a_run_that_was_judged_on_its_training_prompts_is_marked(
@@ -308,7 +307,7 @@ def test_model_output_is_escaped(runs: list[Path], tmp_path: Path) -> None:
 
 def test_ten_long_runs_fit_on_a_page(tmp_path: Path, registry: Registry, reward: tuple[Artifact, Artifact]) -> None:
     """Bug: a page that nobody can mail; plotly.js embedded once a plot, or every point of every run."""
-    names = [metric for curve in CURVES for metric in curve.metrics if curve.stage == "ppo"]
+    names = [metric.name for metric in shown("comparison") if metric.stage == "ppo"]
     rows = [{"step": s, "episodes": s * 64, **dict.fromkeys(names, s * 0.123456789)} for s in range(1, 3001)]
     folders = []
     for number in range(10):
@@ -449,7 +448,7 @@ def test_in_a_browser_it_draws_zooms_sorts_and_fits_a_phone(runs: list[Path], tm
 def test_the_page_of_a_real_pipeline(finished: tuple[Path, Path], tmp_path: Path, call: Callable[..., Call]) -> None:
     """Bug: a page made for files that the stages do not write, or not under these names."""
     out = tmp_path / "page.html"
-    done = call("rlhf.report", finished[1], "-o", out)
+    done = call("rlhf.report.__main__", finished[1], "-o", out)
     assert done.code == 0, done.err
     page = out.read_text()
     text = text_of(page)

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 from toys import Call
 
-from rlhf.report.dashboard import HEALTH
-from rlhf.run.metrics import METRICS
+from rlhf.run.metrics import METRICS, shown
 
 
 @pytest.fixture(autouse=True)
@@ -39,11 +38,22 @@ def test_every_metric_has_a_panel(tmp_path: Path, call: Callable[..., Call]) -> 
     made = json.loads(file.read_text())
     assert (made["entity"], made["project"]) == ("me", "films")
     sections = {s["name"]: s for s in made["spec"]["section"]["panelBankConfig"]["sections"]}
-    shown = {metric for metrics in values_of(made, "metrics") if metrics for metric in metrics}
-    assert set(METRICS) | {"sft/loss", "sft/token_accuracy", "reward/accuracy", "reward/loss", "reward/margin"} <= shown
-    for title, axis in (("Health", "episodes"), ("PPO", "episodes"), ("SFT", "updates"), ("Reward model", "updates")):
+    panels = {metric for metrics in values_of(made, "metrics") if metrics for metric in metrics}
+    assert {name for name in METRICS if not name.startswith("card/")} <= panels
+    scalars = {panel["config"].get("metrics", [None])[0] for panel in sections["Reward report card"]["panels"]}
+    assert {name for name in METRICS if name.startswith("card/")} <= scalars
+    titles = {
+        "Health": "episodes",
+        "PPO": "episodes",
+        "SFT": "updates",
+        "Reward model": "updates",
+        "Pretraining": "updates",
+    }
+    for title, axis in titles.items():
         assert set(values_of(sections[title], "xAxis")) - {"_step"} == {axis}
-    assert [m for panel in sections["Health"]["panels"] for m in panel["config"]["metrics"]] == list(HEALTH)
+    assert [m for panel in sections["Health"]["panels"] for m in panel["config"]["metrics"]] == [
+        metric.name for metric in shown("health")
+    ]
     text = json.dumps(made)
     for table in ("ppo/samples", "card/accuracies", "frontier/score_table"):
         assert table in text

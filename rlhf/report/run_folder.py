@@ -1,0 +1,257 @@
+"""The content of a run's folder, as far as it can be read, and whether several runs can be compared."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rlhf.base.errors import UserError, did_you_mean
+from rlhf.base.json_files import decode, entries, finite_number, read_jsonl, read_object, section
+
+STAGES = ("sft", "reward", "ppo")
+"""Stages of every run; pretraining comes before them where a run has it."""
+
+
+@dataclass
+class RunFolder:
+    """The content of one folder, as far as it can be read."""
+
+    folder: Path
+    label: str = ""
+    results: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    """Rows of `metrics.jsonl` by stage."""
+    manifests: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By stage: the manifest's fields, and its `hash`."""
+    records: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """`tracking.json` by stage."""
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    """PPO's `comparison.jsonl`: answers to the held-out prompts before and after."""
+    reward_card: dict[str, Any] = field(default_factory=dict)
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    """`evaluation.json`, as `rlhf.evaluation` describes it."""
+    evaluated: list[dict[str, Any]] = field(default_factory=list)
+    """`samples.jsonl` beside it, which only the comparison reads."""
+    problems: list[str] = field(default_factory=list)
+    """A line for each file that is missing, or cannot be read as a whole."""
+
+    @property
+    def stages(self) -> list[str]:
+        """Stages with a log, a manifest or a record."""
+        return [s for s in STAGES if self.metrics.get(s) or self.manifests.get(s) or self.records.get(s)]
+
+    @property
+    def is_run(self) -> bool:
+        """True for all folders but those that hold nothing besides an evaluation of other runs."""
+        return bool(self.stages or self.results) or not self.evaluation
+
+    def config(self, stage: str) -> dict[str, Any]:
+        """Return the resolved options of a stage."""
+        return section(self.manifests.get(stage, {}), "config") or section(self.records.get(stage, {}), "config")
+
+    def figures(self, stage: str) -> dict[str, Any]:
+        """Return the final figures of a stage."""
+        return section(self.results, stage) or section(self.manifests.get(stage, {}), "metrics")
+
+    def phases(self) -> list[dict[str, Any]]:
+        """Return seconds and peak memory of the phases, each with its stage."""
+        return mappings(self.results, "phases") or [
+            {"stage": stage, **row}
+            for stage, manifest in self.manifests.items()
+            for row in mappings(section(manifest, "metrics"), "phases")
+        ]
+
+    def run_id(self, stage: str) -> str:
+        """Return the W&B run id, or an empty string."""
+        return str(self.records.get(stage, {}).get("run_id") or self.manifests.get(stage, {}).get("wandb_run_id") or "")
+
+    def parents(self, stage: str) -> dict[str, str]:
+        """Return the artefacts that a stage started from: reference -> hash."""
+        if stage in self.manifests:
+            parents = mappings(self.manifests[stage], "parents")
+            return {f"{p.get('stage')}/{p.get('name')}@{p.get('version')}": str(p.get("hash")) for p in parents}
+        return {str(k): str(v) for k, v in section(self.records.get(stage, {}), "inputs").items()}
+
+    def source(self, stage: str) -> dict[str, str]:
+        """Return the origin of a stage's figures: `run_id` and `manifest`, its hash."""
+        digest = self.manifests.get(stage, {}).get("hash") or self.artifact(stage).get("hash")
+        return {"run_id": self.run_id(stage), "manifest": str(digest or "")}
+
+    def artifact(self, stage: str) -> dict[str, Any]:
+        """Return what the results name as a stage's artefact: `reference` and `hash`."""
+        return section(section(self.results, "artifacts"), stage)
+
+    def evaluated_models(self) -> list[dict[str, str]]:
+        """Return the models of the evaluation: `label`, `run_id` and `manifest`."""
+        return [
+            {"label": str(m.get("name")), "run_id": str(m.get("run_id") or ""), "manifest": str(m.get("hash") or "")}
+            for m in mappings(self.evaluation, "models")
+        ]
+
+    def read_object(self, name: str) -> dict[str, Any]:
+        """Return the JSON object in a file; {} where there is none, with a problem noted where there is something else."""
+        file = self.folder / name
+        try:
+            return read_object(file, fix="the page is made without it", nan_as_none=True)
+        except FileNotFoundError:
+            return {}
+        except OSError as error:
+            self.problems.append(f"{name} cannot be read ({error.strerror})")
+        except UserError as error:
+            self.problems.append(str(error).replace(str(file), name))
+        return {}
+
+    def read_rows(self, name: str, *, expected: bool = True) -> list[dict[str, Any]]:
+        """Return the readable rows of a `.jsonl` file; notes a problem for the others, and for a file expected in vain."""
+        try:
+            rows, unreadable = read_jsonl(self.folder / name)
+        except FileNotFoundError:
+            if expected:
+                self.problems.append(f"{name} is not there")
+            return []
+        except OSError as error:
+            self.problems.append(f"{name} cannot be read ({error.strerror})")
+            return []
+        if unreadable:
+            self.problems.append(f"{name}: {unreadable} unreadable line{'s' if unreadable > 1 else ''} left out")
+        elif not rows:
+            self.problems.append(f"{name} is empty")
+        return rows
+
+
+def mappings(tree: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
+    """Return the objects in the list under a name, without its other entries."""
+    return [entry for entry in entries(tree, name) if isinstance(entry, dict)]
+
+
+def series(rows: Iterable[Mapping[str, Any]], metric: str) -> list[tuple[Any, float]]:
+    """Return the steps and values of a metric, for the log lines that have it."""
+    return [(row.get("step"), value) for row in rows if (value := finite_number(row.get(metric))) is not None]
+
+
+def read_run(folder: Path, registry: Path | None = None) -> RunFolder:
+    """Read a run as far as possible.
+
+    Args:
+        registry: where manifests are looked for when the folder has none.
+
+    Raises:
+        UserError: there is no such folder, or no file of a run in it.
+    """
+    if not folder.is_dir():
+        siblings = [str(p) for p in folder.parent.glob("*") if p.is_dir()] if folder.parent.is_dir() else []
+        raise UserError(f"no run {folder}{did_you_mean(str(folder), siblings)}; give the folder that a run wrote")
+    run = RunFolder(folder)
+    places = {stage: f"{stage}/" for stage in STAGES if (folder / stage).is_dir()}
+    if (folder / "tracking.json").is_file() or (folder / "metrics.jsonl").is_file():
+        stage = RunFolder(folder).read_object("tracking.json").get("stage")
+        places = {stage if stage in STAGES else folder.name: ""}
+    run.results = run.read_object("results.json")
+    run.evaluation = run.read_object("evaluation.json")
+    if not places and not run.results and not run.evaluation and not run.problems:
+        raise UserError(
+            f"{folder} holds no run: no sft, reward or ppo folder, no results.json and no evaluation.json is in it"
+        )
+    for stage, place in places.items():
+        run.records[stage] = run.read_object(f"{place}tracking.json")
+        run.metrics[stage] = run.read_rows(f"{place}metrics.jsonl")
+        if manifest := _manifest(run, stage, folder / place, registry):
+            run.manifests[stage] = manifest
+    if "reward" in places:
+        run.reward_card = run.read_object(f"{places['reward']}card.json")
+    if "ppo" in places:
+        run.samples = run.read_rows(f"{places['ppo']}comparison.jsonl", expected=False)
+    return run
+
+
+def _manifest(run: RunFolder, stage: str, place: Path, registry: Path | None) -> dict[str, Any]:
+    """Return the manifest beside the stage's log, or a registry's of the artefact that the results name; {} for none."""
+    artifact = run.artifact(stage)
+    name, _, version = str(artifact.get("reference", "")).partition("@")
+    candidates = [place / "manifest.json"]
+    if version:
+        roots = [run.folder / "registry", *([registry] if registry else [])]
+        candidates += [root / name / f"v{version}" / "manifest.json" for root in roots]
+    file = next((candidate for candidate in candidates if candidate.is_file()), None)
+    if file is None:
+        return {}
+    try:
+        raw = file.read_bytes()
+        content = decode(raw)
+    except (OSError, ValueError):
+        content = None
+    if not isinstance(content, dict):
+        run.problems.append(f"{file.name} of its {stage} stage is corrupt")
+        return {}
+    digest = hashlib.sha256(raw).hexdigest()
+    if artifact.get("hash") not in (None, digest):
+        run.problems.append(f"{file.name} of its {stage} stage is not the one that results.json names")
+    return {**content, "hash": digest}
+
+
+def labels(folders: Sequence[Path]) -> list[str]:
+    """Return the shortest ends of the paths that differ from one another; equal paths get numbers."""
+    parts = [folder.absolute().parts for folder in folders]
+    for length in range(1, max(map(len, parts)) + 1):
+        labels = ["/".join(p[-length:]) for p in parts]
+        if len(set(labels)) == len(labels):
+            return labels
+    return [f"{label} ({number})" for number, label in enumerate(labels, 1)]
+
+
+def comparability(runs: Sequence[RunFolder]) -> list[str]:
+    """Return why figures of these runs must not be compared, a line each; [] where they may be."""
+    marks = []
+    for kind, identity in (("reward models", _rewards), ("held-out prompts", _held_out_prompts)):
+        identities = {run.label: value for run in runs if (value := identity(run)) is not None}
+        if len({key for key, _ in identities.values()}) > 1:
+            names = ", ".join(f"{label}: {name}" for label, (_, name) in identities.items())
+            marks.append(f"the runs have different {kind}, so that their scores cannot be compared ({names})")
+    return marks
+
+
+def _rewards(run: RunFolder) -> tuple[str, str] | None:
+    """Return a key of PPO's rewards, equal for equal ones, and their names; None for a run that left neither."""
+    adapters = {ref: digest for ref, digest in run.parents("ppo").items() if ref.startswith("reward/")}
+    artifact = run.artifact("reward")
+    if not adapters and not run.parents("ppo") and artifact.get("hash"):
+        adapters = {str(artifact.get("reference")): str(artifact["hash"])}
+    configured = run.config("ppo").get("reward") or []
+    rewards = [configured] if isinstance(configured, str) else configured
+    others = [str(reward) for reward in rewards if not str(reward).startswith("reward/")]
+    if not adapters and not others:
+        return None
+    names = [*(f"{ref} {digest[:8]}" for ref, digest in adapters.items()), *others]
+    return json.dumps([sorted(adapters.values()), sorted(others)]), " + ".join(names)
+
+
+def _held_out_prompts(run: RunFolder) -> tuple[str, str] | None:
+    """Return a key of the prompts of a run's samples, and a name; None for a run without samples."""
+    prompts = [str(row.get("prompt")) for row in run.samples]
+    if not prompts:
+        return None
+    digest = hashlib.sha256(json.dumps(sorted(prompts)).encode()).hexdigest()
+    return digest, f"{len(prompts)} prompts {digest[:8]}"
+
+
+def overlaps(runs: Sequence[RunFolder]) -> list[str]:
+    """Return the reasons to distrust held-out figures, a line each: prompts that were trained on, and an evaluation's own."""
+    marks = []
+    for run in runs:
+        prefix = f"{run.label}: " if run.label else ""
+        for stage, manifest in run.manifests.items():
+            overlap = section(section(manifest, "data"), "overlap")
+            for trained_on, count in section(overlap, "in_training").items():
+                if count:
+                    marks.append(
+                        f"{prefix}{count} of the {overlap.get('held_out')} held-out prompts of its {stage} stage are among "
+                        f"those that {trained_on} was trained on, so that its figures flatter it"
+                    )
+        marks += [f"{prefix}{mark}" for mark in entries(run.evaluation, "marks")]
+        for model in mappings(run.evaluation, "models"):
+            marks += [f"{prefix}{model.get('name')}: {mark}" for mark in entries(model, "marks")]
+    return marks
