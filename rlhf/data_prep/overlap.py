@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlhf.base.errors import UserError
 from rlhf.config import TextConfig
 from rlhf.data_prep.corpus import load_text
-from rlhf.data_prep.load import Kind, load_rows
-from rlhf.registry import Artifact, Lineage, Registry, recipe_hash
+from rlhf.data_prep.formats.rows import prompt_key
+from rlhf.data_prep.load import joint_fingerprint, load_rows
+from rlhf.data_prep.stage_rows import Kind
+from rlhf.registry import Artifact, Lineage, Registry
 
 #: What a stage reads of its data.
 _KINDS: dict[str, Kind] = {"sft": "demonstrations", "reward": "comparisons", "ppo": "prompts"}
@@ -39,11 +40,6 @@ class TrainingPrompts:
         return self._read[artifact.hash]
 
 
-def prompt_key(prompt: Sequence[Mapping[str, str]]) -> str:
-    """The same for the same conversation."""
-    return json.dumps([[message["role"], message["content"]] for message in prompt])
-
-
 def _ancestors(line: Lineage) -> list[Artifact]:
     """The artefact and all that it was made from and that is still there, of the stages that train on prompts."""
     own = [line.artifact] if line.artifact is not None and line.artifact.stage in _KINDS else []
@@ -69,8 +65,7 @@ def _training_prompts(artifact: Artifact) -> set[str] | None:
             ]
     except UserError:
         return None
-    fingerprint = recipe_hash({name: loaded.fingerprint for name, loaded in sets.items()}, [], None)
-    if fingerprint != artifact.manifest.data["fingerprint"]:
+    if joint_fingerprint(sets) != artifact.manifest.data["fingerprint"]:
         return None
     return {
         prompt_key(row["prompt"])

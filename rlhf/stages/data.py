@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from rlhf.base import distributed
+from rlhf.data_prep.formats.rows import prompt_key
 from rlhf.data_prep.load import NAMED_ROWS, Loaded, joint_fingerprint
-from rlhf.data_prep.overlap import TrainingPrompts, prompt_key
+from rlhf.data_prep.overlap import TrainingPrompts
 from rlhf.registry import Artifact, Registry
 
 

@@ -24,8 +24,8 @@ from rlhf.base import storage
 from rlhf.base.errors import require, run_command
 from rlhf.base.functions import load_function
 from rlhf.config import RewardConfig, parse_config
+from rlhf.data_prep.formats.rows import prompt_key
 from rlhf.data_prep.load import Loaded, NoneOfKind, load_rows
-from rlhf.data_prep.overlap import prompt_key
 from rlhf.doctor.preflight.supervised import reward as check_reward
 from rlhf.doctor.probe import Probe
 from rlhf.evaluation.card.report_card import (

@@ -92,7 +92,7 @@ def test_hub_dataset_streams(monkeypatch: pytest.MonkeyPatch) -> None:
     name, common = "owner/text-1.0", {"text_field": "body"}
     read = load_text(name, TextConfig(**common, text_subset="raw"))
     assert list(read["train"].rows["text"]) == ["one", "two"]
-    assert asked == [((name, "raw"), {"split": "train", "streaming": True})]
+    assert asked == [((name, "raw"), {"split": "train", "revision": None, "streaming": True})]
     with pytest.raises(UserError, match=r"'owner/text-1.0' here.* after row 2: the network is gone \(.*--text_subset"):
         load_text(name, TextConfig(**common, text_subset="fails"))
     with pytest.raises(UserError, match=r"row 1 of owner/text-1\.0 has no text in 'text'; it has body"):

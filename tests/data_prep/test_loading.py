@@ -11,7 +11,8 @@ import pyarrow as pa
 import pytest
 
 from rlhf.base.errors import UserError
-from rlhf.data_prep.load import Loaded, load_rows
+from rlhf.data_prep.formats.rows import prompt_key
+from rlhf.data_prep.load import Loaded, NoneOfKind, load_rows
 
 
 def user(text: str) -> dict[str, str]:
@@ -256,7 +257,11 @@ def test_rows_without_a_lesson_are_dropped_and_counted(tmp_path: Path, kind: str
     ("kind", "row", "message"),
     [
         ("demonstrations", answer(3), r"train.jsonl, row 2: 'completion' must be a string .* got int 3"),
-        ("demonstrations", {"prompt": "p"}, r"row 2: 'completion' must be a string .* got NoneType None"),
+        (
+            "demonstrations",
+            {"prompt": "p"},
+            r"row 2: demonstrations need 'prompt' \+ 'completion', .* this row has prompt;",
+        ),
         ("demonstrations", answer([user("a")]), r"row 2: 'completion' must be a string or one assistant message"),
         ("demonstrations", answer([{"from": "gpt"}]), r"row 2: 'completion' must hold messages with the texts 'role'"),
         (
@@ -264,7 +269,7 @@ def test_rows_without_a_lesson_are_dropped_and_counted(tmp_path: Path, kind: str
             {"prompt": [{"role": "human", "content": "p"}], "completion": "a"},
             r"row 2: 'prompt' has a message of role 'human'",
         ),
-        ("demonstrations", ["p"], r"row 2 must be an object with named columns, got list"),
+        ("demonstrations", ["p"], r"row 2: must be an object with named columns, got list"),
         ("comparisons", ranked("ab", [1, 2]), r"row 2: 'responses' must be a list, got str 'ab'"),
         ("comparisons", ranked(["a", "b"], [1]), r"row 2: 2 responses but 1 ratings"),
         ("comparisons", ranked(["a", "b"], ["1", "2"]), r"row 2: 'ratings' must be a list of numbers"),
@@ -394,6 +399,37 @@ def test_one_file_is_split_by_prompt(tmp_path: Path) -> None:
         assert all(len(load_rows(file, split, kind="prompts").rows) for split in ("train", "validation"))
     with pytest.raises(UserError, match="a single prompt"):
         load_rows(write(tmp_path, [{"prompt": "p"}], "one.jsonl"), "train", kind="prompts")
+
+
+def test_a_prompt_in_two_spellings_is_one_prompt(tmp_path: Path) -> None:
+    """Bug: validation holds a training prompt in other case or spacing; or two rows of it contradict each other unnoticed."""
+    rows = [{"prompt": f"What is number {i}?", "completion": f"a{i}"} for i in range(100)]
+    other = [{"prompt": f"  what IS\nnumber \uff11{row['prompt'][-2]}?", "completion": "b"} for row in rows[10:20]]
+    file = write(tmp_path, rows + other, "all.jsonl")
+    train, held_out = (load_rows(file, split, kind="demonstrations").rows for split in ("train", "validation"))
+    assert not {prompt_key(p) for p in train["prompt"]} & {prompt_key(p) for p in held_out["prompt"]}
+    plain = load_rows(write(tmp_path, rows, "plain.jsonl"), "validation", kind="demonstrations").rows
+    assert {c[0]["content"] for c in plain["completion"]} <= {c[0]["content"] for c in held_out["completion"]}, (
+        "a second spelling takes no prompt out of validation"
+    )
+    loaded = load(tmp_path, "comparisons", pair("a", "b"), {**pair("b", "a"), "prompt": " P"}, pair("c", "d"))
+    assert loaded.dropped_rows == {"contradicts another row": [1, 2]}
+
+
+def test_rows_that_hold_nothing_of_the_kind(tmp_path: Path) -> None:
+    """Bug: a slip in one row of a user's file passes for a row of another kind; or a published set of trees, most of whose
+    turns nobody ranked, cannot be given to the reward stage."""
+    turn = {"role": "prompter", "replies": [{"role": "assistant", "text": "a", "rank": 0}, {"role": "assistant", "text": "b", "rank": 1}]}  # noqa: E501  # fmt: skip
+    trees = [
+        {"message_tree_id": str(i), "tree_state": "x", "prompt": {**turn, "text": f"p{i}", "replies": turn["replies"][:count]}}
+        for i, count in enumerate((2, 1, 2, 0))
+    ]  # fmt: skip
+    loaded = load(tmp_path, "comparisons", *trees)
+    assert loaded.numbers == [1, 3] and loaded.dropped_rows == {"nothing for comparisons": [2, 4]}
+    with pytest.raises(UserError, match=r"row 2: comparisons need .* this row has prompt, completion"):
+        load(tmp_path, "comparisons", pair("a", "b"), answer("c"))
+    with pytest.raises(NoneOfKind, match="has columns completion, prompt; comparisons need"):
+        load(tmp_path, "comparisons", answer("c"))
 
 
 def test_hub_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

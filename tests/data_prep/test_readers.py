@@ -16,6 +16,7 @@ from rlhf.base.errors import UserError
 from rlhf.data_prep.formats.readers import READERS, choose_reader, mapped, read_row
 from rlhf.data_prep.formats.records import Record
 from rlhf.data_prep.formats.rows import Malformed, Untrainable
+from rlhf.data_prep.load import load_rows
 from rlhf.data_prep.prepare.recipe import Source
 
 
@@ -195,6 +196,25 @@ def test_published_shapes(name: str, row: dict[str, Any], expected: Any) -> None
     assert seen(read_row(READERS[name], row)) == expected
 
 
+@pytest.mark.parametrize(("name", "row", "expected"), SAMPLES, ids=[f"{s[0]}{i}" for i, s in enumerate(SAMPLES)])
+def test_stages_read_the_same_shapes(tmp_path: Path, name: str, row: dict[str, Any], expected: Any) -> None:
+    """Catches: a file that `rlhf data` reads and a stage does not, or reads otherwise."""
+    (tmp_path / "train.jsonl").write_text(json.dumps(row) + "\n")
+    assert load_rows(tmp_path, "train", kind="prompts").rows["prompt"] == [prompt for prompt, _, _ in expected]
+    rated = [(p, [[assistant(r)] for r in responses], ratings) for p, responses, ratings in expected if ratings]
+    if rated and len(rated[0][1]) > 1:
+        rows = load_rows(tmp_path, "train", kind="comparisons").rows
+        assert list(zip(rows["prompt"], rows["responses"], rows["ratings"], strict=True)) == rated
+    answers = [
+        (prompt, [assistant(responses[ratings.index(max(ratings)) if ratings else 0])])
+        for prompt, responses, ratings in expected
+        if len(responses) > 1 or (responses and not ratings)
+    ]
+    if answers:
+        rows = load_rows(tmp_path, "train", kind="demonstrations").rows
+        assert list(zip(rows["prompt"], rows["completion"], strict=True)) == answers
+
+
 def test_every_reader_has_a_sample() -> None:
     """Catches: a reader that nobody tests. The flat form of OASST takes several rows and has a test of its own."""
     assert {name for name, _, _ in SAMPLES} | {"oasst_messages"} == set(READERS)
@@ -267,9 +287,10 @@ def test_a_deleted_message_is_no_answer() -> None:
         ("alpaca", ["a"], Malformed, "must be an object with named columns"),
         ("shp", {"history": "a", "human_ref_A": "b", "human_ref_B": "c", "labels": None}, Malformed, "'labels' must be 1"),
         ("columns", {"prompt": "a", "responses": ["b", "c"], "ratings": [1]}, Malformed, "2 responses but 1 ratings"),
-        ("columns", {"prompt": "a", "responses": ["b", "c"], "ratings": [1, None]}, Malformed, "'ratings' must be a number"),
+        ("columns", {"prompt": "a", "responses": ["b", "c"], "ratings": [1, None]}, Untrainable, "ratings that are missing or"),
+        ("columns", {"prompt": "a", "responses": ["b", "c"], "ratings": ["1", "2"]}, Malformed, "must be a list of numbers"),
         ("columns", {"prompt": "a", "response": "b", "rating": "good"}, Malformed, "'rating' must be a number, got str 'good'"),
-        ("columns", {"prompt": "a", "chosen": "b", "rejected": "b"}, Untrainable, "two responses are the same"),
+        ("columns", {"prompt": "a", "chosen": "b", "rejected": "b"}, Untrainable, "chosen and rejected are the same"),
         ("columns", {"prompt": "a", "chosen": "b", "rejected": " "}, Untrainable, "empty response"),
         (
             "webgpt",
@@ -291,6 +312,41 @@ def test_a_tie_is_no_preference() -> None:
     row = {**SAMPLES[3][1], "score_0": 0.0, "score_1": 0.0}
     (record,) = read_row(READERS["webgpt"], row)
     assert record.serves == 4
+
+
+def test_plain_columns_that_stand_together() -> None:
+    """Catches: a demonstration with a rating refused for its missing response; the messages beside a pair, which is lost; the
+    system message, the margin or the raters of a ranking left out; a prompt in messages refused for having no answer."""
+    pair = {"prompt": "Tea?", "chosen": "Yes.", "rejected": "No."}
+    turns = [user("Tea?"), assistant("Yes.")]
+    rated = {"prompt": "Tea?", "responses": ["Yes.", "No."], "rater_ratings": [[3, 1], [0, None, 2]]}
+
+    def only(row: dict[str, Any]) -> Record:
+        name, _ = choose_reader(Source(path="x"), [row])
+        (record,) = read_row(READERS[name], row)
+        return record
+
+    assert seen([only({"prompt": "Tea?", "completion": "Yes.", "rating": 2})]) == [([user("Tea?")], ["Yes."], None)]
+    assert only({**pair, "messages": turns}).responses == ["Yes.", "No."]
+    assert only({**pair, "margin": 2.5, "system": "Be kind."}).ratings == [2.5, 0.0]
+    assert only({**pair, "system": "Be kind."}).prompt[0] == {"role": "system", "content": "Be kind."}
+    assert only({"messages": turns[:1]}).serves == 4 and only({"messages": turns}).serves == 5
+    record = only(rated)
+    assert record.ratings == [2.0, 1.0] and record.raters == ["rater 1", "rater 2", "rater 3"]
+    assert record.rater_ratings == [[3, 1, None], [0, None, 2]]
+    assert only({**rated, "raters": ["a", "b", "c"]}).raters == ["a", "b", "c"]
+
+
+def test_rows_of_another_form_in_one_file(build_data: Callable[..., Built]) -> None:
+    """Catches: rows lost because most of the file is written otherwise; or read as plain columns against a reader that the
+    recipe names."""
+    rows: list[Any] = [{"messages": [user(text(i)), assistant(text(i + 500))]} for i in range(30)]
+    rows += [{"prompt": text(i), "completion": text(i + 500)} for i in range(100, 110)]
+    built = build_data(rows, validation_share=0.3)
+    assert built.card["sources"][0]["reader"] == "messages" and built.card["sources"][0]["records"] == 40
+    source = Source(path=str(built.folder.parent / "in" / "rows.jsonl"), reader="messages")
+    with pytest.raises(UserError, match=r"10 of 40 rows are malformed.* no column 'messages'"):
+        build_data(None, source, folder="strict")
 
 
 def test_column_map_and_evidence() -> None:

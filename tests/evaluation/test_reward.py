@@ -16,8 +16,8 @@ import torch
 from toys import Call
 
 from rlhf.config import RewardCardConfig
+from rlhf.data_prep.formats.rows import prompt_key
 from rlhf.data_prep.load import load_rows
-from rlhf.data_prep.overlap import prompt_key
 from rlhf.evaluation.card import statistics as statistics
 from rlhf.evaluation.card.report_card import _notes, _score_rows, judge_rows, print_card
 from rlhf.models.compute import Compute

@@ -1,4 +1,4 @@
-"""Rows out of files, folders and hub datasets, one at a time: no file is ever held whole.
+"""Raw rows of files, folders and hub datasets, read one at a time: no file is ever held whole.
 
 A row that cannot be read (not UTF-8, not JSON, too long) comes as a `Line` with a problem, and reading goes on. What makes
 the rest of a file unreadable (a truncated archive, a broken JSON array, a file that changes) is a `UserError`.
@@ -33,32 +33,34 @@ BINARY_SUFFIXES = (".parquet", ".arrow")
 #: Columns whose cells in a CSV file are texts even when they look like a JSON list, unless it is a list of messages.
 TEXT_COLUMNS = ("prompt", "completion", "chosen", "rejected", "response")
 _BATCH = 1000
+#: Bytes of a row, far above any that fits a model.
+LONGEST_ROW = 16_000_000
 
 
 @dataclass(frozen=True)
 class Line:
-    """One row as it was read."""
+    """A row as it was read."""
 
     file: str
     number: int
     """Line of a .jsonl file, row elsewhere; from 1."""
     value: Any = None
-    """Mostly a dict; whatever JSON value the row is."""
+    """The JSON value of the row, a dict in most files."""
     problem: str = ""
-    """Why there is no value; empty when there is one."""
+    """Reason why there is no value; empty where there is one."""
     raw: str = ""
-    """The beginning of an unreadable row, undecodable bytes written as \\xNN."""
+    """Beginning of an unreadable row, undecodable bytes written as \\xNN."""
 
 
 def source_files(source: Source) -> list[Path]:
-    """The data files of a local source in the order in which they are read; none for a hub dataset.
+    """Return the data files of a local source in the order in which they are read; none for a hub dataset.
 
     Raises:
         UserError: nothing there, or a folder or file without readable data.
     """
     place = local(source)
     if place is None:
-        if source.path.startswith((".", "/", "~")) or source.path.endswith((*TEXT_SUFFIXES, *BINARY_SUFFIXES, ".gz")):
+        if looks_local(source.path):
             raise UserError(f"no data at {source.path} (source {source.name})")
         return []
     if place.is_file():
@@ -66,28 +68,41 @@ def source_files(source: Source) -> list[Path]:
             endings = ", ".join((*TEXT_SUFFIXES, *BINARY_SUFFIXES))
             raise UserError(f"cannot read {place}: its name must end in one of {endings} (or .jsonl.gz and the like)")
         return [place]
-    found = sorted(p for p in place.rglob("*") if p.is_file() and is_data(p))
+    files = sorted(p for p in place.rglob("*") if p.is_file() and is_data(p))
     if source.split:
-        found = [p for p in found if source.split in (p.name.split(".")[0].split("-")[0], p.parent.name)]
-    if not found:
+        files = [p for p in files if source.split in (p.name.split(".")[0].split("-")[0], p.parent.name)]
+    if not files:
         of_split = f" of split '{source.split}'" if source.split else ""
         raise UserError(f"no data files{of_split} in {place}; expected names ending in {', '.join(TEXT_SUFFIXES)}, ...")
-    return found
+    return files
+
+
+def looks_local(name: str) -> bool:
+    """Return True for a name that exists nowhere here and was meant as a path: hub names are NAME or OWNER/NAME."""
+    place = Path(name).expanduser()
+    inside = place.parent.is_dir()
+    return (
+        name.startswith((".", "/", "~", "pypi:"))
+        or name.endswith("/")
+        or len(place.parts) > 2
+        or is_readable(place)
+        or (inside and (place.suffix != "" or place.parent != Path()))
+    )
 
 
 def is_data(file: Path) -> bool:
-    """Data, and no note about data: cards, and the state of a dataset saved by `datasets`."""
+    """Return True for data, False for notes about data: cards, and the state of a dataset saved by `datasets`."""
     notes = ("card.json", "rejected.jsonl", "state.json", "dataset_info.json", "dataset_dict.json")
     return is_readable(file) and file.name not in notes
 
 
 def is_readable(file: Path) -> bool:
-    """Whether the name of a file says that it holds data."""
+    """Return True for a file name with an ending that can be read."""
     return _suffix(file) in TEXT_SUFFIXES + BINARY_SUFFIXES
 
 
 def _suffix(file: Path) -> str:
-    """The ending without .gz, e.g. .jsonl; a compressed binary file has none that can be read."""
+    """Return the ending without .gz, e.g. .jsonl; a compressed binary file has none that can be read."""
     if file.suffix != ".gz":
         return file.suffix
     inner = Path(file.stem).suffix
@@ -95,7 +110,7 @@ def _suffix(file: Path) -> str:
 
 
 def hash_files(source: Source) -> dict[str, str]:
-    """sha256 of each file of a local source, by its name (in a folder: its place there); empty for a hub dataset."""
+    """Return the sha256 of each file of a local source, by name or place in its folder; empty for a hub dataset."""
     place = local(source)
     files = source_files(source)
     return {
@@ -105,7 +120,7 @@ def hash_files(source: Source) -> dict[str, str]:
 
 
 def read_source(source: Source, max_row_bytes: int) -> Iterator[Line]:
-    """The rows of a source, in order.
+    """Yield the rows of a source, in order.
 
     Args:
         max_row_bytes: longer lines of a text file become a `Line` with a problem.
@@ -115,14 +130,14 @@ def read_source(source: Source, max_row_bytes: int) -> Iterator[Line]:
     """
     files = source_files(source)
     if not files:
-        yield from _read_hub(source)
+        yield from read_hub(source.path, subset=source.subset, split=source.split or "train", revision=source.revision)
     for file in files:
         yield from read_file(file, max_row_bytes)
 
 
-def read_file(file: Path, max_row_bytes: int) -> Iterator[Line]:
-    """The rows of one file. Raises like `read_source`."""
-    before = _identity(file)
+def read_file(file: Path, max_row_bytes: int = LONGEST_ROW) -> Iterator[Line]:
+    """Yield the rows of one file; raises like `read_source`."""
+    first = _identity(file)
     suffix, number = _suffix(file), 0
     readers = {".csv": _csv_lines, ".tsv": _csv_lines, ".parquet": _parquet_lines, ".arrow": _arrow_lines}
     read = readers.get(suffix, _json_array_lines if suffix == ".json" and _is_array(file) else _json_lines)
@@ -130,14 +145,14 @@ def read_file(file: Path, max_row_bytes: int) -> Iterator[Line]:
         for line in read(file, max_row_bytes):
             number = line.number
             yield line
-        after = _identity(file)
+        last = _identity(file)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(
             f"{file} ends in the middle of its compressed data after row {number} ({error}); download it again"
         ) from error
     except FileNotFoundError as error:
         raise UserError(f"{file} was removed while it was read; copy it first, and run again") from error
-    if after != before:
+    if last != first:
         raise UserError(f"{file} was changed while it was read; wait until it is written, or copy it, and run again")
     if number == 0:
         raise UserError(f"{file} is empty: it holds no rows")
@@ -159,7 +174,7 @@ def _open(file: Path) -> Iterator[IO[bytes]]:
 
 
 def _is_array(file: Path) -> bool:
-    """Whether a .json file is one array; otherwise it is taken for JSON lines."""
+    """Return True for a .json file that is one array; others are read as JSON lines."""
     with _open(file) as stream:
         try:
             head = stream.read(4096)
@@ -174,8 +189,8 @@ def _json_lines(file: Path, max_row_bytes: int) -> Iterator[Line]:
             if number == 1:
                 raw = raw.removeprefix(codecs.BOM_UTF8)
             if size > max_row_bytes:
-                limit = f"{size / 1e6:.1f} MB on one line, more than max_row_megabytes allows"
-                yield Line(str(file), number, problem=limit, raw=_excerpt(raw))
+                problem = f"{size / 1e6:.1f} MB on one line, more than max_row_megabytes allows"
+                yield Line(str(file), number, problem=problem, raw=_excerpt(raw))
             elif raw.strip():
                 yield _json_line(str(file), number, raw)
 
@@ -209,7 +224,7 @@ def _json_array_lines(file: Path, _: int) -> Iterator[Line]:
 
 
 def _csv_lines(file: Path, max_row_bytes: int) -> Iterator[Line]:
-    """Cells that hold a JSON list become lists (of a column of texts only lists of messages)."""
+    """Yield rows; cells that hold a JSON list become lists (in a column of texts only lists of messages)."""
     csv.field_size_limit(max_row_bytes)
     with _open(file) as stream:
         # surrogateescape: a bad byte spoils its row, not the file; newline="": csv knows those inside quotes
@@ -241,7 +256,7 @@ def _csv_line(file: str, number: int, row: dict[str, Any]) -> Line:
 
 
 def csv_cell(name: str, value: str) -> Any:
-    """A cell; one that holds a JSON list becomes the list, except that "[1]" in a column of texts is a text."""
+    """Return a cell; one that holds a JSON list becomes the list, except that "[1]" in a column of texts is a text."""
     if not value.lstrip().startswith("["):
         return value
     try:
@@ -260,7 +275,7 @@ def _parquet_lines(file: Path, _: int) -> Iterator[Line]:
 
 
 def _arrow_lines(file: Path, _: int) -> Iterator[Line]:
-    """A file that `Dataset.save_to_disk` wrote, memory-mapped."""
+    """Yield the rows of a file that `Dataset.save_to_disk` wrote, memory-mapped."""
     from datasets import Dataset
 
     try:
@@ -278,31 +293,36 @@ def _numbered(file: Path, batches: Any) -> Iterator[Line]:
             yield Line(str(file), number, row)
 
 
-def _read_hub(source: Source) -> Iterator[Line]:
+def read_hub(
+    name: str, *, subset: str | None = None, split: str = "train", revision: str | None = None, hint: str = ""
+) -> Iterator[Line]:
+    """Yield the rows of a hub dataset, streamed; raises like `read_source`, with the hint at the end."""
     import datasets
 
-    split = source.split or "train"
-    place = f"{source.path} ({split})"
-    number = 0
+    place, number = f"{name} ({split})", 0
     try:
-        rows: Any = datasets.load_dataset(
-            source.path, source.subset, split=split, revision=source.revision, streaming=True
-        )
+        rows: Any = datasets.load_dataset(name, subset, split=split, revision=revision, streaming=True)
         for number, row in enumerate(without_media(rows), start=1):
             yield Line(place, number, dict(row))
     except Exception as error:  # hub, network, script and parsing errors have no common type
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"no file or folder '{source.path}' here, and the hub dataset of that name cannot be read after row {number}: "
-            f"{reason}"
-        ) from error
+        raise hub_error(name, number, error, hint) from error
     if number == 0:
         raise UserError(f"{place} is empty: it holds no rows")
 
 
+def hub_error(name: str, row: int, error: Exception, hint: str = "") -> UserError:
+    """Return the error for a hub dataset that cannot be read on after a row."""
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return UserError(
+        f"no file or folder '{name}' here, and the hub dataset of that name cannot be read after row {row}: {reason}{hint}"
+    )
+
+
 def without_media(rows: Any) -> Any:
-    """A data set of the hub without its columns of images, sound and the like: their cells may hold paths, and reading one would
-    open that file of this machine."""
+    """Return a hub dataset without its columns of images, sound and the like.
+
+    Their cells may hold paths, and reading one would open that file of this machine.
+    """
     from datasets.features.features import require_decoding
 
     media = [name for name, feature in (rows.features or {}).items() if require_decoding(feature)]

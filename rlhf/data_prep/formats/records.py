@@ -1,4 +1,4 @@
-"""The one form between reading and writing: a prompt with no, one or several responses, and what people said of them."""
+"""The form of a row between reading and writing: a prompt, its responses, and their ratings."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ class Record:
     ranked: bool = False
     """The ratings are ranks with the sign turned: only their order means something."""
     raters: list[str] = field(default_factory=list)
-    """(A,) who rated; empty where nobody is named."""
+    """(A,) names of the raters; empty where nobody is named."""
     rater_ratings: list[list[float | None]] = field(default_factory=list)
     """(R, A) each rater's rating of each response, None where a rater did not see it."""
     ratings_held_out: list[float] | None = None
     """(R,) mean ratings of raters who are held out."""
     confidence: float | None = None
-    """How sure the rater was, on the scale of the source."""
+    """Confidence of the rater, on the scale of the source."""
     id: str | None = None
     """Unique in its source, or None."""
     user: str | None = None
-    """Who wrote the prompt."""
+    """Author of the prompt."""
     document: str | None = None
-    """What the prompt is about: a post, an article, the tree of a conversation."""
+    """Subject of the prompt: a post, an article, the tree of a conversation."""
     source: str = ""
     file: str = ""
     row: int = 0
@@ -59,34 +59,34 @@ class Record:
 
     @property
     def place(self) -> str:
-        """Where it came from, for messages."""
+        """File and row, for messages."""
         return f"{self.file}, row {self.row}"
 
     @property
     def last_turn(self) -> str:
-        """What the answer answers."""
+        """Text of the last turn of the prompt."""
         return self.prompt[-1]["content"]
 
     @property
     def opening(self) -> str:
-        """The first turn of the user: conversations that share it are one conversation at several depths."""
+        """First turn of the user; conversations that share it are one conversation at several depths."""
         return next((m["content"] for m in self.prompt if m["role"] != "system"), "")
 
     @property
     def best(self) -> str | None:
-        """The response that people liked best, the first of equals; None when there is none."""
+        """Highest-rated response, the first of equals; None where there is no response."""
         if not self.responses:
             return None
         return self.responses[0 if self.ratings is None else self.ratings.index(max(self.ratings))]
 
     @property
     def serves(self) -> int:
-        """Which kinds it could become, as bits."""
+        """Bits of the kinds that the record could become."""
         compared = self.ratings is not None and len(set(self.ratings)) > 1
-        liked = bool(self.responses) and (self.ratings is None or compared)  # of equals, nobody said which is good
-        return PROMPT | (DEMONSTRATION if liked else 0) | (COMPARISON if compared else 0)
+        good = bool(self.responses) and (self.ratings is None or compared)  # equal ratings name no good response
+        return PROMPT | (DEMONSTRATION if good else 0) | (COMPARISON if compared else 0)
 
 
 def ranks_of(ratings: list[float]) -> list[int]:
-    """1 for the best; equals share a rank, and the next one counts them: 3, 5, 5, 1 -> 3, 1, 1, 4."""
+    """Return ranks, 1 for the best; equals share a rank, and the next one counts them: 3, 5, 5, 1 -> 3, 1, 1, 4."""
     return [1 + sum(other > rating for other in ratings) for rating in ratings]

@@ -1,9 +1,10 @@
-"""What a row must be: messages of known roles with texts in them, whichever of the usual forms they came in."""
+"""Prompts and answers as messages, from any of the usual forms, and the key by which prompts are compared."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlhf.base.errors import did_you_mean
@@ -13,18 +14,34 @@ Messages = list[dict[str, str]]
 
 ROLES = ("system", "user", "assistant", "tool")
 _TURN = re.compile(r"\n\n(Human|Assistant):")
+_SPACE = re.compile(r"\s+")
 
 
 class Untrainable(Exception):
-    """A well-formed row that nothing can be learned from; the text is the reason it is counted under."""
+    """Raised for a well-formed row that nothing can be learned from; its text is the reason under which it is counted."""
 
 
 class Malformed(Exception):
-    """A row of a wrong type or form; the text says what is wrong."""
+    """Raised for a row of a wrong type or form; its text names the slip."""
+
+
+def comparable(text: str) -> str:
+    """Return a text as it is compared: Unicode NFKC, without case, runs of white space as one space."""
+    if not text.isascii():
+        text = unicodedata.normalize("NFKC", text)
+    return _SPACE.sub(" ", text.casefold()).strip()
+
+
+def prompt_key(prompt: Sequence[Mapping[str, str]]) -> str:
+    """Return the text by which prompts are compared everywhere: in splits, leaks, overlaps and report cards.
+
+    Prompts that differ only in case, white space, the width of letters or in roles have one key.
+    """
+    return comparable("\n".join(message["content"] for message in prompt))
 
 
 def prompt_and_answer(row: Row, column: str) -> tuple[Messages, Messages]:
-    """Prompt and answer of a preference: an answer beside `prompt`, or a conversation that includes its prompt."""
+    """Return prompt and answer of a preference: an answer beside `prompt`, or a conversation that includes its prompt."""
     value, prompt = row.get(column), row.get("prompt")
     if isinstance(value, str) and not is_transcript(value):
         if prompt is None:
@@ -40,7 +57,7 @@ def prompt_and_answer(row: Row, column: str) -> tuple[Messages, Messages]:
 
 
 def at_last_answer(messages: Messages) -> tuple[Messages, Messages]:
-    """A conversation cut at its last assistant turn; what follows is left out."""
+    """Return the turns before the last assistant turn, and that turn; later ones are left out."""
     last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=None)
     if last is None:
         raise Untrainable("no assistant turn")
@@ -48,7 +65,7 @@ def at_last_answer(messages: Messages) -> tuple[Messages, Messages]:
 
 
 def as_prompt(value: Any, name: str = "prompt") -> Messages:
-    """A prompt as messages, without answers after it."""
+    """Return a prompt as messages, without answers after it."""
     if isinstance(value, str) and not is_transcript(value):
         return _checked_prompt([{"role": "user", "content": value}])
     messages = conversation(value, name)
@@ -58,7 +75,7 @@ def as_prompt(value: Any, name: str = "prompt") -> Messages:
 
 
 def as_response(value: Any, name: str) -> Messages:
-    """An answer, a text or one assistant message, as messages."""
+    """Return an answer, a text or one assistant message, as a list of one message."""
     if isinstance(value, str):
         return _checked_response([{"role": "assistant", "content": value}])
     messages = conversation(value, name)
@@ -82,7 +99,7 @@ def _checked_response(messages: Messages) -> Messages:
 
 
 def conversation(value: Any, name: str) -> Messages:
-    """Messages with a known role and a text; nothing else of them is kept."""
+    """Return the roles and texts of a transcript or a list of messages; raises `Malformed` for other values."""
     if isinstance(value, str) and is_transcript(value):
         return transcript(value)
     if not isinstance(value, list):
@@ -103,40 +120,39 @@ def conversation(value: Any, name: str) -> Messages:
 
 
 def is_transcript(value: Any) -> bool:
-    """Whether a text is written as in Anthropic/hh-rlhf."""
+    """Return True for a text written as in Anthropic/hh-rlhf."""
     return isinstance(value, str) and value.lstrip().startswith("Human:")
 
 
 def transcript(text: str) -> Messages:
-    r"""Messages of `\n\nHuman: ...\n\nAssistant: ...`."""
+    r"""Return the messages of `\n\nHuman: ...\n\nAssistant: ...`."""
     parts = _TURN.split("\n\n" + text.strip())[1:]
     roles = {"Human": "user", "Assistant": "assistant"}
-    return [{"role": roles[who], "content": said.strip()} for who, said in zip(parts[::2], parts[1::2], strict=True)]
+    return [{"role": roles[who], "content": text.strip()} for who, text in zip(parts[::2], parts[1::2], strict=True)]
 
 
 def check_turns(messages: Sequence[dict[str, str]]) -> None:
-    """Refuses a conversation whose turns are out of order: one system message at most and first, then user and assistant
-    in turn, the user first; tool results follow an assistant turn and are followed by one.
+    """Raise `Malformed` for a conversation whose turns are out of order.
 
-    Raises:
-        Malformed: naming the first turn that is out of place.
+    At most one system message comes first, then user and assistant in turn, the user first; tool results follow an
+    assistant turn and are followed by one.
     """
-    before = ""
+    previous = ""
     for number, message in enumerate(messages, start=1):
         role = message["role"]
         allowed = {"": ("system", "user"), "system": ("user",), "user": ("assistant",), "tool": ("assistant", "tool")}
-        expected = allowed.get(before, ("user", "tool"))
+        expected = allowed.get(previous, ("user", "tool"))
         if role not in expected:
             raise Malformed(f"roles out of order: turn {number} is of '{role}', expected '{expected[0]}'")
-        before = role
+        previous = role
 
 
 def is_number(value: Any) -> bool:
-    """A number or None; True and False are none."""
+    """Return True for a number or None, but not for a bool."""
     return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
 
 
 def show_value(value: Any) -> str:
-    """A short view of a wrong value."""
+    """Return type and beginning of a value, for error messages."""
     text = repr(value)
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"

@@ -6,7 +6,6 @@ hashes; then the chosen rows stream into Parquet. Nothing is published before al
 
 from __future__ import annotations
 
-import itertools
 import shutil
 import sys
 from collections.abc import Iterator
@@ -17,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from rlhf.base.errors import UserError
-from rlhf.data_prep.formats.files import Line, hash_files, read_source
-from rlhf.data_prep.formats.readers import READERS, Reader, choose_reader, mapped, read_row
+from rlhf.data_prep.formats.files import hash_files, read_source
+from rlhf.data_prep.formats.readers import SourceReader
 from rlhf.data_prep.formats.records import COMPARISON, Record
 from rlhf.data_prep.formats.rows import Malformed, Untrainable
 from rlhf.data_prep.prepare.card import SourceReport, make_card, render
@@ -29,7 +28,7 @@ from rlhf.data_prep.prepare.leaks import gate
 from rlhf.data_prep.prepare.lengths import Lengths
 from rlhf.data_prep.prepare.mix import mix
 from rlhf.data_prep.prepare.plan import Plan
-from rlhf.data_prep.prepare.recipe import KINDS, DataConfig, Source
+from rlhf.data_prep.prepare.recipe import KINDS, DataConfig
 from rlhf.data_prep.prepare.splits import (
     assign_splits,
     assign_stages,
@@ -44,8 +43,6 @@ from rlhf.data_prep.prepare.write import write_sets
 from rlhf.data_prep.ratings import by_split, clear_pairs, merge, resolve, unit
 from rlhf.run.progress import Progress
 
-#: Rows that a reader is chosen by.
-_LOOKED_AT = 20
 #: Malformed rows are refused as a share from this many rows on; of fewer, one slip would be too many.
 _FEW = 20
 
@@ -141,50 +138,19 @@ def _read_all(
 def _read_one(config: DataConfig, report: SourceReport, tally: Tally) -> Iterator[Record]:
     """The records of one source; rows that cannot be used are counted and kept."""
     source = report.source
-    lines = read_source(source, int(config.max_row_megabytes * 1e6))
-    first = list(itertools.islice(lines, _LOOKED_AT))
-    report.reader, report.evidence = choose_reader(source, _mapped_rows(first, source))
+    reader = SourceReader(source, read_source(source, int(config.max_row_megabytes * 1e6)))
+    report.reader, report.evidence = reader.name, reader.evidence
     print(f"data: {source.name} is read as {report.reader}: {report.evidence}", file=sys.stderr)
-    reader = READERS[report.reader]
-    for group in _gathered(itertools.chain(first, lines), reader):
-        line = group[0]
-        report.rows += len(group)
-        try:
-            if line.problem:
-                raise Malformed(line.problem)
-            values = [mapped(each.value, source.column_map) for each in group]
-            for record in read_row(reader, {"rows": values} if reader.gather else values[0]):
-                yield replace(record, source=str(source.name), file=Path(line.file).name, row=line.number)
-        except (Malformed, Untrainable) as error:
-            report.malformed += len(group) * isinstance(error, Malformed)
-            for each in group:
-                tally.rejected("read", str(error), Path(each.file).name, each.number, each.value or each.raw)
-
-
-def _mapped_rows(lines: list[Line], source: Source) -> list[Any]:
-    """The values of the first lines with our names for columns; a column that none of them has is the user's slip."""
-    values, slips = [], []
-    for line in lines:
-        try:
-            values.append(mapped(line.value, source.column_map))
-        except Malformed as error:
-            slips.append(f"source {source.name}: {line.file}, row {line.number}: {error}")
-    if slips and not values:
-        raise UserError(slips[0])
-    return values
-
-
-def _gathered(lines: Iterator[Line], reader: Reader) -> Iterator[list[Line]]:
-    """Lines one by one, or neighbours that share the reader's `gather` column together."""
-    if reader.gather is None:
-        yield from ([line] for line in lines)
-        return
-
-    def key(line: Line) -> Any:
-        return line.value.get(reader.gather) if isinstance(line.value, dict) else (line.file, line.number)
-
-    for _, group in itertools.groupby(lines, key=key):
-        yield list(group)
+    for reading in reader:
+        report.rows += len(reading.lines)
+        first = reading.lines[0]
+        for record in reading.records:
+            yield replace(record, source=str(source.name), file=Path(first.file).name, row=first.number)
+        if reading.error is not None:
+            report.malformed += len(reading.lines) * isinstance(reading.error, Malformed)
+            for line in reading.lines:
+                reason, file = str(reading.error), Path(line.file).name
+                tally.rejected("read", reason, file, line.number, line.value or line.raw)
 
 
 def _cleaned(record: Record, config: DataConfig, lengths: Lengths | None, tally: Tally) -> Record | None:

@@ -7,8 +7,6 @@ texts stay on disk and are looked up.
 from __future__ import annotations
 
 import hashlib
-import re
-import unicodedata
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ from datasets import Dataset, Features, List, Value
 from datasets.arrow_writer import ArrowWriter
 
 from rlhf.data_prep.formats.records import Record, ranks_of
+from rlhf.data_prep.formats.rows import comparable, prompt_key
 from rlhf.data_prep.prepare.recipe import SPLITS
 
 _TEXT, _NUMBER = Value("string"), Value("float64")
@@ -47,14 +46,6 @@ _FEATURES = Features(
 )
 #: Hashes of each record; 0 means that it has none of these.
 HASHES = ("content", "item", "prompt", "opening", "id", "user", "document", "prefix")
-_SPACE = re.compile(r"\s+")
-
-
-def comparable(text: str) -> str:
-    """A text as it is compared: Unicode NFKC, without case, runs of white space as one space."""
-    if not text.isascii():
-        text = unicodedata.normalize("NFKC", text)
-    return _SPACE.sub(" ", text.casefold()).strip()
 
 
 def hash64(*parts: str) -> int:
@@ -100,11 +91,6 @@ def to_record(row: dict[str, Any]) -> Record:
     return Record(**{k: v for k, v in row.items() if k not in ("prompt_key", "answer_key")})
 
 
-def prompt_key(record: Record) -> str:
-    """The comparable text of the whole prompt."""
-    return comparable("\n".join(message["content"] for message in record.prompt))
-
-
 def stage(
     records: Iterable[tuple[Record, int]],
     serves: Callable[[Record, int], int],
@@ -123,7 +109,7 @@ def stage(
     bits, source, split, raters = array("B"), array("i"), array("b"), array("i")
     with ArrowWriter(features=_FEATURES, path=str(file), writer_batch_size=1000) as writer:
         for record, number in records:
-            prompt, answer = prompt_key(record), comparable("\n".join(record.responses))
+            prompt, answer = prompt_key(record.prompt), comparable("\n".join(record.responses))
             writer.write({**_as_row(record), "prompt_key": prompt, "answer_key": answer})
             for name, value in _hashes(record, prompt, number, prefix_length).items():
                 hashes[name].append(value)

@@ -9,9 +9,10 @@ from typing import Any
 
 from rlhf.base.errors import UserError
 from rlhf.base.json_files import read_value
-from rlhf.data_prep.load import Kind, Loaded, joint_fingerprint, load_rows
+from rlhf.data_prep.formats.rows import comparable, prompt_key
+from rlhf.data_prep.load import Loaded, joint_fingerprint, load_rows
 from rlhf.data_prep.prepare.folder import CARD
-from rlhf.data_prep.prepare.staged import comparable
+from rlhf.data_prep.stage_rows import Kind
 from rlhf.doctor.preflight.check import Check
 from rlhf.registry import Artifact
 
@@ -83,7 +84,7 @@ def check_leaks(
         training: name of a training set -> its rows.
         by: `prompt`, or `row` for prompt and answers: a supervised stage may see a prompt again with other answers.
     """
-    key = _prompt if by == "prompt" else _row
+    key = _row if by == "row" else lambda row: prompt_key(row["prompt"])
     held_out = {_digest(key(row)): key(row) for row in validation.rows}
     shared = {
         name: [held_out[d] for d in {_digest(key(row)) for row in loaded.rows} & held_out.keys()]
@@ -108,14 +109,10 @@ def check_leaks(
     )
 
 
-def _prompt(row: Mapping[str, Any]) -> str:
-    return comparable("\n".join(message["content"] for message in row["prompt"]))
-
-
 def _row(row: Mapping[str, Any]) -> str:
     answers = row["responses"] if "responses" in row else [row["completion"]]
     texts = sorted(comparable("\n".join(message["content"] for message in answer)) for answer in answers)
-    return "\n".join([_prompt(row), *texts])
+    return "\n".join([prompt_key(row["prompt"]), *texts])
 
 
 def _digest(text: str) -> bytes:

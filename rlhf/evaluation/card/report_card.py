@@ -21,8 +21,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf.base.errors import run_command
 from rlhf.base.functions import GoldFunction, load_function
 from rlhf.config import RewardCardConfig, RewardConfig, parse_config
+from rlhf.data_prep.formats.rows import prompt_key
 from rlhf.data_prep.load import load_rows
-from rlhf.data_prep.overlap import TrainingPrompts, prompt_key
+from rlhf.data_prep.overlap import TrainingPrompts
 from rlhf.evaluation.card import hack_probes
 from rlhf.evaluation.card import statistics as statistics
 from rlhf.evaluation.card.statistics import Array, Judged, RatedPairs, rated_pairs

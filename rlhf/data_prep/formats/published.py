@@ -1,0 +1,230 @@
+"""Published shapes of feedback: a function for each that turns a row, as published, into records.
+
+All raise `Malformed` or `Untrainable` for a row that they cannot use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rlhf.data_prep.formats.columns import name_in, number_in, text_in
+from rlhf.data_prep.formats.records import Record
+from rlhf.data_prep.formats.rows import (
+    Malformed,
+    Messages,
+    Row,
+    Untrainable,
+    at_last_answer,
+    conversation,
+    prompt_and_answer,
+    show_value,
+)
+
+
+def _user(text: str) -> Messages:
+    return [{"role": "user", "content": text}]
+
+
+# Preferences
+
+
+def _tldr_prompt(post: Row) -> str:
+    """Return the query of Stiennon et al. 2020 (openai/summarize-from-feedback, tasks.py), without its padding and cuts."""
+    subreddit, title, text = (text_in(post, name) for name in ("subreddit", "title", "post"))
+    return f"SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {text}\n\nTL;DR:"
+
+
+def tldr_post(row: Row) -> Iterator[Record]:
+    """Yield a Reddit post with its author's summary."""
+    summary, post = " " + text_in(row, "summary").strip(), name_in(row, "id")
+    yield Record(prompt=_user(_tldr_prompt(row)), responses=[summary], document=post, id=post)
+
+
+def tldr_comparison(row: Row) -> Iterator[Record]:
+    """Yield two summaries of a post or an article, one of them chosen by a worker."""
+    info, summaries, choice = row.get("info"), row.get("summaries"), row.get("choice")
+    if not isinstance(info, dict) or not isinstance(summaries, list) or len(summaries) != 2:
+        raise Malformed("'info' must be a post and 'summaries' two summaries")
+    if choice not in (0, 1) or isinstance(choice, bool):
+        raise Malformed(f"'choice' must be 0 or 1, got {show_value(choice)}")
+    texts = [" " + text_in(summary, "text").strip() for summary in summaries]
+    ratings = [float(choice == 0), float(choice == 1)]
+    query = f"ARTICLE: {info['article']}\n\nTL;DR:" if info.get("article") else _tldr_prompt(info)
+    worker, extra = name_in(row, "worker"), row.get("extra")
+    rates_confidence = isinstance(extra, dict) and extra.get("confidence") is not None
+    yield Record(
+        prompt=_user(query),
+        responses=texts,
+        ratings=ratings,
+        raters=[worker] if worker else [],
+        rater_ratings=[[rating] for rating in ratings] if worker else [],
+        confidence=number_in(row["extra"], "confidence") if rates_confidence else None,
+        document=name_in(info, "id"),
+    )
+
+
+def webgpt(row: Row) -> Iterator[Record]:
+    """Yield two answers to a question with their scores."""
+    question = row.get("question")
+    if not isinstance(question, dict):
+        raise Malformed(f"'question' must be an object with full_text, got {show_value(question)}")
+    yield Record(
+        prompt=_user(text_in(question, "full_text")),
+        responses=[text_in(row, "answer_0"), text_in(row, "answer_1")],
+        ratings=[number_in(row, "score_0"), number_in(row, "score_1")],
+        document=name_in(question, "id"),
+    )
+
+
+def shp(row: Row) -> Iterator[Record]:
+    """Yield two comments on a post, one of them preferred by votes."""
+    label = row.get("labels")
+    if label not in (0, 1) or isinstance(label, bool):
+        raise Malformed(f"'labels' must be 1 (A is preferred) or 0, got {show_value(label)}")
+    yield Record(
+        prompt=_user(text_in(row, "history")),
+        responses=[text_in(row, "human_ref_A"), text_in(row, "human_ref_B")],
+        ratings=[float(label == 1), float(label == 0)],
+        document=name_in(row, "post_id"),
+    )
+
+
+_ASPECTS = ("instruction_following", "honesty", "truthfulness", "helpfulness")
+
+
+def ultrafeedback(row: Row) -> Iterator[Record]:
+    """Yield the completions that have a rating, the mean of their aspects."""
+    completions = row.get("completions")
+    if not isinstance(completions, list) or not all(isinstance(c, dict) for c in completions):
+        raise Malformed(f"'completions' must be a list of objects, got {show_value(completions)}")
+    means = [(text_in(c, "response"), _aspect_mean(c)) for c in completions]
+    rated = [(text, rating) for text, rating in means if rating is not None and text.strip()]
+    if len(rated) < 2:
+        raise Untrainable("fewer than two rated responses")
+    texts, ratings = [text for text, _ in rated], [rating for _, rating in rated]
+    yield Record(prompt=_user(text_in(row, "instruction")), responses=texts, ratings=ratings)
+
+
+def _aspect_mean(completion: Row) -> float | None:
+    """Return the mean of the four aspects, None where none is rated."""
+    # Not overall_score: it holds 10 for some answers that were rated 1.
+    annotations = completion.get("annotations")
+    if not isinstance(annotations, dict):
+        raise Malformed(f"'annotations' must be an object, got {show_value(annotations)}")
+    values = [(annotations.get(aspect) or {}).get("Rating") for aspect in _ASPECTS]
+    numbers = [float(v) for v in values if v is not None and str(v).replace(".", "", 1).isdigit()]  # "N/A" is common
+    return sum(numbers) / len(numbers) if numbers else None
+
+
+def ultrafeedback_binarized(row: Row) -> Iterator[Record]:
+    """Yield the better and a worse completion with their scores."""
+    prompt, chosen = prompt_and_answer(row, "chosen")
+    _, rejected = prompt_and_answer(row, "rejected")
+    yield Record(
+        prompt=prompt,
+        responses=[chosen[0]["content"], rejected[0]["content"]],
+        ratings=[number_in(row, "score_chosen"), number_in(row, "score_rejected")],
+        document=name_in(row, "prompt_id"),
+    )
+
+
+def pandalm(row: Row) -> Iterator[Record]:
+    """Yield two responses with the verdict of each annotator; a tie is half a point for both."""
+    names = sorted(name for name in row if name.startswith("annotator"))
+    verdicts = [row[name] for name in names]
+    if not names or not all(v in (0, 1, 2) and not isinstance(v, bool) for v in verdicts):
+        raise Malformed(f"annotators' verdicts must be 0 (tie), 1 or 2, got {verdicts}")
+    points = {0: (0.5, 0.5), 1: (1.0, 0.0), 2: (0.0, 1.0)}
+    matrix: list[list[float | None]] = [[points[v][i] for v in verdicts] for i in (0, 1)]
+    yield Record(
+        prompt=_instruction(row),
+        responses=[text_in(row, "response1"), text_in(row, "response2")],
+        ratings=[sum(points[v][i] for v in verdicts) / len(verdicts) for i in (0, 1)],
+        raters=names,
+        rater_ratings=matrix,
+        id=name_in(row, "idx"),
+    )
+
+
+def _instruction(row: Row) -> Messages:
+    extra = text_in(row, "input").strip() if row.get("input") else ""
+    return _user("\n\n".join(part for part in (text_in(row, "instruction").strip(), extra) if part))
+
+
+# Trees
+
+
+def oasst_tree(row: Row) -> Iterator[Record]:
+    """Yield every prompter turn with its replies: a ranking of ranked siblings, else a demonstration of the first."""
+    root = row.get("prompt")
+    if not isinstance(root, dict):
+        raise Malformed(f"'prompt' must be the first message of a tree, got {show_value(root)}")
+    yield from _oasst_turn(root, [], name_in(row, "message_tree_id"))
+
+
+def _oasst_turn(node: Row, history: Messages, tree: str | None) -> Iterator[Record]:
+    path = [*history, *_user(text_in(node, "text"))]
+    replies = [r for r in node.get("replies") or [] if not r.get("deleted") and r.get("role") == "assistant"]
+    ranked = sorted((r for r in replies if r.get("rank") is not None), key=lambda r: r["rank"])
+    chosen = ranked if len(ranked) > 1 else replies[:1]
+    if chosen:
+        yield Record(
+            prompt=path,
+            responses=[text_in(r, "text") for r in chosen],
+            ratings=[-float(r["rank"]) for r in chosen] if len(ranked) > 1 else None,
+            ranked=len(ranked) > 1,
+            user=name_in(node, "user_id"),
+            document=tree,
+            id=name_in(node, "message_id"),
+        )
+    for reply in replies:
+        answered = [*path, {"role": "assistant", "content": text_in(reply, "text")}]
+        for follow_up in reply.get("replies") or []:
+            if not follow_up.get("deleted"):
+                yield from _oasst_turn(follow_up, answered, tree)
+
+
+def oasst_messages(row: Row) -> Iterator[Record]:
+    """Yield the records of trees whose messages are rows; `parent_id` names the message that one answers."""
+    nodes = {str(message.get("message_id")): {**message, "replies": []} for message in row["rows"]}
+    roots = []
+    for node in nodes.values():
+        parent = node.get("parent_id")
+        if parent is None:
+            roots.append(node)
+        elif str(parent) in nodes:
+            nodes[str(parent)]["replies"].append(node)
+        else:
+            raise Malformed(f"message {node['message_id']} answers {parent}, which is not among its neighbours")
+    for root in roots:
+        if not root.get("deleted"):
+            yield from _oasst_turn(root, [], name_in(root, "message_tree_id"))
+
+
+# Conversations and instructions
+
+
+def alpaca(row: Row) -> Iterator[Record]:
+    """Yield an instruction, its input below it, and the output."""
+    yield Record(prompt=_instruction(row), responses=[text_in(row, "output")])
+
+
+_SHAREGPT_ROLES = {
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "assistant", "bing", "bard"), "assistant"),
+    "system": "system",
+    "tool": "tool",
+}
+
+
+def sharegpt(row: Row) -> Iterator[Record]:
+    """Yield the last answer of a conversation with all turns before it."""
+    turns = row.get("conversations")
+    if not isinstance(turns, list) or not all(isinstance(t, dict) for t in turns):
+        raise Malformed(f"'conversations' must be a list of objects, got {show_value(turns)}")
+    unknown = next((t.get("from") for t in turns if t.get("from") not in _SHAREGPT_ROLES), None)
+    if unknown is not None:
+        raise Malformed(f"'conversations' has a turn from '{unknown}'; known: {', '.join(_SHAREGPT_ROLES)}")
+    messages = [{"role": _SHAREGPT_ROLES[t["from"]], "content": text_in(t, "value")} for t in turns]
+    prompt, answer = at_last_answer(conversation(messages, "conversations"))
+    yield Record(prompt=prompt, responses=[answer[0]["content"]], id=name_in(row, "id"))
