@@ -23,6 +23,7 @@ from rlhf.config import (
     StageConfig,
     TrainingLength,
     build,
+    parse,
     parse_config,
     read_yaml,
 )
@@ -168,6 +169,34 @@ def test_later_file_wins(tmp_path: Path) -> None:
     (tmp_path / "b.yaml").write_text("seed: 2\n")
     config = parse_config(SFTConfig, ["--config", str(tmp_path / "a.yaml"), "--config", str(tmp_path / "b.yaml")])
     assert (config.seed, config.lora_r) == (2, 4)
+
+
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        (b"name: \xff", "is not valid YAML"),
+        (b"name: " + b"[" * 10_000 + b"]" * 10_000, "is not valid YAML"),
+        (b"name: " + b"[" * 101 + b"]" * 101, "nested too deeply"),
+        (b"name: &a [*a]", "nested too deeply"),
+        (b"seed: " + b"9" * 5000, "is not valid YAML"),
+        (b"name: x\n" + b"#" * parse.MAX_YAML_BYTES, "longer than 1 MB"),
+        (b"- name", "must hold a mapping"),
+    ],
+)
+def test_files_that_are_no_configs(tmp_path: Path, content: bytes, reason: str) -> None:
+    """UnicodeDecodeError, RecursionError and ValueError were tracebacks; a data file is parsed for minutes."""
+    file = tmp_path / "x.yaml"
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=reason) as error:
+        read_yaml(file)
+    assert str(file) in str(error.value)
+
+
+def test_a_list_that_is_named_a_million_times(tmp_path: Path) -> None:
+    """Twenty lines of YAML hold 10^20 entries: a check that visits each of them never ends."""
+    lines = ["a0: &a0 [x]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 20))]
+    (tmp_path / "x.yaml").write_text("\n".join(lines))
+    assert len(read_yaml(tmp_path / "x.yaml")) == 20
 
 
 def test_numbers_of_yaml(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def decode(text: str | bytes, *, nan_as_none: bool = False) -> Any:
     except RecursionError:
         _refuse_depth()
     if text.count("[") + text.count("{") > MAX_DEPTH:  # else it cannot be nested so deeply
-        _check_depth(value)
+        check_depth(value)
     return value
 
 
@@ -60,11 +60,12 @@ _DECODER = json.JSONDecoder(parse_int=_integer)
 _NAN_AS_NONE = json.JSONDecoder(parse_int=_integer, parse_constant=lambda _: None)
 
 
-def _check_depth(value: Any) -> None:
+def check_depth(value: Any) -> None:
     """Raise `ValueError` for a value nested more deeply than `MAX_DEPTH`."""
     level = [value]
     for _ in range(MAX_DEPTH):
-        level = [child for parent in level for child in _children(parent) if isinstance(child, dict | list)]
+        children = (child for parent in level for child in _children(parent) if isinstance(child, dict | list))
+        level = list({id(child): child for child in children}.values())  # a YAML file may name one list a million times
         if not level:
             return
     _refuse_depth()

@@ -6,24 +6,33 @@ import dataclasses
 import math
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 from rlhf.base.cli import Parser
 from rlhf.base.errors import UserError, did_you_mean
-from rlhf.config.options import T
+from rlhf.base.json_files import check_depth
+
+T = TypeVar("T")
+MAX_YAML_BYTES = 1 << 20
+"""Longest YAML file; its parser takes some seconds for a megabyte."""
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file; `UserError` when there is no such file or no mapping in it."""
+    """Return the mapping in a YAML file; `UserError` for a missing file or other content."""
     file = Path(path)
     if not file.is_file():
         siblings = [str(p) for p in file.parent.glob("*.y*ml")] if file.parent.is_dir() else []
         raise UserError(f"no config file {file}{did_you_mean(str(file), siblings)}")
+    if file.stat().st_size > MAX_YAML_BYTES:
+        raise UserError(
+            f"{file} is longer than {MAX_YAML_BYTES / 1e6:.0f} MB, too long for a config; is it a data file?"
+        )
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+        check_depth(content)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{file} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{file} must hold a mapping of options, one 'option: value' a line")
@@ -31,49 +40,52 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def build(config_type: type[T], values: dict[str, Any], source: str) -> T:
-    """A config from a mapping: unknown and missing keys, and values of a wrong type, are `UserError`s that name `source`."""
+    """Return a config from a mapping; unknown, missing and mistyped options are `UserError`s that name `source`."""
     return parse_config(config_type, _as_arguments(config_type, values, source))
 
 
 def parse_config(config_type: type[T], argv: list[str] | None = None) -> T:
-    """Options from `--config FILE` (YAML) and `--option value`, the command line winning.
+    """Return a config from `--config FILE` (YAML) and `--option value`; the command line takes precedence.
 
-    Every value goes through the same argparse types, so `1e-4` in YAML is a float whatever YAML thinks of it.
+    All values go through the same argparse types, so `1e-4` is a float in YAML, too, whose own rules make it a text.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    from_file: list[str] = []
+    from_files: list[str] = []
     while "--config" in arguments:
         at = arguments.index("--config")
         if at + 1 == len(arguments):
             raise UserError("--config needs a file name")
-        from_file += _as_arguments(config_type, read_yaml(arguments[at + 1]), arguments[at + 1])
+        from_files += _as_arguments(config_type, read_yaml(arguments[at + 1]), arguments[at + 1])
         del arguments[at : at + 2]
-    known = [f.name for f in dataclasses.fields(config_type)]  # type: ignore[arg-type]
-    for argument in arguments:
-        name = argument.split("=")[0].removeprefix("--").replace("-", "_")
-        if argument.startswith("--") and name not in (*known, "help", *(f"no_{k}" for k in known)):
-            raise UserError(f"unknown option --{name}{did_you_mean(name, known)}")
+    names = [f.name for f in dataclasses.fields(config_type)]  # type: ignore[arg-type]
+    _refuse_unknown(arguments, names)
     config, *rest = _parser(config_type).parse_args_into_dataclasses(
-        from_file + arguments, return_remaining_strings=True
+        from_files + arguments, return_remaining_strings=True
     )
     if rest[-1]:
-        raise UserError(
-            f"unexpected '{rest[-1][0]}'; options are written --option value{did_you_mean(rest[-1][0], known)}"
-        )
-    for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
+        word = rest[-1][0]
+        raise UserError(f"unexpected '{word}'; options are written --option value{did_you_mean(word, names)}")
+    for name, value in vars(config).items():
         if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{f.name} must be a finite number, got {value}")
+            raise UserError(f"{name} must be a finite number, got {value}")
     return config
 
 
+def _refuse_unknown(arguments: list[str], names: list[str]) -> None:
+    """Raise `UserError` for an option that has none of these names, with the nearest one."""
+    for argument in arguments:
+        name = argument.split("=")[0].removeprefix("--").replace("-", "_")
+        if argument.startswith("--") and name not in (*names, "help", *(f"no_{k}" for k in names)):
+            raise UserError(f"unknown option --{name}{did_you_mean(name, names)}")
+
+
 def _as_arguments(config_type: type, values: dict[str, Any], source: str) -> list[str]:
-    """A mapping as command-line words."""
-    known = [f.name for f in dataclasses.fields(config_type)]
+    """Return a mapping as command-line words."""
+    names = [f.name for f in dataclasses.fields(config_type)]
     words: list[str] = []
     for key, value in values.items():
-        if key not in known:
-            raise UserError(f"{source}: unknown key '{key}'{did_you_mean(str(key), known)}")
+        if key not in names:
+            raise UserError(f"{source}: unknown key '{key}'{did_you_mean(str(key), names)}")
         if value is None:
             continue
         # One word, so that a value may start with a dash.
@@ -85,6 +97,6 @@ def _parser(config_type: Any) -> Any:
     from transformers import HfArgumentParser  # slow to import: only when a command really parses
 
     class OptionsParser(Parser, HfArgumentParser):
-        """Options are the fields of a dataclass."""
+        """A parser whose options are the fields of a dataclass."""
 
     return OptionsParser(config_type, description=config_type.__doc__)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from rlhf.base.errors import require
 from rlhf.config.limits import divides, require_above_zero, require_at_least
 from rlhf.config.options import StageConfig, TextConfig, option
 
-#: Responses that reward whitening takes its spread from, at least (lm-human-preferences, train_policy.py).
+#: Fewest responses that reward whitening can estimate a spread from (lm-human-preferences, train_policy.py).
 MIN_WHITENED = 8
 
 
@@ -19,107 +19,102 @@ class PPOConfig(TextConfig, StageConfig):
     """PPO against a reward model, with a KL penalty to the SFT reference."""
 
     policy: str = option("the SFT policy: sft/NAME or sft/NAME@VERSION")
-    reward: list[str] = field(
-        metadata={
-            "help": "what scores responses, one or several: a reward model made from the same policy (reward/NAME or "
-            "reward/NAME@VERSION), a classifier (folder or hub name), package.module:function, or the URL of an endpoint"
-        }
+    reward: list[str] = option(
+        "one or several scorers of responses: a reward model trained from the same policy (reward/NAME or "
+        "reward/NAME@VERSION), a classifier (folder or hub name), package.module:function, or the URL of an endpoint"
     )
-    reward_weights: list[float] = field(
-        default_factory=list, metadata={"help": "weights of the rewards in their sum; default: 1 each"}
-    )
-    reward_timeout: float = option("seconds that an endpoint may take for a request", 60.0)
+    reward_weights: list[float] = option("weights of the rewards in their sum; default: 1 each", [])
+    reward_timeout: float = option("longest time for a request to an endpoint, seconds", 60.0)
     total_episodes: int = option("responses sampled in the whole run", 1280)
     rollout_batch_size: int = option("responses sampled for one update cycle", 64)
-    minibatch_size: int = option("responses an optimiser update; divides rollout_batch_size", 64)
-    microbatch_size: int = option("responses a forward/backward pass; divides minibatch_size", 32)
+    minibatch_size: int = option("responses per optimiser update; divides rollout_batch_size", 64)
+    microbatch_size: int = option("responses per forward/backward pass; divides minibatch_size", 32)
     microbatch_tokens: int | None = option(
-        "tokens a forward/backward pass (responses times the longest, prompts included); none: microbatch_size alone",
+        "tokens per forward/backward pass (responses times the longest, prompts included); none: microbatch_size alone",
         None,
     )
     offload_base: bool = option(
-        "keep the frozen base in main memory and bring each layer to the GPU while it computes; slow, needs "
+        "keep the frozen base in main memory and copy each layer to the GPU for its computation; slow, needs "
         "gradient_checkpointing",
         False,
     )
     sampler: Literal["auto", "loop", "compiled", "generate"] = option(
-        "how responses are computed: loop, our own; compiled, the same with torch.compile (CUDA graphs on a GPU); generate, "
-        "transformers' own; auto is loop, or generate for models that it does not fit",
+        "sampling code: loop is our own, compiled is loop with torch.compile (CUDA graphs on a GPU), generate is "
+        "transformers'; auto is loop, or generate for models that loop does not support",
         "auto",
     )
     merge_adapter: bool = option(
-        "sample from a copy of the weights with the adapter added in; false leaves it beside them: slower, and no rounding "
-        "of the sum to the base's type",
+        "sample from a copy of the weights that has the adapter merged in; false keeps them apart: slower, without rounding "
+        "the sum to the base's dtype",
         True,
     )
     num_ppo_epochs: int = option("passes over each rollout", 1)
     max_prompt_length: int = option("longest prompt, tokens; longer ones are refused", 512)
     response_length: int = option("longest response, tokens, stop token included", 48)
-    stop_strings: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "texts that end a response, besides the stop token of the chat template; kept in the response"
-        },
+    stop_strings: list[str] = option(
+        "texts that end a response, besides the stop token of the chat template; kept in the response", []
     )
     temperature: float = option("sampling temperature; divides policy, old and reference logits alike", 1.0)
     num_responses_per_prompt: int = option("responses sampled for each prompt; divides rollout_batch_size", 1)
     kl_coef: float = option("penalty per nat of log pi - log pi_ref on sampled tokens, in units of the score", 0.1)
     kl_target: float | None = option(
-        "KL, nats a response, that the coefficient is adapted to (Ziegler et al. 2019: 6); none keeps kl_coef fixed",
+        "target of an adaptive kl_coef: KL, nats per response (Ziegler et al. 2019: 6); none keeps kl_coef fixed",
         None,
     )
-    kl_horizon: int = option("responses over which an adapted coefficient changes; an error counts 0.2 at most", 10_000)
+    kl_horizon: int = option(
+        "responses over which an adaptive kl_coef changes; a relative error counts 0.2 at most", 10_000
+    )
     max_approx_kl: float | None = option(
-        "a rollout's updates end early once approx_kl, nats a token, is above this (OpenAI Spinning Up: 0.01 or 0.05)",
+        "end a rollout's updates early once approx_kl, nats per token, exceeds this (OpenAI Spinning Up: 0.01 or 0.05)",
         None,
     )
-    max_kl: float | None = option("KL to the reference (exact), nats a response, that no rollout may pass", None)
+    max_kl: float | None = option("largest KL to the reference (exact), nats per response, of a rollout", None)
     on_max_kl: Literal["stop", "roll_back"] = option(
-        "past max_kl: stop, or go back to the last good checkpoint with half the step size (three times at most)",
+        "action above max_kl: stop, or go back to the last good checkpoint with half the step size (three times at most)",
         "stop",
     )
-    reward_clip: float | None = option(
-        "scores are clipped to +- this, in units of the score, before the KL penalty", None
+    reward_clip: float | None = option("clip scores to +- this, in units of the score, before the KL penalty", None)
+    whiten_rewards: bool = option(
+        "scale the token rewards of a rollout to standard deviation 1, keeping their mean", False
     )
-    whiten_rewards: bool = option("give the token rewards of a rollout a spread of 1, their mean kept", False)
     value_warmup_updates: int = option("rollouts at the start that train the value model only", 0)
     ema_decay: float | None = option(
-        "decay an optimiser update of a running mean of the policy's weights, registered as NAME-ema (InstructGPT: 0.992)",
+        "decay per optimiser update of a moving average of the policy, registered as NAME-ema (InstructGPT: 0.992)",
         None,
     )
     gamma: float = option("discount of later rewards (InstructGPT: none, 1)", 1.0)
     lam: float = option("lambda of generalised advantage estimation", 0.95)
-    clip_range: float = option("the probability ratio is clipped to 1 +- this", 0.2)
-    clip_range_value: float = option("values are clipped to the old value +- this, in units of the score", 0.2)
+    clip_range: float = option("clip the probability ratio to 1 +- this", 0.2)
+    clip_range_value: float = option("clip values to the old value +- this, in units of the score", 0.2)
     vf_coef: float = option("weight of the value loss", 0.5)
     finetuning: Literal["lora", "full"] = option(
-        "lora: adapters on one frozen base; full: all weights of policy and value, four models in fp32", "lora"
+        "lora: adapters on one frozen base; full: all weights of policy and value model, four models in fp32", "lora"
     )
     value_model: Literal["adapter", "shared_trunk"] = option(
-        "adapter: weights of its own; shared_trunk: a head on the policy, faster, but both losses pull at one trunk",
+        "adapter: separate weights; shared_trunk: a head on the policy, faster, but both losses train one trunk",
         "adapter",
     )
     value_learning_rate: float | None = option("step size of the value adapter and head; default: learning_rate", None)
     ptx_coef: float = option(
-        "PPO-ptx: weight of the mean negative log-likelihood of texts mixed into each update (InstructGPT: 27.8)", 0.0
+        "PPO-ptx: weight of the language-modelling loss on texts mixed into each update (InstructGPT: 27.8)", 0.0
     )
     ptx_dataset: str | None = option("demonstrations for PPO-ptx; default: those of dataset", None)
     ptx_text: str | None = option(
-        "plain text for PPO-ptx in place of demonstrations, packed: whatever pretraining takes as its dataset", None
+        "plain text for PPO-ptx in place of demonstrations, packed: any dataset that pretraining takes", None
     )
-    ptx_ratio: float = option("texts mixed in for each response of a minibatch (InstructGPT: 8)", 1.0)
-    missing_eos_penalty: float = option("taken off the score of a response without a stop token", 1.0)
-    min_response_length: int = option("responses with fewer tokens lose short_response_penalty", 0)
-    short_response_penalty: float = option("taken off the score for each token below min_response_length", 0.0)
+    ptx_ratio: float = option("texts mixed in per response of a minibatch (InstructGPT: 8)", 1.0)
+    missing_eos_penalty: float = option("subtracted from the score of a response without a stop token", 1.0)
+    min_response_length: int = option("responses with fewer tokens get the short_response_penalty", 0)
+    short_response_penalty: float = option("subtracted from the score for each token below min_response_length", 0.0)
     snapshot_steps: int | None = option(
-        "rollouts between snapshots of the policy's adapter, all of which are kept, for the reward-KL frontier of "
-        "rlhf.evaluation; none takes none",
+        "rollouts between saved snapshots of the policy's adapter, for the reward-KL frontier of rlhf.evaluation; none saves "
+        "none",
         None,
     )
-    num_eval_samples: int = option("answers to held-out prompts sampled before and after training", 256)
-    num_logged_samples: int = option("answers of each logged rollout that go into the sample table", 8)
+    num_eval_samples: int = option("responses to held-out prompts sampled before and after training", 256)
+    num_logged_samples: int = option("responses of each logged rollout in the sample table", 8)
     gold: str | None = option(
-        "a scorer the policy is not trained on: package.module:function(responses) -> scores", None
+        "scorer that the policy is not trained on: package.module:function(responses) -> scores", None
     )
 
     def __post_init__(self) -> None:
@@ -140,14 +135,14 @@ class PPOConfig(TextConfig, StageConfig):
         )
         require(
             sum(reward_kind(r) == "adapter" for r in self.reward) <= 1,
-            f"only one reward may come from the registry, got {', '.join(self.reward)}: they share one base",
+            f"only one reward may come from the registry, as they share one base; got {', '.join(self.reward)}",
         )
         divides(
             "num_responses_per_prompt", self.num_responses_per_prompt, "rollout_batch_size", self.rollout_batch_size
         )
         require(
             self.kl_target is None or self.kl_coef > 0,
-            "kl_target needs a kl_coef above 0 to start from: the coefficient is multiplied",
+            "kl_target needs a kl_coef above 0, which it multiplies",
         )
         require(
             self.ema_decay is None or 0 < self.ema_decay < 1,
@@ -156,20 +151,20 @@ class PPOConfig(TextConfig, StageConfig):
         require(
             not self.whiten_rewards or self.rollout_batch_size >= MIN_WHITENED,
             f"whiten_rewards needs a rollout_batch_size of at least {MIN_WHITENED}, got {self.rollout_batch_size}: "
-            "the spread of fewer scores is noise",
+            "fewer scores give no reliable standard deviation",
         )
         self._check_models()
         self._check_ptx()
 
     def _check_models(self) -> None:
-        """Raises `UserError` for models that cannot be held or trained in this way."""
+        """Raise `UserError` for combinations of options that the models cannot be held or trained with."""
         require(
             self.value_model == "adapter" or self.value_warmup_updates == 0,
-            "value_warmup_updates needs value_model adapter: on a shared trunk the value loss trains the policy",
+            "value_warmup_updates needs value_model adapter: on a shared trunk the value loss would train the policy",
         )
         require(
             self.finetuning == "lora" or self.quantization == "none",
-            f"finetuning full cannot train weights that are held in {self.quantization}; use finetuning lora",
+            f"finetuning full cannot train weights in {self.quantization}; use finetuning lora",
         )
         require(
             self.snapshot_steps is None or (self.snapshot_steps >= 1 and self.finetuning == "lora"),
@@ -179,15 +174,15 @@ class PPOConfig(TextConfig, StageConfig):
         require_at_least(1, self, "microbatch_tokens")
         require(
             not self.offload_base or (self.gradient_checkpointing and self.finetuning == "lora"),
-            "offload_base needs gradient_checkpointing (the backward pass would hold all layers otherwise) and finetuning lora",
+            "offload_base needs finetuning lora and gradient_checkpointing, without which the backward pass holds all layers",
         )
         require(
             not self.offload_base or (self.quantization == "none" and not self.use_dora),
-            "offload_base works with plain weights only; leave out quantization and use_dora",
+            "offload_base supports plain weights only; leave out quantization and use_dora",
         )
 
     def _check_ptx(self) -> None:
-        """Raises `UserError` for a mix of pretraining text that there cannot be."""
+        """Raise `UserError` for options of PPO-ptx that contradict each other."""
         require(
             not (self.ptx_text and self.ptx_dataset), "PPO-ptx takes ptx_dataset or ptx_text, not both; leave one out"
         )
@@ -203,17 +198,17 @@ class PPOConfig(TextConfig, StageConfig):
         )
 
     def recipe(self) -> dict[str, Any]:
-        """As of every stage; rewards that are no artefacts are known by their names only."""
+        """Return the options that decide the result, with the names of rewards that are no artefacts."""
         return {**super().recipe(), "other_rewards": [r for r in self.reward if reward_kind(r) != "adapter"]}
 
     @property
     def num_updates(self) -> int:
-        """Rollouts in the run."""
+        """Number of rollouts in the run."""
         return self.total_episodes // self.rollout_batch_size
 
 
 def reward_kind(reference: str) -> Literal["adapter", "endpoint", "function", "classifier"]:
-    """What a reward's name means."""
+    """Return the kind of reward that a name stands for."""
     if re.match(r"https?://", reference):
         return "endpoint"
     if re.fullmatch(r"reward/[^/:]+", reference):

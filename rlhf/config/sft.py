@@ -13,7 +13,7 @@ from rlhf.config.options import StageConfig, TrainingLength, option
 
 @dataclass(kw_only=True)
 class SFTConfig(TrainingLength, StageConfig):
-    """Supervised fine-tuning on demonstrations, loss on the answers only."""
+    """Supervised fine-tuning on demonstrations, with the loss on the answers only."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -23,11 +23,11 @@ class SFTConfig(TrainingLength, StageConfig):
         require_at_least(0, self, "learn_tokens")
         require(
             not (self.new_tokens and self.learn_tokens),
-            "new tokens come from new_tokens or learn_tokens; leave one out",
+            "new tokens come from new_tokens or learn_tokens; leave out one of them",
         )
 
     def recipe(self) -> dict[str, Any]:
-        """As of every stage; new tokens are known by the content of their file."""
+        """Return the options that decide the result, with the tokens of the file `new_tokens`."""
         tokens = read_new_tokens(self.new_tokens) if self.new_tokens else []
         return {**super().recipe(), "added_tokens": tokens}
 
@@ -35,22 +35,20 @@ class SFTConfig(TrainingLength, StageConfig):
         "base model: hub name, folder, pypi:smollm2-135m-instruct, or pretrain/NAME of the registry"
     )
     model_revision: str | None = option("revision of a hub model", None)
-    chat_template: str | None = option(
-        "chat template: the model's own if not given, 'chatml', 'plain', or a file", None
-    )
+    chat_template: str | None = option("chat template: 'chatml', 'plain' or a file; default: the model's own", None)
     trust_remote_code: bool = option("run code that comes with a hub model", False)
     new_tokens: str | None = option(
-        "text file of tokens, one a line, that the vocabulary is extended by; their embeddings start from the mean of their old "
-        "pieces and are trained with the adapter",
+        "text file of tokens to add to the vocabulary, one per line; their embeddings start from the mean of their pieces and "
+        "are trained with the adapter",
         None,
     )
     learn_tokens: int = option(
-        "new tokens learned from the training answers, in place of new_tokens: characters that cost the tokenizer several "
-        "tokens, then sequences of characters that cost one or more each; 0 learns none",
+        "number of tokens to learn from the training answers and add, in place of new_tokens: first characters that take "
+        "several tokens, then sequences of characters",
         0,
     )
     selection_reward: str | None = option(
-        "reward model by whose mean score of sampled answers the checkpoint is chosen, in place of the held-out loss "
+        "reward model that chooses the checkpoint by its mean score of sampled answers, in place of the held-out loss "
         "(InstructGPT, section 3.5): reward/NAME or reward/NAME@VERSION",
         None,
     )
@@ -59,10 +57,10 @@ class SFTConfig(TrainingLength, StageConfig):
 
 
 def read_new_tokens(file: str) -> list[str]:
-    """The tokens of a text file, one a line.
+    """Return the tokens of a text file that has one on each line.
 
     Raises:
-        UserError: no such file, or a line that is empty or was there before.
+        UserError: a missing file, or an empty or repeated line.
     """
     place = Path(file).expanduser()
     if not place.is_file():

@@ -220,7 +220,7 @@ def test_new_tokens_that_cannot_be(place: Place, toy_base: Callable[[str], Path]
         complaint = place.run("sft", **options, new_tokens=str(file)).complaint
         assert all(word in complaint for word in told), complaint
     assert "no file" in place.run("sft", **options, new_tokens=str(tmp_path / "none.txt")).complaint
-    assert "leave one out" in place.run("sft", **options, new_tokens=str(file), learn_tokens=3).complaint
+    assert "leave out one of them" in place.run("sft", **options, new_tokens=str(file), learn_tokens=3).complaint
     assert place.registry.list() == []
 
 
