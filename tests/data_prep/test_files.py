@@ -78,7 +78,7 @@ def test_mixed_schemas(build_data: Build) -> None:
     built = build_data(rows, validation_share=0.3, stages="shared")
     assert [(bad["row"], bad["reason"][:40]) for bad in built.rejected] == [
         (41, "'prompt' must be a string or a list of {"),
-        (42, "'rejected' must be a string or a list of"),
+        (42, "no 'rejected' for a pair; this row has p"),
         (43, "must be an object with named columns, go"),
         (44, "must be an object with named columns, go"),
     ]

@@ -61,6 +61,9 @@ def read_columns(row: Row) -> Iterator[Record]:
 
 def read_pair(row: Row) -> Iterator[Record]:
     """Yield the comparison of `chosen` and `rejected`, rated apart by `margin`, or by 1 where there is none."""
+    missing = next((name for name in ("chosen", "rejected") if row.get(name) is None), None)
+    if missing:
+        raise Malformed(f"no '{missing}' for a pair; this row has {', '.join(row)}")
     prompt, chosen = prompt_and_answer(row, "chosen")
     other_prompt, rejected = prompt_and_answer(row, "rejected")
     if prompt != other_prompt:
