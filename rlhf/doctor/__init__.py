@@ -1,1 +1,1 @@
-"""What is wrong with a run, said before it starts, while it runs, and from its logs."""
+"""Checks of a run before it starts, while it trains, and from its logs."""

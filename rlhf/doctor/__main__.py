@@ -1,6 +1,6 @@
-"""`python -m rlhf.doctor RUN`: what was wrong with a run; exit code 0 for nothing, 1 for findings, 2 for a user's error.
+"""`python -m rlhf.doctor RUN`: diagnosis of a run; exit code 0 for no findings, 1 for findings, 2 for a user's error.
 
-`python -m rlhf.doctor preflight --config FILE`: what would be wrong with it, before it starts.
+`python -m rlhf.doctor preflight --config FILE`: checks of a run before it starts.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ PREFLIGHT = "preflight"
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     words = sys.argv[1:]
     if words[:1] == [PREFLIGHT]:
-        from rlhf.doctor.preflight import command  # which brings torch
+        from rlhf.doctor.preflight import command  # imports torch
 
         sys.argv = [f"{sys.argv[0]} {PREFLIGHT}", *words[1:]]
         command.main()

@@ -1,4 +1,4 @@
-"""What was wrong with a run, read off its folder afterwards.
+"""Diagnosis of a run from its folder.
 
 A run's folder holds what its stages left: `metrics.jsonl`, `samples.jsonl`, `comparison.jsonl` (PPO) and the options in
 `checkpoints/made_of.json`. Nothing is measured here.
@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rlhf.base.cli import Parser
 from rlhf.base.errors import UserError, did_you_mean
@@ -18,24 +17,24 @@ from rlhf.doctor.health.findings import CHECKS, Finding, replay
 from rlhf.doctor.health.history import SAMPLES_READ, History
 from rlhf.registry import Registry
 
-#: Those that leave logs.
+#: Stages that leave logs.
 STAGES = ("pretrain", "sft", "reward", "ppo")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnosis:
-    """What the checks found in one stage's log."""
+    """Findings in one stage's log."""
 
     stage: str
     updates: int
     checks: int
-    """Checks that there are for the stage."""
+    """Checks of this stage."""
     findings: list[Finding]
     """Causes before symptoms."""
 
 
 def diagnose(run: Path) -> list[Diagnosis]:
-    """What was wrong with each stage of a run.
+    """Return the findings in the log of each stage of a run.
 
     Args:
         run: the folder of a stage, or one that holds the folders `sft`, `reward` and `ppo`, or some of them.
@@ -50,21 +49,23 @@ def diagnose(run: Path) -> list[Diagnosis]:
         raise UserError(
             f"no metrics.jsonl in {run}, nor in {', '.join(STAGES)} below it{near}; give the output_dir of a run"
         )
-    return [diagnose_history(read_history(folder)) for folder in logs]
-
-
-def diagnose_history(history: History) -> Diagnosis:
-    """What the checks find in a history."""
-    return Diagnosis(
-        stage=history.stage,
-        updates=len(history.steps),
-        checks=sum(history.stage in check.stages for check in CHECKS),
-        findings=replay(history),
-    )
+    return [
+        Diagnosis(
+            stage=history.stage,
+            updates=len(history.steps),
+            checks=sum(history.stage in check.stages for check in CHECKS),
+            findings=replay(history),
+        )
+        for history in map(read_history, logs)
+    ]
 
 
 def read_history(folder: Path) -> History:
-    """The log of a stage's folder; its stage is told by its figures."""
+    """Return the log of a stage's folder; the names of its figures decide the stage.
+
+    Raises:
+        UserError: the log holds no figures.
+    """
     rows = read_jsonl(folder / "metrics.jsonl")[0]
     kinds = {name.partition("/")[0] for row in rows for name in row}
     stage = next((stage for stage in STAGES if stage in kinds), None)
@@ -76,22 +77,17 @@ def read_history(folder: Path) -> History:
     return History(
         stage,
         rows,
-        settings=_settings(folder / "checkpoints" / "made_of.json"),
+        settings=read_object_or_none(folder / "checkpoints" / "made_of.json"),
         samples=read_jsonl(samples)[0][:SAMPLES_READ] if samples.is_file() else [],
         comparison=read_jsonl(comparison)[0] if comparison.is_file() else [],
     )
 
 
-def _settings(file: Path) -> dict[str, Any]:
-    """The options that the run's checkpoints were made with; without them a few checks have nothing to go by."""
-    return read_object_or_none(file) or {}
-
-
 def find_run(run: str, registry: str) -> Path:
-    """The folder that is meant: a path, or the folder of the run that made an artefact.
+    """Return the folder of a run: a path, or an artefact's run.
 
     Raises:
-        UserError: neither, or another run has used that folder since.
+        UserError: there is no such artefact, or another run has used that folder since.
     """
     if Path(run).is_dir() or run.partition("/")[0] not in STAGES:
         return Path(run)
@@ -106,31 +102,34 @@ def find_run(run: str, registry: str) -> Path:
 
 
 def print_diagnoses(diagnoses: Sequence[Diagnosis]) -> None:
-    """A table of each stage's findings: what, the figures, why, and what to do."""
+    """Print a table of each stage's findings: check, updates, evidence, cause and remedy."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     console = Console()
-    for one in diagnoses:
-        if not one.findings:
-            console.print(f"{one.stage}: {one.checks} checks on {one.updates} logged updates, nothing found")
+    for diagnosis in diagnoses:
+        if not diagnosis.findings:
+            console.print(
+                f"{diagnosis.stage}: {diagnosis.checks} checks on {diagnosis.updates} logged updates, nothing found"
+            )
             continue
-        table = Table(title=f"{one.stage}, {one.updates} logged updates", title_justify="left", show_lines=True)
+        table = Table(
+            title=f"{diagnosis.stage}, {diagnosis.updates} logged updates", title_justify="left", show_lines=True
+        )
         for column in ("finding", "updates", "evidence", "cause", "to do"):
             table.add_column(column, overflow="fold")
-        for finding in one.findings:
+        for finding in diagnosis.findings:
             check = finding.check
-            when = f"{finding.first}" if finding.first == finding.last else f"{finding.first} to {finding.last}"
-            cells = (f"{check.name} ({check.severity})", when, finding.evidence, check.cause, check.action)
+            cells = (f"{check.name} ({check.severity})", finding.updates, finding.evidence, check.cause, check.action)
             table.add_row(*map(escape, cells))
         console.print(table)
-        console.print(f"Start with {one.findings[0].check.name}: what stands below it may be its consequence.")
+        console.print(f"Start with {diagnosis.findings[0].check.name}: the others may be its consequences.")
 
 
 def main(words: Sequence[str]) -> int:
-    """`RUN [--registry FOLDER]`: prints the diagnosis; 0 if nothing was found, else 1."""
-    parser = Parser(description="What was wrong with a run?")
+    """Print the diagnosis of `RUN [--registry FOLDER]`; return the exit code, 0 if nothing was found, else 1."""
+    parser = Parser(description="Find out from its logs what went wrong in a run.")
     parser.add_argument(
         "run", help="folder of a run or of one of its stages, or an artefact: ppo/NAME, ppo/NAME@VERSION"
     )
@@ -138,4 +137,4 @@ def main(words: Sequence[str]) -> int:
     arguments = parser.parse_args(words)
     diagnoses = diagnose(find_run(arguments.run, arguments.registry))
     print_diagnoses(diagnoses)
-    return int(any(one.findings for one in diagnoses))
+    return int(any(diagnosis.findings for diagnosis in diagnoses))

@@ -109,7 +109,12 @@ def change(
     check: str, limit: str, figure: str, at: Callable[[float], float], start: float, found: str = "above"
 ) -> Case:
     """Means of the first three and the last three rollouts; `at` gives the latter."""
-    return Case(check=check, limit=limit, found=found, at=lambda x: {figure: [start] * 3 + [at(x)] * 3})
+    return Case(
+        check=check,
+        limit=limit,
+        found=found,
+        at=lambda x: {figure: [c * v for v in (start, at(x)) for c in (0.5, 1, 1.5)]},
+    )
 
 
 STEPS = {"ppo/approx_kl": 0.0, "ppo/clipfrac": 0.0, "ppo/ratio_max": 1.0}
@@ -124,7 +129,7 @@ CASES = [
     Case(check="learning_rate_zero", stage="sft", values=(1e-12, 0), at=lambda x: {"sft/lr": [x, 0.0, 0.0]}),
     Case(check="no_gradient", stage="sft", values=(1e-12, 0), at=lambda x: {"sft/grad_norm": [x, 0.0]}),
     Case(check="no_gradient", stage="sft", values=(1e-12, 0), exact=False, at=lambda x: {"sft/grad_norm": [1.0, x, 0.0, 0.0]}),
-    Case(check="loss_rising", limit="factor", stage="sft", at=lambda x: {"sft/loss": [1e6] * 3 + [1e6 * x] * 5}),
+    Case(check="loss_rising", limit="factor", stage="sft", at=lambda x: {"sft/loss": [0, 0, 3e6, 0, 0, 0, 0, 5e6 * x]}),
     Case(check="loss_rising", limit="margin", stage="reward", at=lambda x: {"reward/loss": [0.0] * 3 + [x] * 5}),
     Case(check="loss_rising", limit="held_out_factor", stage="sft", at=lambda x: {"sft/eval_loss": [1e6, 1e6 * x]}),
     Case(check="loss_rising", limit="held_out_margin", stage="pretrain", at=lambda x: {"pretrain/eval_loss": [0.0, x]}),
@@ -138,7 +143,7 @@ CASES = [
     ),
     Case(
         check="loss_flat", limit="training_fall", stage="sft", found="below",
-        at=lambda x: {"sft/loss": [1.0] * 3 + [2.0] * 4 + [1 - x] * 5, "sft/eval_loss": 2.0},
+        at=lambda x: {"sft/loss": [0, 0, 3.0] + [9.0] * 4 + [0, 0, 0, 0, 5 * (1 - x)], "sft/eval_loss": 2.0},
     ),
     Case(
         check="loss_flat", limit="held_out_fall", stage="sft", found="below",
@@ -175,6 +180,7 @@ CASES = [
     Case(check="sampler_drift", limit="gap", at=lambda x: {"rollout/logprob_gap": [1e-6, x - 0.01, x + 0.01]}),
     Case(check="sampler_drift", limit="growth", at=lambda x: {"rollout/logprob_gap": [0.1, 0.1 * x, 0.1 * x]}),
     Case(check="sampler_drift", limit="first", found="below", at=lambda x: {"rollout/logprob_gap": [x, 9.0, 9.0]}),
+    Case(check="sampler_drift", values=(2, 3), at=lambda x: {"rollout/logprob_gap": [1e-6, 9.0, 9.0][: int(x)]}),
     Case(check="stale_logprobs", limit="error", at=lambda x: {"ppo/first_ratio_error": [x]}),
     Case(check="stale_logprobs", limit="error", exact=False, at=lambda x: {"ppo/first_ratio_error": [9.0, x, 0.0, 0.0]}),
     Case(check="advantages_not_centred", limit="mean", at=lambda x: {"ppo/advantage_mean": [x]}),
@@ -291,6 +297,14 @@ CASES = [
     ),
     # what the reward pays for
     Case(check="over_optimised", limit="errors", at=falling_judge),
+    Case(
+        check="over_optimised", values=(11, 12),
+        at=lambda x: {
+            "objective/gold": [-float(i) for i in range(int(x))],
+            "objective/raw_score": [float(i) for i in range(int(x))],
+            "objective/score_std": 1.0,
+        },
+    ),
     Case(check="over_optimised", limit="updates", exact=False, at=lambda x: stalled_judge(9.0, int(x))),
     Case(check="over_optimised", values=(0.99, 1.01), at=stalled_judge),
     Case(
@@ -353,6 +367,10 @@ CASES = [
         at=lambda x: {"objective/score": [0.0] * 5 + [-x] * 5, "objective/score_std": 0.0},
     ),
     *outlier("ppo", "gradient_spike"),
+    Case(
+        check="slowing_down", values=(17, 18),
+        at=lambda x: {"time/rollout": [1.0] * 9 + [9.0] * (int(x) - 9), "time/score": 0, "time/optimise": 0, LENGTH: 1.0},
+    ),
     Case(
         check="slowing_down", limit="factor",
         at=lambda x: {

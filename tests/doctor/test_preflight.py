@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +32,7 @@ from rlhf.models.heads import ScalarHead
 from rlhf.models.roles import SharedModels
 from rlhf.models.tokenization import load_tokenizer
 from rlhf.ppo import forward
+from rlhf.ppo.trainer import RATIO_TOLERANCE
 from rlhf.registry import Registry
 from rlhf.run.optim import build_optimizer
 from rlhf.stages import ppo, reward, sft
@@ -386,18 +388,22 @@ def test_a_reference_that_is_another_model(examine: Examine, monkeypatch: pytest
     assert "policy is the reference at step 0" in failed(examine("ppo"))
 
 
-def test_old_log_probabilities_that_are_stale(examine: Examine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every ratio of the run is off, and clipping acts before anything was learned."""
+@pytest.mark.parametrize(("share", "passed"), [(0.95, True), (1.05, False)])
+def test_old_log_probabilities_that_are_stale(
+    examine: Examine, monkeypatch: pytest.MonkeyPatch, share: float, passed: bool
+) -> None:
+    """Every ratio of the run is off, and clipping acts before anything was learned. The limit is the trainer's own."""
     compared = forward.compared_logprobs
+    shift = math.log1p(share * RATIO_TOLERANCE[torch.float32])
 
     def stale(*args: Any) -> torch.Tensor:
         planes = compared(*args).clone()
-        planes[:2] -= 0.3 * (planes[:2] != 0)
+        planes[:2] -= shift * (planes[:2] != 0)
         return planes
 
     monkeypatch.setattr(forward, "compared_logprobs", stale)
-    wrong = failed(examine("ppo"))
-    assert "first ratio is 1" in wrong and "policy is the reference at step 0" not in wrong
+    wrong = failed(examine("ppo", dtype="float32"))
+    assert ("first ratio is 1" not in wrong) == passed and "policy is the reference at step 0" not in wrong
 
 
 def test_a_sampler_that_keeps_the_likeliest_tokens(examine: Examine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,7 +84,7 @@ def check(
     """
 
     def register(look: Callable[..., str | None]) -> HealthCheck:
-        made = HealthCheck(
+        health_check = HealthCheck(
             name=look.__name__,
             stages=stages,
             severity=severity,
@@ -97,7 +97,7 @@ def check(
             source=source,
             look=look,
         )
-        return _REGISTERED.setdefault(look.__module__, {}).setdefault(made.name, made)
+        return _REGISTERED.setdefault(look.__module__, {}).setdefault(health_check.name, health_check)
 
     return register
 

@@ -37,6 +37,11 @@ class Finding:
     last: int
     """Last update after which it fired."""
 
+    @property
+    def updates(self) -> str:
+        """First and last update, as text."""
+        return f"{self.first}" if self.first == self.last else f"{self.first} to {self.last}"
+
     def __str__(self) -> str:
         return f"{self.check.name}: {self.evidence}. Cause: {self.check.cause}. To do: {self.check.action}"
 

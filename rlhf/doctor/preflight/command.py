@@ -1,8 +1,8 @@
-"""Preflight: what has to be true before a long run. `python -m rlhf.doctor preflight --config FILE`
+"""Preflight: checks before a long run. `python -m rlhf.doctor preflight --config FILE`
 
 Each stage runs it by default once everything is built and before anything is trained (`--preflight false` leaves it out): a
-few rows go through the very models, data sets, loss and sampler of the run. It takes random numbers of its own, and leaves
-weights, optimiser and global state as they were, so a run ends in the same bytes with it and without.
+few rows go through the models, data sets, loss and sampler of the run. It draws its own random numbers and leaves weights,
+optimiser and global state as they were, so a run ends in the same bytes with it and without.
 """
 
 from __future__ import annotations
@@ -16,24 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.base.errors import UserError, run_command
-from rlhf.config import (
-    PPOConfig,
-    PretrainConfig,
-    RewardConfig,
-    SFTConfig,
-    TrainingConfig,
-    parse_config,
-    read_yaml,
-)
+from rlhf.config import PPOConfig, PretrainConfig, RewardConfig, SFTConfig, TrainingConfig, parse_config, read_yaml
 
 USAGE = "usage: python -m rlhf.doctor preflight --config FILE [--option value ...], FILE and options of a stage"
-
-
 STAGES: dict[str, Any] = {"pretrain": PretrainConfig, "sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig}
 
 
 def stage_of(options: Iterable[str]) -> str:
-    """The stage that options belong to: only SFT names a base model, only PPO a reward, and pretraining not even a policy."""
+    """Return the stage that options belong to: only SFT has a base model, only PPO a reward, and pretraining no policy."""
     names = set(options)
     if "model_name_or_path" in names:
         return "sft"
@@ -41,7 +31,7 @@ def stage_of(options: Iterable[str]) -> str:
 
 
 def parse(argv: Sequence[str]) -> tuple[str, TrainingConfig]:
-    """The stage and its config, from `--config FILE` and `--option value`."""
+    """Return the stage and its config, from `--config FILE` and `--option value`."""
     files = [argv[i + 1] for i, word in enumerate(argv[:-1]) if word == "--config"]
     if not files:
         raise UserError(USAGE)
@@ -51,7 +41,7 @@ def parse(argv: Sequence[str]) -> tuple[str, TrainingConfig]:
 
 
 def run(stage: str, config: TrainingConfig) -> None:
-    """Builds a stage as it would run, checks it, and stops before the training; the run's own folder is not touched.
+    """Build a stage as it would run, check it, and stop before the training; the run's own folder stays untouched.
 
     Raises:
         UserError: checks failed.
@@ -65,7 +55,7 @@ def run(stage: str, config: TrainingConfig) -> None:
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     if {"-h", "--help"} & set(sys.argv):
         print(USAGE)
     else:

@@ -1,4 +1,4 @@
-"""What the checks of the preflight look at."""
+"""The inputs of a preflight, and the checks that several stages share."""
 
 from __future__ import annotations
 
@@ -11,10 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf.config import (
-    SFTConfig,
-    StageConfig,
-)
+from rlhf.config import SFTConfig, StageConfig
 from rlhf.data_prep.load import Loaded
 from rlhf.doctor.preflight.check import Check
 from rlhf.doctor.preflight.data import check_fingerprints, check_leaks, load_parents_data
@@ -25,52 +22,50 @@ from rlhf.models.compute import Compute
 from rlhf.models.likelihood import mean_logprobs
 from rlhf.registry import Artifact
 
-#: Rows of data among which a few are chosen.
-_AMONG = 64
+#: Rows at the head of the data among which short ones are picked.
+_CANDIDATES = 64
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreflightContext:
-    """What the preflight of every stage stands on."""
+    """Inputs of every stage's preflight."""
 
     config: StageConfig
     compute: Compute
     folder: Path
-    """Of the run; small files are written there and removed again."""
+    """Folder of the run; small files are written there and removed again."""
     registry: Path
     """Root of the registry."""
     parents: Sequence[Artifact]
     tokenizer: PreTrainedTokenizerBase
     training: Mapping[str, Loaded]
-    """Name -> rows that this stage trains on."""
+    """Training sets of this stage by name."""
     validation: Loaded
 
     @property
     def pad_token_id(self) -> int:
-        """Token id of padding."""
+        """Padding token."""
         return int(self.tokenizer.pad_token_id)
 
     @property
     def quantized(self) -> bool:
-        """Whether this run or a parent's holds its base in fewer bits: their outputs then differ by more than rounding."""
-        return any(
-            held != "none"
-            for held in (self.config.quantization, *(p.manifest.config["quantization"] for p in self.parents))
-        )
+        """True if this run or a parent's holds its base in fewer bits: outputs then differ by more than rounding."""
+        parents = (parent.manifest.config["quantization"] for parent in self.parents)
+        return any(kind != "none" for kind in (self.config.quantization, *parents))
 
 
 def pick_short_rows(lengths: Sequence[int], count: int) -> list[int]:
-    """Numbers of a few short rows of different lengths: enough to see what is wrong, and quick."""
-    order = sorted(range(min(len(lengths), _AMONG)), key=lambda i: lengths[i])
+    """Return indices of a few short rows of different lengths, shortest first."""
+    order = sorted(range(min(len(lengths), _CANDIDATES)), key=lambda i: lengths[i])
     short = order[: max(count, len(order) // 2)]
     return short[:: max(1, len(short) // count)][:count]
 
 
 def check_data(context: PreflightContext, model: PreTrainedModel, *, by: str) -> list[Check]:
-    """The checks of tokenizer, template and data.
+    """Return the checks of tokenizer, template and data.
 
     Args:
-        by: what must not be trained on and judged: `prompt` (in any stage), or `row` (in this one).
+        by: unit that must not be both trained on and judged: `prompt` (in any stage), or `row` (in this one).
     """
     data = load_parents_data(context.parents)
     training = dict(context.training)
@@ -90,7 +85,7 @@ def check_data(context: PreflightContext, model: PreTrainedModel, *, by: str) ->
 
 
 def check_policy(context: PreflightContext, policy: PreTrainedModel) -> list[Check]:
-    """That the SFT policy, merged and plain, answers its probe as it did when it was trained; nothing without a probe."""
+    """Check that the SFT policy, merged and plain, scores its probe as it did when it was trained; none without a probe."""
     (artifact,) = [parent for parent in context.parents if parent.manifest.stage == "sft"]
     probe = read_probe(artifact)
     if probe is None or context.quantized:
@@ -102,7 +97,7 @@ def check_policy(context: PreflightContext, policy: PreTrainedModel) -> list[Che
 def likelihoods(
     context: PreflightContext, policy: PreTrainedModel, rows: Sequence[Sequence[int]], prompt_lengths: Sequence[int]
 ) -> Tensor:
-    """(n,) mean log-likelihood of the answers, nats a token, of token rows (prompt and answer)."""
+    """Return the (n,) mean log-likelihoods of answers, nats a token, of token rows (prompt and answer)."""
     return mean_logprobs(
         policy,
         rows,

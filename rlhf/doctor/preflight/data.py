@@ -1,4 +1,4 @@
-"""Preflight, data: what parents were trained on is what is here, and nothing that is judged was trained on."""
+"""Preflight, data: the parents' data is unchanged, and no held-out row was trained on."""
 
 from __future__ import annotations
 
@@ -16,72 +16,68 @@ from rlhf.data_prep.stage_rows import Kind
 from rlhf.doctor.preflight.check import Check
 from rlhf.registry import Artifact
 
-#: What a stage is trained on.
+#: Kind of rows that a stage is trained on.
 _KIND: dict[str, Kind] = {"sft": "demonstrations", "reward": "comparisons"}
 _SHOWN = 80
 
 
 def load_parents_data(parents: Sequence[Artifact]) -> dict[str, dict[str, Loaded] | str]:
-    """The data sets of each parent by its reference, read again from where it read them; or why they cannot be read."""
-    found: dict[str, dict[str, Loaded] | str] = {}
+    """Load the data sets of each parent again, by its reference.
+
+    Returns:
+        The sets by split; the message of an error where they cannot be read; "" where they are gone. Parents that were
+        pretrained on plain text have none.
+    """
+    data: dict[str, dict[str, Loaded] | str] = {}
     for parent in parents:
-        if parent.stage not in _KIND:  # plain text, of which rows are no part
+        if parent.stage not in _KIND:
             continue
-        place = str(parent.manifest.config["dataset"])
-        kind = _KIND[parent.manifest.stage]
+        place, kind = str(parent.manifest.config["dataset"]), _KIND[parent.stage]
         if not Path(place).expanduser().exists():
-            found[parent.reference] = ""
+            data[parent.reference] = ""
             continue
         try:
-            found[parent.reference] = {split: load_rows(place, split, kind=kind) for split in ("train", "validation")}
+            data[parent.reference] = {split: load_rows(place, split, kind=kind) for split in ("train", "validation")}
         except UserError as error:
-            found[parent.reference] = str(error)
-    return found
+            data[parent.reference] = str(error)
+    return data
 
 
 def check_fingerprints(parents: Sequence[Artifact], data: Mapping[str, dict[str, Loaded] | str]) -> Check:
-    """That the data of each parent, where it is still at its place, has the fingerprint that was registered with it."""
+    """Check that the data of each parent, where it is still in place, has its registered fingerprint."""
     same: list[str] = []
     gone: list[str] = []
-    wrong: list[str] = []
-    for parent in parents:
-        if parent.reference not in data:
-            continue
+    changed: list[str] = []
+    for parent in (parent for parent in parents if parent.reference in data):
         sets, registered = data[parent.reference], parent.manifest.data["fingerprint"]
         place = parent.manifest.config["dataset"]
         if sets == "":
             gone.append(parent.reference)
         elif isinstance(sets, str):
-            wrong.append(f"{place}, that {parent.reference} was trained on, cannot be read any more: {sets}")
+            changed.append(f"{place}, that {parent.reference} was trained on, cannot be read any more: {sets}")
         elif (now := joint_fingerprint(sets)) != registered:
-            wrong.append(
+            changed.append(
                 f"{place} is {now[:12]} now, and was {registered[:12]} when {parent.reference} was trained on it"
             )
         else:
             same.append(parent.reference)
-    told = [f"as registered for {', '.join(same)}"] if same else []
-    told += [f"not here for {', '.join(gone)}, so not compared"] if gone else []
+    sound = [f"as registered for {', '.join(same)}"] if same else []
+    sound += [f"not here for {', '.join(gone)}, so not compared"] if gone else []
     return Check(
         name="data as registered",
-        passed=not wrong,
-        measured="; ".join(wrong or told),
+        passed=not changed,
+        measured="; ".join(changed or sound),
         cause="the data was prepared or edited again after a stage was trained on it",
-        fix="train the stages after one another on the same data, or put back the data of before",
+        fix="train the stages after one another on the same data, or put back the earlier data",
     )
 
 
-def check_leaks(
-    dataset: str,
-    validation: Loaded,
-    training: Mapping[str, Loaded],
-    *,
-    by: str,
-) -> Check:
-    """That nothing which is judged was trained on.
+def check_leaks(dataset: str, validation: Loaded, training: Mapping[str, Loaded], *, by: str) -> Check:
+    """Check that no held-out row was trained on.
 
     Args:
-        dataset: where the validation rows come from; overlaps that its card tells of are let pass.
-        training: name of a training set -> its rows.
+        dataset: source of the validation rows; overlaps that its card lists are let pass.
+        training: training sets by name.
         by: `prompt`, or `row` for prompt and answers: a supervised stage may see a prompt again with other answers.
     """
     key = _row if by == "row" else lambda row: prompt_key(row["prompt"])
@@ -90,20 +86,20 @@ def check_leaks(
         name: [held_out[d] for d in {_digest(key(row)) for row in loaded.rows} & held_out.keys()]
         for name, loaded in training.items()
     }
-    leaks = {name: texts for name, texts in shared.items() if texts}
-    known = sorted(name for name in leaks if _allowed(dataset, _kind(training[name]), _kind(validation)))
-    told = [
+    overlaps = {name: texts for name, texts in shared.items() if texts}
+    allowed = sorted(name for name in overlaps if _allowed(dataset, _kind(training[name]), _kind(validation)))
+    leaks = [
         f"{len(texts)} of {len(held_out)} held-out {by}s are in {name}, first: {min(texts)[:_SHOWN]!r}"
-        for name, texts in leaks.items()
-        if name not in known
+        for name, texts in overlaps.items()
+        if name not in allowed
     ]
-    right = f"none of {len(held_out)} held-out {by}s is in {', '.join(training)}"
-    if known:
-        right = f"held-out {by}s in {', '.join(known)}, which the data's card lets pass"
+    sound = f"none of {len(held_out)} held-out {by}s is in {', '.join(training)}"
+    if allowed:
+        sound = f"held-out {by}s in {', '.join(allowed)}, which the data's card lets pass"
     return Check(
         name="no leak",
-        passed=not told,
-        measured="; ".join(told) or right,
+        passed=not leaks,
+        measured="; ".join(leaks) or sound,
         cause="a held-out row was trained on, so evaluation would measure memory",
         fix="split the data by prompt for all stages at once: rlhf data",
     )
@@ -125,7 +121,7 @@ def _kind(loaded: Loaded) -> Kind:
 
 
 def _allowed(dataset: str, trained: Kind, held_out: Kind) -> bool:
-    """Whether the card of a prepared folder tells of an overlap of these sets: its leak gate has let it pass."""
+    """Return whether the leak gate of a prepared folder let an overlap of these sets pass, by its card."""
     try:
         card = read_value(Path(dataset).expanduser() / CARD)
         pairs = [set(pair.split(" / ")) for pair in card["leaks"]["overlaps"]]

@@ -8,43 +8,43 @@ from typing import Any
 import torch
 
 from rlhf.doctor.preflight.check import Check
-from rlhf.doctor.preflight.models import check_gradients, check_optimizer, check_trainable, preserve_state
+from rlhf.doctor.preflight.models import (
+    EQUAL_WITHIN,
+    check_gradients,
+    check_trainable,
+    check_trainer_optimizer,
+    preserve_state,
+)
 from rlhf.doctor.preflight.room import ActivationMeter, check_disk, check_memory
 from rlhf.models.compute import Compute
-from rlhf.run.optim import MIN_8BIT_SIZE
 
 
 def pretrain(trainer: Any, compute: Compute, folder: Path, registry: Path) -> list[Check]:
-    """Every check of a pretraining run.
+    """Return every check of a pretraining run.
 
     Args:
         trainer: with the fresh model and the packed text.
         folder: of the run.
         registry: its root.
     """
-    model, config, blocks = trainer.model, trainer.config, trainer.train_dataset
+    model, config = trainer.model, trainer.config
     parameters = dict(model.named_parameters())
     with preserve_state(model, compute.device):
-        batch = trainer.data_collator([blocks[0]])["input_ids"].to(compute.device)
+        batch = trainer.data_collator([trainer.train_dataset[0]])["input_ids"].to(compute.device)
         causal = check_causal(model.eval(), batch)
-        trained = check_trainable(model, parameters)
+        trainable = check_trainable(model, parameters)
         model.train()
-        kept = ActivationMeter(model)
-        with kept.counted(), compute.autocast():
+        meter = ActivationMeter(model)
+        with meter.counted(), compute.autocast():
             loss = trainer.compute_loss(model, {"input_ids": batch})
         loss.backward()
         gradients = check_gradients(model, parameters)
         model.zero_grad()
-        kind, settings = trainer.get_optimizer_cls_and_kwargs(trainer.args, model)
-        states = check_optimizer(
-            parameters.values(),
-            lambda some: kind(some, **settings),
-            smallest=MIN_8BIT_SIZE if config.optim == "adamw_8bit" else None,
-        )
+        states = check_trainer_optimizer(trainer, parameters.values(), config)
     weights, tokens = list(parameters.values()), batch.shape[1] - 1
     return [
         causal,
-        trained,
+        trainable,
         gradients,
         states,
         check_disk(weights, config, folder, registry),
@@ -52,7 +52,7 @@ def pretrain(trainer: Any, compute: Compute, folder: Path, registry: Path) -> li
             weights,
             config,
             compute.device,
-            activations=kept.peak / tokens,
+            activations=meter.peak / tokens,
             tokens=tokens * config.per_device_train_batch_size,
         ),
     ]
@@ -60,7 +60,7 @@ def pretrain(trainer: Any, compute: Compute, folder: Path, registry: Path) -> li
 
 @torch.no_grad()
 def check_causal(model: Any, ids: torch.Tensor) -> Check:
-    """That no token sees the ones after it: with other ones in the second half, logits of the first half stay as they are.
+    """Check that logits do not depend on later tokens: those of the first half, while the second half changes.
 
     Args:
         ids: (1, T).
@@ -72,8 +72,8 @@ def check_causal(model: Any, ids: torch.Tensor) -> Check:
     difference = float((first - second).abs().max())
     return Check(
         name="no token sees later ones",
-        passed=difference < 1e-3,
-        measured=f"logits differ by {difference:.2g} at most when later tokens change (limit 0.001)",
+        passed=difference < EQUAL_WITHIN,
+        measured=f"logits differ by {difference:.2g} at most when later tokens change (limit {EQUAL_WITHIN:g})",
         cause="the attention mask is not causal, so the loss would measure copying",
         fix="use attn_implementation sdpa or eager",
     )

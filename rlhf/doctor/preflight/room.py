@@ -1,4 +1,4 @@
-"""Preflight, room: whether the checkpoints fit on the disk, and the training into memory."""
+"""Preflight, room: space on the disk for the checkpoints, and in memory for the training."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from rlhf.doctor.preflight.check import Check
 from rlhf.run import memory
 from rlhf.run.optim import MIN_8BIT_SIZE
 
-#: Checkpoints on the disk at once: two that are kept, and the one that is being written.
-_CHECKPOINTS = 3
+#: Checkpoints on the disk at once: the last two, and the one that is being written.
+CHECKPOINTS = 3
 #: Copies of the result: where it is written, and in the registry.
-_RESULTS = 2
-#: Logs, samples, tokenizer files, report.
-_REST = 50_000_000
+RESULTS = 2
+#: Bytes of logs, samples, tokenizer files and report.
+OTHER_FILES = 50_000_000
 
 
 def parameter_bytes(parameters: Sequence[nn.Parameter]) -> int:
-    """Bytes of the parameters."""
+    """Return the bytes of the parameters."""
     return sum(p.numel() * p.element_size() for p in parameters)
 
 
 def optimizer_bytes(parameters: Sequence[nn.Parameter], config: TrainingConfig) -> int:
-    """Bytes of Adam's two moments of each parameter."""
+    """Return the bytes of Adam's two moments of each parameter."""
     eight_bit = config.optim == "adamw_8bit"
     return sum(
         2 * p.numel() * (1 if eight_bit and p.numel() >= MIN_8BIT_SIZE else p.element_size()) for p in parameters
@@ -39,7 +39,7 @@ def optimizer_bytes(parameters: Sequence[nn.Parameter], config: TrainingConfig) 
 
 
 def check_disk(parameters: Sequence[nn.Parameter], config: TrainingConfig, folder: Path, registry: Path) -> Check:
-    """That checkpoints and result fit.
+    """Check that checkpoints and result fit on the disk.
 
     Args:
         folder: of the run.
@@ -47,19 +47,17 @@ def check_disk(parameters: Sequence[nn.Parameter], config: TrainingConfig, folde
     """
     weights = parameter_bytes(parameters)
     checkpoint = weights + optimizer_bytes(parameters, config)
-    needs = {folder: _CHECKPOINTS * checkpoint + _RESULTS * weights + _REST, registry: weights}
-    told: list[str] = []
-    short = False
-    for place, need in needs.items():
+    measured, fits = [], True
+    for place, need in ((folder, CHECKPOINTS * checkpoint + RESULTS * weights + OTHER_FILES), (registry, weights)):
         existing = next(p for p in (place.absolute(), *place.absolute().parents) if p.exists())
         free = shutil.disk_usage(existing).free
-        short = short or free < need
-        told.append(f"{place} needs {_gb(need)} and has {_gb(free)} free")
+        fits = fits and free >= need
+        measured.append(f"{place} needs {_gigabytes(need)} and has {_gigabytes(free)} free")
     return Check(
         name="disk",
-        passed=not short,
-        measured="; ".join(told),
-        cause=f"{_CHECKPOINTS} checkpoints of {_gb(checkpoint)} and the result do not fit",
+        passed=fits,
+        measured="; ".join(measured),
+        cause=f"{CHECKPOINTS} checkpoints of {_gigabytes(checkpoint)} and the result do not fit",
         fix="free some space, or move output_dir and registry to a larger disk",
     )
 
@@ -73,7 +71,7 @@ def check_memory(
     tokens: int,
     cache: int = 0,
 ) -> Check:
-    """That gradients, optimiser states and what one forward pass keeps for the backward fit beside what is loaded.
+    """Check that gradients, optimiser states and activations fit into memory beside what is loaded.
 
     Args:
         activations: bytes that a token keeps for the backward pass.
@@ -83,60 +81,61 @@ def check_memory(
     fixed = parameter_bytes(parameters) + optimizer_bytes(parameters, config)
     moving = max(int(activations * tokens), cache)
     free = memory.free_bytes(device)
-    what = f"activations of {tokens:,} tokens" if moving > cache else "keys and values"
+    content = f"activations of {tokens:,} tokens" if moving > cache else "keys and values"
     return Check(
         name="memory",
         passed=fixed + moving <= free,
-        measured=f"training takes {_gb(fixed + moving)} more ({_gb(moving)} of it {what}), {_gb(free)} are free",
+        measured=f"training takes {_gigabytes(fixed + moving)} more ({_gigabytes(moving)} of it {content}), "
+        f"{_gigabytes(free)} are free",
         cause="a forward pass keeps more for its backward than there is room for",
         fix="lower the batch size of a forward pass (raise gradient_accumulation_steps as much), or set "
         "gradient_checkpointing; for keys and values, lower rollout_batch_size or response_length",
     )
 
 
-def _gb(count: float) -> str:
+def _gigabytes(count: float) -> str:
     return f"{count / 1e9:.3g} GB"
 
 
 class ActivationMeter:
-    """What forward passes keep for their backward passes.
+    """Counts the bytes that forward passes keep for their backward passes.
 
-    `peak` is the most that was alive at once, bytes. Tensors in the shape of a weight (copies in another type) are not
-    counted: they do not grow with the tokens.
+    `peak` is the most that was alive at once. Tensors in the shape of a weight (copies in another type) are not counted:
+    they do not grow with the tokens.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.shapes = {shape for p in model.parameters() for shape in (p.shape, p.shape[::-1])}
-        self.alive: dict[int, int] = {}
+        self.users: dict[int, int] = {}  # address of a storage -> tensors that use it
         self.now = self.peak = 0
 
     @contextlib.contextmanager
     def counted(self) -> Iterator[None]:
-        """Inside, it counts."""
-        with torch.autograd.graph.saved_tensors_hooks(self._keep, lambda held: held.tensor):
+        """Count the forward passes inside."""
+        with torch.autograd.graph.saved_tensors_hooks(self._save, lambda saved: saved.tensor):
             yield
 
-    def _keep(self, tensor: Tensor) -> Any:
-        held = _Held(tensor)
+    def _save(self, tensor: Tensor) -> Any:
+        saved = _Saved(tensor)
         if tensor.shape not in self.shapes:
             storage = tensor.untyped_storage()
             key = storage.data_ptr()
-            if key not in self.alive:
+            if key not in self.users:
                 self.now += storage.nbytes()
                 self.peak = max(self.peak, self.now)
-            self.alive[key] = self.alive.get(key, 0) + 1
-            weakref.finalize(held, self._release, key, storage.nbytes())
-        return held
+            self.users[key] = self.users.get(key, 0) + 1
+            weakref.finalize(saved, self._release, key, storage.nbytes())
+        return saved
 
     def _release(self, key: int, size: int) -> None:
-        self.alive[key] -= 1
-        if not self.alive[key]:
-            del self.alive[key]
+        self.users[key] -= 1
+        if not self.users[key]:
+            del self.users[key]
             self.now -= size
 
 
-class _Held:
-    """A tensor that a graph keeps; the graph lets go of it once its backward pass is done."""
+class _Saved:
+    """A tensor in a graph, which drops it once its backward pass is done."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor

@@ -1,4 +1,4 @@
-"""Preflight of the two supervised stages, on a few rows of their own data, collator, model and loss."""
+"""Preflight of SFT and reward modelling, on a few rows of their own data, collator, model and loss."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from rlhf.doctor.preflight.context import PreflightContext, check_data, check_po
 from rlhf.doctor.preflight.models import (
     check_gradients,
     check_merged,
-    check_optimizer,
     check_reload,
     check_trainable,
+    check_trainer_optimizer,
     layers_without_adapter,
     noise_in_zeros,
     parameters_matching,
@@ -35,9 +35,8 @@ from rlhf.models.heads import ScalarHead
 from rlhf.reward.parity import deviation, other_companies
 from rlhf.reward.ranking import ordered_pairs
 from rlhf.reward.scorer import Scorer
-from rlhf.run.optim import MIN_8BIT_SIZE, forget_overrides
 
-#: Rows whose labels are read.
+#: Rows whose labels are checked.
 LABELLED = 8
 #: Rows that go through the model, and prompts of rankings.
 ROWS, PROMPTS = 4, 2
@@ -48,7 +47,7 @@ _HEAD = r"\.score\.modules_to_save\.default\."
 
 
 def sft(context: PreflightContext, trainer: Any) -> list[Check]:
-    """Every check of an SFT run.
+    """Return every check of an SFT run.
 
     Args:
         trainer: TRL's, with the adapted model and the tokenised rows.
@@ -60,31 +59,31 @@ def sft(context: PreflightContext, trainer: Any) -> list[Check]:
         longest = min(config.max_length, context_length(causal))  # as the stage leaves rows out
         pairs = fitting_pairs(context.tokenizer, demonstrations.rows, longest, LABELLED)
         labels = check_labels(context.tokenizer, pairs, trainer.data_collator([rows[i] for i in range(len(pairs))]))
-        chosen = [rows[i] for i in pick_short_rows(lengths, ROWS)]
-        ids, prompts = [row["input_ids"] for row in chosen], [row["labels"].count(-100) for row in chosen]
+        short = [rows[i] for i in pick_short_rows(lengths, ROWS)]
+        ids, prompts = [row["input_ids"] for row in short], [row["labels"].count(-100) for row in short]
         intended = parameters_matching(model, _ADAPTER)
-        trained = check_trainable(
+        trainable = check_trainable(
             model, intended, layers_without_adapter(model, config.lora_target_modules, [causal.get_output_embeddings()])
         )
         with noise_in_zeros(intended):
-            gradients, activations = _gradients(context, trainer, intended, chosen)
-            said = partial(likelihoods, context, causal, ids, prompts)
-            saved = _saved(context, model, intended, said, "log-likelihoods, nats a token,")
-        states = _states(context, trainer, intended)
+            gradients, activations = _check_gradients(context, trainer, intended, short)
+            outputs = partial(likelihoods, context, causal, ids, prompts)
+            adapter_checks = _check_saved(context, model, intended, outputs, "log-likelihoods, nats a token,")
+        states = check_trainer_optimizer(trainer, intended.values(), config)
     largest = sum(sorted(lengths)[-config.per_device_train_batch_size :])
     return [
         *check_data(context, causal, by="row"),
         labels,
-        trained,
+        trainable,
         gradients,
-        *saved,
+        *adapter_checks,
         states,
-        *_room(context, intended, activations / sum(map(len, ids)), largest),
+        *_check_room(context, intended, activations / sum(map(len, ids)), largest),
     ]
 
 
 def reward(context: PreflightContext, trainer: Any, policy: PreTrainedModel) -> list[Check]:
-    """Every check of a reward model's run.
+    """Return every check of a reward model's run.
 
     Args:
         trainer: on rankings, with the fresh reward model.
@@ -95,87 +94,87 @@ def reward(context: PreflightContext, trainer: Any, policy: PreTrainedModel) -> 
     lora = config.finetuning == "lora"
     classifier = model.get_base_model() if lora else model
     with preserve_state(model, context.compute.device):
-        loaded = check_policy(context, policy)
-        chosen = [rows[i] for i in pick_short_rows(lengths, PROMPTS)]
-        ids = [tokens for row in chosen for tokens in row["input_ids"]]
-        batch = trainer.data_collator(chosen)
+        policy_probe = check_policy(context, policy)
+        short = [rows[i] for i in pick_short_rows(lengths, PROMPTS)]
+        ids = [tokens for row in short for tokens in row["input_ids"]]
+        batch = trainer.data_collator(short)
         pairs = ordered_pairs(batch["ratings"], batch["prompt"], min_difference=config.min_rating_difference)
         intended = parameters_matching(model, f"{_ADAPTER}|{_HEAD}" if lora else ".")
         problems = layers_without_adapter(model, config.lora_target_modules, [classifier.score]) if lora else []
-        trained = check_trainable(model, intended, problems)
+        trainable = check_trainable(model, intended, problems)
         with noise_in_zeros(intended):
-            gradients, activations = _gradients(context, trainer, intended, chosen)
+            gradients, activations = _check_gradients(context, trainer, intended, short)
             scorer = Scorer(model, context.tokenizer, context.compute, SCORED)
-            saved = [check_batch_independence(scorer, ids[:SCORED])]
+            adapter_checks = [check_batch_independence(scorer, ids[:SCORED])]
             if lora:
-                saved += _saved(context, model, intended, partial(scorer.raw, ids[:SCORED]), "scores")
-        states = _states(context, trainer, intended)
+                adapter_checks += _check_saved(context, model, intended, partial(scorer.raw, ids[:SCORED]), "scores")
+        states = check_trainer_optimizer(trainer, intended.values(), config)
     largest = sum(sorted(lengths)[-config.per_device_train_batch_size :])
     return [
         *check_data(context, classifier, by="row"),
-        *loaded,
+        *policy_probe,
         check_rankings(context.tokenizer, batch, len(pairs.better)),
-        trained,
+        trainable,
         gradients,
-        *saved,
+        *adapter_checks,
         states,
-        *_room(context, intended, activations / sum(map(len, ids)), largest),
+        *_check_room(context, intended, activations / sum(map(len, ids)), largest),
     ]
 
 
 def check_batch_independence(scorer: Scorer, rows: Sequence[Sequence[int]]) -> Check:
-    """That a score does not depend on what else is in the batch, nor on padding.
+    """Check that a score does not depend on other rows of its batch, nor on padding.
 
     A fresh head may by chance give all rows scores near 0, of which rounding is a large share. So differences are also
     measured against the scores that weights of this size give to states of this size in any other direction.
     """
     usual: list[float] = []
 
-    def look(head: nn.Module, given: tuple[Tensor, ...]) -> None:
-        states, weight = given[0].double(), cast(ScalarHead, head).weight.double()
+    def record_scale(head: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        states, weight = inputs[0].double(), cast(ScalarHead, head).weight.double()
         usual.append(float(states.square().mean().sqrt() * weight.norm()))
 
-    hooks = [m.register_forward_pre_hook(look) for m in scorer.model.modules() if isinstance(m, ScalarHead)]
+    hooks = [m.register_forward_pre_hook(record_scale) for m in scorer.model.modules() if isinstance(m, ScalarHead)]
     together = scorer.raw(rows)
     for hook in hooks:
         hook.remove()
     scale = max(float(together.double().square().mean().sqrt()), *usual, 1e-12)
-    worst, told, limit = 0.0, "", 0.0
-    for how, allowed, scores in other_companies(scorer, rows):
-        limit = allowed
-        if (found := deviation(scores, together, scale)) >= worst:
-            worst, told = found, how
-    return batch_independence_check(worst, told, limit)
+    deviations = {
+        batch: (deviation(scores, together, scale), limit) for batch, limit, scores in other_companies(scorer, rows)
+    }
+    batch = max(deviations, key=lambda name: deviations[name][0])
+    worst, limit = deviations[batch]
+    return batch_independence_check(worst, batch, limit)
 
 
-def batch_independence_check(worst: float, how: str, limit: float) -> Check:
-    """The check of scores in other batches and among padding.
+def batch_independence_check(worst: float, batch: str, limit: float) -> Check:
+    """Return the check of scores in other batches and among padding.
 
     Args:
         worst: largest `deviation`, as a share of the scores' root mean square.
-        how: where it was found.
+        batch: description of the batch with that deviation.
     """
     return Check(
         name="score independent of batch and padding",
         passed=worst <= limit,
-        measured=f"off by {worst:.2g} of the scores' size, {how} (limit {limit:g})",
+        measured=f"off by {worst:.2g} of the scores' size, {batch} (limit {limit:g})",
         cause="the score is read at a padding token, positions count padding, or rows see their neighbours",
         fix="use attn_implementation sdpa or eager, and a pad token that is no stop token",
     )
 
 
-def _gradients(
+def _check_gradients(
     context: PreflightContext, trainer: Any, intended: Mapping[str, nn.Parameter], rows: list[dict[str, Any]]
-) -> tuple[Check, float]:
-    """Where the run's own loss of a few rows sends gradients, and the bytes that it keeps for its backward pass."""
+) -> tuple[Check, int]:
+    """Check the gradients of the run's own loss on a few rows; returns also the bytes kept for its backward pass."""
     model, rehearsal = trainer.model, copy.copy(trainer)
     rehearsal._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}  # the run's own start empty
     model.train()
     if context.config.gradient_checkpointing:  # as the trainer does when it starts
         model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
     batch = rehearsal._prepare_inputs(trainer.data_collator(rows))
-    kept = ActivationMeter(model)
-    with direct_casting(model, context.compute), kept.counted():
+    meter = ActivationMeter(model)
+    with direct_casting(model, context.compute), meter.counted():
         with trainer.accelerator.autocast():
             loss = rehearsal.compute_loss(model, batch)
         loss.backward()
@@ -183,13 +182,17 @@ def _gradients(
     for parameter in model.parameters():
         parameter.grad = None
     model.eval()
-    return check, float(kept.peak)
+    return check, meter.peak
 
 
-def _saved(
-    context: PreflightContext, model: Any, intended: Mapping[str, nn.Parameter], said: Callable[[], Tensor], what: str
+def _check_saved(
+    context: PreflightContext,
+    model: Any,
+    intended: Mapping[str, nn.Parameter],
+    outputs: Callable[[], Tensor],
+    name: str,
 ) -> list[Check]:
-    """What saving, loading and merging the adapter change in what is said."""
+    """Check that saving, loading and merging the adapter leave the outputs as they are."""
 
     def save(folder: Path) -> None:
         save_adapter(model, folder, adapter="default", base_model="preflight")
@@ -198,32 +201,21 @@ def _saved(
         read_adapter(model, folder, adapter="default")
 
     with direct_casting(model, context.compute):
-        checks = [check_reload(intended, save, load, said, context.folder)]
+        checks = [check_reload(intended, save, load, outputs, context.folder)]
         if context.config.quantization == "none" and not context.config.use_dora:  # else it is merged in another way
-            unmerged = said()
+            unmerged = outputs()
             with zero_weights({name: p for name, p in intended.items() if ".lora_" in name}):
-                without = said()
+                without = outputs()
             with merged_adapter(model, "default"):
-                checks.append(check_merged(unmerged, said(), without, context.compute, what))
+                checks.append(check_merged(unmerged, outputs(), without, context.compute, name))
     return checks
 
 
-def _states(context: PreflightContext, trainer: Any, intended: Mapping[str, nn.Parameter]) -> Check:
-    """What the optimiser of transformers' Trainer keeps."""
-    forget_overrides()  # as the stage does when it starts to train
-    kind, settings = trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
-    return check_optimizer(
-        intended.values(),
-        lambda parameters: kind(parameters, **settings),
-        smallest=MIN_8BIT_SIZE if context.config.optim == "adamw_8bit" else None,
-    )
-
-
-def _room(
+def _check_room(
     context: PreflightContext, intended: Mapping[str, nn.Parameter], bytes_per_token: float, tokens: int
 ) -> list[Check]:
-    parameters = list(intended.values())
+    parameters, config = list(intended.values()), context.config
     return [
-        check_disk(parameters, context.config, context.folder, context.registry),
-        check_memory(parameters, context.config, context.compute.device, activations=bytes_per_token, tokens=tokens),
+        check_disk(parameters, config, context.folder, context.registry),
+        check_memory(parameters, config, context.compute.device, activations=bytes_per_token, tokens=tokens),
     ]

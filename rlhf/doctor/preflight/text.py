@@ -23,16 +23,16 @@ from rlhf.models.tokenization import (
 from rlhf.ppo.types import Rollout
 from rlhf.registry import Artifact
 
-#: Rows whose texts are looked at.
+#: Prompts whose template marks are counted.
 TEXTS = 64
-#: In place of what people wrote.
+#: Replaces the text of messages, so that only the template is left.
 _WORD = "word"
 _MASK_CAUSE = "the collator's labels or the rollout's mask are shifted, inverted, or made from token values"
 _MASK_FIX = "take labels and masks from lengths, as rlhf.stages does; drop rows without an answer from the data"
 
 
 def check_tokenizers(tokenizer: PreTrainedTokenizerBase, parents: Sequence[Artifact], embeddings: int) -> Check:
-    """That tokenizer, template, pad and stop tokens are those of all parents, and that the model has room for them.
+    """Check that all parents have this tokenizer, template, pad and stop tokens, and the model embeds every token.
 
     Args:
         embeddings: rows of the model's token embeddings.
@@ -64,43 +64,42 @@ def _short(value: Any) -> str:
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase, prompts: Iterable[Sequence[Message]]) -> Check:
-    """That the marks of the chat template are in the token ids of a prompt as often as the template writes them.
+    """Check that a prompt's token ids hold the marks of the chat template as often as the template writes them.
 
     Texts that were exported with their marks, or a template that is applied to its own output, have them twice.
     """
-    looked, wrong = 0, ""
-    for prompt in islice(prompts, TEXTS):
-        looked += 1
+    number, wrong = 0, ""
+    for number, prompt in enumerate(islice(prompts, TEXTS), start=1):
         text = _rendered(tokenizer, [{**message, "content": _WORD} for message in prompt])
         expected = _bare(tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]))
         read = _bare(tokenizer.decode(encode_prompt(tokenizer, prompt)))
         for mark in _marks(tokenizer):
-            count, right = read.count(mark), expected.count(mark)
-            if count != right and not wrong:
-                wrong = f"{mark!r} is {count} times in prompt {looked}, where the template writes it {right} times"
+            count, once = read.count(mark), expected.count(mark)
+            if count != once and not wrong:
+                wrong = f"{mark!r} is {count} times in prompt {number}, where the template writes it {once} times"
         twice = 2 * _bare(tokenizer.bos_token or "")
         if twice and read.startswith(twice) and not expected.startswith(twice):
-            wrong = wrong or f"prompt {looked} begins with two {tokenizer.bos_token}"
+            wrong = wrong or f"prompt {number} begins with two {tokenizer.bos_token}"
     return Check(
         name="template applied once",
         passed=not wrong,
-        measured=wrong or f"in {looked} prompts",
+        measured=wrong or f"in {number} prompts",
         cause="the data already holds the marks of a chat template, or the tokenizer adds a second BOS",
         fix="give plain texts or lists of messages; rlhf data drops rows with such marks (clean: template)",
     )
 
 
 def _marks(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """What the template writes around messages, white space left out; nothing for templates that only join texts."""
+    """Return the marks that the template puts before messages, without white space; none if it only joins texts."""
     first, second = "\u2460first\u2461", "\u2460second\u2461"
     turns = [{"role": "user", "content": first}, {"role": "assistant", "content": second}]
-    before, _, rest = _rendered(tokenizer, turns, header=False).partition(first)
-    marks = [_bare(before), _bare(rest.partition(second)[0])]
+    opening, _, rest = _rendered(tokenizer, turns, header=False).partition(first)
+    marks = [_bare(opening), _bare(rest.partition(second)[0])]
     return [mark for mark in marks if len(mark) > 2]
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, header: bool = True) -> str:
-    """By transformers itself: what `encode_prompt` is compared with."""
+    """Render by transformers itself, to compare `encode_prompt` with."""
     plain = [dict(message) for message in messages]
     return str(tokenizer.apply_chat_template(plain, add_generation_prompt=header, tokenize=False))
 
@@ -114,7 +113,7 @@ def check_labels(
     pairs: Sequence[tuple[Sequence[Message], Sequence[Message]]],
     batch: Mapping[str, Tensor],
 ) -> Check:
-    """That a collated SFT batch is trained on the answers with their stop token, all of them, and on nothing else.
+    """Check that a collated SFT batch is trained on its answers with their stop tokens, and on nothing else.
 
     Args:
         pairs: prompt and answer of each row of the batch.
@@ -132,21 +131,21 @@ def check_labels(
             wrong = wrong or f"row {number + 1}: {error}"
             continue
         if ids[real].tolist() != head + tail:
-            told = "its tokens are not those of its prompt and answer"
+            problem = "its tokens are not those of its prompt and answer"
         elif not bool(scored.any()):
-            told = "no token is trained on"
+            problem = "no token is trained on"
         elif bool((scored & ~real).any()) or bool(scored[real][: len(head)].any()):
-            told = "the prompt or padding is trained on"
+            problem = "the prompt or padding is trained on"
         elif labels[scored].tolist() != tail:
-            told = f"{int(scored.sum())} of the answer's {len(tail)} tokens are trained on"
+            problem = f"{int(scored.sum())} of the answer's {len(tail)} tokens are trained on"
         else:
             continue
-        wrong = wrong or f"row {number + 1}: {told}"
+        wrong = wrong or f"row {number + 1}: {problem}"
     return _mask_check(wrong, f"{counted} of {tokens} tokens in {len(pairs)} rows are trained on, all of them answers")
 
 
 def check_rankings(tokenizer: PreTrainedTokenizerBase, batch: Mapping[str, Tensor], pairs: int) -> Check:
-    """That each response of a collated batch of rankings is scored at its stop token, and that there is an order to learn.
+    """Check that each response of a batch of rankings is scored at its stop token, and that there is an order to learn.
 
     Args:
         batch: `input_ids` and `attention_mask` (M, T).
@@ -163,40 +162,40 @@ def check_rankings(tokenizer: PreTrainedTokenizerBase, batch: Mapping[str, Tenso
 
 
 def check_rollout(rollout: Rollout, pad_token_id: int, stop_token_ids: Sequence[int]) -> Check:
-    """That a rollout's mask covers its responses, up to their stop tokens, and nothing else.
+    """Check that a rollout's mask covers its responses, up to their stop tokens, and nothing else.
 
-    A token equal to padding says nothing: the policy may have sampled it.
+    The policy may have sampled a padding token, so one inside a response is no fault.
     """
     wrong, stops = "", torch.tensor(list(stop_token_ids), device=rollout.mask.device)
     for number, (row, mask) in enumerate(zip(rollout.responses, rollout.mask, strict=True)):
         length = int(mask.sum())
         answer, rest = row[:length], row[length:]
         if not length or not bool(mask[:length].all()):
-            told = "the mask is no beginning of the response"
+            problem = "the mask is no beginning of the response"
         elif bool((rest != pad_token_id).any()):
-            told = "the mask ends before the response"
+            problem = "the mask ends before the response"
         elif bool(torch.isin(answer[:-1], stops).any()):
-            told = "it goes on after a stop token"
+            problem = "it goes on after a stop token"
         else:
             continue
-        wrong = wrong or f"response {number + 1}: {told}"
+        wrong = wrong or f"response {number + 1}: {problem}"
     tokens = int(rollout.mask.sum())
     return _mask_check(wrong, f"{tokens} tokens in {len(rollout)} responses, to their ends and no further")
 
 
-def _mask_check(wrong: str, right: str) -> Check:
-    return Check(name="loss mask", passed=not wrong, measured=wrong or right, cause=_MASK_CAUSE, fix=_MASK_FIX)
+def _mask_check(problem: str, sound: str) -> Check:
+    return Check(name="loss mask", passed=not problem, measured=problem or sound, cause=_MASK_CAUSE, fix=_MASK_FIX)
 
 
 def fitting_pairs(
     tokenizer: PreTrainedTokenizerBase, rows: Iterable[Mapping[str, Any]], max_length: int, count: int
 ) -> list[tuple[list[Message], list[Message]]]:
-    """Prompt and answer of the first rows that are not too long: those that a stage's data set begins with."""
-    found = []
+    """Return prompt and answer of the first rows that are not too long, with which the stage's tokenised data begins."""
+    pairs: list[tuple[list[Message], list[Message]]] = []
     for row in rows:
         prompt, answer = row["prompt"], row["completion"]
         if len(encode_prompt(tokenizer, prompt)) + len(encode_response(tokenizer, prompt, answer)) <= max_length:
-            found.append((prompt, answer))
-        if len(found) == count:
+            pairs.append((prompt, answer))
+        if len(pairs) == count:
             break
-    return found
+    return pairs
