@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,12 @@ import pytest
 from prepared import Built, pairs, text
 
 from rlhf.base.errors import UserError
-from rlhf.data_prep import Source
-from rlhf.data_prep.prepare.recipe import KINDS
+from rlhf.data_prep import DataConfig, Source
+from rlhf.data_prep.prepare import build
+from rlhf.data_prep.prepare.leaks import forbidden_pairs
+from rlhf.data_prep.prepare.plan import Plan
+from rlhf.data_prep.prepare.recipe import KINDS, SPLITS
+from rlhf.data_prep.prepare.splits import Prompts, assign_stages
 from rlhf.data_prep.prepare.staged import units
 
 Build = Callable[..., Built]
@@ -246,8 +252,57 @@ def test_gate_can_drop_or_note(tmp_path: Path, build_data: Build) -> None:
     assert sum(dropped.reasons("leaks").values()) > 5
 
 
-def test_gate_sees_stages(write_jsonl: Callable[..., Path], build_data: Build) -> None:
-    """Catches: one prompt in the training sets of two stages, where a split by user let it through."""
+@pytest.fixture
+def careless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stages that are called disjoint get every prompt that they can serve, so that the gate alone can find it."""
+
+    def share(plan: Plan, prompts: Prompts, config: DataConfig) -> None:
+        assign_stages(plan, prompts, replace(config, stages="shared"))
+
+    monkeypatch.setattr(build, "assign_stages", share)
+
+
+def test_gate_refuses_prompts_that_two_stages_train_on(
+    tmp_path: Path, careless: None, write_jsonl: Callable[..., Path], build_data: Build
+) -> None:
+    """Catches: a gate that looks only between splits: the policy is optimised on prompts that its reward model has learned."""
+    borders = [f"{one}/train / {other}/train" for one, other in combinations(KINDS, 2)]
+    with pytest.raises(
+        UserError, match=r"on both sides of 3 borders \(comparisons/train and demonstrations/train: \d+"
+    ):
+        build_data(pairs(60), validation_share=0.3)
+    lines = [json.loads(line) for line in (tmp_path / "out.leaks.jsonl").read_text().splitlines()]
+    assert {frozenset(list(line)[:2]) for line in lines} == {frozenset(border.split(" / ")) for border in borders}
+    own = [
+        Source(path=str(write_jsonl(pairs(60, first=1000 * k), f"{kind}.jsonl")), uses=[kind])
+        for k, kind in enumerate(KINDS, start=1)
+    ]
+    dropped = build_data(pairs(60), *own, folder="drop", validation_share=0.3, on_leak="drop")
+    trained = [dropped.prompts(kind, "train") for kind in KINDS]
+    assert sum(map(len, trained)) == len(set.union(*trained)) > 0
+    allowed = build_data(pairs(60), folder="allow", validation_share=0.3, on_leak="allow")
+    assert [allowed.card["leaks"]["overlaps"][border]["allowed"] for border in borders] == [False] * 3
+
+
+@pytest.mark.parametrize(
+    ("stages", "split_by"), [("disjoint", "prompt"), ("shared", "prompt"), ("disjoint", "rater"), ("shared", "rater")]
+)
+def test_every_border_of_the_gate(stages: Any, split_by: Any) -> None:
+    """Catches: a border that the gate lets pass, or closes, against docs/data.md; or rows dropped from the held-out side."""
+    config = DataConfig(sources=[Source(path="x")], stages=stages, split_by=split_by)
+    names = [f"{kind}/{split}" for kind in KINDS for split in SPLITS]
+    forbidden = list(forbidden_pairs(names, config))
+    for one, other in combinations(names, 2):
+        splits = {one.split("/")[1], other.split("/")[1]}
+        refused = len(splits) == 2 or (splits == {"train"} and stages == "disjoint")
+        if split_by == "rater" and {"comparisons/validation", "comparisons/test"} & {one, other}:
+            refused = False
+        assert [(one, other) in forbidden, (other, one) in forbidden].count(True) == refused, (one, other)
+    assert all(SPLITS.index(keeps.split("/")[1]) >= SPLITS.index(loses.split("/")[1]) for keeps, loses in forbidden)
+
+
+def test_stages_that_may_share_prompts(write_jsonl: Callable[..., Path], build_data: Build) -> None:
+    """Catches: a split by user that gives one prompt to two stages; or a refusal where stages are shared on purpose."""
     prompts = [text(i) for i in range(60)]
     demonstrations = [{"prompt": p, "completion": text(i + 500), "user": f"a{i}"} for i, p in enumerate(prompts)]
     questions = [{"prompt": p + " ", "user": f"b{i}"} for i, p in enumerate(prompts)]

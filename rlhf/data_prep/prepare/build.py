@@ -43,8 +43,8 @@ from rlhf.data_prep.prepare.write import write_sets
 from rlhf.data_prep.ratings import by_split, clear_pairs, merge, resolve, unit
 from rlhf.run.progress import Progress
 
-#: Malformed rows are refused as a share from this many rows on; of fewer, one slip would be too many.
-_FEW = 20
+#: Fewest rows of a source that are refused for their share of malformed ones; of fewer, one slip would be too many.
+FEWEST_ROWS = 20
 
 
 def prepare_sources(config: DataConfig) -> Path:
@@ -126,7 +126,7 @@ def _read_all(
                     yield cleaned, number
                 bar.update()
         share = report.malformed / max(report.rows, 1)
-        if report.rows >= _FEW and share > config.max_rejected_share:
+        if report.rows >= FEWEST_ROWS and share > config.max_rejected_share:
             reasons = tally.drops["read"].most_common(1)
             raise UserError(
                 f"source {report.source.name}: {report.malformed:,} of {report.rows:,} rows are malformed, more than "

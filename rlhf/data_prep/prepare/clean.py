@@ -63,6 +63,10 @@ _TEMPLATE_WORDS = re.compile(
 )
 
 
+#: Letters of a text from which its language can be told.
+FEWEST_LETTERS = 20
+
+
 class Dropped(Exception):
     """A row that a step takes out; the text is the reason."""
 
@@ -220,7 +224,7 @@ def check_language(record: Record, languages: Sequence[str]) -> None:
     import py3langid
 
     text = f"{record.last_turn}\n{record.best or ''}"
-    if sum(character.isalpha() for character in text) < 20 and not _HAN.search(text):
+    if sum(character.isalpha() for character in text) < FEWEST_LETTERS and not _HAN.search(text):
         return
     language = py3langid.classify(text)[0]
     if language not in languages:

@@ -20,7 +20,8 @@ from rlhf.data_prep.prepare.staged import Staged, units
 
 #: A group that holds more than this share of all prompts is a template, not a set of near-duplicates.
 LARGEST_GROUP = 0.25
-_FEW = 50
+#: Fewest prompts whose largest group is looked at.
+FEWEST_PROMPTS = 50
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def group_prompts(plan: Plan, config: DataConfig, scratch: Path) -> Prompts:
 def _check_largest(plan: Plan, groups: np.ndarray, rows: np.ndarray, config: DataConfig) -> None:
     sizes = np.bincount(groups) if len(groups) else np.zeros(1, dtype=np.int64)
     largest = int(sizes.argmax())
-    if config.split_by == "prompt" and len(groups) >= _FEW and sizes[largest] > LARGEST_GROUP * len(groups):
+    if config.split_by == "prompt" and len(groups) >= FEWEST_PROMPTS and sizes[largest] > LARGEST_GROUP * len(groups):
         example = plan.staged.record(rows[largest]).opening[:60]
         raise UserError(
             f"{sizes[largest]:,} of {len(groups):,} prompts are near-duplicates of one another or share their opening "
