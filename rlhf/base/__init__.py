@@ -1,1 +1,1 @@
-"""What every other room needs: errors, files, text, intervals, processes. Imports nothing else of the package."""
+"""Errors, files, JSON, text, intervals and processes, for all other rooms; imports none of them."""

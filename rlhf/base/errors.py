@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend: one clear line, exit code 2, no traceback."""
+"""Errors that users can fix: one clear line, exit code 2, no traceback."""
 
 from __future__ import annotations
 
@@ -14,21 +14,20 @@ from rlhf.base.redaction import redact
 
 
 class UserError(Exception):
-    """What is wrong, where, and how to fix it, in one line. Commands print it and exit with code 2."""
+    """An error whose text, one line, states the problem, its place and the fix. Commands print it and exit with code 2."""
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`" (did you mean 'x'?)"` for the nearest of the known names, or an empty string when none is near."""
-    near = get_close_matches(word, list(known), n=1, cutoff=0.6)
+def did_you_mean(word: str, names: Iterable[str]) -> str:
+    """Return `" (did you mean 'x'?)"` with the nearest of the names, or an empty string if none is near."""
+    near = get_close_matches(word, list(names), n=1, cutoff=0.6)
     return f" (did you mean '{near[0]}'?)" if near else ""
 
 
 def run_command(main: Callable[[], object]) -> None:
-    """Runs a command-line entry point: `UserError` and full disks become one line and exit code 2, Ctrl-C exit code 130, an
-    output that nobody reads any more (`| head`) exit code 141 without a word.
+    """Run a command-line entry point and turn errors into exit codes.
 
-    SIGTERM is turned into `SystemExit(143)`, so that `finally` blocks run and nothing is left half-written. What is printed of
-    an error holds no secrets.
+    `UserError` and full disks print one line and exit with 2, Ctrl-C with 130, and a closed pipe (`| head`) silently
+    with 141. SIGTERM raises `SystemExit(143)`, so that `finally` blocks run. Secrets are removed from printed errors.
     """
     sys.excepthook = _print_redacted
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -39,27 +38,27 @@ def run_command(main: Callable[[], object]) -> None:
         finally:
             _flush()
     except UserError as error:
-        sys.exit(_complain(str(error)))
+        sys.exit(_print_error(str(error)))
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise
-        sys.exit(_complain(f"{error.strerror or error}: {error.filename or 'while writing'}"))
+        sys.exit(_print_error(f"{error.strerror or error}: {error.filename or 'while writing'}"))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
 
 
 def _flush() -> None:
-    """Writes what is left for standard output, whatever `main` ended with; if its reader is gone, ends as SIGPIPE would."""
+    """Flush standard output; exit as on SIGPIPE if its reader has closed it."""
     try:
         sys.stdout.flush()
     except BrokenPipeError:
-        # The interpreter flushes once more when it ends, and would complain.
+        # The interpreter flushes again at exit, and would print an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
 
 
-def _complain(message: str) -> int:
+def _print_error(message: str) -> int:
     print(f"error: {redact(' '.join(message.split()))}", file=sys.stderr)
     return 2
 
@@ -69,6 +68,6 @@ def _print_redacted(kind: type[BaseException], error: BaseException, trace: Trac
 
 
 def require(condition: bool, message: str) -> None:
-    """Raises `UserError(message)` unless the condition holds."""
+    """Raise `UserError(message)` unless the condition holds."""
     if not condition:
         raise UserError(message)

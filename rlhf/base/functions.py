@@ -1,4 +1,4 @@
-"""Python functions named on a command line: `package.module:function`."""
+"""Functions and classes named by `package.module:name`, e.g. on a command line."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any
 
 from rlhf.base.errors import UserError
 
-#: A scorer of texts that nothing was trained on.
+#: A scorer of texts, independent of the trained reward.
 GoldFunction = Callable[[Sequence[str]], list[float]]
 
 
 def load_function(path: str) -> Callable[..., Any]:
-    """The function that `package.module:function` names."""
+    """Import and return the function or class named by `package.module:name`; `UserError` if that fails."""
     module, _, name = path.partition(":")
     try:
         function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"cannot load '{path}' (expected package.module:function): {error}") from error
     if not callable(function):
-        raise UserError(f"'{path}' is no function (expected package.module:function)")
+        raise UserError(f"'{path}' is not a function (expected package.module:function)")
     return function

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: finish the update, save, then stop."""
+"""Ctrl-C and SIGTERM during training: finish the update, save a checkpoint, stop."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from types import FrameType, TracebackType
 
 
 class StopRequest:
-    """Context in which the first Ctrl-C or SIGTERM only sets a flag, and a second one stops at once.
+    """Context in which the first Ctrl-C or SIGTERM sets a flag, and a second one stops immediately.
 
-    A training loop asks `requested` between updates, saves its checkpoint and calls `raise_if_requested`.
+    A training loop reads `requested` between updates, saves its checkpoint and calls `raise_if_requested`.
     """
 
     def __init__(self) -> None:
@@ -39,7 +39,7 @@ class StopRequest:
         print("stopping after this update, with a checkpoint (once more: at once)", file=sys.stderr, flush=True)
 
     def raise_if_requested(self) -> None:
-        """Ends the run the way the signal asked for: `KeyboardInterrupt` (exit code 130) or exit code 143."""
+        """Raise `KeyboardInterrupt` after Ctrl-C, or exit with code 143 after SIGTERM."""
         if self._signal == signal.SIGINT:
             raise KeyboardInterrupt
         if self._signal is not None:

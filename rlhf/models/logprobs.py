@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from rlhf.base.tensors import _check, _upcast
+from rlhf.base.tensors import check_shapes, upcast
 
 #: Positions whose distributions a CPU makes together.
 _POSITIONS_AT_ONCE = 8
@@ -29,7 +29,7 @@ def of_tokens(log_pi: Tensor, tokens: Tensor) -> Tensor:
 
     Args: log_pi (..., V); tokens (...) int64 from 0 to V - 1. Returns: (...), nats.
     """
-    _check(log_pi.shape[:-1], tokens=tokens)
+    check_shapes(log_pi.shape[:-1], tokens=tokens)
     return log_pi.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
@@ -38,7 +38,7 @@ def sequence_logprobs(logits: Tensor, tokens: Tensor, *, temperature: float) -> 
 
     Args: logits (..., V); tokens (...) int64; temperature > 0. Returns: (...), nats.
     """
-    _check(logits.shape[:-1], tokens=tokens)
+    check_shapes(logits.shape[:-1], tokens=tokens)
     parts = few_at_a_time(logits.reshape(-1, logits.shape[-1]), tokens.reshape(-1))
     logprobs = [of_tokens(log_distribution(few, temperature=temperature), target) for few, target in parts]
     return torch.cat(logprobs).view(tokens.shape)
@@ -55,4 +55,4 @@ def _tempered(logits: Tensor, temperature: float) -> Tensor:
     """logits / temperature in at least fp32, without a copy at temperature 1: (..., V) is the largest tensor of PPO."""
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")
-    return _upcast(logits) if temperature == 1 else _upcast(logits) / temperature
+    return upcast(logits) if temperature == 1 else upcast(logits) / temperature

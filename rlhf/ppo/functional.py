@@ -25,7 +25,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf.base.tensors import _check, _upcast
+from rlhf.base.tensors import check_shapes, upcast
 
 
 def prefix_mask(lengths: Tensor, size: int) -> Tensor:
@@ -48,7 +48,7 @@ def masked_sum(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
 
     Args: x (B, R), floating or boolean; mask (B, R). The gradient is zero outside the mask.
     """
-    _check(mask.shape, mask=mask, x=x)
+    check_shapes(mask.shape, mask=mask, x=x)
     return _masked(x, mask).sum() if dim is None else _masked(x, mask).sum(dim)
 
 
@@ -69,7 +69,7 @@ def whiten(x: Tensor, mask: Tensor) -> Tensor:
     Args: x (B, R), in PPO the advantages of the whole rollout, after returns are formed; mask (B, R).
     Returns: (B, R). A single element, or elements equal up to rounding, give zeros.
     """
-    _check(mask.shape, mask=mask, x=x)
+    check_shapes(mask.shape, mask=mask, x=x)
     centred, variance = _moments(x, mask)
     # No epsilon under the root, unlike lm-human-preferences (1e-8): the degenerate case is decided by `_moments`, and
     # small advantages are whitened as exactly as large ones.
@@ -82,7 +82,7 @@ def whiten_rewards(rewards: Tensor, mask: Tensor) -> Tensor:
     Args: rewards (B, R), in PPO of the whole rollout, before `gae`; mask (B, R). Returns: (B, R); equal rewards stay as
     they are. Source: openai/lm-human-preferences, train_policy.py, `whiten` with shift_mean=False.
     """
-    _check(mask.shape, mask=mask, rewards=rewards)
+    check_shapes(mask.shape, mask=mask, rewards=rewards)
     rewards = _masked(rewards.detach(), mask)
     centred, variance = _moments(rewards, mask)
     mean = rewards.sum() / mask.sum()
@@ -99,7 +99,7 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     Args: values, returns, mask (B, R). Returns: a scalar, detached; 0 where Var(returns) = 0.
     Source: openai/baselines, common/math_util.py, which gives NaN there.
     """
-    _check(mask.shape, mask=mask, values=values, returns=returns)
+    check_shapes(mask.shape, mask=mask, values=values, returns=returns)
     values, returns = _masked(values.detach(), mask), _masked(returns.detach(), mask)
     _, unexplained = _moments(returns - values, mask)
     _, total = _moments(returns, mask)
@@ -121,7 +121,7 @@ def full_kl(log_pi: Tensor, log_ref: Tensor) -> Tensor:
     Args: log_pi, log_ref (..., V). Returns: (...), not negative up to rounding; inf where pi can draw a token that ref
     cannot.
     """
-    _check(log_pi.shape, log_ref=log_ref)
+    check_shapes(log_pi.shape, log_ref=log_ref)
     pi = log_pi.exp()
     return (pi * (log_pi - log_ref).masked_fill(pi == 0, 0.0)).sum(-1)
 
@@ -132,8 +132,8 @@ def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     This is the one in the reward. Args: (B, R) each, or any one shape; returns that shape.
     Source of k1, k2 and k3: Schulman 2020, Approximating KL Divergence, joschu.net/blog/kl-approx.html.
     """
-    _check(logprobs.shape, ref_logprobs=ref_logprobs)
-    return _upcast(logprobs) - _upcast(ref_logprobs)
+    check_shapes(logprobs.shape, ref_logprobs=ref_logprobs)
+    return upcast(logprobs) - upcast(ref_logprobs)
 
 
 def kl_k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
@@ -171,11 +171,11 @@ def token_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: 
     Source: Ziegler et al. 2019, section 2. summarize_from_feedback_details and TRL put the score one position later,
     after the stop token; here it is on it, where `gae` ends too.
     """
-    _check(mask.shape, mask=mask, logprobs=logprobs, ref_logprobs=ref_logprobs)
-    _check(mask.shape[:1], scores=scores)
+    check_shapes(mask.shape, mask=mask, logprobs=logprobs, ref_logprobs=ref_logprobs)
+    check_shapes(mask.shape[:1], scores=scores)
     penalty = kl_coef * kl_k1(_masked(logprobs.detach(), mask), _masked(ref_logprobs.detach(), mask))
     is_last = mask & ~_next(mask)  # (B, R), True once a row
-    return torch.where(is_last, _upcast(scores.detach()).unsqueeze(1), 0.0) - penalty
+    return torch.where(is_last, upcast(scores.detach()).unsqueeze(1), 0.0) - penalty
 
 
 def gae(values: Tensor, rewards: Tensor, mask: Tensor, *, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
@@ -192,7 +192,7 @@ def gae(values: Tensor, rewards: Tensor, mask: Tensor, *, gamma: float, lam: flo
     Returns: advantages and returns, (B, R) each, detached: both are targets.
     Source: Schulman et al. 2015, High-Dimensional Continuous Control Using GAE, eq. 16.
     """
-    _check(mask.shape, mask=mask, values=values, rewards=rewards)
+    check_shapes(mask.shape, mask=mask, values=values, rewards=rewards)
     values, rewards = _masked(values.detach(), mask), _masked(rewards.detach(), mask)
     deltas = rewards + gamma * _next(values) - values  # zero outside the mask, so advantages are as well
     advantages = torch.zeros_like(deltas)
@@ -213,7 +213,7 @@ def policy_loss(
     side is the strictly larger one, so that the token has no gradient.
     Source: Schulman et al. 2017, Proximal Policy Optimization Algorithms, eq. 7.
     """
-    _check(mask.shape, mask=mask, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
+    check_shapes(mask.shape, mask=mask, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
     advantages = _masked(advantages.detach(), mask)
     ratio = torch.exp(_masked(logprobs, mask) - _masked(old_logprobs.detach(), mask))  # 1 outside the mask
     plain_loss = -advantages * ratio
@@ -232,7 +232,7 @@ def value_loss(
     error is the strictly larger one.
     Source: openai/lm-human-preferences, train_policy.py, `loss`.
     """
-    _check(mask.shape, mask=mask, values=values, old_values=old_values, returns=returns)
+    check_shapes(mask.shape, mask=mask, values=values, old_values=old_values, returns=returns)
     values, old_values, returns = (_masked(x, mask) for x in (values, old_values.detach(), returns.detach()))
     plain_error = (values - returns).square()
     if clip_range_value is None:
@@ -245,7 +245,7 @@ def value_loss(
 
 def _masked(x: Tensor, mask: Tensor) -> Tensor:
     """x in at least fp32, zero outside the mask, and so is its gradient."""
-    return torch.where(mask, _upcast(x), 0.0)
+    return torch.where(mask, upcast(x), 0.0)
 
 
 def _next(x: Tensor) -> Tensor:
