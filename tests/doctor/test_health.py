@@ -7,13 +7,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from rlhf.base.errors import UserError
 from rlhf.doctor.health import supervised
-from rlhf.doctor.health.check import HealthCheck, registered
+from rlhf.doctor.health.check import HealthCheck, Remedy, Severity, Stage, registered
 from rlhf.doctor.health.findings import CHECKS, MODULES, actions, find, replay
 from rlhf.doctor.health.history import History
 
@@ -215,6 +215,14 @@ def test_every_module_of_checks_is_listed() -> None:
             for item in vars(module).values()
             if isinstance(item, HealthCheck) and item.look.__module__ == module.__name__
         )
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.name)
+def test_fields_of_checks_are_known_words(check: HealthCheck) -> None:
+    """Catches: a slip in a decorator, whose fields mypy does not see."""
+    assert check.severity in get_args(Severity) and check.remedy in get_args(Remedy)
+    assert check.stages and set(check.stages) <= set(get_args(Stage))
+    assert isinstance(check.needs, tuple) and check.cause and check.action and (check.data or check.needs)
 
 
 def test_every_check_has_a_sick_run() -> None:

@@ -96,9 +96,10 @@ def test_scores_may_depend_on_the_batch_by_rounding() -> None:
     """Catches: a score that sees its neighbours a little."""
     head = ScalarHead(4, bias=False, dtype=torch.float32)
     head.weight.data = torch.tensor([[1.0, -1.0, 1.0, -1.0]])  # scores 0; of size 2 in other directions
+    head.requires_grad_(False)
 
     def raw(rows: list[list[int]]) -> torch.Tensor:
-        return head(torch.ones(len(rows), 4)).detach().squeeze(-1)
+        return head(torch.ones(len(rows), 4)).squeeze(-1)
 
     def check(off: float) -> Check:
         scorer: Any = SimpleNamespace(
@@ -117,7 +118,7 @@ def test_noise_of_fresh_adapters_is_small() -> None:
     zeros = torch.nn.Parameter(torch.zeros(100, 100))
     with models.noise_in_zeros({"a": zeros}):
         assert float(zeros.detach().std()) == pytest.approx(models.NOISE, rel=0.05)
-    assert models.NOISE == 0.05
+    assert f"a little noise (spread {models.NOISE:g})" in PAGE
 
 
 def test_optimiser_states_of_large_tensors_are_not_tried() -> None:

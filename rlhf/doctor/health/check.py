@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from rlhf.doctor.health.history import History
 
@@ -29,22 +29,22 @@ class HealthCheck:
     """One thing that can be wrong with a run, and how the log shows it."""
 
     name: str
-    stages: tuple[Stage, ...]
+    look: Callable[..., str | None]
     severity: Severity
     """critical: going on wastes time, or ruins the policy. warning: look at it."""
     cause: str
     action: str
-    remedy: Remedy
+    stages: tuple[Stage, ...] = ("ppo",)
+    remedy: Remedy = "learning_rate"
     """Setting that a roll-back changes: half the learning_rate, or twice the kl_coef."""
-    needs: tuple[str, ...]
+    needs: tuple[str, ...] = ()
     """Figures without which nothing can be found; `STAGE/` stands for the stage that is examined."""
-    rows: int
+    rows: int = 1
     """Values of each that are needed."""
-    reads: str
-    """The data it looks at, for the docs."""
-    source: str
-    """Paper or code that the limit comes from; empty for limits of this project."""
-    look: Callable[..., str | None]
+    data: str = ""
+    """Inputs, for the docs; empty for the figures in `needs`."""
+    source: str = "-"
+    """Paper or code that the limit comes from; `-` for limits of this project."""
 
     def __call__(self, history: History) -> str | None:
         """Return the evidence after the history's newest update, or None if all is well or data is missing."""
@@ -65,39 +65,12 @@ class HealthCheck:
         return " ".join(str(self.look.__doc__).split()).format(**self.limits, rows=self.rows).removesuffix(".")
 
 
-def check(
-    *,
-    severity: Severity,
-    cause: str,
-    action: str,
-    stages: tuple[Stage, ...] = ("ppo",),
-    needs: tuple[str, ...] = (),
-    rows: int = 1,
-    remedy: Remedy = "learning_rate",
-    reads: str = "",
-    source: str = "",
-) -> Callable[[Callable[..., str | None]], HealthCheck]:
-    """Register the decorated function as a check; the arguments are the fields of `HealthCheck`.
-
-    Args:
-        reads: defaults to the names in `needs`.
-    """
+def check(**fields: Any) -> Callable[[Callable[..., str | None]], HealthCheck]:
+    """Register the decorated function as a check of its name; `fields` are those of `HealthCheck`."""
 
     def register(look: Callable[..., str | None]) -> HealthCheck:
-        health_check = HealthCheck(
-            name=look.__name__,
-            stages=stages,
-            severity=severity,
-            cause=cause,
-            action=action,
-            remedy=remedy,
-            needs=needs,
-            rows=rows,
-            reads=reads or ", ".join(f"`{name}`" for name in needs),
-            source=source,
-            look=look,
-        )
-        return _REGISTERED.setdefault(look.__module__, {}).setdefault(health_check.name, health_check)
+        module = _REGISTERED.setdefault(look.__module__, {})
+        return module.setdefault(look.__name__, HealthCheck(name=look.__name__, look=look, **fields))
 
     return register
 

@@ -98,11 +98,12 @@ def _action(word: str) -> Action:
 
 def markdown_rows() -> list[str]:
     """Return the table of docs/health.md, a line for each check."""
-    return [
-        f"| `{c.name}` | {', '.join(c.stages)} | {c.severity}{', kl_coef' if c.remedy == 'kl_coef' else ''} | {c.reads} "
-        f"| {c.finds} | {c.cause} | {c.action} | {c.source or '-'} |"
-        for c in CHECKS
-    ]
+    rows = []
+    for c in CHECKS:
+        severity = f"{c.severity}, kl_coef" if c.remedy == "kl_coef" else c.severity
+        data = c.data or ", ".join(f"`{name}`" for name in c.needs)
+        rows.append([f"`{c.name}`", ", ".join(c.stages), severity, data, c.finds, c.cause, c.action, c.source])
+    return [f"| {' | '.join(row)} |" for row in rows]
 
 
 if __name__ == "__main__":  # writes the table of the docs again

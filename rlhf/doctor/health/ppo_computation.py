@@ -33,7 +33,7 @@ def wrong_reference(h: History, *, kl: float = 0.01) -> str | None:
     severity="critical",
     cause="the chat template was applied twice: the data holds rendered prompts, or a caller renders them again",
     action="store plain messages in the data and let the stage apply the template once",
-    reads="prompts in `samples.jsonl`",
+    data="prompts in `samples.jsonl`",
 )
 def template_twice(h: History) -> str | None:
     """The beginning and the end that all prompts share are both written twice."""
@@ -83,7 +83,7 @@ def padding_counted(h: History, *, pads: float = 0.75) -> str | None:
     "or a generation config of the model's own",
     action="sample with the temperature that divides the scored logits, and nothing else",
     needs=("rollout/logprob_gap",),
-    reads="`rollout/logprob_gap`, `rollout/surprise_gap`, `rollout/surprise_error`",
+    data="`rollout/logprob_gap`, `rollout/surprise_gap`, `rollout/surprise_error`",
     source="E[-log pi(x)] is the entropy of pi for x drawn from pi",
 )
 def sampler_mismatch(h: History, *, gap: float = FIRST_GAP, surprise: float = 0.08, errors: float = 5) -> str | None:

@@ -37,7 +37,7 @@ def policy_unmoved(h: History, *, kl: float = 1e-5, updates: int = 5) -> str | N
     severity="critical",
     cause="the policy answers as the SFT model did: it was not trained, not loaded, or not switched on",
     action="see objective/kl_full; at 0 the adapter is not in use, else the evaluation reads the wrong weights",
-    reads="`comparison.jsonl`",
+    data="`comparison.jsonl`",
 )
 def same_as_sft(h: History, *, share: float = 0.9, answers: int = 5) -> str | None:
     """At least {share:.0%} of {answers} or more answers are equal; both models draw with the same random numbers."""
@@ -54,7 +54,7 @@ def same_as_sft(h: History, *, share: float = 0.9, answers: int = 5) -> str | No
     action="set value_learning_rate and vf_coef above 0, and see that adapter and head of the value have requires_grad",
     needs=("ppo/value_grad_norm",),
     rows=3,
-    reads="`ppo/value_lr`, `ppo/value_grad_norm`",
+    data="`ppo/value_lr`, `ppo/value_grad_norm`",
 )
 def value_untrained(h: History) -> str | None:
     """Either is 0 in the last {rows} updates."""

@@ -159,7 +159,7 @@ def length_down(h: History, *, share: float = 0.4) -> str | None:
     remedy="kl_coef",
     needs=("objective/kl_k3", "response/length"),
     rows=3,
-    reads="`objective/kl_full`, `response/length`",
+    data="`objective/kl_full`, `response/length`",
 )
 def kl_high(h: History, *, token: float = 1, response: float = 2) -> str | None:
     """Mean of the last {rows} above {token:g} nats a token and {response:g} nats a response."""
@@ -238,7 +238,7 @@ def value_useless(h: History, *, variance: float = -0.02, recovery: float = 0.5)
     action="lower learning_rate; look at ppo/explained_variance and ppo/approx_kl",
     needs=("objective/score", "objective/score_std"),
     rows=10,
-    reads="`objective/score`",
+    data="`objective/score`",
 )
 def reward_falling(h: History, *, spreads: float = 0.6, least: float = 1e-6) -> str | None:
     """After {rows} updates: mean of the last 5 below that of the first 3 by {spreads:g} spreads, {least:g} at least."""

@@ -61,7 +61,7 @@ def steps_too_large(
     action="lower learning_rate, set warmup_steps",
     needs=("objective/kl_k3",),
     rows=2,
-    reads="`objective/kl_full`",
+    data="`objective/kl_full`",
 )
 def kl_jump(h: History, *, margin: float = 3, factor: float = 3) -> str | None:
     """Above {margin:g} nats plus {factor:g} x the most of the 5 rollouts before."""

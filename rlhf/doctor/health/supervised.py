@@ -14,7 +14,7 @@ from rlhf.doctor.health.series import gradient_outlier
     severity="critical",
     cause="a figure overflowed or was divided by zero: the step size is too large, or the compute type too narrow",
     action="lower learning_rate, or use dtype float32, and start from the last good checkpoint",
-    reads="every figure",
+    data="every figure",
 )
 def not_finite(h: History) -> str | None:
     """NaN or infinity, once."""
@@ -58,7 +58,7 @@ def no_gradient(h: History) -> str | None:
     severity="critical",
     cause="training diverges: the step size is too large",
     action="lower learning_rate, or raise warmup_steps",
-    reads="`STAGE/loss`, `STAGE/eval_loss`",
+    data="`STAGE/loss`, `STAGE/eval_loss`",
 )
 def loss_rising(
     h: History,
@@ -119,7 +119,7 @@ def accuracy_at_chance(h: History, *, accuracy: float = 0.56) -> str | None:
     action="raise learning_rate; look at rows as the model sees them",
     needs=("sft/loss",),
     rows=12,
-    reads="`sft/loss`, `sft/eval_loss`",
+    data="`sft/loss`, `sft/eval_loss`",
 )
 def loss_flat(h: History, *, training_fall: float = 0.02, held_out_fall: float = 0.005) -> str | None:
     """After {rows} log lines: training loss fell by at most {training_fall:.0%} (mean of the last 5 against the first 3),
