@@ -323,6 +323,8 @@ def ppo_trainer(
     from rlhf.config import PPOConfig, build
     from rlhf.models.compute import Compute
     from rlhf.models.tokenization import load_tokenizer
+    from rlhf.ppo.rollout import Environment
+    from rlhf.ppo.state import Outputs
     from rlhf.ppo.trainer import PPOTrainer
     from rlhf.registry import Registry
     from rlhf.run.timing import PhaseTimer
@@ -350,8 +352,9 @@ def ppo_trainer(
         tempfile.TemporaryDirectory(prefix="benchmark-") as folder,
         Tracker(folder, stage="ppo", name="benchmark", group="benchmark", config={}, wandb_mode="disabled") as tracker,
     ):
-        place = Path(folder, "checkpoints")
-        trainer: Any = PPOTrainer(models, prompts, tokenizer, config, tracker, place, PhaseTimer(), reward=reward_sum)
+        environment = Environment(prompts=prompts, rows=[{}] * len(prompts), reward=reward_sum)
+        outputs = Outputs(tracker=tracker, folder=Path(folder, "checkpoints"), timer=PhaseTimer())
+        trainer: Any = PPOTrainer(models, tokenizer, config, environment, outputs)
         trainer.sampling = dataclasses.replace(trainer.sampling, stop_token_ids=[NEVER])
         yield trainer
 

@@ -137,28 +137,18 @@ def note_batches(file: Path) -> None:
         with file.open("a") as lines:
             lines.write(json.dumps([update, hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]]) + "\n")
 
-    training_step, step, accumulate = Trainer.training_step, PPOTrainer.step, PPOTrainer.accumulate
-    training = False  # the preflight accumulates gradients, too, of rows that teach nothing
+    training_step, accumulate = Trainer.training_step, PPOTrainer._accumulate
 
     def noted_step(self: Any, model: Any, inputs: Mapping[str, Any], *rest: Any) -> Any:
         note(self.state.global_step, inputs["input_ids"].tolist())
         return training_step(self, model, inputs, *rest)
 
-    def marked_step(self: Any) -> Any:
-        nonlocal training
-        training = True
-        try:
-            return step(self)
-        finally:
-            training = False
+    def noted_accumulate(self: Any, rollout: Any, credit: Any, microbatches: Any, *rest: Any) -> Any:
+        rows = [[rollout.prompts[part].tolist(), rollout.responses[part].tolist()] for part in microbatches]
+        note(self.state.updates_done, rows)
+        return accumulate(self, rollout, credit, microbatches, *rest)
 
-    def noted_accumulate(self: Any, rollout: Any, advantages: Any, returns: Any, microbatches: Any, *rest: Any) -> Any:
-        if training:
-            rows = [[rollout.prompts[part].tolist(), rollout.responses[part].tolist()] for part in microbatches]
-            note(self.updates_done, rows)
-        return accumulate(self, rollout, advantages, returns, microbatches, *rest)
-
-    Trainer.training_step, PPOTrainer.step, PPOTrainer.accumulate = noted_step, marked_step, noted_accumulate  # type: ignore[method-assign]
+    Trainer.training_step, PPOTrainer._accumulate = noted_step, noted_accumulate  # type: ignore[method-assign]
 
 
 def finish(pid: int) -> int:

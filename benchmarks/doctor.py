@@ -139,9 +139,10 @@ class Bench:
             lambda self, title, *rest: told.append(title.split(": ")[1].split(" at ")[0]),
         )
         # Seconds of this process's own work: what else a shared machine does is no fault of the run.
-        clock = mock.patch("rlhf.ppo.trainer.time", types.SimpleNamespace(perf_counter=time.process_time))
+        clock = types.SimpleNamespace(perf_counter=time.process_time)
+        clocks = mock.patch("rlhf.ppo.rollout.time", clock), mock.patch("rlhf.ppo.trainer.time", clock)
         try:
-            with patch, alert, clock:
+            with patch, alert, clocks[0], clocks[1]:
                 if case.fault is not None and case.fault.own_sft:
                     self.stage("sft", case, output, {})
                 self.stage(case.stage, case, output, dict(case.options))

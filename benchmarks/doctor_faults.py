@@ -312,12 +312,12 @@ PPO_FAULTS = (
     Fault(
         name="stale_logprobs", stage="ppo", what="old log-probabilities are those of the reference",
         causes=("stale_logprobs",), preflight=("first ratio is 1",), says="old log-probabilities",
-        patch=after("rlhf.ppo.trainer.evaluate_sequences", lambda r: dataclasses.replace(r, logprobs=r.ref_logprobs)),
+        patch=after("rlhf.ppo.rollout.evaluate_sequences", lambda r: dataclasses.replace(r, logprobs=r.ref_logprobs)),
     ),
     Fault(
         name="mask_inverted", stage="ppo", what="response mask turned round",
         causes=("padding_counted",), says="mask",
-        patch=after("rlhf.ppo.trainer.evaluate_sequences", lambda r: dataclasses.replace(r, mask=~r.mask)),
+        patch=after("rlhf.ppo.rollout.evaluate_sequences", lambda r: dataclasses.replace(r, mask=~r.mask)),
     ),
     Fault(
         name="whitening_mean", stage="ppo", what="advantages whitened, their mean added back",
@@ -416,7 +416,7 @@ PPO_FAULTS = (
     Fault(
         name="slowing", stage="ppo", what="the machine slows down to a fifth",
         causes=("slowing_down",),
-        patch=instead("rlhf.ppo.trainer.respond", _slower),
+        patch=instead("rlhf.ppo.rollout.respond", _slower),
     ),
 )  # fmt: skip
 SUPERVISED_FAULTS = (

@@ -40,6 +40,7 @@ from rlhf.config import (
     read_yaml,
     reward_kind,
 )
+from rlhf.doctor.health.findings import actions
 
 STAGES: dict[str, Any] = {"pretrain": PretrainConfig, "sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig}
 #: Options that the stages share by name, and that mean another thing in pretraining: on the command line they are the others'.
@@ -192,7 +193,9 @@ def _stage_configs(folder: Path, overrides: dict[str, Any]) -> dict[str, Any]:
 
 def _stage_config(file: Path, config_type: Any, overrides: dict[str, Any]) -> Any:
     fields = config_type.__dataclass_fields__
-    return build(config_type, {**read_yaml(file), **{k: v for k, v in overrides.items() if k in fields}}, str(file))
+    config = build(config_type, {**read_yaml(file), **{k: v for k, v in overrides.items() if k in fields}}, str(file))
+    actions(config.doctor)  # raises for a word that it does not know
+    return config
 
 
 def _results(artifacts: dict[str, Any], seed: int, seconds: float) -> dict[str, Any]:

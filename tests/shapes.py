@@ -28,7 +28,14 @@ SEQUENCES = {"prompts": Int[Tensor, "B P"], "prompt_mask": Bool[Tensor, "B P"], 
 GRIDS = ("sampler_logprobs", "logprobs", "ref_logprobs", "entropy", "full_kl", "values")
 SHEETS: dict[type, dict[str, Any]] = {
     Sequences: SEQUENCES,
-    Rollout: {**SEQUENCES, "stopped": FLAGS, **dict.fromkeys(GRIDS, GRID), "raw_scores": ROW, "scores": ROW},
+    Rollout: {
+        **SEQUENCES,
+        "prompt": Int[Tensor, "B"],
+        "stopped": FLAGS,
+        **dict.fromkeys(GRIDS, GRID),
+        "raw_scores": ROW,
+        "scores": ROW,
+    },
     Sampled: {"responses": TOKENS, "mask": MASK, "logprobs": GRID, "stopped": FLAGS},
 }
 #: Results of the forward passes on a batch of `Sequences`.

@@ -1,6 +1,6 @@
-"""The health checks while a stage trains: each new row of figures is looked at, and what is found is acted on.
+"""The health checks of a running stage: each new row of metrics is examined, and findings are acted on.
 
-`doctor` names one action for all critical findings, and others for single checks:
+The option `doctor` names one action for all critical findings, and others for single checks:
 
     doctor: [stop, kl_jump=roll_back, length_rewarded=off]
 
@@ -19,96 +19,87 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from rlhf.base import distributed
 from rlhf.base.errors import UserError
-from rlhf.doctor.health.check import Remedy
 from rlhf.doctor.health.findings import ACTIONS, CHECKS, Finding, actions, find
 from rlhf.doctor.health.history import SAMPLES_READ, History
+from rlhf.ppo.state import Order
 from rlhf.run.callbacks import house_metrics
 from rlhf.run.tracker import Tracker
 
-#: Updates without a finding after which it counts as news again.
+#: Updates without a finding after which it is reported again.
 QUIET_UPDATES = 10
 
 
-class DoctorStop(UserError):
-    """A finding whose action is to stop."""
-
-
-class RollBack(Exception):
-    """The run is to return to a good checkpoint; the text says why."""
-
-    def __init__(self, reason: str, remedy: Remedy = "learning_rate") -> None:
-        super().__init__(reason)
-        self.remedy = remedy
-
-
 class LiveDoctor:
-    """Looks at the rows of a running stage.
+    """Examines the metrics of a running stage.
 
     Args:
-        orders: the option `doctor`.
-        tracker: takes the alerts, and holds what was logged before a resumed run began.
+        words: the option `doctor`.
+        tracker: takes the alerts, and holds the log of a resumed run.
         settings: options of the run.
     """
 
-    def __init__(self, stage: str, orders: Sequence[str], tracker: Tracker, settings: Mapping[str, Any]) -> None:
-        self.actions = {check.name: action for check, action in actions(orders).items() if stage in check.stages}
+    def __init__(self, stage: str, words: Sequence[str], tracker: Tracker, settings: Mapping[str, Any]) -> None:
+        self.actions = {check.name: action for check, action in actions(words).items() if stage in check.stages}
         self.stage, self.tracker, self.settings = stage, tracker, settings
         self.history = History(stage, settings=settings)
-        self._seen: dict[str, int] = {}
+        self._reported: dict[str, int] = {}
 
     @property
     def may_roll_back(self) -> bool:
-        """Whether any check may order it, so that there has to be a checkpoint from the start."""
+        """Some check may order a roll-back, so there has to be a checkpoint from the start."""
         return "roll_back" in self.actions.values()
 
-    def read_log(self) -> None:
-        """Starts again from what is logged: the run goes on from a checkpoint."""
-        self.history = History(self.stage, self.tracker.logged(), settings=self.settings)
-        self._seen = {name: step for name, step in self._seen.items() if step <= self.history.step}
+    def read_log(self, *, before: float = float("inf")) -> None:
+        """Start again from the logged metrics of the updates before `before`: the run goes on from a checkpoint."""
+        rows = [row for row in self.tracker.logged() if row["step"] < before]
+        self.history = History(self.stage, rows, settings=self.settings)
+        self._reported = {name: step for name, step in self._reported.items() if step <= self.history.step}
 
-    def examine(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Looks at the figures of an update. In several processes, those of the first decide for all.
+    def observe(self, step: int, metrics: Mapping[str, Any]) -> Order | None:
+        """Examine an update of a stage that may go back, once for each update."""
+        if step <= self.history.step:
+            self.read_log(before=step)
+        return self.examine(step, metrics)
 
-        Raises:
-            DoctorStop: a finding asks for it.
-            RollBack: a finding asks for it.
+    def examine(self, step: int, metrics: Mapping[str, Any]) -> Order | None:
+        """Examine metrics of an update; return the order of the worst finding, if its action is more than to warn.
+
+        In several processes, the metrics of the first decide for all.
         """
         if set(self.actions.values()) == {"off"}:
-            return
+            return None
         self.history.add({**metrics, "step": step})
         if len(self.history.samples) < SAMPLES_READ:
             self.history.samples = list(self.tracker.logged_samples()[:SAMPLES_READ])
-        found = [finding for finding in find(self.history) if self.actions[finding.check.name] != "off"]
-        for finding in found:
-            self._tell(finding)
-        worst = max(found, key=lambda finding: ACTIONS.index(self.actions[finding.check.name]), default=None)
-        order = _from_main(CHECKS.index(worst.check) if worst is not None else -1)
-        if order < 0:
-            return
-        check = CHECKS[order]
-        reason = f"doctor, update {step}: {worst}" if worst and worst.check is check else f"doctor: {check.name}"
-        action = self.actions[check.name]
-        if action == "roll_back" and self.stage == "ppo":
-            raise RollBack(reason, check.remedy)
-        if action in ("stop", "roll_back"):
-            raise DoctorStop(f"{reason}. Stopped; --resume true --doctor warn goes on")
+        findings = [finding for finding in find(self.history) if self.actions[finding.check.name] != "off"]
+        for finding in findings:
+            self._report(finding)
+        worst = max(findings, key=lambda finding: ACTIONS.index(self.actions[finding.check.name]), default=None)
+        number = int(distributed.from_main(torch.tensor(CHECKS.index(worst.check) if worst else -1)))
+        if number < 0 or self.actions[CHECKS[number].name] == "warn":
+            return None
+        check = CHECKS[number]
+        reason = f"doctor, update {step}: {worst if worst and worst.check is check else check.name}"
+        if self.stage == "ppo" and self.actions[check.name] == "roll_back":
+            return Order(action="roll_back", reason=reason, remedy=check.remedy)
+        return Order(action="stop", reason=f"{reason}. Stopped; --resume true --doctor warn goes on")
 
-    def _tell(self, finding: Finding) -> None:
-        """A line and an alert, once while it lasts."""
+    def _report(self, finding: Finding) -> None:
+        """Print a line and send an alert, once while the finding lasts."""
         name, step = finding.check.name, self.history.step
-        news = step - self._seen.get(name, -QUIET_UPDATES - 1) > QUIET_UPDATES
-        self._seen[name] = step
-        if news and distributed.rank() == 0:
+        is_news = step - self._reported.get(name, -QUIET_UPDATES - 1) > QUIET_UPDATES
+        self._reported[name] = step
+        if is_news and distributed.rank() == 0:
             print(f"doctor, update {step}: {finding}", flush=True)
             self.tracker.alert(f"{self.stage}: {name} at update {step}", str(finding), finding.check.severity)
 
 
 class DoctorCallback(TrainerCallback):
-    """The doctor of a Hugging Face trainer. What it stops is saved; the caller raises `stopped` after the training."""
+    """The doctor of a Hugging Face trainer; the caller raises `error`, if there is one, after the training."""
 
     def __init__(self, doctor: LiveDoctor) -> None:
         self.doctor = doctor
-        self.stopped: DoctorStop | None = None
+        self.error: UserError | None = None
 
     def on_log(
         self,
@@ -118,16 +109,9 @@ class DoctorCallback(TrainerCallback):
         logs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Called by the trainer with a mapping of names to numbers."""
+        """Examine the logged metrics; on an order to stop, have the trainer save and end."""
         metrics = house_metrics(logs or {}, self.doctor.stage)
-        if not metrics or self.stopped is not None:
-            return
-        try:
-            self.doctor.examine(state.global_step, metrics)
-        except DoctorStop as stop:
-            self.stopped = stop
+        order = self.doctor.examine(state.global_step, metrics) if metrics and self.error is None else None
+        if order is not None:
+            self.error = UserError(order.reason)
             control.should_save = control.should_training_stop = True
-
-
-def _from_main(number: int) -> int:
-    return int(distributed.from_main(torch.tensor(number)))

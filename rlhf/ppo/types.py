@@ -1,4 +1,4 @@
-"""Data sheets of PPO: what a rollout holds, and what each metric means.
+"""The data sheet of PPO: a rollout.
 
 Legend: B responses, P padded prompt, R padded response, T = P + R, V vocabulary. Masks are boolean, True = counts.
 """
@@ -10,12 +10,15 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from rlhf.models.sequences import Sequences
+from rlhf.ppo import functional as F
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout(Sequences):
-    """One batch of episodes as the optimiser sees it. Nothing here carries a gradient, and nothing changes over its epochs."""
+    """One batch of episodes as the optimiser sees it; it carries no gradient and stays as it is over all epochs."""
 
+    prompt: Tensor
+    """(B,) int64: which prompt each row answers, by its number in the training data."""
     stopped: Tensor
     """(B,) bool: the response ended in a stop token."""
     sampler_logprobs: Tensor
@@ -29,8 +32,18 @@ class Rollout(Sequences):
     full_kl: Tensor
     """(B, R) KL(policy || reference) of the next-token distributions, over the whole vocabulary; nats."""
     values: Tensor
-    """(B, R) V(s_t), read before token t; units of the score."""
+    """(B, R) V(s_t), read before token t; units of the score. Zeros for estimators that need no values."""
     raw_scores: Tensor
     """(B,) the reward model's normalised score, before penalties."""
     scores: Tensor
     """(B,) the score that is optimised: raw score less the penalties for a missing stop token and for short responses."""
+
+    @property
+    def kl(self) -> Tensor:
+        """KL to the reference (B,), nats a response: log-ratios (k1) summed over its sampled tokens."""
+        return F.masked_sum(F.kl_k1(self.logprobs, self.ref_logprobs), self.mask, dim=1)
+
+    @property
+    def exact_kl(self) -> Tensor:
+        """KL to the reference (B,), nats a response: exact next-token KLs summed over its tokens."""
+        return F.masked_sum(self.full_kl, self.mask, dim=1)

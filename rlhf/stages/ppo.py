@@ -6,6 +6,7 @@ Registers the policy adapter as ppo/NAME.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from functools import partial
@@ -21,6 +22,7 @@ from rlhf.base.functions import GoldFunction, load_function
 from rlhf.config import PPOConfig, parse_config, reward_kind
 from rlhf.data_prep.corpus import Blocks, load_text
 from rlhf.data_prep.load import Loaded, load_rows
+from rlhf.doctor.live import LiveDoctor
 from rlhf.doctor.preflight.ppo import ppo as check_ppo
 from rlhf.evaluation.policy import Answers, evaluate_policy
 from rlhf.models.adapters import lora_config
@@ -30,7 +32,9 @@ from rlhf.models.roles import RoleModels, SharedModels
 from rlhf.models.sampling import fits_loop
 from rlhf.models.separate import SeparateModels
 from rlhf.models.tokenization import encode_prompt, encode_response, last_user_text, load_tokenizer
-from rlhf.ppo.trainer import PPOTrainer, sampling_options
+from rlhf.ppo.rollout import Environment, SamplingOptions
+from rlhf.ppo.state import Outputs
+from rlhf.ppo.trainer import PPOTrainer
 from rlhf.registry import Artifact, Registry
 from rlhf.reward.scorer import open_scorer
 from rlhf.reward.sources import AdapterReward, ModelReward, Reward, open_sources, source_name
@@ -68,25 +72,25 @@ def run(config: PPOConfig, *, reuse: bool = False, only_preflight: bool = False)
         if "ptx" in sets:
             texts, too_long = encode_texts(sets["ptx"], tokenizer, config, context, run.folder)
             add_dropped(run.data, "ptx", too_long)
+        doctor = LiveDoctor("ppo", config.doctor, run.tracker, dataclasses.asdict(config))
         trainer = PPOTrainer(
             models,
-            train_ids,
             tokenizer,
             config,
-            run.tracker,
-            run.folder / "checkpoints",
-            run.timer,
-            reward=reward_sum,
-            rows=prompts.rows,
+            Environment(prompts=train_ids, rows=prompts.rows, reward=reward_sum, gold=gold),
+            Outputs(tracker=run.tracker, folder=run.folder / "checkpoints", timer=run.timer),
             texts=texts,
-            gold=gold,
+            observe=doctor.observe,
         )
         preflight(run, partial(check_ppo, trainer=trainer), tokenizer, sets)
         if only_preflight:
             return None
         if config.resume:
-            trainer.resume()
+            trainer.state.resume()
+            doctor.read_log()
         before = _evaluate(run, models, tokenizer, held_out_ids, held_out.rows, reward_sum, gold, reference=True)
+        if doctor.may_roll_back and trainer.state.updates_done == 0:
+            trainer.state.save()  # a state to go back to
         trainer.train()
         run.tracker.log_frontier()
 
@@ -106,7 +110,7 @@ def run(config: PPOConfig, *, reuse: bool = False, only_preflight: bool = False)
             )
 
         if config.ema_decay is not None:
-            with trainer.averaged_policy():
+            with trainer.state.averaged_policy():
                 publish(f"{config.name}-ema")
         return publish(config.name)
 
@@ -273,7 +277,7 @@ def _evaluate(
             tokenizer,
             [prompts[i] for i in chosen],
             [rows[i] for i in chosen],
-            sampling_options(config, tokenizer),
+            SamplingOptions.of(config, tokenizer),
             reward,
             reference=reference,
             batch_size=config.microbatch_size,
@@ -303,9 +307,9 @@ def _figures(run: Run, trainer: PPOTrainer, before: Answers, after: Answers) -> 
     seconds = {p["phase"]: p["seconds"] for p in run.timer.summary()}
     training = sum(seconds.get(phase, 0.0) for phase in ("rollout", "score", "optimise"))
     figures: dict[str, Any] = {
-        "episodes": trainer.updates_done * trainer.config.rollout_batch_size,
-        "updates": trainer.updates_done,
-        "seconds_per_update": round(training / max(trainer.updates_done, 1), 2),
+        "episodes": trainer.state.updates_done * trainer.config.rollout_batch_size,
+        "updates": trainer.state.updates_done,
+        "seconds_per_update": round(training / max(trainer.state.updates_done, 1), 2),
         "kl": after.figures["kl"],
     }
     for name in before.figures:

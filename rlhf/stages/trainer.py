@@ -94,8 +94,8 @@ def train(trainer: Any, run: Run) -> None:
             if last is None or not _take_finished(trainer, last):
                 trainer.train(resume_from_checkpoint=str(last) if last else None)
         stop.raise_if_requested()
-        if checked.stopped is not None:
-            raise checked.stopped
+        if checked.error is not None:
+            raise checked.error
 
 
 def _take_finished(trainer: Any, last: Path) -> bool:

@@ -9,11 +9,8 @@ from typing import Any
 import pytest
 from toys import Call
 
-from rlhf.base.errors import UserError
-from rlhf.config import SFTConfig, build
-from rlhf.doctor.live import QUIET_UPDATES, DoctorStop, LiveDoctor, RollBack
+from rlhf.doctor.live import QUIET_UPDATES, LiveDoctor
 from rlhf.run.tracker import Tracker
-from rlhf.stages.run import open_run
 
 
 @pytest.fixture
@@ -24,9 +21,9 @@ def alerts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return sent
 
 
-def doctor(folder: Path, *orders: str, **settings: Any) -> LiveDoctor:
+def doctor(folder: Path, *words: str, **settings: Any) -> LiveDoctor:
     tracker = Tracker(folder, stage="ppo", name="toy", group="toy", config={}, wandb_mode="disabled")
-    return LiveDoctor("ppo", orders or ["warn"], tracker, settings)
+    return LiveDoctor("ppo", words or ["warn"], tracker, settings)
 
 
 def test_a_finding_is_told_once_while_it_lasts(
@@ -48,31 +45,42 @@ def test_a_finding_is_told_once_while_it_lasts(
 
 
 @pytest.mark.parametrize(
-    ("orders", "raised"),
+    ("words", "action"),
     [
         (["warn"], None),
         (["off"], None),
-        (["stop"], DoctorStop),
-        (["roll_back"], RollBack),
+        (["stop"], "stop"),
+        (["roll_back"], "roll_back"),
         (["stop", "reward_constant=off"], None),
-        (["off", "reward_constant=stop"], DoctorStop),
-        (["stop", "reward_constant=roll_back"], RollBack),
+        (["off", "reward_constant=stop"], "stop"),
+        (["stop", "reward_constant=roll_back"], "roll_back"),
     ],
 )
-def test_orders_are_followed(
-    orders: list[str], raised: type[Exception] | None, tmp_path: Path, alerts: list[str]
+def test_a_finding_gives_the_order_of_its_action(
+    words: list[str], action: str | None, tmp_path: Path, alerts: list[str]
 ) -> None:
     """Catches: a check's own action that loses to the general one, or the other way round."""
-    watched = doctor(tmp_path, *orders)
-    watched.examine(1, {"objective/score_std": 0.0})
-    if raised is None:
-        watched.examine(2, {"objective/score_std": 0.0})
-    else:
-        with pytest.raises(raised, match="reward_constant: spread of the scores 0"):
-            watched.examine(2, {"objective/score_std": 0.0})
-    silent = "off" in (orders[0] if len(orders) == 1 else orders[1])
+    watched = doctor(tmp_path, *words)
+    assert watched.observe(1, {"objective/score_std": 0.0}) is None
+    order = watched.observe(2, {"objective/score_std": 0.0})
+    assert (order and order.action) == action
+    assert order is None or "reward_constant: spread of the scores 0" in order.reason
+    silent = "off" in words[-1]
     assert bool(alerts) != silent
-    assert watched.may_roll_back == any("roll_back" in order for order in orders)
+    assert watched.may_roll_back == any("roll_back" in word for word in words)
+
+
+def test_updates_that_were_undone_are_forgotten(tmp_path: Path) -> None:
+    """Catches: a run that went back, at max_kl too, and is judged by updates that it no longer holds, or by one twice."""
+    watched = doctor(tmp_path)
+    for step in (1, 2, 3):
+        watched.tracker.log({"objective/score_std": float(step)}, step)
+        watched.observe(step, {"objective/score_std": float(step)})
+    (tmp_path / "metrics.jsonl").write_text("")
+    for step in (1, 2):  # back after update 3, and update 2 comes again
+        watched.tracker.log({"objective/score_std": 10.0 + step}, step)
+    watched.observe(2, {"objective/score_std": 12.0})
+    assert watched.history.values("objective/score_std") == [11.0, 12.0]
 
 
 def test_a_resumed_run_knows_what_was_logged(tmp_path: Path, alerts: list[str]) -> None:
@@ -109,13 +117,12 @@ def test_supervised_stage(action: str, call: Callable[..., Call], toy_config: Pa
     assert [p.name for p in (tmp_path / "out" / "sft" / "checkpoints").glob("checkpoint-*")] == ["checkpoint-3"]
 
 
-def test_option_is_checked_before_the_run() -> None:
-    """Catches: a slip in the option that shows at the first finding, hours into a run."""
-    needed = {"dataset": "d", "model_name_or_path": "m"}
-    assert build(SFTConfig, {**needed, "doctor": ["stop", "loss_flat=off"]}, "x").doctor == ["stop", "loss_flat=off"]
-    wrong = build(SFTConfig, {**needed, "doctor": ["warn", "los_flat=off"]}, "x")
-    with (
-        pytest.raises(UserError, match=r"no check 'los_flat' .did you mean 'loss_flat'"),
-        open_run("sft", wrong, [], {}, ""),
-    ):
-        pass
+def test_option_is_checked_before_the_run(call: Callable[..., Call], toy_config: Path, tmp_path: Path) -> None:
+    """Catches: a slip in the option that shows at the first finding, hours into a run, or after the stages before."""
+    output = ["--output_dir", tmp_path / "out", "--registry", tmp_path / "registry"]
+    for words in (("rlhf.stages.sft", "--config", toy_config / "sft.yaml"), ("rlhf.pipeline", "--config", toy_config)):
+        refused = call(*words, *output, "--doctor", "warn", "los_flat=off")
+        assert (
+            refused.code == 2 and refused.complaint == "error: doctor: no check 'los_flat' (did you mean 'loss_flat'?)"
+        )
+        assert not (tmp_path / "out").exists()

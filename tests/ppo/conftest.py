@@ -13,8 +13,12 @@ import shapes  # noqa: F401  (switches the checks on)
 from test_models import VOCAB, ppo_config, role_models
 from transformers import PreTrainedTokenizerBase
 
+from rlhf.doctor.live import LiveDoctor
 from rlhf.models.tokenization import load_tokenizer
+from rlhf.ppo.rollout import Environment
+from rlhf.ppo.state import Outputs
 from rlhf.ppo.trainer import PPOTrainer
+from rlhf.reward.sources import AdapterReward, Reward
 from rlhf.run.timing import PhaseTimer
 from rlhf.run.tracker import Tracker
 
@@ -51,9 +55,14 @@ def make(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[Make]:
                 resume=config.resume,
             )
             stack.enter_context(tracker)
-            trainer = PPOTrainer(
-                models, PROMPTS, tokenizer, config, tracker, tmp_path / folder / "checkpoints", PhaseTimer()
+            environment = Environment(
+                prompts=PROMPTS,
+                rows=[{}] * len(PROMPTS),
+                reward=Reward({"reward": AdapterReward(models)}),
             )
+            outputs = Outputs(tracker=tracker, folder=tmp_path / folder / "checkpoints", timer=PhaseTimer())
+            doctor = LiveDoctor("ppo", config.doctor, tracker, dataclasses.asdict(config))
+            trainer = PPOTrainer(models, tokenizer, config, environment, outputs, observe=doctor.observe)
             trainer.sampling = dataclasses.replace(trainer.sampling, stop_token_ids=STOPS)
             return trainer
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -11,10 +12,12 @@ from ppo.conftest import Make
 from ppo.test_trainer import weights
 
 from rlhf.base.errors import UserError
+from rlhf.doctor.health.check import Remedy
 from rlhf.doctor.health.findings import find
 from rlhf.doctor.health.history import History
-from rlhf.doctor.live import RollBack
-from rlhf.ppo.trainer import MAX_ROLL_BACKS
+from rlhf.doctor.live import LiveDoctor
+from rlhf.ppo.state import MAX_ROLL_BACKS, Order
+from rlhf.ppo.trainer import PPOTrainer
 from rlhf.run import checkpoint
 from rlhf.run.tracker import Tracker
 
@@ -26,53 +29,63 @@ FAST: dict[str, Any] = {
 }
 
 
+def doctor_of(trainer: PPOTrainer) -> LiveDoctor:
+    """The doctor that observes the trainer."""
+    doctor = trainer.observe.__self__  # type: ignore[attr-defined]
+    assert isinstance(doctor, LiveDoctor)
+    return doctor
+
+
 def test_a_run_stops_with_a_checkpoint_and_goes_on_when_told(make: Make) -> None:
     """Catches: an update that is lost, a stop without a checkpoint, and a run that can never be resumed."""
     trainer = make(fresh=True, doctor=["stop", "reward_scale=warn"], **{**FAST, "save_steps": 100})
-    trainer.reward = lambda responses: (torch.ones(len(responses.texts)), {})  # type: ignore[assignment]
+    trainer.environment.reward = lambda responses: (torch.ones(len(responses.texts)), {})  # type: ignore[assignment]
     with pytest.raises(UserError, match=r"doctor, update 2: reward_constant: .*--resume true --doctor warn"):
         trainer.train()
-    assert trainer.updates_done == 2 and checkpoint.latest(trainer.folder) == trainer.folder / "checkpoint-2"
+    folder = trainer.outputs.folder
+    assert trainer.state.updates_done == 2 and checkpoint.latest(folder) == folder / "checkpoint-2"
     again = make(fresh=True, doctor=["warn"], resume=True, **FAST)
-    assert again.resume() == 2
+    assert again.state.resume() == 2
     again.train()
-    assert again.updates_done == 6
+    assert again.state.updates_done == 6
 
 
 @pytest.mark.parametrize("remedy", ["learning_rate", "kl_coef"])
-def test_a_run_goes_back_with_the_remedy(remedy: str, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_goes_back_with_the_remedy(remedy: Remedy, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches: going on from the weights that were found sick, a remedy that is not applied, or lost by a resumed run, a
     history that still holds the updates that were undone, and an endless loop."""
     trainer = make(fresh=True, doctor=["roll_back"], kl_coef=0.2, **FAST)
-    start, examine = weights(trainer.models), trainer.doctor.examine
+    start, doctor, state = weights(trainer.models), doctor_of(trainer), trainer.state
+    histories: list[list[int]] = []
 
-    def sick(step: int, metrics: dict[str, float]) -> None:
-        examine(step, metrics)
-        if step == 2:
-            raise RollBack("the toy is sick", remedy)  # type: ignore[arg-type]
+    def sick(step: int, metrics: Mapping[str, float]) -> Order | None:
+        doctor.observe(step, metrics)
+        histories.append(doctor.history.steps)
+        return Order(action="roll_back", reason="the toy is sick", remedy=remedy) if step == 2 else None
 
-    monkeypatch.setattr(trainer.doctor, "examine", sick)
-    gone_back = []
-    go_back = trainer.go_back
-
-    def spy(order: RollBack) -> int:
-        gone_back.append(go_back(order))
-        state = {"lr": trainer.optimizer.param_groups[0]["lr"], "kl_coef": trainer.kl_coef, "at": trainer.updates_done}
-        states.append(state | {"history": trainer.doctor.history.step})
-        return gone_back[-1]
-
+    trainer.observe = sick
+    moves: list[int] = []
     states: list[dict[str, float]] = []
-    monkeypatch.setattr(trainer, "go_back", spy)
+    follow = trainer.follow
+
+    def spy(order: Order) -> int:
+        moves.append(follow(order))
+        lr = state.optimizer.param_groups[0]["lr"]
+        states.append({"lr": lr, "kl_coef": state.kl_coef, "at": state.updates_done})
+        return moves[-1]
+
+    monkeypatch.setattr(trainer, "follow", spy)
     with pytest.raises(UserError, match="the toy is sick; the last good checkpoint is"):
         trainer.train()
-    assert gone_back == [-1] * MAX_ROLL_BACKS and len(states) == MAX_ROLL_BACKS
+    assert moves == [-1] * MAX_ROLL_BACKS and histories == [[1]] + [[1, 2]] * (MAX_ROLL_BACKS + 1)
     lr, kl = (2e-2 / 2, 0.2) if remedy == "learning_rate" else (2e-2, 0.4)
-    assert states[0] == {"lr": pytest.approx(lr), "kl_coef": pytest.approx(kl), "at": 1, "history": 1}
+    assert states[0] == {"lr": pytest.approx(lr), "kl_coef": pytest.approx(kl), "at": 1}
     assert states[2]["lr"] == pytest.approx(2e-2 / 8 if remedy == "learning_rate" else 2e-2)
     assert states[2]["kl_coef"] == pytest.approx(0.2 if remedy == "learning_rate" else 1.6)
     again = make(fresh=True, doctor=["roll_back"], kl_coef=0.2, **FAST)
-    again.resume()
-    assert again.kl_coef == states[2]["kl_coef"] and again.learning_rate_scale == pytest.approx(states[2]["lr"] / 2e-2)
+    again.state.resume()
+    assert again.state.kl_coef == states[2]["kl_coef"]
+    assert again.state.learning_rate_scale == pytest.approx(states[2]["lr"] / 2e-2)
     assert any(not torch.equal(start[name], tensor) for name, tensor in weights(again.models).items())
 
 
@@ -93,6 +106,8 @@ def test_live_findings_are_those_of_the_log(make: Make, monkeypatch: pytest.Monk
     trainer = make(fresh=True, **{**FAST, "learning_rate": 0.0})
     trainer.train()
     assert alerts[0] == "critical ppo: learning_rate_zero at update 3"
-    rows = [json.loads(line) for line in (trainer.folder.parent / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (trainer.outputs.folder.parent / "metrics.jsonl").read_text().splitlines()]
     found = [finding.check.name for finding in find(History("ppo", rows))]
-    assert found == [finding.check.name for finding in find(trainer.doctor.history)] and "learning_rate_zero" in found
+    assert (
+        found == [finding.check.name for finding in find(doctor_of(trainer).history)] and "learning_rate_zero" in found
+    )

@@ -43,8 +43,8 @@ def test_policy_reaches_the_optimum_of_reward_and_kl(make: Make) -> None:
     options = {"dtype": "float32", "response_length": 2, "kl_coef": KL_COEF, "missing_eos_penalty": 0.0, "lam": 1.0}
     sizes = {"rollout_batch_size": 256, "minibatch_size": 128, "microbatch_size": 128, "total_episodes": 256 * UPDATES}
     trainer = make("llama", fresh=True, learning_rate=1e-2, lr_scheduler_type="linear", **options, **sizes)
-    trainer.prompts, trainer.rows = [PROMPT], [{}]
-    trainer.reward = lambda responses: (share(responses.sequences.responses).float(), {})  # type: ignore[assignment]
+    trainer.environment.prompts, trainer.environment.rows = [PROMPT], [{}]
+    trainer.environment.reward = lambda responses: (share(responses.sequences.responses).float(), {})  # type: ignore[assignment]
     trainer.sampling = dataclasses.replace(trainer.sampling, stop_token_ids=[VOCAB])  # never drawn: always two tokens
     with torch.no_grad():
         reference = responses_table(trainer.models, "reference")
@@ -59,7 +59,7 @@ def test_policy_reaches_the_optimum_of_reward_and_kl(make: Make) -> None:
         kl(responses_table(exact, "policy"), optimum).backward()
         optimizer.step()
 
-    while trainer.updates_done < UPDATES:
+    while trainer.state.updates_done < UPDATES:
         trainer.step()
     with torch.no_grad():
         start, best = float(kl(reference, optimum)), float(kl(responses_table(exact, "policy"), optimum))

@@ -16,8 +16,10 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.base.errors import UserError
 from rlhf.ppo import functional as F
+from rlhf.ppo.draws import prompt_rows, text_rows
 from rlhf.ppo.rollout import Penalties
-from rlhf.ppo.trainer import MAX_ROLL_BACKS, KLLimitPassed, PPOTrainer
+from rlhf.ppo.state import MAX_ROLL_BACKS, Order
+from rlhf.ppo.trainer import KLLimitPassed, PPOTrainer
 from rlhf.run import checkpoint
 
 FAST = {"learning_rate": 2e-2, "lr_scheduler_type": "constant_with_warmup"}
@@ -57,10 +59,10 @@ def test_adapted_coefficient_is_used_logged_and_restored(make: Make) -> None:
     assert second["objective/rlhf_reward"] == pytest.approx(
         second["objective/score"] - expected * second["objective/kl"], abs=1e-9
     )
-    trainer.save()
+    trainer.state.save()
     again = make(fresh=True, kl_coef=0.2, kl_target=5.0, kl_horizon=100)
-    again.resume()
-    assert again.kl_coef == trainer.kl_coef != 0.2
+    again.state.resume()
+    assert again.state.kl_coef == trainer.state.kl_coef != 0.2
 
 
 # ---- rewards --------------------------------------------------------------------------------------------------------
@@ -86,7 +88,7 @@ def test_whitening_of_rewards_reaches_the_advantages(make: Make, monkeypatch: py
         seen.append(rewards[mask])
         return gae(values, rewards, mask, **kwargs)
 
-    monkeypatch.setattr("rlhf.ppo.trainer.F.gae", spy)
+    monkeypatch.setattr("rlhf.ppo.credit.F.gae", spy)
     for whiten in (False, True):
         make(folder=str(whiten), whiten_rewards=whiten, rollout_batch_size=8, total_episodes=16).step()
     plain, white = seen
@@ -105,7 +107,7 @@ def test_clipped_scores_are_clipped_before_the_penalties() -> None:
 def test_reward_clip_is_what_the_rollout_is_scored_with(make: Make) -> None:
     """Catches: an option that nobody reads, and raw scores that are logged clipped."""
     trainer = make(reward_clip=0.25, missing_eos_penalty=0.0)
-    trainer.reward = lambda responses: (torch.linspace(-9, 9, len(responses.texts)), {})  # type: ignore[assignment]
+    trainer.environment.reward = lambda responses: (torch.linspace(-9, 9, len(responses.texts)), {})  # type: ignore[assignment]
     rollout, _ = trainer.collect()
     assert float(rollout.raw_scores.max()) == 9
     assert sorted(set(rollout.scores.tolist())) == [-0.25, 0.25]
@@ -129,7 +131,7 @@ def test_the_first_step_of_a_warmup_changes_the_weights(make: Make) -> None:
     """Catches: a warm-up from 0, with which the first rollout is sampled, scored and thrown away."""
     trainer = make(warmup_steps=4, **FAST)
     policy, value = policy_weights(trainer), value_weights(trainer)
-    assert [group["lr"] for group in trainer.optimizer.param_groups] == pytest.approx([2e-3, 2e-3])
+    assert [group["lr"] for group in trainer.state.optimizer.param_groups] == pytest.approx([2e-3, 2e-3])
     metrics = trainer.step()
     assert not same(policy, policy_weights(trainer)) and not same(value, value_weights(trainer))
     assert metrics["ppo/lr"] == pytest.approx(6.5e-3)
@@ -142,16 +144,16 @@ def test_updates_of_a_rollout_end_early_and_the_schedule_goes_on(make: Make) -> 
     for limit in (None, 1e-9):
         trainer = make(folder=str(limit), max_approx_kl=limit, **options)
         steps = []
-        trainer.optimizer.register_step_post_hook(lambda *_, steps=steps: steps.append(1))
+        trainer.state.optimizer.register_step_post_hook(lambda *_, steps=steps: steps.append(1))
         metrics = trainer.step()
-        counts[limit] = len(steps), metrics["ppo/early_stop"], trainer.scheduler.last_epoch
+        counts[limit] = len(steps), metrics["ppo/early_stop"], trainer.state.scheduler.last_epoch
     assert counts == {None: (6, 0.0, 6), 1e-9: (1, 1.0, 6)}
 
 
 def test_each_prompt_gets_its_number_of_responses(make: Make) -> None:
     """Catches: prompts skipped or repeated too often when several responses are drawn from each."""
     trainer = make(num_responses_per_prompt=4, rollout_batch_size=8, total_episodes=24, minibatch_size=8)
-    rows = [trainer.prompt_rows(update) for update in range(3)]
+    rows = [prompt_rows(trainer.config, 6, update) for update in range(3)]
     assert all(row[:4] == row[:1] * 4 and row[4:] == row[4:5] * 4 for row in rows)
     assert sorted(row[i] for row in rows for i in (0, 4)) == list(range(6)), "one pass over six prompts"
     rollout, _ = trainer.collect()
@@ -170,7 +172,7 @@ def test_texts_add_their_gradient_to_the_same_update(make: Make, monkeypatch: py
         trainer = make(folder=str(coef), ptx_coef=coef, ptx_ratio=0.25, rollout_batch_size=8, minibatch_size=8)
         trainer.texts = TEXTS
         steps: list[int] = []
-        trainer.optimizer.register_step_post_hook(lambda *_, steps=steps: steps.append(1))
+        trainer.state.optimizer.register_step_post_hook(lambda *_, steps=steps: steps.append(1))
         update = trainer._update
 
         def record(totals: object, trainer: PPOTrainer = trainer, update: object = update, coef: float = coef) -> None:
@@ -181,7 +183,7 @@ def test_texts_add_their_gradient_to_the_same_update(make: Make, monkeypatch: py
         metrics = trainer.step()
         assert len(steps) == 1
     fresh = make(folder="oracle")
-    chosen = trainer._stream(len(TEXTS), 0, 2, stream=3)
+    chosen = text_rows(trainer.config, len(TEXTS), 0)
     with fresh.models.role("policy"):
         nll = torch.tensor(0.0, dtype=torch.float64)
         for i in chosen:
@@ -204,29 +206,29 @@ def test_run_stops_at_the_kl_limit_and_names_the_last_good_checkpoint(make: Make
     trainer = make(fresh=True, max_kl=1e-6, total_episodes=24, save_steps=1, **FAST)
     with pytest.raises(UserError, match=r"nats a response after update 1, above max_kl 1e-06; .*checkpoint-0"):
         trainer.train()
-    assert checkpoint.last_before(trainer.folder, 1) == trainer.folder / "checkpoint-0"
+    assert checkpoint.last_before(trainer.outputs.folder, 1) == trainer.outputs.folder / "checkpoint-0"
 
 
 def test_rolling_back_restores_the_last_good_state_with_half_the_step_size(make: Make, tmp_path: Path) -> None:
     """Catches: rolling back to the very weights that passed the limit, a step size that is not halved, or only once."""
     trainer = make(fresh=True, max_kl=1e-6, on_max_kl="roll_back", total_episodes=24, save_steps=1, **FAST)
     start = weights(trainer.models)
-    trainer.save()
+    trainer.state.save()
     trainer.step()
-    trainer.save()
+    trainer.state.save()
     with pytest.raises(KLLimitPassed) as passed:
         trainer.step()
-    assert trainer.go_back(passed.value) == -1
-    assert trainer.updates_done == 0 and same(start, weights(trainer.models))
-    assert [group["lr"] for group in trainer.optimizer.param_groups] == pytest.approx([1e-2, 1e-2])
-    assert [p.name for p in trainer.folder.iterdir()] == ["checkpoint-0"]
+    assert trainer.follow(Order(action="roll_back", reason=str(passed.value))) == -1
+    assert trainer.state.updates_done == 0 and same(start, weights(trainer.models))
+    assert [group["lr"] for group in trainer.state.optimizer.param_groups] == pytest.approx([1e-2, 1e-2])
+    assert [p.name for p in trainer.outputs.folder.iterdir()] == ["checkpoint-0"]
     again = make(fresh=True, max_kl=1e-6, on_max_kl="roll_back", total_episodes=24, save_steps=1, **FAST)
-    again.resume()
-    assert again.roll_backs == 1 and again.optimizer.param_groups[0]["lr"] == pytest.approx(1e-2)
+    again.state.resume()
+    assert again.state.roll_backs == 1 and again.state.optimizer.param_groups[0]["lr"] == pytest.approx(1e-2)
     with pytest.raises(UserError, match="above max_kl"):
         again.train()
-    assert again.roll_backs == MAX_ROLL_BACKS
-    assert again.optimizer.param_groups[0]["lr"] == pytest.approx(2e-2 / 2**MAX_ROLL_BACKS)
+    assert again.state.roll_backs == MAX_ROLL_BACKS
+    assert again.state.optimizer.param_groups[0]["lr"] == pytest.approx(2e-2 / 2**MAX_ROLL_BACKS)
 
 
 # ---- mean of the weights --------------------------------------------------------------------------------------------
@@ -238,15 +240,15 @@ def test_averaged_policy_is_the_running_mean_and_is_put_back(make: Make) -> None
     before = policy_weights(trainer)
     trainer.step()
     after = policy_weights(trainer)
-    with trainer.averaged_policy():
+    with trainer.state.averaged_policy():
         inside = policy_weights(trainer)
     assert same(after, policy_weights(trainer)) and not same(before, after)
     for name, mean in inside.items():
         torch.testing.assert_close(mean, 0.9 * before[name] + 0.1 * after[name])
-    trainer.save()
+    trainer.state.save()
     again = make(ema_decay=0.9, rollout_batch_size=8, minibatch_size=8, total_episodes=24, **FAST)
-    again.resume()
-    assert same(again.average, trainer.average)
+    again.state.resume()
+    assert same(again.state.average, trainer.state.average)
 
 
 # ---- where a response ends ------------------------------------------------------------------------------------------
@@ -325,7 +327,7 @@ def test_approx_kl_and_ratios_are_those_of_the_tokens(make: Make, monkeypatch: p
         logs.extend((new - old)[mask].tolist())
         return loss(new, old, advantages, mask, **kwargs)
 
-    monkeypatch.setattr("rlhf.ppo.trainer.F.policy_loss", spy)
+    monkeypatch.setattr("rlhf.ppo.gradients.F.policy_loss", spy)
     metrics = make(num_ppo_epochs=3, rollout_batch_size=8, minibatch_size=4, **FAST).step()
     ratios = [math.exp(x) for x in logs]
     assert max(ratios) > 1.05

@@ -22,7 +22,9 @@ from rlhf.models.roles import RoleModels, SharedModels
 from rlhf.models.separate import SeparateModels
 from rlhf.models.sequences import Sequences, pad
 from rlhf.ppo import forward
-from rlhf.ppo import trainer as trainer_module
+from rlhf.ppo import functional as F
+from rlhf.ppo.credit import Credit
+from rlhf.ppo.draws import prompt_rows
 from rlhf.ppo.trainer import RATIO_TOLERANCE, PPOTrainer
 from rlhf.ppo.types import Rollout
 from rlhf.reward import sources
@@ -39,22 +41,22 @@ def _true_float64(monkeypatch: pytest.MonkeyPatch) -> None:
 def spy(trainer: PPOTrainer, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
     """Records rewards, what the optimiser is given, and the gradients of each update before they are clipped."""
     seen: dict[str, list[Any]] = {"rewards": [], "optimise": [], "gradients": []}
-    token_rewards, optimise, update = trainer_module.F.token_rewards, trainer.optimise, trainer._update
+    token_rewards, optimise, update = F.token_rewards, trainer.optimise, trainer._update
 
     def record_rewards(*args: Any, **kwargs: Any) -> Tensor:
         seen["rewards"].append(token_rewards(*args, **kwargs))
         return seen["rewards"][-1]
 
-    def record_optimise(rollout: Rollout, advantages: Tensor, returns: Tensor) -> dict[str, float]:
-        seen["optimise"].append((rollout, advantages, returns))
-        return optimise(rollout, advantages, returns)
+    def record_optimise(rollout: Rollout, credit: Credit) -> dict[str, float]:
+        seen["optimise"].append((rollout, credit.advantages, credit.returns))
+        return optimise(rollout, credit)
 
     def record_update(totals: Any) -> None:
         named = {**trainer.models.trainable("policy"), **trainer.models.trainable("value")}
         seen["gradients"].append({n: p.grad.clone() for n, p in named.items() if p.grad is not None})
         update(totals)
 
-    monkeypatch.setattr(trainer_module.F, "token_rewards", record_rewards)
+    monkeypatch.setattr(F, "token_rewards", record_rewards)
     monkeypatch.setattr(trainer, "optimise", record_optimise)
     monkeypatch.setattr(trainer, "_update", record_update)
     return seen
@@ -165,7 +167,7 @@ def test_one_update_is_that_of_a_naive_implementation(
 
     # Nothing but the first weights and the sampled tokens is taken from the trainer.
     pairs = list(zip(real(rollout.prompts, rollout.prompt_mask), real(rollout.responses, rollout.mask), strict=True))
-    assert [p for p, _ in pairs] == [PROMPTS[i] for i in trainer.prompt_rows(0)]
+    assert [p for p, _ in pairs] == [PROMPTS[i] for i in rollout.prompt]
     assert all(len({len(row[side]) for row in pairs}) > 2 for side in (0, 1)), "the toy must be ragged"
     old = naive.evaluate(models, pairs, STOPS, REWARD_MEAN, REWARD_STD, c)
     for name, got in (
@@ -222,7 +224,7 @@ def test_an_update_does_not_depend_on_microbatches_row_order_or_padding(
     noise = torch.randn(rollout.mask.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     advantages, returns = noise * rollout.mask, (rollout.values + noise.flip(0)) * rollout.mask
     assert len(set(rollout.lengths.tolist())) > 3, "the toy must be ragged"
-    trainer.save()
+    trainer.state.save()
     ends = []
     backwards, wider = torch.arange(len(rollout)).flip(0), torch.nn.functional.pad
     for size, batch, targets in (
@@ -233,14 +235,18 @@ def test_an_update_does_not_depend_on_microbatches_row_order_or_padding(
         (2, padded(rollout), (wider(advantages, (0, 2)), wider(returns, (0, 2)))),
     ):
         trainer.config.microbatch_size = size
-        trainer.optimise(batch, *targets)
+        trainer.optimise(batch, credit(*targets))
         ends.append(weights(trainer.models))
-        trainer.resume()
+        trainer.state.resume()
     first, *others = zip(seen["gradients"][::2], seen["gradients"][1::2], ends, strict=True)
     assert len(others) == 4
     for other in others:
         for got, expected, atol in zip(other, first, (1e-10, 1e-7, 1e-7), strict=True):
             assert_close(got, expected, atol=atol)
+
+
+def credit(advantages: Tensor, returns: Tensor) -> Credit:
+    return Credit(advantages=advantages, returns=returns, metrics={})
 
 
 def permuted(rollout: Rollout, order: Tensor) -> Rollout:
@@ -346,20 +352,22 @@ def test_stale_log_probabilities_are_refused(make: Make) -> None:
     before = weights(trainer.models)
     stale = dataclasses.replace(rollout, logprobs=rollout.logprobs - 1e-3 * rollout.mask)
     with pytest.raises(RuntimeError, match="first probability ratio"):
-        trainer.optimise(stale, zeros, rollout.values)
+        trainer.optimise(stale, credit(zeros, rollout.values))
     assert_same_bytes(weights(trainer.models), before)
-    trainer.optimizer.zero_grad()
-    trainer.optimise(rollout, zeros, rollout.values)
+    trainer.state.optimizer.zero_grad()
+    trainer.optimise(rollout, credit(zeros, rollout.values))
 
 
 def test_every_pass_over_the_prompts_is_another_permutation(make: Make) -> None:
     """Catches: prompts left out or repeated within a pass, one order for all passes, and an order that depends on history."""
     trainer = make(rollout_batch_size=4, minibatch_size=4, total_episodes=48)
-    rows = [row for update in range(12) for row in trainer.prompt_rows(update)]  # 8 passes over 6 prompts
+    rows = [
+        row for update in range(12) for row in prompt_rows(trainer.config, len(PROMPTS), update)
+    ]  # 8 passes over 6 prompts
     passes = [tuple(rows[i : i + 6]) for i in range(0, 48, 6)]
     assert all(sorted(one) == list(range(6)) for one in passes)
     assert len(set(passes)) > 5
-    assert trainer.prompt_rows(3) == rows[12:16]
+    assert prompt_rows(trainer.config, len(PROMPTS), 3) == rows[12:16]
     other = make(rollout_batch_size=4, minibatch_size=4, total_episodes=48, seed=5, folder="other")
     assert [row for update in range(12) for row in other.prompt_rows(update)] == rows
     other.config.seed = 1
@@ -390,7 +398,7 @@ def test_a_rewarded_token_becomes_likelier_and_a_punished_one_rarer(sign: float,
         learning_rate=2e-2,
         lr_scheduler_type="constant_with_warmup",
     )
-    trainer.reward = share  # type: ignore[assignment]
+    trainer.environment.reward = share  # type: ignore[assignment]
     ids, mask = pad(PROMPTS, 0, side="left")
     ones = Sequences(
         prompts=ids, prompt_mask=mask, responses=torch.full((6, 1), token), mask=torch.ones(6, 1, dtype=torch.bool)
@@ -415,7 +423,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_the_weights(where: s
     (advantages if where == "policy" else returns)[3, 0] = torch.nan
     before = weights(trainer.models)
     with pytest.raises(UserError, match="gradient is not finite at update 1"):
-        trainer.optimise(rollout, advantages, returns)
+        trainer.optimise(rollout, credit(advantages, returns))
     assert_same_bytes(weights(trainer.models), before)
 
 
@@ -446,15 +454,15 @@ def test_a_resumed_run_ends_in_the_same_bytes(mode: str, optim: str, make: Make)
     }
     straight = make("llama", folder="straight", **options)
     figures = [straight.step() for _ in range(4)]
-    types = {t.dtype for s in straight.optimizer.state.values() for t in s.values() if isinstance(t, Tensor)}
+    types = {t.dtype for s in straight.state.optimizer.state.values() for t in s.values() if isinstance(t, Tensor)}
     assert (torch.uint8 in types) == (optim == "adamw_8bit")
 
     first = make("llama", folder="broken", **options)
     for _ in range(2):
         first.step()
-    first.save()
+    first.state.save()
     second = make("llama", folder="broken", seed=99, **options)  # starts elsewhere: all must come from the checkpoint
-    assert second.resume() == 2
+    assert second.state.resume() == 2
     again = [second.step() for _ in range(2)]
     assert_same_bytes(weights(second.models), weights(straight.models))
     for one, two in zip(figures[2:], again, strict=True):
@@ -466,11 +474,11 @@ def test_resuming_takes_back_log_lines_after_the_checkpoint(make: Make) -> None:
     """Catches: updates that were run twice, before and after a crash, and so appear twice in the report."""
     trainer = make()
     trainer.step()
-    trainer.save()
+    trainer.state.save()
     trainer.step()
-    trainer.resume()
+    trainer.state.resume()
     trainer.step()
-    lines = (trainer.tracker.run_dir / "metrics.jsonl").read_text().splitlines()
+    lines = (trainer.outputs.tracker.run_dir / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2]
 
 
@@ -478,8 +486,8 @@ def test_train_runs_all_updates_and_keeps_the_last_checkpoint(make: Make) -> Non
     """Catches: a last update that is not saved because it falls between two checkpoints."""
     trainer = make(total_episodes=24, save_steps=2)
     trainer.train()
-    assert trainer.updates_done == 3
-    assert sorted(p.name for p in trainer.folder.iterdir()) == ["checkpoint-2", "checkpoint-3"]
+    assert trainer.state.updates_done == 3
+    assert sorted(p.name for p in trainer.outputs.folder.iterdir()) == ["checkpoint-2", "checkpoint-3"]
 
 
 def test_snapshots_hold_the_policy_of_their_update(make: Make) -> None:
@@ -490,13 +498,16 @@ def test_snapshots_hold_the_policy_of_their_update(make: Make) -> None:
 
     def remember() -> dict[str, float]:
         metrics = step()
-        seen[trainer.updates_done] = next(iter(trainer.models.trainable("policy").values())).detach().clone()
+        seen[trainer.state.updates_done] = next(iter(trainer.models.trainable("policy").values())).detach().clone()
         return metrics
 
     trainer.step = remember  # type: ignore[method-assign]
     trainer.train()
-    found = checkpoint.snapshots(trainer.folder)
-    assert list(found) == [2, 4, 5] and checkpoint.latest(trainer.folder) == trainer.folder / "checkpoint-5"
+    found = checkpoint.snapshots(trainer.outputs.folder)
+    assert (
+        list(found) == [2, 4, 5]
+        and checkpoint.latest(trainer.outputs.folder) == trainer.outputs.folder / "checkpoint-5"
+    )
     name = next(iter(trainer.models.trainable("policy"))).replace(".policy.", ".")
     for update, folder in found.items():
         assert {p.name for p in folder.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
@@ -507,10 +518,10 @@ def test_every_documented_metric_is_logged_and_no_other(make: Make) -> None:
     """Catches: a figure that was renamed in one place, dropped, or added without saying what it means."""
     trainer = make(minibatch_size=4, num_logged_samples=3)
     trainer.step()
-    (line,) = (trainer.tracker.run_dir / "metrics.jsonl").read_text().splitlines()
+    (line,) = (trainer.outputs.tracker.run_dir / "metrics.jsonl").read_text().splitlines()
     logged = json.loads(line)
     assert logged.keys() - {"step", "time"} == {metric.name for metric in of_stage("ppo")} | {"episodes"}
     assert logged["episodes"] == 8 and logged["step"] == 1
     assert all(isinstance(value, (int, float)) for value in logged.values())
-    samples = [json.loads(x) for x in (trainer.tracker.run_dir / "samples.jsonl").read_text().splitlines()]
+    samples = [json.loads(x) for x in (trainer.outputs.tracker.run_dir / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == 3 and samples[0].keys() == {"step", "prompt", "response", "score", "kl"}

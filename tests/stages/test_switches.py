@@ -105,8 +105,8 @@ def test_running_out_of_memory_leaves_the_last_checkpoint(
     optimise, updates = PPOTrainer.optimise, []
 
     def runs_out(self: PPOTrainer, *args: Any) -> dict[str, float]:
-        updates.append(self.updates_done)
-        if self.updates_done == 1:
+        updates.append(self.state.updates_done)
+        if self.state.updates_done == 1:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return optimise(self, *args)
 

@@ -41,10 +41,9 @@ from rlhf.models.adapters import read_adapter
 from rlhf.models.roles import RoleModels, SharedModels
 from rlhf.models.separate import SeparateModels
 from rlhf.models.sequences import Sequences, pad
-from rlhf.models.tokenization import decode_response
-from rlhf.ppo import forward
-from rlhf.ppo import functional as F
-from rlhf.ppo.metrics import Totals
+from rlhf.ppo import draws, forward
+from rlhf.ppo.gradients import accumulate
+from rlhf.ppo.rollout import Environment, response_texts
 from rlhf.ppo.trainer import RATIO_TOLERANCE, PPOTrainer
 from rlhf.ppo.types import Rollout
 from rlhf.reward.parity import PADDINGS, REORDERED, deviation
@@ -86,7 +85,7 @@ def ppo(ground: PreflightContext, trainer: PPOTrainer) -> list[Check]:
             *loaded,
             *_reward_loads(ground, trainer),
             check_rollout(rollout, ground.pad_token_id, small.sampling.stop_token_ids),
-            *_company(ground, small, trainer.reward, rollout),
+            *_company(ground, small, trainer.environment.reward, rollout),
             *saved,
             sampler[0],
             _reference(models, rollout, small.config.temperature),
@@ -105,9 +104,14 @@ def ppo(ground: PreflightContext, trainer: PPOTrainer) -> list[Check]:
 
 def rehearsal(trainer: PPOTrainer) -> PPOTrainer:
     """The same trainer with a few short prompts, short responses, and made-up scores, all of them different."""
-    small, c = copy.copy(trainer), trainer.config
-    chosen = pick_short_rows([len(prompt) for prompt in trainer.prompts], ROWS)
-    small.prompts, small.rows = [trainer.prompts[i] for i in chosen], [trainer.rows[i] for i in chosen]
+    small, c, environment = copy.copy(trainer), trainer.config, trainer.environment
+    numbers = pick_short_rows([len(prompt) for prompt in environment.prompts], ROWS)
+    small.environment = Environment(
+        prompts=[environment.prompts[i] for i in numbers],
+        rows=[environment.rows[i] for i in numbers],
+        reward=Reward({"made up": lambda responses: torch.linspace(-1.0, 1.0, len(responses.texts))}),
+        gold=environment.gold,
+    )
     small.config = dataclasses.replace(
         c,
         total_episodes=ROWS,
@@ -117,7 +121,6 @@ def rehearsal(trainer: PPOTrainer) -> PPOTrainer:
         microbatch_tokens=None,
         num_responses_per_prompt=1,
         num_ppo_epochs=1,
-        value_warmup_updates=0,
         ptx_coef=0.0,
         ptx_text=None,
         ptx_dataset=None,
@@ -128,8 +131,7 @@ def rehearsal(trainer: PPOTrainer) -> PPOTrainer:
         # Compiling for another size would take longer than all the rest.
         sampler="loop" if c.sampler == "compiled" else c.sampler,
     )
-    small.reward = Reward({"made up": lambda responses: torch.linspace(-1.0, 1.0, len(responses.texts))})
-    small.timer = PhaseTimer()
+    small.outputs = dataclasses.replace(trainer.outputs, timer=PhaseTimer())
     return small
 
 
@@ -141,19 +143,12 @@ def rehearse(small: PPOTrainer, intended: Mapping[str, nn.Parameter]) -> tuple[R
     """
     c, models = small.config, small.models
     rollout, _ = small.collect()
-    rewards = F.token_rewards(rollout.scores, rollout.logprobs, rollout.ref_logprobs, rollout.mask, kl_coef=c.kl_coef)
-    advantages, returns = F.gae(rollout.values, rewards, rollout.mask, gamma=c.gamma, lam=c.lam)
-    totals, kept = Totals(), ActivationMeter(models)
-    ((rows, microbatches),) = small.minibatches(rollout.lengths, epoch=0)
+    credit = small.estimator(rollout, kl_coef=small.state.kl_coef)
+    (microbatches,) = draws.minibatches(c, rollout.lengths, small.state.updates_done, epoch=0)
+    meter = ActivationMeter(models)
     models.train(c.gradient_checkpointing)
-    limit = RATIO_TOLERANCE[models.compute.dtype]
-    try:
-        with kept.counted():
-            tokens = int(rollout.mask[rows].sum())
-            small.accumulate(rollout, F.whiten(advantages, rollout.mask), returns, microbatches, tokens, totals)
-    except RuntimeError:
-        if totals.first_ratio_error <= limit:
-            raise
+    with meter.counted():
+        sums = accumulate(models, c, rollout, credit, microbatches, train_policy=True)
     models.eval()
     if distributed.size() > 1:
         for parameter in intended.values():
@@ -162,7 +157,7 @@ def rehearse(small: PPOTrainer, intended: Mapping[str, nn.Parameter]) -> tuple[R
     gradients = check_gradients(models, {n: p for n, p in intended.items() if id(p) not in _unused(models)})
     for parameter in models.parameters():
         parameter.grad = None
-    error = distributed.largest(totals.first_ratio_error)
+    error, limit = distributed.largest(sums.ratio_error), RATIO_TOLERANCE[models.compute.dtype]
     ratio = Check(
         name="first ratio is 1",
         passed=error <= limit,
@@ -171,7 +166,7 @@ def rehearse(small: PPOTrainer, intended: Mapping[str, nn.Parameter]) -> tuple[R
         fix="compute them with rlhf.ppo.forward in the microbatches that are trained, dropout off",
     )
     largest = max(int(rollout.lengths[part].sum()) for part in microbatches)
-    return rollout, ratio, gradients, distributed.largest(kept.peak / largest)
+    return rollout, ratio, gradients, distributed.largest(meter.peak / largest)
 
 
 def _unused(models: RoleModels) -> set[int]:
@@ -241,10 +236,11 @@ def _trainable(trainer: PPOTrainer, intended: Mapping[str, nn.Parameter]) -> Che
     problems: list[str] = []
     if isinstance(models, SharedModels):
         problems += layers_without_adapter(models.peft, c.lora_target_modules, [models.causal.get_output_embeddings()])
-    held = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
-    wanted = {id(p) for p in intended.values()}
-    if held != wanted:
-        problems.append(f"the optimiser lacks {len(wanted - held)} tensors and holds {len(held - wanted)} others")
+    optimised = {id(p) for group in trainer.state.optimizer.param_groups for p in group["params"]}
+    trainable = {id(p) for p in intended.values()}
+    if optimised != trainable:
+        lacks, others = len(trainable - optimised), len(optimised - trainable)
+        problems.append(f"the optimiser lacks {lacks} tensors and holds {others} others")
     return check_trainable(models, intended, problems)
 
 
@@ -253,10 +249,9 @@ def _company(ground: PreflightContext, small: PPOTrainer, reward: Reward, rollou
     """Scores of a few responses together, alone, and with more padding; sources that are no models are not asked."""
     models = {n: s for n, s in reward.sources.items() if isinstance(s, (AdapterReward, ModelReward, ClassifierReward))}
     chosen = torch.arange(SCORED, device=rollout.mask.device)
-    some = _plain(rollout).select(chosen)
-    drawn = small.prompt_rows(0)[:SCORED]
-    rows = [small.rows[i] for i in drawn]
-    texts = [decode_response(small.tokenizer, r[m].tolist()) for r, m in zip(some.responses, some.mask, strict=True)]
+    some = rollout.select(chosen)
+    rows = [small.environment.rows[i] for i in some.prompt.tolist()]
+    texts = response_texts(small.tokenizer, some)
 
     def scores(source: Source, sequences: Sequences, numbers: Sequence[int]) -> Tensor:
         batches = [torch.arange(len(sequences), device=sequences.mask.device)]
@@ -277,12 +272,6 @@ def _company(ground: PreflightContext, small: PPOTrainer, reward: Reward, rollou
     return checks
 
 
-def _plain(rollout: Rollout) -> Sequences:
-    return Sequences(
-        prompts=rollout.prompts, prompt_mask=rollout.prompt_mask, responses=rollout.responses, mask=rollout.mask
-    )
-
-
 def padded(sequences: Sequences, left: int, right: int, pad_token_id: int) -> Sequences:
     """The same sequences with so many padding tokens more before the prompts and after the responses."""
     widen = torch.nn.functional.pad
@@ -300,7 +289,7 @@ def _reward_loads(ground: PreflightContext, trainer: PPOTrainer) -> list[Check]:
     checks = []
     for artifact in ground.parents:
         probe = read_probe(artifact) if artifact.manifest.stage == "reward" else None
-        source = trainer.reward.sources.get(artifact.name)
+        source = trainer.environment.reward.sources.get(artifact.name)
         if probe is None or ground.quantized or not isinstance(source, (AdapterReward, ModelReward)):
             continue
         mean, std = float(artifact.manifest.reward_mean or 0.0), float(artifact.manifest.reward_std or 1.0)
@@ -332,7 +321,7 @@ def _reload(
     """What saving and loading the policy's adapter changes; whole models are not copied."""
     if not isinstance(models, SharedModels):
         return []
-    some = _plain(rollout).select(torch.arange(SCORED, device=rollout.mask.device))
+    some = rollout.select(torch.arange(SCORED, device=rollout.mask.device))
 
     def save(folder: Path) -> None:
         models.save_policy(folder, base_model="preflight")
@@ -349,7 +338,7 @@ def _room(
     ground: PreflightContext, trainer: PPOTrainer, intended: Mapping[str, nn.Parameter], activations: float
 ) -> list[Check]:
     c, parameters = trainer.config, list(intended.values())
-    longest = sorted(map(len, trainer.prompts))[-c.microbatch_size :]
+    longest = sorted(map(len, trainer.environment.prompts))[-c.microbatch_size :]
     tokens = sum(longest) + c.microbatch_size * c.response_length
     tokens = min(tokens, c.microbatch_tokens or tokens)
     rollout = c.rollout_batch_size // distributed.size() * (longest[-1] + c.response_length)
