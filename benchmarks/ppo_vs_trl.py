@@ -112,7 +112,9 @@ def gigabytes(trainer: Any, tokens: int) -> dict[str, float]:
     with kept.counted():
         trainer.step()
     weights = list(trainer.models.parameters())
-    states = [x for state in trainer.state.optimizer.state.values() for x in state.values() if isinstance(x, torch.Tensor)]
+    states = [
+        x for state in trainer.state.optimizer.state.values() for x in state.values() if isinstance(x, torch.Tensor)
+    ]
 
     def size(tensors: Sequence[Any]) -> int:
         return sum(x.numel() * x.element_size() for x in tensors)

@@ -78,7 +78,9 @@ def ours(*, prompt: int, response: int, repeats: int, options: Mapping[str, Any]
     with common.ppo_trainer(**settings, microbatch=work["episodes"], updates=1, options=options) as trainer:
 
         def once() -> int:
-            sequences, _ = respond(trainer.models, trainer.environment.prompts, trainer.sampling, reference=False, seed=0)
+            sequences, _ = respond(
+                trainer.models, trainer.environment.prompts, trainer.sampling, reference=False, seed=0
+            )
             return int(sequences.mask.sum())
 
         return speed(once, work["episodes"] * response, repeats, work["device"])

@@ -75,12 +75,13 @@ class Totals:
         """Add the statistics of one minibatch."""
         if self.steps == 0:
             self.first_ratio_error = sums.ratio_error
-        for part in sums.policy:
-            self.ratio_max = max(self.ratio_max, part.ratio_max)
-        for totals, parts in ((self.policy, sums.policy), (self.value, sums.value)):
-            for name in totals:
-                for part in parts:
-                    totals[name] += getattr(part, name)
+        for policy in sums.policy:
+            self.ratio_max = max(self.ratio_max, policy.ratio_max)
+            for name in self.policy:
+                self.policy[name] += getattr(policy, name)
+        for value in sums.value:
+            for name in self.value:
+                self.value[name] += getattr(value, name)
 
     def add_texts(self, shares: Sequence[float]) -> None:
         """Add the shares of microbatches in the mean negative log-likelihood of an update's texts (PPO-ptx)."""
@@ -94,8 +95,8 @@ class Totals:
 
     def metrics(self) -> dict[str, float]:
         """Return means over the tokens of all processes; zeros for a policy that was not trained (value warm-up)."""
-        sums = torch.tensor([*self.policy.values(), *self.value.values(), self.text_loss], dtype=torch.float64)
-        *sums, text_loss = distributed.total(sums).tolist()
+        local = torch.tensor([*self.policy.values(), *self.value.values(), self.text_loss], dtype=torch.float64)
+        *sums, text_loss = distributed.total(local).tolist()
         policy = dict(zip(self.policy, sums, strict=False))
         value = dict(zip(self.value, sums[len(policy) :], strict=True))
         policy_tokens, value_tokens = max(policy["tokens"], 1), max(value["tokens"], 1)

@@ -100,11 +100,11 @@ class TrainingState:
             distributed.wait()
             return self.outputs.folder
         moments, settings = checkpoint.pack_optimizer(self.optimizer)
+        tensors: dict[str, dict[str, Tensor]] = {"weights": {**self.weights()}, "optimizer": moments}
         path = checkpoint.save(
             self.outputs.folder,
             self.updates_done,
-            {"weights": dict(self.weights()), "optimizer": moments}
-            | ({"average": self.average} if self.average else {}),
+            tensors | ({"average": self.average} if self.average else {}),
             {
                 "optimizer": settings,
                 "scheduler": self.scheduler.state_dict(),
