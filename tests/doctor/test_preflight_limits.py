@@ -265,7 +265,8 @@ def test_the_page_holds_the_limits_of_the_code() -> None:
     assert limits["first ratio is 1"] == f"that of the run itself: {own}"
     surprise = f"{ppo_checks.SURPRISE:g} standard deviations"
     assert limits["the sampler's distribution is the scored one"] == f"{surprise}; and as much as merging may change"
-    batch = f"{REORDERED[bf16]:.0%} of their size in bf16, {REORDERED[fp32]:.1%} in fp32"
+    shares = [f"{100 * REORDERED[dtype]:g}%" for dtype in (bf16, fp32, fp64)]
+    batch = f"{shares[0]} of their size in bf16, {shares[1]} in fp32, {shares[2]} in fp64 (root mean square)"
     assert limits["score independent of batch and padding"].startswith(batch)
     needs = f"{room.CHECKPOINTS} checkpoints, {room.RESULTS} copies of the result and {room.OTHER_FILES // 10**6} MB"
     assert needs in PAGE
