@@ -98,7 +98,7 @@ def negative_kl(h: History, *, kl: float = -0.05, errors: float = 4) -> str | No
     source="Ziegler et al. 2019, section 2.2",
 )
 def controller_saturated(h: History, *, factor: float = 2) -> str | None:
-    """Of the last {rows} rollouts the median KL at least {factor:g} x `kl_target`, and all but one at least at it."""
+    """Median KL of the last {rows} rollouts at least {factor:g} x `kl_target`, and all but one of them at least at it."""
     target = h.setting("kl_target")
     kl, coefficient = h.values("objective/kl", 10), h.values("objective/kl_coef", 10)
     if not target or statistics.median(kl) < factor * target or sorted(kl)[1] < target:

@@ -145,7 +145,7 @@ def check_labels(
 
 
 def check_rankings(tokenizer: PreTrainedTokenizerBase, batch: Mapping[str, Tensor], pairs: int) -> Check:
-    """Check that each response of a batch of rankings is scored at its stop token, and that there is an order to learn.
+    """Check that each response of a batch of rankings is scored at its stop token, and some pair has an order.
 
     Args:
         batch: `input_ids` and `attention_mask` (M, T).
