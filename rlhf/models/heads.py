@@ -1,4 +1,4 @@
-"""The transformer below the language-model head, and the logits of its states."""
+"""A model's backbone and heads: logits from hidden states, and heads to one number."""
 
 from __future__ import annotations
 
@@ -8,26 +8,24 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
 from rlhf.base.errors import UserError
 
-#: What `has_plain_head` found.
+#: Results of `has_plain_head`.
 _PLAIN_HEAD: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def backbone(causal: PreTrainedModel) -> nn.Module:
-    """The transformer below the language-model head, ending in its last norm."""
+    """Return the transformer below the language-model head, ending in its last norm."""
     return getattr(causal, causal.base_model_prefix)
 
 
 @torch.no_grad()
 def has_plain_head(model: PreTrainedModel) -> bool:
-    """Whether a causal model's logits are just its output embedding of the last hidden states: no scale, no soft cap.
+    """Return True if a causal model's logits are just its output embedding of the last hidden states.
 
-    Tried with one short pass, once for each model.
+    Scales and soft caps make it False. A short pass decides, once for each model.
     """
     if model not in _PLAIN_HEAD:
         # From the middle of the vocabulary: the embedding of a padding token may be all zeros.
@@ -48,11 +46,14 @@ def has_plain_head(model: PreTrainedModel) -> bool:
     return _PLAIN_HEAD[model]
 
 
-def before_head(
+def states_and_head(
     model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """States (B, T, ...), and what makes logits (..., V) of any of them: of a plain head, which need not see all tokens, the
-    last hidden states and the head; of others the logits, which stay as they are."""
+    """Return hidden states (B, T, ...) and the function that maps any of them to logits (..., V).
+
+    Models with a plain head return their last hidden states and that head, so callers can skip tokens; other models
+    return full logits and the identity.
+    """
     if has_plain_head(model):
         output = backbone(model)(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
         return output.last_hidden_state, model.get_output_embeddings()
@@ -60,7 +61,7 @@ def before_head(
 
 
 def check_plain_head(model: PreTrainedModel) -> None:
-    """Refuses a model whose logits are more than its output embedding of the last hidden state (soft caps, scales)."""
+    """Raise `UserError` for a model whose head is not plain (`has_plain_head`)."""
     if not has_plain_head(model):
         raise UserError(
             f"{type(model).__name__} changes its logits after the output embedding, which PPO does not support"
@@ -68,7 +69,7 @@ def check_plain_head(model: PreTrainedModel) -> None:
 
 
 class ScalarHead(nn.Linear):
-    """A linear head to one number that computes in its own type, outside autocast: a score must not be rounded to bf16."""
+    """A linear head to one number, computed in its own type: autocast would round scores to bf16. It starts at 0."""
 
     def __init__(self, width: int, *, bias: bool, dtype: torch.dtype) -> None:
         super().__init__(width, 1, bias=bias, dtype=dtype)

@@ -1,4 +1,4 @@
-"""Likelihoods of responses under a policy."""
+"""Likelihoods of given responses under a policy."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf.models.compute import Compute
-from rlhf.models.heads import before_head
+from rlhf.models.heads import states_and_head
 from rlhf.models.logprobs import sequence_logprobs
 from rlhf.models.sequences import pad, prompt_batches
 
-#: Positions whose logits are made together.
+#: Positions whose logits are computed together.
 _TOKENS_AT_ONCE = 128
 
 
@@ -28,12 +28,12 @@ def mean_logprobs(
     compute: Compute,
     batch_size: int,
 ) -> Tensor:
-    """(M,) mean log-likelihood a token of each response, nats: a sum would only rank by length.
+    """Return the mean log-likelihood (M,) a token of each response, nats; sums would mostly rank by length.
 
     Args:
         rows: token ids of prompt and response.
         prompt_lengths: tokens of the prompt in each row.
-        prompt: (M,) int64, which prompt each row answers; what the rows of a prompt share is computed once.
+        prompt: (M,) int64, number of each row's prompt; the common beginning of a prompt's rows is computed once.
     """
     means = torch.zeros(len(rows))
     for numbers in prompt_batches(prompt, batch_size):
@@ -43,11 +43,14 @@ def mean_logprobs(
         answer = (mask[:, 1:] & (column >= starts[:, None] - 1)).to(compute.device)
         ids, mask = ids.to(compute.device), mask.to(compute.device)
         with compute.autocast():
-            states, head = before_head(policy, ids, mask.long())
-            before, tokens = states[:, :-1][answer], ids[:, 1:][answer]  # (N, ...), (N,): the state before each token
+            states, head = states_and_head(policy, ids, mask.long())
+            states, tokens = (
+                states[:, :-1][answer],
+                ids[:, 1:][answer],
+            )  # (N, ...), (N,): each token and the state before it
             parts = [
                 sequence_logprobs(head(part), target, temperature=1.0)
-                for part, target in zip(before.split(_TOKENS_AT_ONCE), tokens.split(_TOKENS_AT_ONCE), strict=True)
+                for part, target in zip(states.split(_TOKENS_AT_ONCE), tokens.split(_TOKENS_AT_ONCE), strict=True)
             ]
         logprobs = torch.zeros(answer.shape, device=compute.device).masked_scatter(answer, torch.cat(parts).float())
         means[numbers] = (logprobs.sum(dim=1) / answer.sum(dim=1)).cpu()

@@ -1,19 +1,34 @@
-"""What a stage's manifest records of its data."""
+"""Data sets of a stage: loading, encoding, and the manifest's record of them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from rlhf.base import distributed
 from rlhf.data_prep.formats.rows import prompt_key
-from rlhf.data_prep.load import NAMED_ROWS, Loaded, joint_fingerprint
+from rlhf.data_prep.load import NAMED_ROWS, Kind, Loaded, joint_fingerprint, load_rows
 from rlhf.data_prep.overlap import TrainingPrompts
+from rlhf.models.tokenization import encode_prompt, encode_response
 from rlhf.registry import Artifact, Registry
 
 
+def load_splits(dataset: str, kind: Kind) -> dict[str, Loaded]:
+    """Return the rows to train on and to evaluate with, as `train` and `validation`."""
+    return {split: load_rows(dataset, split, kind=kind) for split in ("train", "validation")}
+
+
+def training_prompts(sets: dict[str, Loaded]) -> dict[str, Loaded]:
+    """Return the data sets with prompts that a stage trains on: all but `validation`, and no plain text."""
+    return {
+        name: loaded for name, loaded in sets.items() if name != "validation" and "prompt" in loaded.rows.column_names
+    }
+
+
 def describe_data(sets: dict[str, Loaded]) -> dict[str, Any]:
-    """Rows, drops and one fingerprint of the data sets of a stage, for its manifest; and the fingerprints of their data cards."""
+    """Return what a manifest records of data sets: one fingerprint of all, rows, drops, and fingerprints of data cards."""
     return {
         "fingerprint": joint_fingerprint(sets),
         "prepared": {name: loaded.prepared for name, loaded in sets.items() if loaded.prepared},
@@ -23,16 +38,46 @@ def describe_data(sets: dict[str, Loaded]) -> dict[str, Any]:
     }
 
 
+def add_dropped(data: dict[str, Any], name: str, dropped: dict[str, list[int]]) -> None:
+    """Add rows that were left out after loading to `describe_data`'s result: reason -> line or row numbers."""
+    dropped = {reason: numbers for reason, numbers in dropped.items() if numbers}
+    if dropped:
+        data["rows"][name] -= sum(map(len, dropped.values()))
+        data["dropped"].setdefault(name, {}).update({reason: len(numbers) for reason, numbers in dropped.items()})
+        first = {reason: numbers[:NAMED_ROWS] for reason, numbers in dropped.items()}
+        data["dropped_rows"].setdefault(name, {}).update(first)
+
+
+def encode_demonstrations(
+    data: Loaded, tokenizer: PreTrainedTokenizerBase, max_length: int, limit: int | None = None
+) -> tuple[list[tuple[list[int], list[int]]], dict[str, list[int]]]:
+    """Return token ids (prompt, answer) of demonstrations, and those left out: reason -> line or row numbers.
+
+    Demonstrations of more than `max_length` tokens are left out; nothing is read beyond the first `limit` others.
+    """
+    pairs: list[tuple[list[int], list[int]]] = []
+    too_long: list[int] = []
+    for number, row in zip(data.numbers, data.rows, strict=True):
+        prompt = encode_prompt(tokenizer, row["prompt"])
+        answer = encode_response(tokenizer, row["prompt"], row["completion"])
+        if len(prompt) + len(answer) <= max_length:
+            pairs.append((prompt, answer))
+        else:
+            too_long.append(number)
+        if len(pairs) == limit:
+            break
+    return pairs, {f"prompt and answer of more than {max_length} tokens": too_long}
+
+
 def overlap(sets: dict[str, Loaded], parents: Sequence[Artifact], registry: Registry) -> dict[str, Any]:
-    """How many held-out prompts are among those that the stage, or a model that it starts from, is trained on.
+    """Count the held-out prompts that the stage, or a model that it starts from, is trained on.
 
     Returns:
-        `held_out`: how many there are; `in_training`: counts by artefact, the stage's own as "its own data"; None where the
+        `held_out`: held-out prompts; `in_training`: counts by artefact, the stage's own as "its own data"; None where the
         data of a parent is gone or has changed.
     """
     held_out = [row["prompt"] for row in sets["validation"].rows]
-    trained = [d.rows for name, d in sets.items() if name != "validation" and "prompt" in d.rows.column_names]
-    own = {prompt_key(row["prompt"]) for rows in trained for row in rows}
+    own = {prompt_key(row["prompt"]) for loaded in training_prompts(sets).values() for row in loaded.rows}
     counts: dict[str, int | None] = {"its own data": sum(prompt_key(prompt) in own for prompt in held_out)}
     training = TrainingPrompts(registry)
     for parent in parents:
@@ -41,13 +86,3 @@ def overlap(sets: dict[str, Loaded], parents: Sequence[Artifact], registry: Regi
         if count and distributed.rank() == 0:
             print(f"{count} of {len(held_out)} held-out prompts are among those that {name} was trained on", flush=True)
     return {"held_out": len(held_out), "in_training": counts}
-
-
-def add_dropped(data: dict[str, Any], name: str, dropped: dict[str, list[int]]) -> None:
-    """Adds what was left out after loading to `describe_data`'s result: reason -> line or row numbers."""
-    dropped = {reason: numbers for reason, numbers in dropped.items() if numbers}
-    if dropped:
-        data["rows"][name] -= sum(map(len, dropped.values()))
-        data["dropped"].setdefault(name, {}).update({reason: len(numbers) for reason, numbers in dropped.items()})
-        named = {reason: numbers[:NAMED_ROWS] for reason, numbers in dropped.items()}
-        data["dropped_rows"].setdefault(name, {}).update(named)

@@ -40,7 +40,7 @@ from rlhf.reward.scorer import open_scorer
 from rlhf.reward.sources import AdapterReward, ModelReward, Reward, open_sources, source_name
 from rlhf.run.memory import check_rollout_fits
 from rlhf.stages.data import add_dropped, describe_data, overlap
-from rlhf.stages.run import Run, finished_already, open_run, preflight, stage_recipe
+from rlhf.stages.run import Run, find_finished, open_run, preflight, stage_recipe
 
 #: Held-out prompts whose answers before and after are shown side by side.
 COMPARED_PROMPTS = 20
@@ -57,7 +57,7 @@ def run(config: PPOConfig, *, reuse: bool = False, only_preflight: bool = False)
     sets = data_sets(config)
     prompts, held_out, data = sets["train"], sets["validation"], describe_data(sets)
     recipe = stage_recipe(config, [policy, *rewards], data)
-    if reuse and (artifact := finished_already("ppo", config, recipe)):
+    if reuse and (artifact := find_finished("ppo", config, recipe)):
         return artifact
 
     data["overlap"] = overlap(sets, [policy, *rewards], registry)

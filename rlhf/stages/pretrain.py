@@ -1,8 +1,8 @@
-"""Before stage 1: a tokenizer and a model of one's own, from plain text. `python -m rlhf.stages.pretrain --config FILE`
+"""Before stage 1: a new tokenizer and model from plain text. `python -m rlhf.stages.pretrain --config FILE`
 
-A byte-level BPE tokenizer, then a GPT-2- or Llama-shaped model on the packed text; held-out perplexity and bits per character,
-texts sampled on the way, the checkpoint with the lowest held-out loss kept; registers both as pretrain/NAME, which SFT takes
-as its base.
+A byte-level BPE tokenizer, then a GPT-2- or Llama-shaped model on the packed text, with held-out perplexity, bits per
+character and sampled texts on the way. The checkpoint with the lowest held-out loss is registered with the tokenizer as
+pretrain/NAME, which SFT takes as its base.
 """
 
 from __future__ import annotations
@@ -35,17 +35,16 @@ from rlhf.models.vocabulary import train_tokenizer
 from rlhf.registry import Artifact
 from rlhf.run.resumable import ResumableTrainer
 from rlhf.stages.data import describe_data
-from rlhf.stages.run import Run, finished_already, open_run, passes, require_one_process, stage_recipe
+from rlhf.stages.run import Run, find_finished, open_run, require_checks, require_one_process, stage_recipe
 from rlhf.stages.trainer import train, trainer_arguments
 
 
 def run(config: PretrainConfig, *, reuse: bool = False, only_preflight: bool = False) -> Artifact | None:
-    """Trains and registers; with `reuse`, an artefact of the same recipe is returned instead of trained again; with
-    `only_preflight`, it ends before the training, without an artefact."""
+    """Train and register; `reuse` returns an artefact of the same recipe, `only_preflight` ends before the training."""
     sets = data_sets(config)
     data = describe_data(sets)
     recipe = stage_recipe(config, [], data)
-    if reuse and (artifact := finished_already("pretrain", config, recipe)):
+    if reuse and (artifact := find_finished("pretrain", config, recipe)):
         return artifact
 
     require_one_process("pretrain")
@@ -53,13 +52,13 @@ def run(config: PretrainConfig, *, reuse: bool = False, only_preflight: bool = F
         with run.timer.phase("tokenizer"):
             texts = sets["train"].rows["text"]
             tokenizer = train_tokenizer(texts, config.vocab_size, chat_template=config.chat_template)
-        trainer = make_trainer(run, config, tokenizer, sets)
-        passes(run, lambda: check_pretrain(trainer, run.compute, run.folder, run.registry.root))
+        trainer = make_trainer(run, tokenizer, sets)
+        require_checks(run, lambda: check_pretrain(trainer, run.compute, run.folder, run.registry.root))
         if only_preflight:
             return None
         train(trainer, run)
         with run.timer.phase("evaluate"):
-            final = measure(trainer, *held_out(run, tokenizer, sets["validation"], config.max_length, None))
+            final = measure(trainer, *held_out_blocks(run, tokenizer, sets["validation"], limit=None))
         return run.publish(
             trainer.model.save_pretrained,
             base_model=f"{config.model_type} from scratch",
@@ -78,7 +77,7 @@ def run(config: PretrainConfig, *, reuse: bool = False, only_preflight: bool = F
 
 
 def data_sets(config: PretrainConfig) -> dict[str, Loaded]:
-    """Everything that the stage reads, by split."""
+    """Return everything that the stage reads, by split."""
     return load_text(
         config.dataset,
         config,
@@ -88,11 +87,13 @@ def data_sets(config: PretrainConfig) -> dict[str, Loaded]:
 
 
 def build_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> PreTrainedModel:
-    """A fresh model in fp32: Gaussian weights, embeddings tied to the output layer."""
-    gpt2 = config.model_type == "gpt2"
-    # Of GPT-2's attention weights nothing is dropped: on a CPU one thread would draw the random numbers for all of them.
-    none, dropped = (("attn_pdrop",), ("embd_pdrop", "resid_pdrop")) if gpt2 else ((), ("attention_dropout",))
-    mlp = "n_inner" if gpt2 else "intermediate_size"
+    """Return a fresh model in fp32: Gaussian weights, embeddings tied to the output layer."""
+    width = config.intermediate_size or 4 * config.hidden_size
+    if config.model_type == "gpt2":
+        # No dropout on GPT-2's attention weights: on a CPU one thread would draw the random numbers for all of them.
+        own = {"attn_pdrop": 0.0, "embd_pdrop": config.dropout, "resid_pdrop": config.dropout, "n_inner": width}
+    else:
+        own = {"attention_dropout": config.dropout, "intermediate_size": width}
     shape = AutoConfig.for_model(
         config.model_type,
         vocab_size=len(tokenizer),
@@ -101,12 +102,10 @@ def build_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase, devi
         num_attention_heads=config.num_attention_heads,
         max_position_embeddings=config.max_length,
         tie_word_embeddings=True,
-        bos_token_id=tokenizer.eos_token_id,  # what a text begins after
+        bos_token_id=tokenizer.eos_token_id,  # a text begins after the end of another
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        **dict.fromkeys(none, 0.0),
-        **dict.fromkeys(dropped, config.dropout),
-        **{mlp: config.intermediate_size or 4 * config.hidden_size},
+        **own,
     )
     attention = config.attn_implementation
     if attention == "auto":  # a CPU is slower at the fused kernel's gradient than at plain matrix products
@@ -116,9 +115,10 @@ def build_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase, devi
 
 
 def make_trainer(
-    run: Run, config: PretrainConfig, tokenizer: PreTrainedTokenizerBase, sets: dict[str, Loaded]
+    run: Run[PretrainConfig], tokenizer: PreTrainedTokenizerBase, sets: dict[str, Loaded]
 ) -> PretrainTrainer:
-    """transformers' Trainer on the packed text."""
+    """Return transformers' Trainer on the packed text."""
+    config = run.config
     text = sets["train"].rows["text"]
     blocks = Blocks.of(text, tokenizer, config.max_length, run.folder)
     require(
@@ -128,45 +128,44 @@ def make_trainer(
     )
     model: Any = build_model(config, tokenizer, run.compute.device)
     arguments = TrainingArguments(
-        **trainer_arguments(run, config),
+        **trainer_arguments(run),
         load_best_model_at_end=True,
         metric_for_best_model="eval_loss",
         greater_is_better=False,
     )
     return PretrainTrainer(
         run,
-        config,
         model=model.to(run.compute.device),
         args=arguments,
         data_collator=lambda rows: {"input_ids": torch.tensor(rows)},
         train_dataset=FullBlocks(blocks.tokens, blocks.length),
-        eval_dataset=held_out(run, tokenizer, sets["validation"], config.max_length, config.max_eval_samples),
+        eval_dataset=held_out_blocks(run, tokenizer, sets["validation"], limit=config.max_eval_samples),
         processing_class=tokenizer,
         callbacks=[Patience(config.early_stopping_patience)] if config.early_stopping_patience else [],
     )
 
 
 class FullBlocks(Blocks):
-    """The blocks of whole length, so that every block of a batch has the same weight."""
+    """The blocks of full length: every block of a batch then has the same weight."""
 
     def __len__(self) -> int:
         return self.full()
 
 
-def held_out(
-    run: Run, tokenizer: PreTrainedTokenizerBase, data: Loaded, length: int, limit: int | None
+def held_out_blocks(
+    run: Run[PretrainConfig], tokenizer: PreTrainedTokenizerBase, data: Loaded, *, limit: int | None
 ) -> tuple[Blocks, int]:
-    """Blocks of the first `limit` held-out documents, or of all, and their characters."""
+    """Return the blocks of the first `limit` held-out documents, or of all, and their number of characters."""
     texts = data.rows["text"][:limit]
-    return Blocks.of(texts, tokenizer, length, run.folder), characters(texts)
+    return Blocks.of(texts, tokenizer, run.config.max_length, run.folder), characters(texts)
 
 
 @torch.no_grad()
 def measure(trainer: PretrainTrainer, blocks: Blocks, count: int) -> dict[str, float]:
-    """How well the model predicts held-out documents.
+    """Measure how well the model predicts held-out documents.
 
     Args:
-        count: their characters, ends included.
+        count: characters of the documents, ends included.
 
     Returns:
         `loss` (nats a token), `perplexity` (a token), `bits_per_character`.
@@ -187,37 +186,40 @@ def measure(trainer: PretrainTrainer, blocks: Blocks, count: int) -> dict[str, f
 
 
 def negative_log_likelihood(model: nn.Module, ids: Tensor) -> Tensor:
-    """(B, T) nats of the tokens after the first, of ids (B, T + 1)."""
+    """Return nats (B, T) of the tokens after the first, from ids (B, T + 1)."""
     logits = model(input_ids=ids[:, :-1], use_cache=False).logits
     targets = ids[:, 1:]  # rows of logits stay whole: a softmax over a transposed vocabulary is slower
     return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view_as(targets)
 
 
 class PretrainTrainer(ResumableTrainer, Trainer):
-    """`transformers.Trainer` on blocks that predict all their tokens but the first, and which samples as it evaluates."""
+    """`transformers.Trainer` on blocks of text: all tokens but the first are predicted, and evaluations sample."""
 
     train_dataset: Any
     eval_dataset: Any
 
-    def __init__(self, run: Run, config: PretrainConfig, **kwargs: Any) -> None:
-        self.run, self.config = run, config
+    def __init__(self, run: Run[PretrainConfig], **kwargs: Any) -> None:
+        self.run, self.config = run, run.config
         super().__init__(**kwargs)
-        self._metrics, self._total_train_tokens = {"train": defaultdict(list)}, 0  # what a checkpoint of TRL's adds up
+        self._metrics, self._total_train_tokens = (
+            {"train": defaultdict(list)},
+            0,
+        )  # which TRL's trainers have, and checkpoints save
 
     def finished(self, state: Any) -> bool:
-        """Also where patience had run out."""
+        """Return True also where patience had run out."""
         patience = self.config.early_stopping_patience
         return super().finished(state) or (patience is not None and out_of_patience(state.log_history, patience))
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Mean negative log-likelihood, nats a token. All blocks are of one length, so means of batches add up."""
+        """Return the mean negative log-likelihood, nats a token. All blocks have one length, so batch means add up."""
         loss = negative_log_likelihood(model, inputs["input_ids"]).mean()
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Held-out figures over tokens, not over batches as transformers has them, and samples."""
+        """Return held-out figures, averaged over tokens and not over batches as in transformers; log them and samples."""
         self.model.eval()
         figures = {f"eval_{name}": value for name, value in measure(self, *self.eval_dataset).items()}
         self.log(dict(figures))
@@ -227,7 +229,7 @@ class PretrainTrainer(ResumableTrainer, Trainer):
         return figures
 
     def sample(self) -> list[str]:
-        """Texts from the model, at temperature 1; each time with the same random numbers, and none of the run's own."""
+        """Sample texts at temperature 1, with the same random numbers each time and none of the run's own."""
         tokenizer: Any = self.processing_class
         start = torch.full((self.config.num_samples, 1), int(tokenizer.eos_token_id), device=self.args.device)
         devices = [self.args.device] if self.args.device.type == "cuda" else []
@@ -246,26 +248,28 @@ class PretrainTrainer(ResumableTrainer, Trainer):
 
 
 class Patience(TrainerCallback):
-    """Ends training after so many evaluations without a lower loss. It counts in the history, which checkpoints keep:
-    transformers' own starts to count anew in a resumed run."""
+    """Ends training after a number of evaluations without a lower loss.
+
+    It counts in the history, which checkpoints keep: transformers' own starts to count anew in a resumed run.
+    """
 
     def __init__(self, evaluations: int) -> None:
         self.evaluations = evaluations
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """After each evaluation."""
+        """Stop the training if patience has run out."""
         if out_of_patience(state.log_history, self.evaluations):
             control.should_training_stop = True
 
 
 def out_of_patience(history: Sequence[Mapping[str, Any]], evaluations: int) -> bool:
-    """Whether the last so many evaluations of a history have no lower held-out loss than those before."""
+    """Return True if the last evaluations of a history have no lower held-out loss than earlier ones."""
     losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
     return bool(losses) and len(losses) - 1 - losses.index(min(losses)) >= evaluations
 
 
 def main() -> None:
-    """Command line."""
+    """Run the stage by its command line."""
     run(parse_config(PretrainConfig))
 
 

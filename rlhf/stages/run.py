@@ -1,4 +1,4 @@
-"""What the three runners share: the run's surroundings, trainer arguments, and the manifest of what they register."""
+"""A run of a stage: its folder, device and tracker, its preflight, and the artefact that it registers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 import datasets
 from transformers import PreTrainedTokenizerBase, set_seed
@@ -23,7 +23,7 @@ from rlhf.base import distributed, storage
 from rlhf.base.errors import UserError
 from rlhf.base.json_files import read_object
 from rlhf.base.redaction import redact
-from rlhf.config import StageConfig, TrainingConfig
+from rlhf.config import TrainingConfig
 from rlhf.data_prep.load import Loaded
 from rlhf.doctor.health.findings import actions
 from rlhf.doctor.preflight.check import Check, require_all
@@ -34,14 +34,17 @@ from rlhf.registry import MANIFEST, Artifact, Reference, Registry, recipe_hash
 from rlhf.run import checkpoint, memory, terminal
 from rlhf.run.timing import PhaseTimer
 from rlhf.run.tracker import RUN_FILE, Tracker
+from rlhf.stages.data import training_prompts
+
+ConfigT = TypeVar("ConfigT", bound=TrainingConfig)
 
 
 @dataclass
-class Run:
+class Run(Generic[ConfigT]):
     """One execution of a stage."""
 
     stage: str
-    config: TrainingConfig
+    config: ConfigT
     folder: Path
     registry: Registry
     compute: Compute
@@ -65,19 +68,23 @@ class Run:
         reward_mean: float | None = None,
         reward_std: float | None = None,
     ) -> Artifact:
-        """Registers what the stage made, with its figures, seconds and phases, under the run's name or another."""
+        """Register an artefact under the run's name or another, with metrics, seconds and phases; return it.
 
+        Args:
+            write: puts the weights into the folder that it is called with.
+        """
+        name = name or self.config.name
         if distributed.rank() > 0:
             distributed.wait()
-            return self.registry.get(f"{self.stage}/{name or self.config.name}")
+            return self.registry.get(f"{self.stage}/{name}")
 
         def write_all(folder: Path) -> None:
             write(folder)
             tokenizer.save_pretrained(folder)
 
-        artifact = self._registered(name or self.config.name) or self.registry.publish(
+        artifact = self._registered(name) or self.registry.publish(
             self.stage,
-            name or self.config.name,
+            name,
             write_all,
             kind=kind,
             parents=self.parents,
@@ -101,23 +108,23 @@ class Run:
         distributed.wait()
         self.tracker.log_artifact(artifact.reference, artifact.path, {**metrics, "hash": artifact.hash})
         if artifact.name == self.config.name:
-            shutil.copy(artifact.path / MANIFEST, self.folder)  # the run's folder can then speak for itself
+            shutil.copy(artifact.path / MANIFEST, self.folder)  # a report on the folder needs no registry
         print(f"registered {artifact.reference} in {self.registry.root}", flush=True)
         return artifact
 
     def _registered(self, name: str) -> Artifact | None:
-        """What this very run registered before it was killed and resumed, if it came so far."""
-        made = self.registry.find(self.stage, name, self.recipe) if self.config.resume else None
-        return made if made and made.manifest.wandb_run_id == self.tracker.run_id else None
+        """Return the artefact that this run registered before it was killed and resumed, if any."""
+        artifact = self.registry.find(self.stage, name, self.recipe) if self.config.resume else None
+        return artifact if artifact and artifact.manifest.wandb_run_id == self.tracker.run_id else None
 
 
 def stage_recipe(config: TrainingConfig, parents: Sequence[Artifact], data: dict[str, Any]) -> str:
-    """Hash of everything that decides the stage's result: options, parents, data."""
+    """Return the hash of everything that decides a stage's result: options, parents, data."""
     return recipe_hash(config.recipe(), [p.hash for p in parents], data["fingerprint"])
 
 
-def finished_already(stage: str, config: TrainingConfig, recipe: str) -> Artifact | None:
-    """The registered artefact of the same recipe, if there is one."""
+def find_finished(stage: str, config: TrainingConfig, recipe: str) -> Artifact | None:
+    """Return the registered artefact of a recipe, if there is one, and print that it is reused."""
     artifact = Registry(config.registry).find(stage, config.name, recipe)
     if artifact is not None:
         print(f"{stage}: {artifact.reference} has this recipe already, skipped", flush=True)
@@ -126,12 +133,17 @@ def finished_already(stage: str, config: TrainingConfig, recipe: str) -> Artifac
 
 @contextmanager
 def open_run(
-    stage: str, config: TrainingConfig, parents: list[Artifact], data: dict[str, Any], recipe: str
-) -> Iterator[Run]:
-    """Seeds, chooses device and type, opens the tracker; the run's folder is `output_dir/STAGE`."""
-    Reference(stage, config.name)  # a name that cannot be registered must not show after the training
-    actions(config.doctor)  # nor a slip in `doctor` at the first finding
-    _quiet()
+    stage: str, config: ConfigT, parents: list[Artifact], data: dict[str, Any], recipe: str
+) -> Iterator[Run[ConfigT]]:
+    """Seed, choose device and type, open the tracker, and yield the run; its folder is `output_dir/STAGE`.
+
+    Raises:
+        UserError: the name cannot be registered, an option is wrong, or `resume` is set and the checkpoints in the folder
+            were made with other options or inputs.
+    """
+    Reference(stage, config.name)  # raises now and not after the training
+    actions(config.doctor)  # raises now and not at the first finding
+    _quiet_libraries()
     distributed.start()
     set_seed(config.seed)
     compute = Compute.choose(config)
@@ -166,37 +178,37 @@ def open_run(
 
 @contextmanager
 def _log_folder(folder: Path) -> Iterator[Path]:
-    """Where this process logs: only what the first one writes is kept."""
+    """Yield the folder that this process logs to: only the first process's is kept."""
     if distributed.rank() == 0:
         yield folder
         return
-    with tempfile.TemporaryDirectory() as passing:
-        yield Path(passing)
+    with tempfile.TemporaryDirectory() as temporary:
+        yield Path(temporary)
 
 
 def require_one_process(stage: str) -> None:
-    """Refuses a launcher's several processes: their gradients would not be added up."""
+    """Refuse a launcher's several processes: their gradients would not be added up."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(f"the {stage} stage runs in one process; only ppo can be started with torchrun")
 
 
-def _quiet() -> None:
-    """Keeps the libraries' own deprecations, which no user can mend, and progress bars out of logs and of the live view."""
+def _quiet_libraries() -> None:
+    """Keep the libraries' progress bars, and deprecations that no user can mend, out of logs and the live view."""
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
 
 
 def _claim_checkpoints(folder: Path, config: TrainingConfig, parents: list[Artifact], data: dict[str, Any]) -> None:
-    """Makes the folder this run's own, so that checkpoints of another run are neither resumed from nor kept in place of its.
+    """Mark the folder as this run's, and move another run's checkpoints out of it.
 
     Raises:
-        UserError: with `resume`, when the checkpoints there were made with other options, data or parents.
+        UserError: with `resume`, the checkpoints there were made with other options, data or parents.
     """
     inputs = {"dataset": data["fingerprint"], **{parent.stage: parent.hash for parent in parents}}
     made_of, mark = redact({**config.recipe(), **inputs}), folder / "made_of.json"
     if not config.resume:
-        # The id goes first: killed between these lines, a resumed run must not take the results of the run before for its own.
+        # The id goes first: killed between these lines, a resumed run must not take an earlier run's results for its own.
         (folder.parent / RUN_FILE).unlink(missing_ok=True)
         if folder.exists():
             previous = folder.with_name("checkpoints.previous")
@@ -204,8 +216,8 @@ def _claim_checkpoints(folder: Path, config: TrainingConfig, parents: list[Artif
             folder.rename(previous)
     checkpoint.clear(folder)
     if mark.is_file() or checkpoint.latest(folder):
-        before = read_object(mark, fix="start anew without --resume") if mark.is_file() else {}
-        if changed := sorted(k for k, v in made_of.items() if k not in before or before[k] != v):
+        recorded = read_object(mark, fix="start anew without --resume") if mark.is_file() else {}
+        if changed := sorted(k for k, v in made_of.items() if k not in recorded or recorded[k] != v):
             raise UserError(
                 f"the checkpoints in {folder} were made with other options or inputs ({', '.join(changed)}); "
                 "use the same ones again, or start anew without --resume"
@@ -216,47 +228,31 @@ def _claim_checkpoints(folder: Path, config: TrainingConfig, parents: list[Artif
 
 
 def preflight(
-    run: Run,
+    run: Run[Any],
     examine: Callable[[PreflightContext], list[Check]],
     tokenizer: PreTrainedTokenizerBase,
     sets: dict[str, Loaded],
 ) -> None:
-    """Runs a stage's checks, unless they are switched off.
-
-    Args:
-        sets: the stage's data; it trains on all but `validation`. Plain text has no prompts, and is not looked at.
+    """Run a stage's checks on its data sets, unless they are switched off.
 
     Raises:
         UserError: checks failed; nothing was trained.
     """
-
-    def checks() -> list[Check]:
-        assert isinstance(run.config, StageConfig)
-        training = {
-            name: rows for name, rows in sets.items() if name != "validation" and "prompt" in rows.rows.column_names
-        }
-        return examine(
-            PreflightContext(
-                config=run.config,
-                compute=run.compute,
-                folder=run.folder,
-                registry=run.registry.root,
-                parents=run.parents,
-                tokenizer=tokenizer,
-                training=training,
-                validation=sets["validation"],
-            )
-        )
-
-    passes(run, checks)
+    context = PreflightContext(
+        config=run.config,
+        compute=run.compute,
+        folder=run.folder,
+        registry=run.registry.root,
+        parents=run.parents,
+        tokenizer=tokenizer,
+        training=training_prompts(sets),
+        validation=sets["validation"],
+    )
+    require_checks(run, lambda: examine(context))
 
 
-def passes(run: Run, checks: Callable[[], list[Check]]) -> None:
-    """Makes the checks, unless they are switched off.
-
-    Raises:
-        UserError: some failed.
-    """
+def require_checks(run: Run[Any], checks: Callable[[], list[Check]]) -> None:
+    """Run checks, unless they are switched off, and raise `UserError` if some fail."""
     if run.config.preflight:
         with run.timer.phase("preflight"):
             require_all(checks(), "preflight")

@@ -1,14 +1,13 @@
 """Stage 1: supervised fine-tuning on demonstrations. `python -m rlhf.stages.sft --config FILE`
 
-Loss on the answers only, an adapter on every linear layer, 8-bit AdamW, evaluation before and after, the best checkpoint
-kept, by held-out loss or by a reward model's score; registers the adapter as sft/NAME.
+Loss on the answers only, an adapter on every linear layer, 8-bit AdamW, evaluation before and after. The checkpoint with
+the best held-out loss, or the best score by a reward model, is registered as sft/NAME.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -22,7 +21,7 @@ from trl import SFTTrainer
 
 from rlhf.base.errors import require, run_command
 from rlhf.config import SFTConfig, parse_config, read_new_tokens
-from rlhf.data_prep.load import Loaded, load_rows
+from rlhf.data_prep.load import Loaded
 from rlhf.doctor.preflight.context import pick_short_rows
 from rlhf.doctor.preflight.supervised import sft as check_sft
 from rlhf.doctor.probe import ROWS as PROBE_ROWS
@@ -30,29 +29,28 @@ from rlhf.doctor.probe import Probe
 from rlhf.models.adapters import direct_casting, lora_config, merged_adapter, save_adapter, token_rows, with_adapter
 from rlhf.models.base import context_length, load_base
 from rlhf.models.catalogue import pretrained, resolve_model
-from rlhf.models.heads import before_head
+from rlhf.models.heads import states_and_head
 from rlhf.models.likelihood import mean_logprobs
 from rlhf.models.logprobs import sequence_logprobs
 from rlhf.models.responses import answerable, own_responses
-from rlhf.models.tokenization import check_rows, decode_response, encode_prompt, encode_response, load_tokenizer
+from rlhf.models.tokenization import check_rows, decode_response, load_tokenizer
 from rlhf.models.vocabulary import add_tokens, grow_embeddings, learn_tokens
 from rlhf.registry import Artifact, Registry
 from rlhf.reward.scorer import open_scorer
 from rlhf.reward.sources import scores_of_texts
 from rlhf.run.resumable import ResumableTrainer
-from rlhf.stages.data import add_dropped, describe_data, overlap
-from rlhf.stages.run import Run, finished_already, open_run, preflight, require_one_process, stage_recipe
+from rlhf.stages.data import add_dropped, describe_data, encode_demonstrations, load_splits, overlap
+from rlhf.stages.run import Run, find_finished, open_run, preflight, require_one_process, stage_recipe
 from rlhf.stages.trainer import SortedStepSampler, train, trainer_arguments
 
-#: The reward model's score among the figures of an evaluation.
+#: Name of the reward model's score among the figures of an evaluation.
 SELECTION_METRIC = "eval_score"
 #: Held-out loss in nats a character, stop tokens included: it compares models of different vocabularies.
 PER_CHARACTER = "eval_loss_per_character"
 
 
 def run(config: SFTConfig, *, reuse: bool = False, only_preflight: bool = False) -> Artifact | None:
-    """Trains and registers; with `reuse`, an artefact of the same recipe is returned instead of trained again; with
-    `only_preflight`, it ends before the training, without an artefact."""
+    """Train and register; `reuse` returns an artefact of the same recipe, `only_preflight` ends before the training."""
     sets = data_sets(config)
     data = describe_data(sets)
     registry = Registry(config.registry)
@@ -62,34 +60,26 @@ def run(config: SFTConfig, *, reuse: bool = False, only_preflight: bool = False)
         config = dataclasses.replace(config, model_name_or_path=base_artifact.reference)  # this version, from here on
         parents = [base_artifact, *rewards]
     recipe = stage_recipe(config, parents, data)
-    if reuse and (artifact := finished_already("sft", config, recipe)):
+    if reuse and (artifact := find_finished("sft", config, recipe)):
         return artifact
 
     require_one_process("sft")
     data["overlap"] = overlap(sets, parents, registry)
     with open_run("sft", config, parents, data, recipe) as run:
+        source: dict[str, Any] = {"revision": config.model_revision, "trust_remote_code": config.trust_remote_code}
         tokenizer = load_tokenizer(
-            resolve_model(config.model_name_or_path, config.registry),
-            chat_template=config.chat_template,
-            revision=config.model_revision,
-            trust_remote_code=config.trust_remote_code,
+            resolve_model(config.model_name_or_path, config.registry), chat_template=config.chat_template, **source
         )
-        base = load_base(
-            config.model_name_or_path,
-            config,
-            run.compute,
-            revision=config.model_revision,
-            trust_remote_code=config.trust_remote_code,
-        )
-        added = extend_vocabulary(config, tokenizer, base, sets["train"])
-        model = with_adapter(base, lora_config(config, "CAUSAL_LM", new_tokens=added))
-        trainer = make_trainer(run, config, model, tokenizer, sets, rewards)
+        base = load_base(config.model_name_or_path, config, run.compute, **source)
+        new_rows = extend_vocabulary(config, tokenizer, base, sets["train"])
+        model = with_adapter(base, lora_config(config, "CAUSAL_LM", new_tokens=new_rows))
+        trainer = make_trainer(run, model, tokenizer, sets, rewards)
         preflight(run, partial(check_sft, trainer=trainer), tokenizer, sets)
         if only_preflight:
             return None
         with direct_casting(model, run.compute):
             train(trainer, run)
-            probe = make_probe(trainer, run, config, int(tokenizer.pad_token_id))
+            probe = make_probe(trainer, run, int(tokenizer.pad_token_id))
 
         def write(folder: Path) -> None:
             save_adapter(model, folder, adapter="default", base_model=config.model_name_or_path)
@@ -104,21 +94,21 @@ def run(config: SFTConfig, *, reuse: bool = False, only_preflight: bool = False)
             metrics={
                 **_figures(trainer.state),
                 "steps": trainer.state.global_step,
-                "tokens_per_character": trainer.held_out.tokens_per_character,
-                "new_tokens": max(map(len, added.values())) if added else 0,
+                "tokens_per_character": trainer.answer_tokens / trainer.answer_characters,
+                "new_tokens": max(map(len, new_rows.values())) if new_rows else 0,
             },
         )
 
 
 def data_sets(config: SFTConfig) -> dict[str, Loaded]:
-    """Everything that the stage reads, by split."""
-    return {split: load_rows(config.dataset, split, kind="demonstrations") for split in ("train", "validation")}
+    """Return everything that the stage reads, by split."""
+    return load_splits(config.dataset, "demonstrations")
 
 
 def extend_vocabulary(
     config: SFTConfig, tokenizer: PreTrainedTokenizerBase, base: PreTrainedModel, data: Loaded
 ) -> dict[str, list[int]] | None:
-    """Adds the tokens that the config asks for to the tokenizer and to the model; returns their rows by embedding layer."""
+    """Add new tokens to tokenizer and model if the config asks for some; return their rows by embedding layer."""
     if config.new_tokens:
         tokens = read_new_tokens(config.new_tokens)
     elif config.learn_tokens:
@@ -128,32 +118,30 @@ def extend_vocabulary(
         return None
     pieces = add_tokens(tokenizer, tokens)
     grow_embeddings(base, pieces)
-    few = ", ".join(tokens[:8])
-    print(f"sft: {len(tokens)} new tokens ({few}{', ...' if len(tokens) > 8 else ''})", flush=True)
+    first = ", ".join(tokens[:8])
+    print(f"sft: {len(tokens)} new tokens ({first}{', ...' if len(tokens) > 8 else ''})", flush=True)
     return token_rows(base, list(pieces))
 
 
 def make_trainer(
-    run: Run,
-    config: SFTConfig,
+    run: Run[SFTConfig],
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     sets: dict[str, Loaded],
     rewards: list[Artifact],
-) -> _Trainer:
-    """TRL's SFT trainer on the tokenised demonstrations; the reward model, if there is one, chooses the checkpoint."""
-    held_out = sets["validation"]
+) -> AnswerTrainer:
+    """Return TRL's SFT trainer on the tokenised demonstrations; a reward model, if given, selects the checkpoint."""
+    config, held_out = run.config, sets["validation"]
     context = context_length(model.get_base_model())
     longest = min(config.max_length, context)
     training, dropped = tokenize(sets["train"], tokenizer, longest)
     evaluated, held_out_dropped = tokenize(held_out, tokenizer, longest, limit=config.max_eval_samples)
     add_dropped(run.data, "train", dropped)
     add_dropped(run.data, "validation", held_out_dropped)
-    selection = [Selection(config, run, tokenizer, held_out, reward, context) for reward in rewards]
-    return _Trainer(
+    return AnswerTrainer(
         model=model,
         args=TrlSFTConfig(
-            **trainer_arguments(run, config),
+            **trainer_arguments(run),
             dataset_kwargs={"skip_prepare_dataset": True},
             load_best_model_at_end=True,
             metric_for_best_model=SELECTION_METRIC if rewards else "eval_loss",
@@ -162,66 +150,55 @@ def make_trainer(
         train_dataset=training,
         eval_dataset=evaluated,
         processing_class=tokenizer,
-        selection=selection[0] if rewards else None,
+        selection=Selection(run, tokenizer, held_out, rewards[0], context) if rewards else None,
     )
 
 
-def make_probe(trainer: SFTTrainer, run: Run, config: SFTConfig, pad_token_id: int) -> Probe | None:
-    """What the trained policy, merged as its readers load it, says of a few held-out answers: they can tell it by that.
+def tokenize(
+    data: Loaded, tokenizer: PreTrainedTokenizerBase, max_length: int, limit: int | None = None
+) -> tuple[Dataset, dict[str, list[int]]]:
+    """Return demonstrations as `input_ids` and `labels` (-100 on the prompt), and those left out.
 
-    None for what is merged in another way than by adding to the weights that were trained on.
+    Args:
+        max_length: longer demonstrations are left out, tokens.
+        limit: nothing is read beyond this many that are short enough.
+
+    Returns:
+        The rows, and reason -> line or row numbers of what was left out.
+
+    Raises:
+        UserError: the chat template spoils an answer, or no demonstration is short enough.
     """
-    if config.use_dora or config.quantization != "none":
-        return None
-    rows, policy = cast(Any, trainer.eval_dataset), cast(Any, trainer.model).eval()
-    chosen = [rows[i] for i in pick_short_rows([len(ids) for ids in rows["input_ids"]], PROBE_ROWS)]
-    ids, prompts = [row["input_ids"] for row in chosen], [row["labels"].count(-100) for row in chosen]
-    with merged_adapter(policy, "default"):
-        said = mean_logprobs(
-            policy.get_base_model(),
-            ids,
-            prompts,
-            torch.arange(len(ids)),
-            pad_token_id=pad_token_id,
-            compute=run.compute,
-            batch_size=len(ids),
-        )
-    return Probe.of(ids, said, run.compute.dtype, prompts)
-
-
-def _figures(state: TrainerState) -> dict[str, float]:
-    """Held-out figures before training and of the checkpoint that was kept."""
-    figures: dict[str, float] = {}
-    for name in ("eval_loss", PER_CHARACTER, SELECTION_METRIC):
-        at = {entry["step"]: entry[name] for entry in state.log_history if name in entry}
-        if at:
-            kept = at[state.best_global_step] if state.best_global_step in at else at[max(at)]
-            figures |= {f"{name}_before": at[min(at)], f"{name}_after": kept}
-    return figures
+    check_rows(tokenizer, ((row["prompt"], row["completion"]) for row in data.rows))
+    pairs, dropped = encode_demonstrations(data, tokenizer, max_length, limit)
+    require(bool(pairs), f"no demonstration fits into max_length={max_length} tokens; raise it")
+    if limit is not None:
+        pairs.sort(key=lambda pair: len(pair[0]) + len(pair[1]))  # held-out rows: their order is free, padding is not
+    rows = [{"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer} for prompt, answer in pairs]
+    return Dataset.from_list(rows), dropped
 
 
 class Selection:
-    """Mean score of answers sampled to held-out prompts: what InstructGPT chose its SFT checkpoint by (section 3.5).
+    """Mean reward of answers sampled to held-out prompts, by which InstructGPT chose its SFT checkpoint (section 3.5).
 
     Each evaluation draws the same random numbers. The reward model reads the answers as texts, through its own tokenizer.
     """
 
     def __init__(
         self,
-        config: SFTConfig,
-        run: Run,
+        run: Run[SFTConfig],
         tokenizer: PreTrainedTokenizerBase,
         held_out: Loaded,
         reward: Artifact,
         context: int,
     ) -> None:
-        """Leaves out prompts after which an answer has no room in the policy's `context`, or in the reward model's."""
-        self.config, self.compute, self.tokenizer = config, run.compute, tokenizer
-        self.scorer = open_scorer(reward, run.registry, config, run.compute, config.per_device_eval_batch_size)
-        prompts = held_out.rows.select(range(min(config.selection_samples, len(held_out.rows))))["prompt"]
+        """Leave out prompts after which an answer has no room in the policy's `context`, or in the reward model's."""
+        self.config, self.compute, self.tokenizer = run.config, run.compute, tokenizer
+        self.scorer = open_scorer(reward, run.registry, run.config, run.compute, run.config.per_device_eval_batch_size)
+        prompts = held_out.rows.select(range(min(run.config.selection_samples, len(held_out.rows))))["prompt"]
         readers = ((tokenizer, context), (self.scorer.tokenizer, context_length(cast(Any, self.scorer.model))))
         for reader, room in readers:
-            prompts = answerable(prompts, reader, room, config.response_length)
+            prompts = answerable(prompts, reader, room, run.config.response_length)
         self.prompts = prompts
 
     def __call__(self, policy: PreTrainedModel) -> float:
@@ -237,72 +214,25 @@ class Selection:
         return float(scores_of_texts(self.scorer, self.prompts, texts).mean())
 
 
-def tokenize(
-    data: Loaded, tokenizer: PreTrainedTokenizerBase, max_length: int, limit: int | None = None
-) -> tuple[Dataset, dict[str, list[int]]]:
-    """Demonstrations as `input_ids` and `labels` (-100 on the prompt), and what was left out: reason -> line or row numbers.
+class AnswerTrainer(ResumableTrainer, SFTTrainer):
+    """`trl.SFTTrainer` with microbatches of similar lengths, and without logits of prompt tokens on a CPU.
 
-    Longer ones than `max_length` tokens are left out, and nothing is read beyond the first `limit` that are not.
-
-    Raises:
-        UserError: nothing is left.
-    """
-    check_rows(tokenizer, ((row["prompt"], row["completion"]) for row in data.rows))
-    rows: list[dict[str, Any]] = []
-    too_long: list[int] = []
-    for number, row in zip(data.numbers, data.rows, strict=True):
-        prompt = encode_prompt(tokenizer, row["prompt"])
-        answer = encode_response(tokenizer, row["prompt"], row["completion"])
-        if len(prompt) + len(answer) <= max_length:
-            rows.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})
-        else:
-            too_long.append(number)
-        if len(rows) == limit:
-            break
-    if limit is not None:
-        rows.sort(key=lambda row: len(row["input_ids"]))  # held-out rows: their order is free, and padding costs time
-    require(bool(rows), f"no demonstration fits into max_length={max_length} tokens; raise it")
-    return Dataset.from_list(rows), {f"prompt and answer of more than {max_length} tokens": too_long}
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """The size of the held-out answers."""
-
-    tokens: int
-    characters: int
-    """An answer's stop token counts as one."""
-
-    @classmethod
-    def of(cls, labels: Iterable[list[int]], tokenizer: Any) -> HeldOut:
-        """Counts the tokens that are labelled, and the characters that they stand for."""
-        rows = [[token for token in row if token != -100] for row in labels]
-        texts = tokenizer.batch_decode([row[:-1] for row in rows])
-        return cls(sum(map(len, rows)), sum(len(text) + 1 for text in texts))
-
-    @property
-    def tokens_per_character(self) -> float:
-        """Without stop tokens this would be the tokenizer's own figure; answers are what is trained on."""
-        return self.tokens / self.characters
-
-
-class _Trainer(ResumableTrainer, SFTTrainer):
-    """`trl.SFTTrainer` whose microbatches hold answers of similar length, and which wastes no work on prompts on a CPU.
-
-    With a selection, each evaluation has its score as well.
+    Evaluations also have the loss by characters and, with a selection, its score.
     """
 
     def __init__(self, *args: Any, selection: Selection | None = None, **kwargs: Any) -> None:
         self.selection = selection
         super().__init__(*args, **kwargs)
-        self.held_out = HeldOut.of(cast(Any, self.eval_dataset)["labels"], self.processing_class)
+        self.answer_tokens, self.answer_characters = answer_size(
+            cast(Any, self.eval_dataset)["labels"], self.processing_class
+        )
         self._nats = 0.0
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """TRL's evaluation, the loss by characters, and the score of the selection."""
+        """Add the loss by characters and the score of the selection to TRL's evaluation."""
         self._nats = 0.0
         metrics: dict[str, float] = super().evaluate(*args, **kwargs)
-        metrics[PER_CHARACTER] = self._nats / self.held_out.characters
+        metrics[PER_CHARACTER] = self._nats / self.answer_characters
         self.log({PER_CHARACTER: metrics[PER_CHARACTER]})
         if self.selection is not None:
             metrics[SELECTION_METRIC] = self.selection(self.accelerator.unwrap_model(self.model).get_base_model())
@@ -317,10 +247,10 @@ class _Trainer(ResumableTrainer, SFTTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Mean negative log-likelihood of the answer tokens, nats.
+        """Return the mean negative log-likelihood of the answer tokens, nats.
 
-        TRL's own loss is kept wherever its kernel leaves out the prompt. On a CPU that kernel computes logits for every
-        position, and again in the backward pass, which is half of the step; there the loss is taken here.
+        TRL's own loss stays wherever its kernel leaves out the prompt. On a CPU that kernel computes logits for every
+        position, and again in the backward pass, which is half of the step, so the loss is computed here.
         """
         causal = self.accelerator.unwrap_model(model).get_base_model()
         fused = isinstance(causal.get_output_embeddings(), nn.Linear)  # TRL's kernel cannot read rows that are trained
@@ -333,7 +263,7 @@ class _Trainer(ResumableTrainer, SFTTrainer):
             return result
         answer = inputs["labels"][:, 1:] != -100
         with self.accelerator.autocast():  # accelerate wraps only the outermost forward, which is not called here
-            states, head = before_head(causal, inputs["input_ids"], inputs["attention_mask"])
+            states, head = states_and_head(causal, inputs["input_ids"], inputs["attention_mask"])
             logits, tokens = head(states[:, :-1][answer]), inputs["labels"][:, 1:][answer]
         total = -sequence_logprobs(logits, tokens, temperature=1.0).sum()
         accuracy = (logits.detach().argmax(dim=-1) == tokens).float().mean()
@@ -344,8 +274,50 @@ class _Trainer(ResumableTrainer, SFTTrainer):
         return (loss, {"loss": loss}) if return_outputs else loss
 
 
+def answer_size(labels: Iterable[list[int]], tokenizer: Any) -> tuple[int, int]:
+    """Return the tokens and the characters of labelled answers; a stop token counts as one of each."""
+    rows = [[token for token in row if token != -100] for row in labels]
+    texts = tokenizer.batch_decode([row[:-1] for row in rows])
+    return sum(map(len, rows)), sum(len(text) + 1 for text in texts)
+
+
+def make_probe(trainer: AnswerTrainer, run: Run[SFTConfig], pad_token_id: int) -> Probe | None:
+    """Return log-likelihoods of a few held-out answers, by which a loaded policy can be checked.
+
+    They come from the policy with its adapter merged, as it will be loaded. Returns None for DoRA and quantised bases,
+    where merging is more than an addition to the weights that were trained on.
+    """
+    if run.config.use_dora or run.config.quantization != "none":
+        return None
+    rows, policy = cast(Any, trainer.eval_dataset), cast(Any, trainer.model).eval()
+    chosen = [rows[i] for i in pick_short_rows([len(ids) for ids in rows["input_ids"]], PROBE_ROWS)]
+    ids, prompts = [row["input_ids"] for row in chosen], [row["labels"].count(-100) for row in chosen]
+    with merged_adapter(policy, "default"):
+        logprobs = mean_logprobs(
+            policy.get_base_model(),
+            ids,
+            prompts,
+            torch.arange(len(ids)),
+            pad_token_id=pad_token_id,
+            compute=run.compute,
+            batch_size=len(ids),
+        )
+    return Probe.of(ids, logprobs, run.compute.dtype, prompts)
+
+
+def _figures(state: TrainerState) -> dict[str, float]:
+    """Return held-out figures before training and of the selected checkpoint."""
+    figures: dict[str, float] = {}
+    for name in ("eval_loss", PER_CHARACTER, SELECTION_METRIC):
+        by_step = {entry["step"]: entry[name] for entry in state.log_history if name in entry}
+        if by_step:
+            selected = state.best_global_step if state.best_global_step in by_step else max(by_step)
+            figures |= {f"{name}_before": by_step[min(by_step)], f"{name}_after": by_step[selected]}
+    return figures
+
+
 def main() -> None:
-    """Command line."""
+    """Run the stage by its command line."""
     run(parse_config(SFTConfig))
 
 

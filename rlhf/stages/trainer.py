@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from torch.utils.data import Sampler
-from transformers import TrainerCallback, TrainerState
+from transformers import PrinterCallback, TrainerCallback, TrainerState
 
 from rlhf.base.interrupt import StopRequest
-from rlhf.config import TrainingLength
 from rlhf.doctor.live import DoctorCallback, LiveDoctor
 from rlhf.run import checkpoint, optim
 from rlhf.run.callbacks import MetricsCallback, ProgressCallback
@@ -20,18 +19,18 @@ from rlhf.run.resumable import STATE_FILE
 from rlhf.stages.run import Run
 
 
-def trainer_arguments(run: Run, length: TrainingLength) -> dict[str, Any]:
-    """The arguments that transformers' Trainer gets in pretraining and in both supervised stages."""
+def trainer_arguments(run: Run[Any]) -> dict[str, Any]:
+    """Return the arguments of transformers' Trainer that a run's options and device decide."""
     c = run.config
     return {
         "output_dir": str(run.folder / "checkpoints"),
-        "per_device_train_batch_size": length.per_device_train_batch_size,
-        "per_device_eval_batch_size": length.per_device_eval_batch_size,
-        "gradient_accumulation_steps": length.gradient_accumulation_steps,
-        "num_train_epochs": length.num_train_epochs,
-        "max_steps": length.max_steps,
+        "per_device_train_batch_size": c.per_device_train_batch_size,
+        "per_device_eval_batch_size": c.per_device_eval_batch_size,
+        "gradient_accumulation_steps": c.gradient_accumulation_steps,
+        "num_train_epochs": c.num_train_epochs,
+        "max_steps": c.max_steps,
         "eval_strategy": "steps",
-        "eval_steps": length.eval_steps,
+        "eval_steps": c.eval_steps,
         "eval_on_start": True,
         "save_strategy": "steps",
         "save_steps": c.save_steps,
@@ -58,29 +57,16 @@ def trainer_arguments(run: Run, length: TrainingLength) -> dict[str, Any]:
     }
 
 
-class _StopCallback(TrainerCallback):
-    """Saves and ends the training loop after the update in which a stop was asked for."""
-
-    def __init__(self, stop: StopRequest) -> None:
-        self.stop = stop
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.stop.requested:
-            control.should_save = control.should_training_stop = True
-
-
-def train(trainer: Any, run: Run) -> None:
-    """Runs a transformers Trainer with this project's progress, metrics, resume and stop rules."""
-    from transformers import PrinterCallback
-
+def train(trainer: Any, run: Run[Any]) -> None:
+    """Run a transformers Trainer with this project's progress, metrics, resume and stop rules."""
     optim.forget_overrides()
     trainer.remove_callback(PrinterCallback)
     with StopRequest() as stop:
         trainer.add_callback(ProgressCallback(run.stage))
         trainer.add_callback(MetricsCallback(run.tracker, run.stage))
         doctor = LiveDoctor(run.stage, run.config.doctor, run.tracker, dataclasses.asdict(run.config))
-        checked = DoctorCallback(doctor)
-        trainer.add_callback(checked)
+        doctor_callback = DoctorCallback(doctor)
+        trainer.add_callback(doctor_callback)
         trainer.add_callback(_StopCallback(stop))
         folder = Path(trainer.args.output_dir)
         last = checkpoint.latest(folder) if run.config.resume else None
@@ -91,15 +77,29 @@ def train(trainer: Any, run: Run) -> None:
             trainer.args.eval_on_start = False  # that evaluation is in the checkpoint's history already
         trainer.log_position = run.tracker.position
         with run.timer.phase("train"):
-            if last is None or not _take_finished(trainer, last):
+            if last is None or not _restore_finished(trainer, last):
                 trainer.train(resume_from_checkpoint=str(last) if last else None)
         stop.raise_if_requested()
-        if checked.error is not None:
-            raise checked.error
+        if doctor_callback.error is not None:
+            raise doctor_callback.error
 
 
-def _take_finished(trainer: Any, last: Path) -> bool:
-    """Whether the checkpoint is of a run's end, and if so, takes it as the result: the trainer would make one more update."""
+class _StopCallback(TrainerCallback):
+    """Saves and ends the training loop after the update in which a stop was requested."""
+
+    def __init__(self, stop: StopRequest) -> None:
+        self.stop = stop
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.stop.requested:
+            control.should_save = control.should_training_stop = True
+
+
+def _restore_finished(trainer: Any, last: Path) -> bool:
+    """Restore a finished run from its last checkpoint; return False if that run was not finished.
+
+    Resumed, the trainer would make one more update.
+    """
     state = TrainerState.load_from_json(str(last / STATE_FILE))
     if not trainer.finished(state):
         return False
@@ -110,13 +110,13 @@ def _take_finished(trainer: Any, last: Path) -> bool:
 
 
 class SortedStepSampler(Sampler[int]):
-    """Shuffles, then sorts by length *inside* each optimiser step: the same gradient, with less padding in its microbatches."""
+    """Shuffles, then sorts by length *inside* each optimiser step: the same gradient, with less padding."""
 
     def __init__(self, lengths: Sequence[int], step_size: int, seed: int) -> None:
         self.lengths, self.step_size, self.seed, self.epoch = list(lengths), step_size, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by the data loader: each epoch has its own order."""
+        """Choose the epoch's order; the data loader calls this."""
         self.epoch = epoch
 
     def __len__(self) -> int:

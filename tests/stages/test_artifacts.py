@@ -9,8 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -30,8 +29,8 @@ from rlhf.models.tokenization import encode_prompt, encode_response, load_tokeni
 from rlhf.registry import Artifact, Registry
 from rlhf.reward.scorer import score_tokens
 from rlhf.run.metrics import of_stage
-from rlhf.stages import reward as reward_stage
 from rlhf.stages import sft
+from rlhf.stages.normalization import normalizing_data, normalizing_rows
 
 STAGES = ("sft", "reward", "ppo")
 FP32 = SFTConfig(dataset="x", model_name_or_path="x", device="cpu", dtype="float32")
@@ -245,9 +244,9 @@ def test_own_responses_of_the_policy_can_score_zero_instead(
     config = RewardConfig(**reward.manifest.config)
     models = SharedModels(load_policy(policy, FP32, COMPUTE), lora_config(FP32, "CAUSAL_LM", dropout=0.0), COMPUTE)
     with models.role("reference"):
-        prepared: Any = SimpleNamespace(tokenizer=load_tokenizer(str(policy.path)), limit=256)
-        given = reward_stage.normalizing_data(config)
-        rows = reward_stage.normalizing_rows(config, models.causal, prepared, given).rows
+        tokenizer, comparisons = load_tokenizer(str(policy.path)), cast(Any, None)  # which are not looked at
+        prompts = normalizing_data(config)
+        rows = normalizing_rows(config, models.causal, tokenizer, comparisons, prompts, 256).rows
     assert len(rows) == 256 and len({tuple(row) for row in rows}) > 50
     mean, std = float(reward.manifest.reward_mean), float(reward.manifest.reward_std)
     scores = ppo_scores({"sft": policy, "reward": reward}, rows, mean, std)

@@ -32,5 +32,5 @@ def test_the_loss_on_a_cpu_is_that_of_the_models_logits(family: str) -> None:
         _nats=0.0,
     )
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-    loss = sft._Trainer.compute_loss(trainer, model.eval(), inputs).detach()
+    loss = sft.AnswerTrainer.compute_loss(trainer, model.eval(), inputs).detach()
     assert float(loss) == pytest.approx(-float(torch.stack(picked).mean()), abs=1e-5)
