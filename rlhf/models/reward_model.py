@@ -1,4 +1,4 @@
-"""Reward models on the SFT policy: built, saved, and loaded again."""
+"""Reward models on the SFT policy: building, saving and loading."""
 
 from __future__ import annotations
 
@@ -6,15 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import (
-    PeftModel,
-)
+from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForSequenceClassification,
-    PreTrainedModel,
-)
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from rlhf.base.errors import UserError
 from rlhf.config import ComputeConfig, RewardConfig
@@ -29,7 +24,7 @@ _SCORE_KEY = "base_model.model.score.weight"
 
 
 def sequence_classifier(causal: PreTrainedModel, pad_token_id: int, *, seed: int) -> PreTrainedModel:
-    """A reward model around the same backbone: a score head in place of the language-model head.
+    """Return a reward model around a causal model's backbone, with a score head in place of the language-model head.
 
     The fresh head is N(0, 1/sqrt(d+1)) (N+ implementation details, arXiv:2403.17031); weights are shared, not copied.
     """
@@ -53,9 +48,9 @@ def sequence_classifier(causal: PreTrainedModel, pad_token_id: int, *, seed: int
 def trainable_reward_model(
     base: PreTrainedModel, config: RewardConfig, pad_token_id: int
 ) -> PreTrainedModel | PeftModel:
-    """The SFT policy as a reward model to be trained: an adapter and a head on it, or all of its weights, in fp32.
+    """Return the SFT policy as a reward model to be trained: an adapter and a head, or all weights, in fp32.
 
-    The policy is used up: its weights are shared, and change in full fine-tuning.
+    It shares the policy's weights, which full fine-tuning changes.
     """
     if config.finetuning == "lora":
         classifier = sequence_classifier(base, pad_token_id, seed=config.seed)
@@ -65,7 +60,7 @@ def trainable_reward_model(
 
 
 def save_reward_model(model: PreTrainedModel | PeftModel, folder: Path, *, base_model: str) -> None:
-    """The adapter with its head as plain peft opens it, or the whole model as plain transformers opens it."""
+    """Write the adapter with its head as plain peft opens it, or the whole model as plain transformers opens it."""
     if isinstance(model, PeftModel):
         save_adapter(model, folder, adapter="default", base_model=base_model)
     else:
@@ -75,7 +70,7 @@ def save_reward_model(model: PreTrainedModel | PeftModel, folder: Path, *, base_
 def load_reward_model(
     folder: Path, policy: Artifact, config: ComputeConfig, compute: Compute, pad_token_id: int
 ) -> PreTrainedModel | PeftModel:
-    """A saved reward model, frozen: the adapter and head of the folder on the SFT policy, or the whole model in it.
+    """Load a saved reward model, frozen: an adapter and a head on the SFT policy, or a whole model.
 
     Raises:
         UserError: the folder holds no score head, or no model.

@@ -1,6 +1,7 @@
-"""Prompts with their responses as padded tensors, and batches of them.
+"""Prompts and responses as padded tensors, and batches of rows.
 
-Legend: B responses, P padded prompt, R padded response, T = P + R. Masks are boolean, True = counts."""
+Legend: B responses, P padded prompt, R padded response, T = P + R, M rows. Masks are boolean, True = counts.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 
 def prompt_numbers(nested: Sequence[Sequence[Any]]) -> Tensor:
-    """(M,) int64: which prompt each response answers, for responses that are listed prompt by prompt."""
+    """Return the number of each response's prompt, (M,) int64, for responses that are listed prompt by prompt."""
     return torch.tensor([i for i, inner in enumerate(nested) for _ in inner])
 
 
@@ -36,25 +37,25 @@ class Sequences:
 
     @property
     def lengths(self) -> Tensor:
-        """(B,) tokens of prompt and response together."""
+        """Tokens (B,) of prompt and response together."""
         return self.prompt_mask.sum(dim=1) + self.mask.sum(dim=1)
 
     @property
     def input_ids(self) -> Tensor:
-        """(B, T)"""
+        """Token ids (B, T)."""
         return torch.cat([self.prompts, self.responses], dim=1)
 
     @property
     def attention_mask(self) -> Tensor:
-        """(B, T) bool"""
+        """Mask (B, T) bool of prompts and responses."""
         return torch.cat([self.prompt_mask, self.mask], dim=1)
 
     def to(self, device: torch.device) -> Self:
-        """The same on a device."""
+        """Return a copy on a device."""
         return type(self)(**{f.name: getattr(self, f.name).to(device) for f in dataclasses.fields(self)})
 
     def select(self, rows: Tensor) -> Self:
-        """Some rows of every field, with the padding that they do not need cut off."""
+        """Return some rows of every field, without the padding that they do not need."""
         first = int(self.prompts.shape[1] - self.prompt_mask[rows].sum(dim=1).max())
         width = int(self.mask[rows].sum(dim=1).max())
 
@@ -68,7 +69,7 @@ class Sequences:
 
 
 def concatenate(parts: list[Sequences], pad_token_id: int) -> Sequences:
-    """Sequences of several batches as one, re-padded to the widest."""
+    """Return the sequences of several batches as one, re-padded to the widest."""
     width_p = max(p.prompts.shape[1] for p in parts)
     width_r = max(p.responses.shape[1] for p in parts)
 
@@ -85,7 +86,7 @@ def concatenate(parts: list[Sequences], pad_token_id: int) -> Sequences:
 
 
 def length_sorted_batches(lengths: Tensor, size: int, tokens: int | None = None) -> list[Tensor]:
-    """Row numbers in batches of at most `size` rows, similar lengths together, so that little is computed on padding.
+    """Return row numbers in batches of at most `size` rows of similar lengths, so that little of it is padding.
 
     With `tokens`, rows times the longest of them is at most that, too; a longer row is a batch of its own.
     """
@@ -103,18 +104,19 @@ def length_sorted_batches(lengths: Tensor, size: int, tokens: int | None = None)
 
 
 def prompt_batches(prompt: Tensor, size: int, lengths: Tensor | None = None, tokens: int | None = None) -> list[Tensor]:
-    """Row numbers in batches of at most `size`, the responses to one prompt together as far as they fit: their prompt is
-    then computed once.
+    """Return row numbers in batches of at most `size` that keep a prompt's responses together where they fit.
+
+    The prompt is then computed once.
 
     Args:
-        prompt: (M,) int64, which prompt each row answers; the rows of a prompt are neighbours.
+        prompt: (M,) int64, number of each row's prompt; rows of a prompt are neighbours.
         lengths, tokens: (M,) tokens of each row; rows times the longest of them is at most `tokens`, unless a single row
             is longer.
     """
     batches: list[Tensor] = []
 
     def room(rows: Tensor) -> int:
-        """How many such rows a batch may have."""
+        """Return how many such rows a batch may have."""
         return size if lengths is None or tokens is None else min(size, max(1, tokens // int(lengths[rows].max())))
 
     counts = torch.unique_consecutive(prompt, return_counts=True)[1].tolist()
@@ -128,7 +130,11 @@ def prompt_batches(prompt: Tensor, size: int, lengths: Tensor | None = None, tok
 
 
 def pad(rows: Sequence[Sequence[int]], pad_id: int, *, side: str) -> tuple[Tensor, Tensor]:
-    """Ragged token rows as `(ids, mask)`, both (B, longest); the mask is True at real tokens and comes from lengths."""
+    """Return ragged token rows as `(ids, mask)`, both (B, longest); the mask comes from lengths, True at real tokens.
+
+    Args:
+        side: where the padding is, `left` or `right`.
+    """
     width = max(map(len, rows))
     ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
     mask = torch.zeros(len(rows), width, dtype=torch.bool)

@@ -1,7 +1,8 @@
-"""One tokenizer policy for all stages: pad is not stop, one chat template, left-padded prompts, responses that end in a stop.
+"""Text to tokens and back, in one way for all stages: padding, stop token, chat template.
 
-Prompt and response are rendered by the chat template and tokenised *apart*, exactly as sampling sees them: no token ever
-spans the border, so the tokens that PPO scores are the tokens that SFT and the reward model were trained on.
+The pad token differs from the stop token, and a response ends in one stop token. Prompt and response are rendered by the
+chat template and tokenised *apart*, as in sampling: no token spans the border, so PPO scores the tokens that SFT and the
+reward model were trained on.
 """
 
 from __future__ import annotations
@@ -22,27 +23,27 @@ from rlhf.base.json_files import decode
 
 Message = Mapping[str, str]
 
-#: Templates for models that bring none, or whose own adds a system prompt that is not wanted.
+#: Templates for models without one, or whose own adds an unwanted system prompt.
 TEMPLATES = {
     "chatml": (
         "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
         "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     ),
-    # For models pretrained here, in words that their text teaches: their vocabulary has no tokens for turns.
+    # For models pretrained here: their vocabulary has no tokens for turns, so words mark them.
     "dialogue": (
         "{% for message in messages %}{{ message['role'] + ': ' + message['content'] }}"
         "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
     ),
-    # For base models: texts follow each other with nothing but the stop token after the answer (TL;DR style).
+    # For base models: contents follow each other, with the stop token after the answer (TL;DR style).
     "plain": (
         "{% for message in messages %}{{ message['content'] }}"
         "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     ),
 }
-#: What ends a document in pretraining, and so a response of the stages that follow.
+#: Ends a document in pretraining, and a response in later stages.
 END_OF_TEXT = "<|endoftext|>"
-#: Rows of a data set whose loss mask a stage checks before it trains.
+#: Rows of a data set whose encoding a stage checks before it trains.
 CHECKED_ROWS = 8
 _PAD_CANDIDATES = (
     "<|pad|>",
@@ -57,14 +58,14 @@ _PAD_CANDIDATES = (
 def load_tokenizer(
     folder: str, *, chat_template: str | None = None, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """A tokenizer under the project's policy.
+    """Load a tokenizer with a pad token of its own, a chat template and padding on the left.
 
     Args:
         folder: local folder or hub name.
         chat_template: name in `TEMPLATES`, path of a Jinja file, or None for the tokenizer's own.
 
     Raises:
-        UserError: no tokenizer there, no stop token, no chat template, or no token that could serve as padding.
+        UserError: there is no tokenizer, or it lacks a stop token, a chat template or a spare token for padding.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, revision=revision, trust_remote_code=trust_remote_code)
@@ -86,6 +87,7 @@ def load_tokenizer(
 
 
 def template_text(name: str) -> str:
+    """Return the Jinja text of a template's name in `TEMPLATES` or of a file."""
     if name in TEMPLATES:
         return TEMPLATES[name]
     if Path(name).is_file():
@@ -96,7 +98,7 @@ def template_text(name: str) -> str:
 
 
 def _set_pad_token(tokenizer: PreTrainedTokenizerBase, folder: str) -> None:
-    """Makes pad a token of its own that is already in the vocabulary, so that embeddings need not grow.
+    """Make pad a token of its own, out of the vocabulary, so that embeddings need not grow.
 
     Padding with the stop token is the classic silent bug: a mask made from `token != pad` then drops the stop token, and a
     sequence classifier reads its score one token too early.
@@ -115,21 +117,24 @@ def _set_pad_token(tokenizer: PreTrainedTokenizerBase, folder: str) -> None:
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids that end a response."""
+    """Return the token ids that end a response."""
     return [int(tokenizer.eos_token_id)]
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message]) -> list[int]:
-    """Token ids of a prompt, up to and including the header of the answer."""
+    """Return token ids of a prompt, up to and including the header of the answer."""
     return tokenizer(_render(tokenizer, prompt, answer_header=True), add_special_tokens=False)["input_ids"]
 
 
 def encode_response(
     tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message], response: Sequence[Message]
 ) -> list[int]:
-    """Token ids of an answer as the policy should produce it, ending in exactly one stop token.
+    """Return token ids of an answer as the policy should produce it, ending in exactly one stop token.
 
-    Whatever the template writes after the stop token (often a line break) belongs to the next turn and is left out.
+    Text that the template writes after the stop token (often a line break) belongs to the next turn and is left out.
+
+    Raises:
+        UserError: the template writes the prompt differently when an answer follows.
     """
     head = _render(tokenizer, prompt, answer_header=True)
     whole = _render(tokenizer, [*prompt, *response], answer_header=False)
@@ -149,7 +154,7 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, 
     plain = [dict(message) for message in messages]
     try:
         return str(tokenizer.apply_chat_template(plain, add_generation_prompt=answer_header, tokenize=False))
-    except TemplateError as error:  # its own complaint of roles and their order, or a slip in it
+    except TemplateError as error:  # roles that it refuses, or an error in it
         roles = ", ".join(message["role"] for message in messages)
         raise UserError(
             f"the chat template cannot write a conversation of {roles}: {error}; leave these out, or give another --chat_template"
@@ -157,20 +162,20 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, 
 
 
 def decode_response(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
-    """The text of an answer, without special tokens."""
+    """Return the text of an answer, without special tokens."""
     return str(tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()
 
 
 def last_user_text(prompt: Sequence[Message]) -> str:
-    """What the user asked last: how a prompt is shown in tables."""
+    """Return the last message of the user, by which tables show a prompt."""
     return next((m["content"] for m in reversed(prompt) if m["role"] == "user"), "")
 
 
 def tokenizer_hashes(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """Hashes of vocabulary (with merges and special tokens) and chat template, which all stages must share."""
+    """Return hashes of vocabulary (with merges and special tokens) and chat template, which all stages must share."""
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     content = decode(backend.to_str()) if backend is not None else sorted(tokenizer.get_vocab().items())
-    if isinstance(content, dict):  # how the last caller padded and truncated is no part of the tokenizer
+    if isinstance(content, dict):  # settings of the last call, not of the tokenizer
         content = {k: v for k, v in content.items() if k not in ("padding", "truncation")}
     vocabulary = json.dumps([content, tokenizer.special_tokens_map], sort_keys=True, default=str)
     return {
@@ -182,11 +187,11 @@ def tokenizer_hashes(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
 def check_encoding(
     tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message], response: Sequence[Message]
 ) -> tuple[list[int], list[int]]:
-    """Token ids of a prompt and its answer, after looking at them the way a person would.
+    """Return token ids of a prompt and its answer, checked as a person would.
 
     Raises:
-        UserError: two BOS tokens, no stop token at the end or a second one, or trained tokens that do not read as the
-            answer: a loss on them would teach something else.
+        UserError: the prompt begins with two BOS tokens, the answer does not end in its only stop token, or its tokens do
+            not decode to it.
     """
     head, tail = encode_prompt(tokenizer, prompt), encode_response(tokenizer, prompt, response)
     bos, stops = tokenizer.bos_token_id, set(stop_token_ids(tokenizer))
@@ -199,26 +204,26 @@ def check_encoding(
         raise UserError(
             f"the answer must end in one stop token and hold no other; it holds {len(ends)}: {_show(tokenizer, tail)}"
         )
-    said = "".join(message["content"] for message in response)
-    while said.rstrip().endswith(str(tokenizer.eos_token)):
-        said = said.rstrip().removesuffix(str(tokenizer.eos_token))
-    read = str(tokenizer.decode(tail[:-1], skip_special_tokens=False))
-    if _bare(said) not in _bare(read):
+    answer = "".join(message["content"] for message in response)
+    while answer.rstrip().endswith(str(tokenizer.eos_token)):
+        answer = answer.rstrip().removesuffix(str(tokenizer.eos_token))
+    decoded = str(tokenizer.decode(tail[:-1], skip_special_tokens=False))
+    if _bare(answer) not in _bare(decoded):
         raise UserError(
-            f"the trained tokens read {read[:80]!r}, which is not the answer {said[:80]!r}: the chat template changes it, or "
-            "the tokenizer cannot write it; give another --chat_template or tokenizer"
+            f"the trained tokens read {decoded[:80]!r}, which is not the answer {answer[:80]!r}: the chat template changes it, "
+            "or the tokenizer cannot write it; give another --chat_template or tokenizer"
         )
     return head, tail
 
 
 def check_rows(tokenizer: PreTrainedTokenizerBase, rows: Iterable[tuple[Sequence[Message], Sequence[Message]]]) -> None:
-    """`check_encoding` of the first few (prompt, answer) of a data set: a wrong template shows in every row."""
+    """Run `check_encoding` on the first few (prompt, answer) of a data set: a wrong template shows in every row."""
     for prompt, answer in islice(rows, CHECKED_ROWS):
         check_encoding(tokenizer, prompt, answer)
 
 
 def _bare(text: str) -> str:
-    """Without what templates and tokenizers may change: white space, and compatible forms of a character."""
+    """Strip a text of what templates and tokenizers may change: white space, and compatible forms of a character."""
     return "".join(unicodedata.normalize("NFKC", text).split())
 
 

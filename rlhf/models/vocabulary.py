@@ -1,4 +1,7 @@
-"""Vocabulary extension: new tokens for what a tokenizer spends many on, and embeddings that start from their old pieces."""
+"""Vocabularies from text: new tokenizers, new tokens for existing ones, and embeddings for these.
+
+New tokens spare a tokenizer many tokens in scripts that it does not know; their embeddings start from their old pieces.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 from rlhf.base.errors import UserError
 from rlhf.models.tokenization import END_OF_TEXT, template_text
 
-#: Uses in the training text that a learned token needs at least: an embedding of fewer is noise.
+#: Least number of uses of a learned token in the training text: with fewer, its embedding is noise.
 MIN_USES = 4
 #: Longest learned token, characters.
 LONGEST = 8
@@ -23,16 +26,15 @@ _BYTES = frozenset(letter for letter in pre_tokenizers.ByteLevel.alphabet() if n
 
 
 def learn_tokens(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, count: int) -> list[str]:
-    """`count` new tokens for texts whose script the tokenizer does not know.
+    """Return `count` new tokens for texts in a script that the tokenizer does not know.
 
-    As in BPE: characters that it writes in several tokens come first, those that save most of them in front, then sequences of
-    characters, in the order in which a BPE within each script merges them. Only sequences whose every character costs a token
-    or more are taken (new tokens for words of a script that it knows would cut them off their leading space), and only those
-    that the text uses where longer ones are taken first. Characters come first because one without a token is left to byte
-    tokens, which a model that now seldom sees them puts together wrongly.
+    Characters of several tokens come first, those that save most tokens in front: one that keeps byte tokens, which the
+    model then seldom sees, would be put together wrongly. Sequences of characters follow, in the order in which a BPE within
+    each script merges them. They must cost a token or more for each character (new tokens in a script that the tokenizer
+    knows would cut words off their leading space), and the text must use them where longer tokens are taken first.
 
     Raises:
-        UserError: there are fewer.
+        UserError: the texts support fewer.
     """
     uses = Counter(itertools.chain.from_iterable(texts))
     common = [character for character, n in uses.items() if n >= MIN_USES and _is_writable(character)]
@@ -46,35 +48,34 @@ def learn_tokens(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, count
         learned = [token for token in learned if token not in rare]
     if len(learned) < count:
         raise UserError(
-            f"the training text supports {len(learned)} new tokens, not learn_tokens={count}: so many characters and sequences "
-            f"of them occur {MIN_USES} times and cost the tokenizer a token or more for each character; lower it"
+            f"the training text supports {len(learned)} new tokens, not learn_tokens={count}: that is the number of characters "
+            f"and sequences that occur {MIN_USES} times and cost the tokenizer a token or more a character; lower it"
         )
     return learned[:count]
 
 
 def _is_writable(token: str) -> bool:
-    """Whether any tokenizer writes an added token as it is: byte-level ones mistake the letters that stand for bytes."""
+    """Return True if tokenizers write an added token as it is: byte-level ones mistake letters that stand for bytes."""
     return not any(character.isspace() or character in _BYTES for character in token)
 
 
 def _rare(tokens: Sequence[str], texts: Sequence[str]) -> set[str]:
-    """The sequences among the tokens that too few places of the texts are read as: the others are read as longer ones."""
-    reader: Any = Tokenizer(
-        models.WordLevel({"": 0}, unk_token="")
-    )  # knows the tokens only, which it finds as any tokenizer does
+    """Return the sequences among the tokens that the texts use too seldom where longer tokens are taken first."""
+    # It knows nothing but these tokens, and splits texts by them as any tokenizer does.
+    reader: Any = Tokenizer(models.WordLevel({"": 0}, unk_token=""))
     reader.add_tokens([AddedToken(token, normalized=False) for token in tokens])
-    uses = Counter(token for read in reader.encode_batch(list(texts)) for token in read.tokens)
+    uses = Counter(token for encoded in reader.encode_batch(list(texts)) for token in encoded.tokens)
     return {token for token in tokens if len(token) > 1 and uses[token] < MIN_USES}
 
 
 def _costs(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """The tokens of each text."""
+    """Return the number of tokens of each text."""
     pieces = tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
     return dict(zip(texts, map(len, pieces), strict=True))
 
 
 def _merged(texts: Sequence[str], size: int) -> list[str]:
-    """The sequences of characters in a BPE vocabulary of that size, as they were merged; none crosses scripts."""
+    """Return the sequences of characters in a BPE vocabulary of a size, in order of merging; none crosses scripts."""
     learner: Any = Tokenizer(models.BPE())
     learner.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation(), pre_tokenizers.UnicodeScripts()]
@@ -88,32 +89,32 @@ def _merged(texts: Sequence[str], size: int) -> list[str]:
 
 
 def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> dict[int, list[int]]:
-    """Adds tokens to a tokenizer.
+    """Add tokens to a tokenizer.
 
     Returns:
-        New token id -> the ids that the text had before.
+        New token id -> the ids that its text had until now.
 
     Raises:
         UserError: a token is in the vocabulary already, or does not decode to itself.
     """
     pieces = tokenizer(list(tokens), add_special_tokens=False)["input_ids"]
-    known = [token for token, old in zip(tokens, pieces, strict=True) if len(old) < 2]
-    if known:
-        raise UserError(f"'{known[0]}' is one token of the vocabulary already; leave it out of the new tokens")
+    single = [token for token, old in zip(tokens, pieces, strict=True) if len(old) < 2]
+    if single:
+        raise UserError(f"'{single[0]}' is one token of the vocabulary already; leave it out of the new tokens")
     first = len(tokenizer)
     tokenizer.add_tokens(list(tokens))
     for number, token in enumerate(tokens):
-        got = tokenizer(token, add_special_tokens=False)["input_ids"]
-        if got != [first + number] or tokenizer.decode(got) != token:
+        ids = tokenizer(token, add_special_tokens=False)["input_ids"]
+        if ids != [first + number] or tokenizer.decode(ids) != token:
             raise UserError(
-                f"the tokenizer cannot write the new token '{token}': it reads {tokenizer.decode(got)!r}; leave it out "
+                f"the tokenizer cannot write the new token '{token}': it reads {tokenizer.decode(ids)!r}; leave it out "
                 "(byte-level tokenizers mistake accented Latin letters in added tokens for bytes)"
             )
     return {first + number: old for number, old in enumerate(pieces)}
 
 
 def grow_embeddings(model: PreTrainedModel, pieces: Mapping[int, Sequence[int]]) -> None:
-    """Gives new tokens rows in the embeddings, input and output: the mean of the rows of their old pieces."""
+    """Add rows for new tokens to the embeddings, input and output: the mean of the rows of their old pieces."""
     fit_embeddings(model, max(pieces) + 1)
     for weight in _embeddings(model):
         for token, old in pieces.items():
@@ -121,29 +122,29 @@ def grow_embeddings(model: PreTrainedModel, pieces: Mapping[int, Sequence[int]])
 
 
 def fit_embeddings(model: PreTrainedModel, rows: int) -> None:
-    """Makes room for that many tokens; a model may have more rows than its tokenizer has tokens. New rows are the mean row."""
-    before = len(_embeddings(model)[0])
-    if rows > before:
+    """Grow the embeddings to at least this many rows; new ones are the mean row. They may outnumber the tokens."""
+    size = len(_embeddings(model)[0])
+    if rows > size:
         model.resize_token_embeddings(rows, mean_resizing=False)
         for weight in _embeddings(model):
-            weight[before:] = weight[:before].float().mean(dim=0).to(weight.dtype)
+            weight[size:] = weight[:size].float().mean(dim=0).to(weight.dtype)
 
 
 def _embeddings(model: PreTrainedModel) -> list[Tensor]:
-    """The weights of the input embedding and of the output layer; one where they are tied."""
+    """Return the weights of the input embedding and of the output layer: one tensor where they are tied."""
     layers: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
     return list({id(layer.weight): layer.weight.detach() for layer in layers if layer is not None}.values())
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, *, chat_template: str) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer (Radford et al. 2019) made from documents, with a token that ends them and one for padding.
+    """Train a byte-level BPE tokenizer (Radford et al. 2019) with a token that ends documents and one for padding.
 
     Args:
-        vocab_size: its tokens: two special ones, 256 bytes, and merges of pairs that occur at least twice.
+        vocab_size: number of tokens: two special ones, 256 bytes, and merges of pairs that occur at least twice.
         chat_template: as in `load_tokenizer`.
 
     Raises:
-        UserError: the text has fewer pairs to merge, or there is no room for the bytes.
+        UserError: the text has too few pairs to merge, or the vocabulary no room for the bytes.
     """
     special, alphabet = [END_OF_TEXT, "<|pad|>"], pre_tokenizers.ByteLevel.alphabet()
     smallest = len(special) + len(alphabet)
