@@ -9,8 +9,9 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.base import distributed
 from rlhf.data_prep.formats.rows import prompt_key
-from rlhf.data_prep.load import NAMED_ROWS, Kind, Loaded, joint_fingerprint, load_rows
+from rlhf.data_prep.load import NAMED_ROWS, Loaded, joint_fingerprint, load_rows
 from rlhf.data_prep.overlap import TrainingPrompts
+from rlhf.data_prep.stage_rows import Kind
 from rlhf.models.tokenization import encode_prompt, encode_response
 from rlhf.registry import Artifact, Registry
 
