@@ -8,17 +8,16 @@ from __future__ import annotations
 import sys
 
 from rlhf.base.errors import run_command
+from rlhf.base.functions import load_function
 from rlhf.data_prep import prepare
 from rlhf.data_prep.prepare.recipe import parse_recipe
 
 
 def main() -> None:
-    """Command line; prints the folder, or the rows."""
+    """Run the command line; prints the folder, or the rows."""
     words = sys.argv[1:]
     if words[:1] == ["show"]:
-        from rlhf.data_prep.show import main as show
-
-        show(words[1:])
+        load_function("rlhf.data_prep.show:main")(words[1:])  # it needs a tokenizer's libraries
     else:
         print(prepare(parse_recipe(words)))
 

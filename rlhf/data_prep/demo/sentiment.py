@@ -1,4 +1,4 @@
-"""The demo's data: rated movie-review sentences (Hutto & Gilbert, ICWSM 2014) -> demonstrations, comparisons, prompts.
+"""Rated movie-review sentences (Hutto & Gilbert, ICWSM 2014) as demonstrations, comparisons and prompts.
 
 Everything here is pure: bytes in, rows and counts out. Every choice is a sha256 of the seed and the row's own content,
 so it is the same on every machine and does not move when rows are added. (One exception: a first word that passes
@@ -7,23 +7,21 @@ so it is the same on every machine and does not move when rows are added. (One e
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf.base.json_files import decode
-
-Row = dict[str, Any]
-Messages = list[dict[str, str]]
+from rlhf.data_prep.formats.rows import Messages, Row
+from rlhf.data_prep.hashes import sha256, unit
 
 PROMPT = 'Write one sentence of a movie review that starts with "{word}"'
 #: First words with more sentences than this hold half of the data; they stay in training.
 FREQUENT_WORD = 100
 #: A first word becomes a prompt of PPO when it starts at least this many sentences: rarer ones are mostly names.
 MIN_SENTENCES_PER_PROMPT = 3
-#: Where a sentence goes: (upper bound of its hash in [0, 1), set). Evaluation words only ever go to validation.
+#: Sets of sentences by the upper bound of their hash in [0, 1). Evaluation words only ever go to validation.
 TRAINING_WORD_SETS = (
     (0.45, "demonstrations/train"),
     (0.50, "demonstrations/validation"),
@@ -47,25 +45,25 @@ class Sentence:
 
     @property
     def word(self) -> str:
-        """The first word, which the prompt asks for."""
+        """First word, which the prompt asks for."""
         return self.text.split(" ", 1)[0]
 
 
 @dataclass
 class Drops:
-    """How much was left out, by reason, with up to three examples each."""
+    """Counts of what was left out, by reason, with up to three examples each."""
 
     counts: Counter[str] = field(default_factory=Counter)
     examples: defaultdict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
     def add(self, reason: str, example: str) -> None:
-        """Counts one."""
+        """Count one."""
         self.counts[reason] += 1
         if len(self.examples[reason]) < _EXAMPLES:
             self.examples[reason].append(example[:120])
 
     def as_dict(self) -> dict[str, dict[str, Any]]:
-        """`{reason: {"count", "examples"}}`."""
+        """Return `{reason: {"count", "examples"}}`."""
         return {reason: {"count": count, "examples": self.examples[reason]} for reason, count in self.counts.items()}
 
 
@@ -92,11 +90,11 @@ class Tables:
 
 
 class BadLine(ValueError):
-    """A source line that cannot be used; the text is the reason under which it is counted."""
+    """Raised for a source line that cannot be used; its text is the reason under which it is counted."""
 
 
 def parse(texts: bytes, ratings: bytes) -> Parsed:
-    """Joins the two tab-separated files on the sentence id.
+    """Join the two tab-separated files on the sentence id.
 
     Args:
         texts: lines of id, mean, text.
@@ -179,32 +177,32 @@ def _matching_ratings(mean: float, rated: tuple[float, tuple[int, ...]] | None) 
 
 
 def rater_halves(sentence: Sentence, seed: int) -> tuple[list[int], list[int]]:
-    """The ratings of two halves of the raters: the first trains the reward model, the second checks it.
+    """Return the ratings of two halves of the raters: the first trains the reward model, the second checks it.
 
     Raters are put in the order of a hash of (seed, sentence id, position); the first half has the odd one.
     """
-    order = sorted(range(len(sentence.ratings)), key=lambda i: _hash(seed, "rater", sentence.id, i))
+    order = sorted(range(len(sentence.ratings)), key=lambda i: sha256(seed, "rater", sentence.id, i))
     middle = (len(order) + 1) // 2
     return [sentence.ratings[i] for i in order[:middle]], [sentence.ratings[i] for i in order[middle:]]
 
 
 def evaluation_words(sentences: Iterable[Sentence], seed: int, share: float) -> set[str]:
-    """About `share` of the first words, of whatever case: prompts on which nothing is trained."""
+    """Return about `share` of the first words, of whatever case: prompts on which nothing is trained."""
     counts = Counter(sentence.word.casefold() for sentence in sentences)
-    return {w for w, n in counts.items() if n <= FREQUENT_WORD and _unit(seed, "word", w) < share}
+    return {w for w, n in counts.items() if n <= FREQUENT_WORD and unit(seed, "word", w) < share}
 
 
 def assign(sentence: Sentence, held_out_words: set[str], seed: int) -> str:
-    """The set a sentence goes to."""
+    """Return the set of a sentence."""
     bounds = EVALUATION_WORD_SETS if sentence.word.casefold() in held_out_words else TRAINING_WORD_SETS
-    position = _unit(seed, "sentence", sentence.text)
+    position = unit(seed, "sentence", sentence.text)
     return next(name for upper, name in bounds if position < upper)
 
 
 def build_tables(
     sentences: Sequence[Sentence], *, seed: int, responses_per_prompt: int, evaluation_share: float
 ) -> Tables:
-    """Splits sentences into the six sets. Rows come in the order of a hash, so that the first rows are a fair sample.
+    """Split sentences into the six sets. Rows come in the order of a hash, so that the first rows are a fair sample.
 
     Args:
         seed: of the split, the rater halves and the order.
@@ -215,7 +213,7 @@ def build_tables(
     rows: dict[str, list[Row]] = {name: [] for name in SETS}
     dropped, dropped_prompts = Drops(), Drops()
     groups: defaultdict[tuple[str, str], list[Sentence]] = defaultdict(list)
-    for sentence in sorted(sentences, key=lambda s: _hash(seed, "order", s.text)):
+    for sentence in sorted(sentences, key=lambda s: sha256(seed, "order", s.text)):
         name = assign(sentence, held_out, seed)
         if name.startswith("demonstrations"):
             rows[name].append(_demonstration(sentence))
@@ -231,7 +229,7 @@ def build_tables(
                 rows[name].append(_comparison(word, group, seed))
 
     words = Counter(sentence.word for sentence in sentences)
-    for word in sorted(words, key=lambda w: _hash(seed, "prompt", w)):
+    for word in sorted(words, key=lambda w: sha256(seed, "prompt", w)):
         if words[word] < MIN_SENTENCES_PER_PROMPT:
             dropped_prompts.add(f"first word of fewer than {MIN_SENTENCES_PER_PROMPT} sentences", word)
         elif not (word[0].isalnum() or word[0] in "\"'"):
@@ -239,12 +237,12 @@ def build_tables(
         else:
             rows[f"prompts/{'validation' if word.casefold() in held_out else 'train'}"].append({"prompt": prompt(word)})
     for name in ("comparisons/train", "comparisons/validation"):
-        rows[name].sort(key=lambda row: _hash(seed, "group", row["responses"][0][0]["content"]))
+        rows[name].sort(key=lambda row: sha256(seed, "group", row["responses"][0][0]["content"]))
     return Tables(rows, dropped, dropped_prompts)
 
 
 def prompt(word: str) -> Messages:
-    """The request for a sentence that starts with `word`."""
+    """Return the request for a sentence that starts with `word`."""
     return [{"role": "user", "content": PROMPT.format(word=word)}]
 
 
@@ -271,12 +269,3 @@ def _comparison(word: str, group: Sequence[Sentence], seed: int) -> Row:
 
 def _mean(values: Sequence[int]) -> float:
     return sum(values) / len(values)
-
-
-def _hash(*parts: object) -> str:
-    return hashlib.sha256("\x1f".join(map(str, parts)).encode()).hexdigest()
-
-
-def _unit(*parts: object) -> float:
-    """A hash as a number in [0, 1); 52 bits, which a float holds exactly."""
-    return int(_hash(*parts)[:13], 16) / 16**13

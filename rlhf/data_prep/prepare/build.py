@@ -1,4 +1,4 @@
-"""The one way through: read -> validate -> clean -> merge raters -> deduplicate -> split -> gate -> write -> card.
+"""The way from sources to a data folder: read, clean, merge raters, deduplicate, split, gate, write, card.
 
 Rows stream from the sources into an Arrow file beside the result; what is decided about them is decided on arrays of
 hashes; then the chosen rows stream into Parquet. Nothing is published before all of it is written.
@@ -20,10 +20,11 @@ from rlhf.data_prep.formats.files import hash_files, read_source
 from rlhf.data_prep.formats.readers import SourceReader
 from rlhf.data_prep.formats.records import COMPARISON, Record
 from rlhf.data_prep.formats.rows import Malformed, Untrainable
+from rlhf.data_prep.hashes import unit
 from rlhf.data_prep.prepare.card import SourceReport, make_card, render
 from rlhf.data_prep.prepare.clean import Dropped, clean
 from rlhf.data_prep.prepare.dedup import first_of_equal
-from rlhf.data_prep.prepare.folder import made_once, write_card
+from rlhf.data_prep.prepare.folder import make_once
 from rlhf.data_prep.prepare.leaks import gate
 from rlhf.data_prep.prepare.lengths import Lengths
 from rlhf.data_prep.prepare.mix import mix
@@ -37,10 +38,10 @@ from rlhf.data_prep.prepare.splits import (
     group_prompts,
     limit_prompts,
 )
-from rlhf.data_prep.prepare.staged import stage
+from rlhf.data_prep.prepare.staged import Staged, stage
 from rlhf.data_prep.prepare.tally import Tally
 from rlhf.data_prep.prepare.write import write_sets
-from rlhf.data_prep.ratings import by_split, clear_pairs, merge, resolve, unit
+from rlhf.data_prep.ratings import by_split, clear_pairs, merge, resolve
 from rlhf.run.progress import Progress
 
 #: Fewest rows of a source that are refused for their share of malformed ones; of fewer, one slip would be too many.
@@ -48,7 +49,7 @@ FEWEST_ROWS = 20
 
 
 def prepare_sources(config: DataConfig) -> Path:
-    """Makes the data folder of a recipe and returns it; see `rlhf.data_prep.prepare`.
+    """Make the data folder of a recipe and return it; see `rlhf.data_prep.prepare`.
 
     Layout: `KIND/SPLIT.parquet`, `card.json`, `card.md`, and `rejected.jsonl` with every row that was left out.
 
@@ -59,14 +60,15 @@ def prepare_sources(config: DataConfig) -> Path:
     files = [hash_files(source) for source in config.sources]
     recipe = config.recipe(files)
 
-    def fill(partial: Path) -> None:
-        reports = [SourceReport(source, of) for source, of in zip(config.sources, files, strict=True)]
+    def fill(partial: Path) -> dict[str, Any]:
+        reports = [SourceReport(source, hashes) for source, hashes in zip(config.sources, files, strict=True)]
         scratch = partial / ".work"
         scratch.mkdir()
-        _build(config, recipe, reports, partial, scratch, folder.with_name(f"{folder.name}.leaks.jsonl"))
+        card = _build(config, recipe, reports, partial, scratch, folder.with_name(f"{folder.name}.leaks.jsonl"))
         shutil.rmtree(scratch)
+        return card
 
-    made_once(folder, recipe, fill)
+    make_once(folder, recipe, fill)
     return folder
 
 
@@ -77,20 +79,16 @@ def _build(
     folder: Path,
     scratch: Path,
     leak_report: Path,
-) -> None:
+) -> dict[str, Any]:
+    """Write the sets and `card.md`, and return the card."""
     lengths = Lengths(config) if config.tokenizer else None
     with Tally(folder / "rejected.jsonl") as tally:
-        staged = stage(
-            _read_all(config, reports, lengths, tally),
-            lambda record, number: _serves(record, config, number),
-            scratch / "read.arrow",
-            prefix_length=config.min_shared_prefix,
-        )
+        staged = _staged(_read_all(config, reports, lengths, tally), config, scratch / "read.arrow")
         records = len(staged)
         plan = Plan(staged, tally)
         _drop_repeated_ids(plan)
         if (staged.raters > 0).any():
-            plan = _merge_raters(plan, config, scratch)
+            plan = Plan(_staged(_merged(plan, config), config, scratch / "merged.arrow"), tally)
         deduplicate(plan, config, scratch)
         limit_prompts(plan, config)
         prompts = group_prompts(plan, config, scratch)
@@ -104,10 +102,14 @@ def _build(
             config, recipe, reports, tally, plan, prompts, written, records=records, mixed=mixed, leaks=leaks
         )
     (folder / "card.md").write_text(render(card), encoding="utf-8")
-    write_card(folder, card, [*(f"{name}.parquet" for name in written), "rejected.jsonl"])
     leak_report.unlink(missing_ok=True)  # of an earlier try
-    counts = ", ".join(f"{count:,} {name}" for name, count in card["rows"].items())
-    print(f"data: {config.output_dir}: {counts}", file=sys.stderr)
+    return card
+
+
+def _staged(records: Iterator[tuple[Record, int]], config: DataConfig, file: Path) -> Staged:
+    return stage(
+        records, lambda record, number: _serves(record, config, number), file, prefix_length=config.min_shared_prefix
+    )
 
 
 # Reading
@@ -116,7 +118,7 @@ def _build(
 def _read_all(
     config: DataConfig, reports: list[SourceReport], lengths: Lengths | None, tally: Tally
 ) -> Iterator[tuple[Record, int]]:
-    """(record, number of its source) of every row that passes."""
+    """Yield (record, number of its source) of every row that passes."""
     for number, report in enumerate(reports):
         with Progress(None, f"reading {report.source.name}", "row") as bar:
             for record in _read_one(config, report, tally):
@@ -136,7 +138,7 @@ def _read_all(
 
 
 def _read_one(config: DataConfig, report: SourceReport, tally: Tally) -> Iterator[Record]:
-    """The records of one source; rows that cannot be used are counted and kept."""
+    """Yield the records of one source; rows that cannot be used are counted and written to the tally."""
     source = report.source
     reader = SourceReader(source, read_source(source, int(config.max_row_megabytes * 1e6)))
     report.reader, report.evidence = reader.name, reader.evidence
@@ -154,7 +156,7 @@ def _read_one(config: DataConfig, report: SourceReport, tally: Tally) -> Iterato
 
 
 def _cleaned(record: Record, config: DataConfig, lengths: Lengths | None, tally: Tally) -> Record | None:
-    """The record after cleaning and length limits, or None: it is dropped, counted and kept."""
+    """Return the record after cleaning and length limits, or None: it is dropped and counted."""
     try:
         cleaned = clean(record, config, tally)
         _check_unicode(cleaned)
@@ -173,7 +175,7 @@ def _check_unicode(record: Record) -> None:
 
 
 def _serves(record: Record, config: DataConfig, source: int) -> int:
-    """Which kinds the record may become, as bits: what it can, what its source is for, and what the rule calls clear."""
+    """Return the bits of the kinds that the record, the uses of its source and the rule of preferences allow."""
     bits = record.serves & sum(1 << KINDS.index(use) for use in set(config.sources[source].uses))
     if bits & COMPARISON and not clear_pairs(record, config.preference_rule, config.min_difference):
         bits &= ~COMPARISON
@@ -186,7 +188,7 @@ def _serves(record: Record, config: DataConfig, source: int) -> int:
 
 
 def _drop_repeated_ids(plan: Plan) -> None:
-    """A second row with the id of an earlier one of its source: one of the two is wrong."""
+    """Drop a second row with the id of an earlier one of its source: one of the two is wrong."""
     rows = plan.rows[plan.hashes("id") != 0]
     firsts = first_of_equal(plan.staged.hashes["id"][rows])
     later = firsts != np.arange(len(rows))
@@ -196,19 +198,8 @@ def _drop_repeated_ids(plan: Plan) -> None:
     )
 
 
-def _merge_raters(plan: Plan, config: DataConfig, scratch: Path) -> Plan:
-    """A plan of records in which several raters' ratings of one thing are one record with one preference."""
-    staged = stage(
-        _merged(plan, config),
-        lambda record, number: _serves(record, config, number),
-        scratch / "merged.arrow",
-        prefix_length=config.min_shared_prefix,
-    )
-    return Plan(staged, plan.tally)
-
-
 def _merged(plan: Plan, config: DataConfig) -> Iterator[tuple[Record, int]]:
-    """Records with raters are merged by what they rate, within their source; the others pass as they are."""
+    """Yield records with raters merged by what they rate, within their source, and the others as they are."""
     staged, groups = plan.staged, _rated_groups(plan)
     for row, record in zip(plan.rows.tolist(), staged.records(plan.rows), strict=True):
         number = int(staged.source[row])
@@ -225,7 +216,7 @@ def _merged(plan: Plan, config: DataConfig) -> Iterator[tuple[Record, int]]:
 
 
 def _rated_groups(plan: Plan) -> dict[int, list[int]]:
-    """First row -> all rows that rate the same thing in one source, for rows with raters."""
+    """Return the rows that rate the same thing in one source by their first row, for rows with raters."""
     rows = plan.rows[plan.staged.raters[plan.alive] > 0]
     items = plan.staged.hashes["item"][rows]
     order = np.lexsort((rows, plan.staged.source[rows], items))
@@ -235,7 +226,7 @@ def _rated_groups(plan: Plan) -> dict[int, list[int]]:
 
 
 def _divided(record: Record, config: DataConfig) -> Iterator[Record]:
-    """The record with its preference; where raters make the splits, a record for each split, and one of the prompt."""
+    """Yield the record with its preference; where raters make the splits, one for each split, and one of the prompt."""
 
     def split_of(rater: str) -> str:
         position = unit(config.seed, "rater split", rater)

@@ -1,4 +1,4 @@
-"""The data card: what went in, what came out, every drop with its reason and examples, lengths, splits, sources, hashes."""
+"""The data card: sources, sets, every drop with its reason and examples, lengths, splits and hashes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LIBRARIES = (
 
 @dataclass
 class SourceReport:
-    """What was read from one source."""
+    """Counts of the rows of one source."""
 
     source: Source
     files: dict[str, str]
@@ -42,12 +42,12 @@ class SourceReport:
 
 
 def versions() -> dict[str, str]:
-    """Version of each of `LIBRARIES`, and of Unicode."""
+    """Return the version of each of `LIBRARIES`, and of Unicode."""
     return {**{name: importlib.metadata.version(name) for name in LIBRARIES}, "unicode": unicodedata.unidata_version}
 
 
 def fingerprint(recipe: Mapping[str, Any], libraries: Mapping[str, str], rows: Mapping[str, str]) -> str:
-    """sha256 of the recipe, the libraries' versions and the sha256 of the rows of each set."""
+    """Return the sha256 of the recipe, the libraries' versions and the sha256 of the rows of each set."""
     content = {"recipe": recipe, "libraries": libraries, "rows": rows}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -65,7 +65,7 @@ def make_card(
     mixed: dict[str, Any],
     leaks: dict[str, Any],
 ) -> dict[str, Any]:
-    """The content of `card.json`, less the sha256 of the files.
+    """Return the content of `card.json`, less the sha256 of the files.
 
     Args:
         records: records that passed reading and cleaning.
@@ -137,7 +137,7 @@ def _spread(values: Sequence[int]) -> dict[str, float]:
 
 
 def render(card: Mapping[str, Any]) -> str:
-    """The card as Markdown."""
+    """Return the card as Markdown."""
     lines = ["# Data card", "", f"Fingerprint {card['fingerprint']}.", "", *_render_sources(card), *_render_sets(card)]
     lines += _render_steps(card)
     lines += ["", "## Splits and leaks", ""]

@@ -1,4 +1,4 @@
-"""Cleaning in named steps, each switchable, each counted: steps that mend texts, and steps that drop rows.
+"""Cleaning in named steps, each optional and counted: some mend texts, others drop rows.
 
 | step | what it does |
 |---|---|
@@ -68,16 +68,16 @@ FEWEST_LETTERS = 20
 
 
 class Dropped(Exception):
-    """A row that a step takes out; the text is the reason."""
+    """Raised for a row that a step takes out; its text is the reason."""
 
 
 def fix_encoding(text: str) -> str:
-    """Text decoded wrongly, such as "cafÃ©", as it was meant; NFC."""
+    """Return the text with wrong decoding, such as "cafÃ©", mended, in Unicode NFC."""
     return text if text.isascii() else ftfy.fix_text(text, _FTFY)
 
 
 def fix_control(text: str) -> str:
-    """Without control and invisible characters; line and paragraph separators are line ends."""
+    """Return the text without control and invisible characters; line and paragraph separators become line ends."""
     if text.isprintable():
         return text
     text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\u2028", "\n").replace("\u2029", "\n\n")
@@ -85,7 +85,7 @@ def fix_control(text: str) -> str:
 
 
 def strip_html(text: str) -> str:
-    """Without the usual tags, entities resolved; code between backticks stays as it is."""
+    """Return the text without the usual tags, entities resolved; code between backticks stays as it is."""
     if "<" not in text and "&" not in text:
         return text
     parts = _FENCE.split(text)
@@ -98,7 +98,7 @@ def _strip_tags(text: str) -> str:
 
 
 def fix_width(text: str) -> str:
-    """Full-width letters, digits and spaces as plain ones."""
+    """Return the text with plain letters, digits and spaces for full-width ones."""
     return text.translate(_WIDE)
 
 
@@ -114,12 +114,12 @@ def _converted(text: str, name: str) -> str:
 
 
 def to_simplified(text: str) -> str:
-    """Traditional Chinese characters as simplified ones; Japanese and Korean texts as they are."""
+    """Return the text in simplified Chinese characters; Japanese and Korean texts stay."""
     return _converted(text, "t2s")
 
 
 def to_traditional(text: str) -> str:
-    """Simplified Chinese characters as traditional ones; Japanese and Korean texts as they are."""
+    """Return the text in traditional Chinese characters; Japanese and Korean texts stay."""
     return _converted(text, "s2t")
 
 
@@ -135,7 +135,7 @@ MENDING: dict[str, Callable[[str], str]] = {
 
 
 def check_template(record: Record) -> Record:
-    """Refuses a record in which a text holds marks of a chat template."""
+    """Return the record; raise `Dropped` where a text holds marks of a chat template."""
     for text in _texts(record):
         if mark := _TEMPLATE.search(text):
             raise Dropped(f"holds the mark '{mark[0].strip()}' of a template")
@@ -143,14 +143,14 @@ def check_template(record: Record) -> Record:
 
 
 def check_empty(record: Record) -> Record:
-    """Takes out responses without content; refuses the record when none, or no second one to compare with, is left."""
+    """Return the record less responses without content; raise `Dropped` where too few are left."""
     if all(has_content(text) for text in record.responses):
         return record
     return without_responses(record, [has_content(text) for text in record.responses], "empty or template-only answer")
 
 
 def has_content(text: str) -> bool:
-    """Whether a letter, digit, or symbol such as an emoji is left beyond the words of a template."""
+    """Return True for a text with a letter, digit or symbol such as an emoji beyond the words of a template."""
     return any(
         unicodedata.category(c)[0] in "LN" or unicodedata.category(c) == "So" for c in _TEMPLATE_WORDS.sub("", text)
     )
@@ -160,24 +160,24 @@ DROPPING: dict[str, Callable[[Record], Record]] = {"template": check_template, "
 
 
 def without_responses(record: Record, keep: Sequence[bool], reason: str) -> Record:
-    """The record with some responses only; `Dropped(reason)` when too few are left for what it was."""
+    """Return the record with some responses only; raise `Dropped(reason)` where none, or no second one of several, is left."""
     if sum(keep) < min(2, len(record.responses)):
         raise Dropped(reason)
 
-    def kept(values: Any) -> Any:
-        return None if values is None else [v for v, wanted in zip(values, keep, strict=True) if wanted]
+    def select(values: Any) -> Any:
+        return values and [value for value, stays in zip(values, keep, strict=True) if stays]
 
     return replace(
         record,
-        responses=kept(record.responses),
-        ratings=kept(record.ratings),
-        rater_ratings=kept(record.rater_ratings) if record.rater_ratings else [],
-        ratings_held_out=kept(record.ratings_held_out),
+        responses=select(record.responses),
+        ratings=select(record.ratings),
+        rater_ratings=select(record.rater_ratings),
+        ratings_held_out=select(record.ratings_held_out),
     )
 
 
 def clean(record: Record, options: Options, tally: Tally) -> Record:
-    """The record after all chosen steps, in their order.
+    """Return the record after all chosen steps, in their order.
 
     Args:
         tally: counts, by step, the rows that were changed.
@@ -196,30 +196,30 @@ def clean(record: Record, options: Options, tally: Tally) -> Record:
 
 def _mended(record: Record, step: str, tally: Tally) -> Record:
     mend = MENDING[step]
-    before = _texts(record)
-    after = [mend(text) for text in before]
-    changed = next((i for i, (old, new) in enumerate(zip(before, after, strict=True)) if old != new), None)
-    if changed is None:
+    texts = _texts(record)
+    mended = [mend(text) for text in texts]
+    first = next((pair for pair in zip(texts, mended, strict=True) if pair[0] != pair[1]), None)
+    if first is None:
         return record
-    tally.changed(step, f"{record.place}: {_difference(before[changed], after[changed], step)}")
+    tally.changed(step, f"{record.place}: {_difference(*first, step)}")
     turns = len(record.prompt)
-    prompt = [{**m, "content": text} for m, text in zip(record.prompt, after[:turns], strict=True)]
-    return replace(record, prompt=prompt, responses=after[turns:])
+    prompt = [{**m, "content": text} for m, text in zip(record.prompt, mended[:turns], strict=True)]
+    return replace(record, prompt=prompt, responses=mended[turns:])
 
 
 def _difference(old: str, new: str, step: str) -> str:
-    """The first place where two texts differ, with a little around it; what was personal is not shown."""
+    """Return the first place where two texts differ, with a little around it, less personal data."""
     at = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
     start = max(0, at - 15)
-    shown = "" if step == "personal" else f"{old[start : at + 25]!r}"
-    return f"{shown} -> {new[start : at + 25]!r}"
+    original = "" if step == "personal" else f"{old[start : at + 25]!r}"
+    return f"{original} -> {new[start : at + 25]!r}"
 
 
 def check_language(record: Record, languages: Sequence[str]) -> None:
-    """Refuses a record in another language, by py3langid (97 languages, its model is in the package).
+    """Raise `Dropped` for a record in another language, by py3langid (97 languages, its model is in the package).
 
-    The last turn and the best response are looked at together; fewer than 20 letters and no Chinese character say too
-    little, and pass.
+    It judges the last turn and the best response together. Texts of fewer than `FEWEST_LETTERS` letters and without
+    Chinese characters pass.
     """
     import py3langid
 

@@ -1,9 +1,9 @@
 """Near-duplicates by MinHash and locality-sensitive hashing, in memory that does not grow with the texts.
 
-A text is the set of its 6-byte shingles (UTF-8): six Latin letters, two Chinese characters; no words have to be told apart.
+A text is the set of its 6-byte shingles (UTF-8): six Latin letters, two Chinese characters; words need no borders.
 rensa computes the signatures (`benchmarks/dedup.py` has the comparison with datasketch). Signatures are cut into bands, and
 only the bands' hashes are kept, in a file on disk. Texts that agree in a band are candidates: one band is sorted at a time,
-and every candidate pair is compared by its exact Jaccard similarity, so what is called a near-duplicate is one.
+and every candidate pair is compared by its exact Jaccard similarity, so that no near-duplicate is a false one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rlhf.run.progress import progress
 
 SHINGLE_BYTES = 6
 NUM_PERMUTATIONS = 128
-#: Bands are chosen so that a pair at the similarity asked for is found with at least this probability.
+#: Least probability to find a pair that is just at the similarity of the recipe.
 RECALL = 0.99
 _SEED = 42
 _BATCH = 2000
@@ -27,11 +27,11 @@ _BATCH = 2000
 _MANY_ROWS = 20_000
 
 Texts = Callable[[int, int], Sequence[tuple[str, ...]]]
-"""(start, stop) -> the parts of each text in that range. Every part of a pair has to be similar, not only the whole."""
+"""Function of (start, stop) to the parts of each text in that range. Every part of a pair has to be similar."""
 
 
 def band_rows(similarity: float) -> tuple[int, int]:
-    """(bands, rows a band): the most selective that still find a pair of this similarity with probability `RECALL`.
+    """Return (bands, rows a band), the most selective that find a pair of this similarity with probability `RECALL`.
 
     A pair of Jaccard similarity s agrees in one of b bands of r rows with probability 1 - (1 - s^r)^b.
     """
@@ -43,7 +43,7 @@ def band_rows(similarity: float) -> tuple[int, int]:
 
 
 def shingles(text: str) -> np.ndarray:
-    """(n,) uint64: every run of `SHINGLE_BYTES` bytes; a shorter text is one shingle. Repeats are kept."""
+    """Return (n,) uint64, every run of `SHINGLE_BYTES` bytes, repeats included; a shorter text is one shingle."""
     raw = text.encode("utf-8", "surrogatepass")
     count = max(1, len(raw) - SHINGLE_BYTES + 1)
     padded = np.frombuffer(raw + b"\0" * 8, dtype=np.uint8)
@@ -52,7 +52,7 @@ def shingles(text: str) -> np.ndarray:
 
 
 def jaccard(one: str, other: str) -> float:
-    """Shared shingles / all shingles of two texts."""
+    """Return shared shingles / all shingles of two texts."""
     if one == other:
         return 1.0
     a, b = set(shingles(one).tolist()), set(shingles(other).tolist())
@@ -60,10 +60,10 @@ def jaccard(one: str, other: str) -> float:
 
 
 def near_duplicates(texts: Texts, count: int, similarity: float, scratch: Path) -> np.ndarray:
-    """For each text the first one of its group: texts are in one group when a chain of near-duplicates joins them.
+    """Return for each text the first one of its group; chains of near-duplicates join texts to groups.
 
     Args:
-        texts: gives the texts by range; it is asked again for those that have to be compared.
+        texts: function that reads texts by range, called again for those that have to be compared.
         similarity: Jaccard similarity from which two texts are near-duplicates; 1 or more: only equal texts are.
         scratch: folder for the file of band hashes, `bands * count * 8` bytes; it is removed at the end.
 
@@ -90,7 +90,7 @@ def near_duplicates(texts: Texts, count: int, similarity: float, scratch: Path) 
 
 
 def _band_hashes(texts: Sequence[tuple[str, ...]], bands: int, rows: int) -> np.ndarray:
-    """(bands, texts) uint64."""
+    """Return (bands, texts) uint64."""
     sets = [shingles("\x1f".join(parts)) for parts in texts]
     offsets = np.zeros(len(sets) + 1, dtype=np.uint64)
     np.cumsum([len(s) for s in sets], out=offsets[1:])
@@ -104,10 +104,10 @@ def _band_hashes(texts: Sequence[tuple[str, ...]], bands: int, rows: int) -> np.
 
 
 def _join_candidates(hashes: np.ndarray, groups: Groups, texts: Texts, similarity: float) -> None:
-    """Compares neighbours, and each with the first, among texts that agree in a band, and joins the similar ones.
+    """Join the similar ones among texts that agree in a band.
 
-    A run of k texts costs at most 2k comparisons: with the first, and with the one before. Each band has other runs, so a
-    pair that is missed here is met elsewhere.
+    A run of k texts costs at most 2k comparisons: of each text with the first, and with its neighbour. Each band has other
+    runs, so a pair that is missed in one is met in another.
     """
     order = np.argsort(hashes, kind="stable")  # equal ones stay in the order of the rows
     ordered = hashes[order]
@@ -115,8 +115,8 @@ def _join_candidates(hashes: np.ndarray, groups: Groups, texts: Texts, similarit
     lengths = np.diff(np.r_[starts, len(ordered)])
     for start, length in zip(starts[lengths > 1].tolist(), lengths[lengths > 1].tolist(), strict=True):
         members = order[start : start + length].tolist()
-        for before, member in pairwise(members):
-            for other in dict.fromkeys((members[0], before)):
+        for neighbour, member in pairwise(members):
+            for other in dict.fromkeys((members[0], neighbour)):
                 if groups.first(other) != groups.first(member) and _similar(texts, other, member, similarity):
                     groups.join(other, member)
 
@@ -127,13 +127,13 @@ def _similar(texts: Texts, one: int, other: int, similarity: float) -> bool:
 
 
 class Groups:
-    """Disjoint sets of row numbers, each known by its smallest member."""
+    """Disjoint sets of row numbers, each named by its smallest member."""
 
     def __init__(self, count: int) -> None:
         self.parent = np.arange(count, dtype=np.int64)
 
     def first(self, row: int) -> int:
-        """The smallest member of a row's set."""
+        """Return the smallest member of a row's set."""
         parent = self.parent
         while parent[row] != row:
             parent[row] = parent[parent[row]]
@@ -141,12 +141,12 @@ class Groups:
         return int(row)
 
     def join(self, one: int, other: int) -> None:
-        """Makes one set of the sets of two rows."""
+        """Make one set of the sets of two rows."""
         low, high = sorted((self.first(one), self.first(other)))
         self.parent[high] = low
 
     def firsts(self) -> np.ndarray:
-        """The smallest member of the set of every row."""
+        """Return (N,) the smallest member of the set of every row."""
         parent = self.parent
         while not np.array_equal(parent, parent[parent]):
             parent = parent[parent]
@@ -154,6 +154,6 @@ class Groups:
 
 
 def first_of_equal(values: np.ndarray) -> np.ndarray:
-    """(N,) int64: for each value the row in which it occurs first."""
+    """Return (N,) int64, for each value the row in which it occurs first."""
     _, first, inverse = np.unique(values, return_index=True, return_inverse=True)
     return first[inverse]

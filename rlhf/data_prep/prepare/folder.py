@@ -1,4 +1,4 @@
-"""A data folder is whole or not at all: written beside its place, renamed into it, and left alone when it is there already."""
+"""Data folders: written whole beside their place, then renamed into it, and left alone when they are up to date."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +18,17 @@ from rlhf.base.json_files import read_object_or_none
 from rlhf.base.storage import sha256_file
 
 CARD = "card.json"
-#: All that a data folder can hold at its top: a folder with anything else in it is the user's.
+#: Names that a data folder can hold at its top: a folder with anything else in it is the user's.
 OURS = {"demonstrations", "comparisons", "prompts", CARD, "card.md", "rejected.jsonl"}
 
 
-def made_once(folder: Path, recipe: dict[str, Any], fill: Callable[[Path], None]) -> bool:
-    """Makes a data folder unless one of the same recipe is there, intact.
+def make_once(folder: Path, recipe: dict[str, Any], fill: Callable[[Path], dict[str, Any]]) -> None:
+    """Make a data folder, with its card, unless one of the same recipe is there, intact.
 
     Args:
-        recipe: all that decides the rows; `fill` must store it in `card.json` as `recipe`, and the sha256 of the files
-            as `files`.
-        fill: writes everything into the empty folder it is called with. What it raises is passed on, and then the
-            folder of before, if there was one, is still there.
-
-    Returns:
-        Whether it was made; False: it was there.
+        recipe: all that decides the rows.
+        fill: writes all but `card.json` into the empty folder it is called with, and returns the card's content: `recipe`,
+            `rows` by set, and more. What it raises is passed on, and an earlier folder stays as it is.
 
     Raises:
         UserError: the folder holds files that no data folder has.
@@ -42,13 +38,14 @@ def made_once(folder: Path, recipe: dict[str, Any], fill: Callable[[Path], None]
     with FileLock(locks / hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]):
         if up_to_date(folder, recipe):
             print(f"data: {folder} is up to date", file=sys.stderr)
-            return False
+            return
         _check_replaceable(folder)
         partial, old = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "old"))
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         try:
-            fill(partial)
+            card = fill(partial)
+            _write_card(partial, card)
             shutil.rmtree(old, ignore_errors=True)
             if folder.exists():
                 folder.rename(old)
@@ -56,11 +53,12 @@ def made_once(folder: Path, recipe: dict[str, Any], fill: Callable[[Path], None]
         finally:
             shutil.rmtree(partial, ignore_errors=True)
             shutil.rmtree(old, ignore_errors=True)
-    return True
+    counts = ", ".join(f"{count:,} {name}" for name, count in card["rows"].items())
+    print(f"data: {folder}: {counts}", file=sys.stderr)
 
 
 def up_to_date(folder: Path, recipe: dict[str, Any]) -> bool:
-    """Whether the folder was made by this recipe and every file is as it was written."""
+    """Return True for a folder that this recipe made and every file of which is as it was written."""
     try:
         card = read_object_or_none(folder / CARD) or {}
         return card["recipe"] == recipe and all(
@@ -70,17 +68,18 @@ def up_to_date(folder: Path, recipe: dict[str, Any]) -> bool:
         return False
 
 
-def write_card(folder: Path, card: dict[str, Any], names: Iterable[str]) -> None:
-    """Writes `card.json` with the sha256 of the named files, which must be there already."""
-    content = {**card, "files": {name: sha256_file(folder / name) for name in names}}
-    (folder / CARD).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def _write_card(folder: Path, card: dict[str, Any]) -> None:
+    """Write `card.json` with the sha256 of the files of its sets and of the rejected rows."""
+    names = [*(f"{name}.parquet" for name in card["rows"]), "rejected.jsonl"]
+    files = {name: sha256_file(folder / name) for name in names if (folder / name).is_file()}
+    content = json.dumps({**card, "files": files}, indent=2, ensure_ascii=False)
+    (folder / CARD).write_text(content + "\n", encoding="utf-8")
 
 
 def prepared_fingerprint(file: Path) -> str | None:
-    """The fingerprint on the card of the prepared folder that a data file `FOLDER/KIND/SPLIT.parquet` lies in.
+    """Return the fingerprint on the card of the prepared folder of a data file `FOLDER/KIND/SPLIT.parquet`.
 
-    Returns:
-        None when there is no card: the file was not made by `rlhf.data_prep`.
+    None where there is no card of ours: the file was not made by `rlhf.data_prep`.
 
     Raises:
         UserError: the file is not the one that the card was written for.
@@ -102,7 +101,7 @@ def prepared_fingerprint(file: Path) -> str | None:
 
 
 def _check_replaceable(folder: Path) -> None:
-    """A folder is replaced whole: one with foreign files in it is the user's, not ours."""
+    """Raise `UserError` for a file, and for a folder with foreign files: folders are replaced whole."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output_dir {folder} is a file; give a folder")
     foreign = sorted({entry.name for entry in folder.iterdir()} - OURS) if folder.exists() else []

@@ -1,4 +1,4 @@
-"""The leak gate: no prompt, and no near-duplicate of it, on both sides of a border between splits or stages.
+"""The leak gate: refuses prompts, and near-duplicates of them, on both sides of a border between splits or stages.
 
 | border | rule |
 |---|---|
@@ -25,38 +25,39 @@ from rlhf.data_prep.prepare.plan import Plan
 from rlhf.data_prep.prepare.recipe import DataConfig
 from rlhf.data_prep.prepare.splits import Prompts
 
-_SHOWN = 3
+#: Leaks, and rows of a leak, that a message names.
+_NAMED = 3
 
 
 @dataclass(frozen=True)
 class Leak:
     """Rows of one set whose prompts are in another set, too."""
 
-    kept: str
-    """Set in which they stay."""
-    left: str
-    """Set that they would be dropped from."""
+    keeper: str
+    """Set that keeps its rows."""
+    loser: str
+    """Set that would lose its rows."""
     rows: np.ndarray
-    """Staged rows of `left`."""
+    """(n,) staged rows of `loser`."""
     twins: np.ndarray
-    """A row of `kept` with the same prompt, or a near-duplicate of it, for each of them."""
+    """(n,) for each of them a row of `keeper` with the same prompt, or a near-duplicate of it."""
     exact: int
-    """How many have the very same prompt."""
+    """Rows whose prompt itself, not a near-duplicate, is in `keeper`."""
 
 
-def overlap(plan: Plan, prompts: Prompts, kept: str, left: str) -> Leak:
-    """The rows of `left` whose prompt, or a near-duplicate of it, is in `kept`."""
+def overlap(plan: Plan, prompts: Prompts, keeper: str, loser: str) -> Leak:
+    """Return the rows of `loser` whose prompt, or a near-duplicate of it, is in `keeper`."""
     sets = plan.sets()
-    a, b = sets[kept], sets[left]
+    a, b = sets[keeper], sets[loser]
     near, order = np.unique(prompts.near[a], return_index=True)
     leaked = b[np.isin(prompts.near[b], near)]
     twins = a[order[np.searchsorted(near, prompts.near[leaked])]] if len(leaked) else leaked
     hashes = plan.staged.hashes["prompt"]
-    return Leak(kept, left, leaked, twins, int(np.isin(hashes[leaked], hashes[a]).sum()))
+    return Leak(keeper, loser, leaked, twins, int(np.isin(hashes[leaked], hashes[a]).sum()))
 
 
 def forbidden_pairs(names: list[str], config: DataConfig) -> Iterator[tuple[str, str]]:
-    """(set that keeps its rows, set that would lose them) for every border that must not be crossed."""
+    """Yield (set that keeps its rows, set that would lose them) for every border that must not be crossed."""
     for one, other in combinations(names, 2):
         (kind, split), (other_kind, other_split) = one.split("/"), other.split("/")
         if split == other_split and (split != "train" or config.stages == "shared"):
@@ -65,7 +66,7 @@ def forbidden_pairs(names: list[str], config: DataConfig) -> Iterator[tuple[str,
         compared = {s for k, s in ((kind, split), (other_kind, other_split)) if k == "comparisons" and s != "train"}
         if config.split_by == "rater" and compared:
             continue
-        # test before validation before train
+        # test keeps its rows against validation, and both against train
         yield (one, other) if _worth(split) >= _worth(other_split) else (other, one)
 
 
@@ -74,7 +75,7 @@ def _worth(split: str) -> int:
 
 
 def gate(plan: Plan, prompts: Prompts, config: DataConfig, report: Path) -> dict[str, Any]:
-    """Checks every border.
+    """Check every border.
 
     Args:
         report: file for all leaked rows when the gate refuses.
@@ -92,32 +93,28 @@ def gate(plan: Plan, prompts: Prompts, config: DataConfig, report: Path) -> dict
     if leaks and config.on_leak == "refuse":
         raise UserError(_refusal(plan, leaks, report))
     for leak in leaks if config.on_leak == "drop" else ():
-        plan.take_out(leak.rows, leak.left.split("/")[0], "leaks", f"its prompt, or nearly, is in {leak.kept}")
+        plan.take_out(leak.rows, leak.loser.split("/")[0], "leaks", f"its prompt, or nearly, is in {leak.keeper}")
     counts = {}
     for one, other in combinations(names, 2):
         leak = overlap(plan, prompts, one, other)
         if len(leak.rows):
             near = len(leak.rows) - leak.exact
-            counts[f"{one} / {other}"] = {"exact": leak.exact, "near": near, "allowed": leak_allowed(leak, forbidden)}
+            allowed = (one, other) not in forbidden and (other, one) not in forbidden
+            counts[f"{one} / {other}"] = {"exact": leak.exact, "near": near, "allowed": allowed}
     return {"pairs_checked": len(forbidden), "overlaps": counts}
 
 
-def leak_allowed(leak: Leak, forbidden: list[tuple[str, str]]) -> bool:
-    """Whether the border may be crossed."""
-    return (leak.kept, leak.left) not in forbidden and (leak.left, leak.kept) not in forbidden
-
-
 def _check_raters(plan: Plan, config: DataConfig) -> None:
-    """With splits made of raters: no rater is in two of them."""
+    """Raise `UserError` where splits are made of raters and a rater is in two of them."""
     if config.split_by != "rater":
         return
-    seen: dict[str, str] = {}
+    splits: dict[str, str] = {}
     for name, rows in plan.sets().items():
         kind, split = name.split("/")
         for record in plan.staged.records(rows) if kind == "comparisons" else ():
             for rater in record.raters if record.split else ():
-                if seen.setdefault(rater, split) != split:
-                    raise UserError(f"rater '{rater}' is in {seen[rater]} and in {split}")
+                if splits.setdefault(rater, split) != split:
+                    raise UserError(f"rater '{rater}' is in {splits[rater]} and in {split}")
 
 
 def _refusal(plan: Plan, leaks: list[Leak], report: Path) -> str:
@@ -126,15 +123,15 @@ def _refusal(plan: Plan, leaks: list[Leak], report: Path) -> str:
             for row, twin in zip(leak.rows.tolist(), leak.twins.tolist(), strict=True):
                 record, other = plan.staged.record(row), plan.staged.record(twin)
                 line = {
-                    leak.left: record.place, leak.kept: other.place, "prompt": record.last_turn, "twin": other.last_turn,
+                    leak.loser: record.place, leak.keeper: other.place, "prompt": record.last_turn, "twin": other.last_turn,
                 }  # fmt: skip
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
     first = leaks[0]
     pairs = [
         f"{plan.staged.record(int(row)).place} = {plan.staged.record(int(twin)).place}"
-        for row, twin in zip(first.rows[:_SHOWN], first.twins[:_SHOWN], strict=True)
+        for row, twin in zip(first.rows[:_NAMED], first.twins[:_NAMED], strict=True)
     ]
-    borders = ", ".join(f"{leak.left} and {leak.kept}: {len(leak.rows):,}" for leak in leaks[:_SHOWN])
+    borders = ", ".join(f"{leak.loser} and {leak.keeper}: {len(leak.rows):,}" for leak in leaks[:_NAMED])
     return (
         f"the leak gate found prompts on both sides of {len(leaks)} borders ({borders}); first: {'; '.join(pairs)}; all in "
         f"{report}. Set on_leak: drop to take them out of the training side, or allow to keep them"

@@ -1,4 +1,4 @@
-"""Lengths in tokens, as the stages will count them, and the rule for what is too long: drop, or cut on a named side."""
+"""Lengths in tokens, as the stages count them, and the rule for longer texts: drop, or cut on a named side."""
 
 from __future__ import annotations
 
@@ -15,27 +15,26 @@ from rlhf.models.tokenization import encode_prompt, encode_response, load_tokeni
 
 
 class Lengths:
-    """Measures and limits records with a tokenizer under the project's policy."""
+    """Measures and limits records with the tokenizer and chat template of a recipe."""
 
     def __init__(self, options: Options) -> None:
-
         assert options.tokenizer is not None
         self.options = options
         self.tokenizer: Any = load_tokenizer(resolve_model(options.tokenizer), chat_template=options.chat_template)
 
     def prompt_length(self, prompt: Messages) -> int:
-        """Tokens of a prompt, template and answer header included."""
+        """Return the tokens of a prompt, template and answer header included."""
         return len(encode_prompt(self.tokenizer, prompt))
 
     def response_length(self, prompt: Messages, response: str) -> int:
-        """Tokens of a response, stop token included."""
+        """Return the tokens of a response, stop token included."""
         return len(encode_response(self.tokenizer, prompt, [{"role": "assistant", "content": response}]))
 
     def limit(self, record: Record, tally: Tally) -> Record:
-        """The record within the limits of the recipe.
+        """Return the record within the limits of the recipe.
 
         Raises:
-            Dropped: it is too long and the rule says so, or nothing is left of it.
+            Dropped: it is too long and the rule is to drop it, or nothing of it fits.
         """
         o = self.options
         if o.max_prompt_length is not None and self.prompt_length(record.prompt) > o.max_prompt_length:
@@ -62,7 +61,7 @@ class Lengths:
         return replace(record, responses=[r if ok else cut(r) for r, ok in zip(record.responses, fits, strict=True)])
 
     def _cut_prompt(self, prompt: Messages, limit: int, side: str) -> Messages:
-        """Earliest turns first (the system message stays), by whole exchanges; then the text of the last turn."""
+        """Return the prompt less its earliest exchanges (the system message stays), then less text of its last turn."""
         system, turns = (prompt[:1], prompt[1:]) if prompt[0]["role"] == "system" else ([], prompt)
         while side == "truncate_left" and len(turns) > 1 and self.prompt_length([*system, *turns]) > limit:
             turns = turns[1:]
@@ -77,25 +76,25 @@ class Lengths:
         return whole(self._cut(turns[-1]["content"], side, lambda text: self.prompt_length(whole(text)) <= limit))
 
     def _cut(self, text: str, side: str, fits: Any) -> str:
-        """The longest part of the text, cut between two tokens on one side, that fits.
+        """Return the longest part of the text, cut between two tokens on one side, that fits.
 
         Raises:
             Dropped: not even one token fits.
         """
         offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        left = side == "truncate_left"
+        at_start = side == "truncate_left"
         # places to cut at, from the shortest rest to the longest; the middle of a character is none
-        cuts = sorted({start for start, _ in offsets} if left else {end for _, end in offsets}, reverse=left)
+        cuts = sorted({start for start, _ in offsets} if at_start else {end for _, end in offsets}, reverse=at_start)
         low, high = 0, len(cuts)
         while low < high:  # more text never has fewer tokens, but for one at the seam: the last step checks
             middle = (low + high) // 2
-            low, high = (middle + 1, high) if fits(_part(text, cuts[middle], left)) else (low, middle)
+            low, high = (middle + 1, high) if fits(_part(text, cuts[middle], at_start)) else (low, middle)
         for index in range(low - 1, -1, -1):
-            part = _part(text, cuts[index], left).strip()
+            part = _part(text, cuts[index], at_start).strip()
             if part and fits(part):
                 return part
         raise Dropped("nothing fits into the limit of tokens beside the template")
 
 
-def _part(text: str, cut: int, left: bool) -> str:
-    return text[cut:] if left else text[:cut]
+def _part(text: str, cut: int, at_start: bool) -> str:
+    return text[cut:] if at_start else text[:cut]

@@ -1,4 +1,4 @@
-"""Personal data in texts, found by pattern and checksum and replaced by a mark: `[EMAIL]`, `[PHONE]`, `[CARD]`, `[IP]`, `[KEY]`.
+"""Personal data in texts, replaced by the marks `[EMAIL]`, `[PHONE]`, `[CARD]`, `[IP]` and `[KEY]`, by pattern and checksum.
 
 Names and addresses are not found: that needs a model, and is not attempted here.
 """
@@ -24,10 +24,10 @@ _DIGITS = re.compile(r"[+(]?\d[\d\s().-]{5,}\d")
 
 
 def replace_personal_data(text: str, phone_regions: tuple[str, ...] = ("US", "CN")) -> str:
-    """The text with e-mail addresses, keys, card numbers, public IP addresses and phone numbers replaced.
+    """Return the text with e-mail addresses, keys, card numbers, public IP addresses and phone numbers replaced.
 
     Args:
-        phone_regions: whose national forms count as phone numbers, ISO 3166; international ones (`+49 ...`) always do.
+        phone_regions: countries, ISO 3166, whose national forms are phone numbers; international forms (`+49 ...`) always are.
     """
     if "@" in text:
         text = _EMAIL.sub("[EMAIL]", text)
@@ -43,7 +43,7 @@ def replace_personal_data(text: str, phone_regions: tuple[str, ...] = ("US", "CN
 
 
 def _is_card(text: str) -> bool:
-    """A number that begins like a payment card's and passes Luhn's check."""
+    """Return True for a number that begins like a payment card's and passes Luhn's check."""
     digits = [int(character) for character in text if character.isdigit()]
     if digits[0] not in (2, 3, 4, 5, 6):
         return False
@@ -52,7 +52,7 @@ def _is_card(text: str) -> bool:
 
 
 def _is_public(text: str) -> bool:
-    """An address that names one machine in the internet; 127.0.0.1 and 192.168.0.1 name nobody."""
+    """Return True for an address of one machine in the internet; 127.0.0.1 and 192.168.0.1 are no such."""
     try:
         return ipaddress.ip_address(text).is_global
     except ValueError:

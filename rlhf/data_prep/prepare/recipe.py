@@ -1,4 +1,4 @@
-"""The recipe of a data set: its sources, and every choice between them and the three prepared sets."""
+"""Recipes of data sets: the sources, and every choice between them and the three prepared sets."""
 
 from __future__ import annotations
 
@@ -8,22 +8,24 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf.base.errors import UserError, did_you_mean, require
-from rlhf.config import build, option, parse_config, read_yaml
-from rlhf.data_prep.demo import ReviewsConfig
+from rlhf.config import build, option, parse_config, read_yaml, require_above_zero, require_at_least
+from rlhf.config.limits import require_below_one
 
 KINDS = ("demonstrations", "comparisons", "prompts")
 SPLITS = ("train", "validation", "test")
-#: In the order in which they run. `empty` and `template` drop rows, the others change texts.
+#: Steps in the order in which they run. `empty` and `template` drop rows, the others change texts.
 CLEANING_STEPS = (
     "encoding", "control", "html", "width", "simplified", "traditional", "template", "personal", "empty",
 )  # fmt: skip
 #: Raised when the rows made from the same options change.
 RECIPE_VERSION = 1
+REVIEWS_VERSION = 2
+REVIEW_SOURCES = ("movie_reviews",)
 
 
 @dataclass(kw_only=True)
 class Source:
-    """One place that rows come from."""
+    """A file, a folder or a hub dataset of rows."""
 
     path: str = option("a file (.jsonl, .json, .csv, .tsv, .parquet; .gz too), a folder, or the name of a hub dataset")
     name: str | None = option("what the card calls it; default: the last part of the path", None)
@@ -53,7 +55,7 @@ class Source:
 
     @property
     def column_map(self) -> dict[str, str]:
-        """Our column name -> theirs."""
+        """Their column names by ours."""
         return dict(column.split("=", 1) for column in self.columns)
 
 
@@ -135,8 +137,7 @@ class Options:
 
     def __post_init__(self) -> None:
         self._check_names()
-        for name in ("validation_share", "test_share", "held_out_raters", "max_rejected_share"):
-            require(0 <= getattr(self, name) < 1, f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
+        require_below_one(self, "validation_share", "test_share", "held_out_raters", "max_rejected_share")
         require(self.validation_share > 0, "validation_share must be above 0: every stage evaluates on held-out rows")
         held_out = self.validation_share + self.test_share
         require(held_out < 1, f"validation_share + test_share leave nothing to train on ({held_out})")
@@ -145,11 +146,11 @@ class Options:
             len(self.stage_weights) == 3 and min(self.stage_weights) >= 0 and sum(self.stage_weights) > 0,
             f"stage_weights must be three numbers for {', '.join(KINDS)}, got {self.stage_weights}",
         )
-        require(self.min_difference >= 0, f"min_difference must not be negative, got {self.min_difference}")
-        require(self.max_row_megabytes > 0, f"max_row_megabytes must be above 0, got {self.max_row_megabytes}")
-        for name in ("max_prompt_length", "max_response_length", "min_shared_prefix", "max_prompts_per_user"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"{name} must be at least 1, got {value}")
+        require_at_least(0, self, "min_difference")
+        require_above_zero(self, "max_row_megabytes")
+        require_at_least(
+            1, self, "max_prompt_length", "max_response_length", "min_shared_prefix", "max_prompts_per_user"
+        )
 
     def _check_names(self) -> None:
         unknown = next((step for step in self.clean if step not in CLEANING_STEPS), None)
@@ -176,7 +177,7 @@ class DataConfig(Options):
         require(twice is None, f"two sources are called '{twice}'; give them a name: each")
 
     def recipe(self, hashes: list[dict[str, str]]) -> dict[str, Any]:
-        """All that decides the rows: options, sources without their places, and the sha256 of each source's files."""
+        """Return all that decides the rows: options, sources without their places, the sha256 of each source's files."""
         options = dataclasses.asdict(self)
         del options["output_dir"]
         sources = [
@@ -186,11 +187,36 @@ class DataConfig(Options):
         return {"version": RECIPE_VERSION, **options, "sources": sources}
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReviewsConfig:
+    """Demonstrations, comparisons and prompts of the demo, from rated sentences of movie reviews."""
+
+    source: Literal["movie_reviews"] = option("where the rows come from", "movie_reviews")
+    output_dir: str = option("folder to make; a folder with the same recipe is left as it is", "outputs/demo/data")
+    seed: int = option("seed of the split, the rater halves and the order; it has nothing to do with training", 0)
+    responses_per_prompt: int = option("most responses (K) in one comparison, at least 2", 8)
+    evaluation_share: float = option("share of the prompts that no stage trains on, between 0 and 1", 0.15)
+
+    def __post_init__(self) -> None:
+        near = did_you_mean(str(self.source), REVIEW_SOURCES)
+        known = ", ".join(REVIEW_SOURCES)
+        require(self.source in REVIEW_SOURCES, f"no source '{self.source}'{near}; known: {known}")
+        require_at_least(2, self, "responses_per_prompt")
+        share = self.evaluation_share
+        require(0 < share < 1, f"evaluation_share must be between 0 and 1, got {share}")
+
+    def recipe(self, sha256: str) -> dict[str, Any]:
+        """Return all that decides the rows, with the sha256 of the source package."""
+        options = dataclasses.asdict(self)
+        del options["output_dir"]
+        return {"source": self.source, "source_sha256": sha256, **options, "version": REVIEWS_VERSION}
+
+
 AnyConfig = DataConfig | ReviewsConfig
 
 
 def read_recipe(values: dict[str, Any], where: str) -> AnyConfig:
-    """The recipe in a mapping, as of `data.yaml`: with `sources` a data set of the user's own, without them the demo's.
+    """Return the recipe in a mapping, as of `data.yaml`: with `sources` a data set of the user's own, else the demo's.
 
     Raises:
         UserError: an unknown key or a wrong value, with the name of the file.
@@ -218,7 +244,7 @@ def _source(entry: Any, where: str) -> Source:
 
 
 def parse_recipe(argv: list[str]) -> AnyConfig:
-    """`--config FILE` and `--option value`, the command line winning. Sources stand in the file only."""
+    """Return the recipe of `--config FILE` and `--option value`, which wins. Sources stand in the file only."""
     files = [argv[i + 1] for i, word in enumerate(argv[:-1]) if word == "--config"]
     values = [read_yaml(file) for file in files]
     if not any("sources" in of_file for of_file in values):
@@ -226,17 +252,17 @@ def parse_recipe(argv: list[str]) -> AnyConfig:
     merged = {key: value for of_file in values for key, value in of_file.items()}
     with_sources = read_recipe(merged, files[-1])
     rest = [word for i, word in enumerate(argv) if word != "--config" and (i == 0 or argv[i - 1] != "--config")]
-    given = {word.split("=")[0].removeprefix("--").replace("-", "_") for word in rest if word.startswith("--")}
-    if "sources" in given:
+    names = {word.split("=")[0].removeprefix("--").replace("-", "_") for word in rest if word.startswith("--")}
+    if "sources" in names:
         raise UserError("sources cannot be given on the command line; list them in the file of --config")
     options = parse_config(Options, rest)
     changes = {
-        f.name: getattr(options, f.name) for f in dataclasses.fields(Options) if {f.name, f"no_{f.name}"} & given
+        f.name: getattr(options, f.name) for f in dataclasses.fields(Options) if {f.name, f"no_{f.name}"} & names
     }
     return dataclasses.replace(with_sources, **changes)
 
 
 def local(source: Source) -> Path | None:
-    """The source's place on this machine, or None: it is the name of a hub dataset."""
+    """Return the source's place on this machine, or None: it is the name of a hub dataset."""
     place = Path(source.path).expanduser()
     return place if place.exists() else None

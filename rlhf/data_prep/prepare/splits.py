@@ -1,7 +1,7 @@
-"""Groups, splits and stages: what belongs together stays together, and every choice is a hash of the rows' own content.
+"""Groups, splits and stages of prompts; every choice is a hash of the rows' own content.
 
-A *group* is a set of prompts that are near-duplicates or share their opening. Where it goes is decided by the smallest of
-its members' hashes: rows that arrive later can move a group from training to evaluation, never back.
+A *group* is a set of prompts that are near-duplicates or share their opening. The smallest of its members' hashes decides
+its split: rows that arrive later can move a group from training to evaluation, never back.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 
 from rlhf.base.errors import UserError
+from rlhf.data_prep.hashes import units
 from rlhf.data_prep.prepare.dedup import Groups, first_of_equal, near_duplicates
 from rlhf.data_prep.prepare.plan import Plan
 from rlhf.data_prep.prepare.recipe import KINDS, SPLITS, DataConfig
-from rlhf.data_prep.prepare.staged import Staged, units
+from rlhf.data_prep.prepare.staged import Staged
 
 #: A group that holds more than this share of all prompts is a template, not a set of near-duplicates.
 LARGEST_GROUP = 0.25
@@ -26,18 +27,18 @@ FEWEST_PROMPTS = 50
 
 @dataclass(frozen=True)
 class Prompts:
-    """The prompts of the rows that were left when it was made; row i of each is staged row i, -1 where none was left."""
+    """Groups of prompts; entry i belongs to staged row i, and is -1 where that row was out of the plan already."""
 
     near: np.ndarray
-    """(N,) the row of the first prompt that this one is a near-duplicate of, or its own."""
+    """(N,) row of the first prompt of which this one is a near-duplicate, or its own."""
     group: np.ndarray
     """(N,) as `near`, with prompts of the same opening joined."""
 
 
 def deduplicate(plan: Plan, config: DataConfig, scratch: Path) -> None:
-    """Drops copies and near-duplicates of earlier rows, and rows that contradict each other.
+    """Drop copies and near-duplicates of earlier rows, and rows that contradict each other.
 
-    Rows that order the same responses differently, without naming raters, are all dropped: nothing says who is right.
+    Rows that order the same responses differently, without naming raters, are all dropped: nothing shows which is right.
     Rows are near-duplicates when their prompts are, and their answers too.
     """
     _drop_contradictions(plan)
@@ -73,26 +74,26 @@ def _drop_contradictions(plan: Plan) -> None:
 
 
 class _Texts:
-    """Columns of chosen staged rows, looked up on disk."""
+    """Columns of chosen staged rows, read from disk."""
 
     def __init__(self, staged: Staged, columns: Sequence[str], rows: np.ndarray) -> None:
         self.data = staged.rows.select_columns(list(columns)).data
         self.columns, self.rows = columns, rows
 
     def __call__(self, start: int, stop: int) -> list[tuple[str, ...]]:
-        found: list[tuple[str, ...]] = []
+        texts: list[tuple[str, ...]] = []
         rows = self.rows[start:stop]
         for part in np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1):  # runs of neighbours at once
             table = self.data.fast_slice(int(part[0]), len(part))
-            found += zip(*(table.column(name).to_pylist() for name in self.columns), strict=True)
-        return found
+            texts += zip(*(table.column(name).to_pylist() for name in self.columns), strict=True)
+        return texts
 
 
 def group_prompts(plan: Plan, config: DataConfig, scratch: Path) -> Prompts:
-    """Groups of prompts.
+    """Return the groups of the prompts.
 
     Raises:
-        UserError: one group holds so many prompts that a split by groups means nothing.
+        UserError: one group holds more than `LARGEST_GROUP` of all prompts, so that a split by groups means nothing.
     """
     rows, hashes = plan.rows, plan.hashes("prompt")
     firsts = first_of_equal(hashes)
@@ -110,8 +111,8 @@ def group_prompts(plan: Plan, config: DataConfig, scratch: Path) -> Prompts:
     _check_largest(plan, joined, rows[unique], config)
     position_of = np.searchsorted(unique, firsts)  # of the unique prompt that each row has
     spread = [np.full(len(plan.staged), -1, dtype=np.int64) for _ in range(2)]
-    for target, found in zip(spread, (near, joined), strict=True):
-        target[rows] = rows[unique[found[position_of]]]
+    for target, firsts_of in zip(spread, (near, joined), strict=True):
+        target[rows] = rows[unique[firsts_of[position_of]]]
     return Prompts(near=spread[0], group=spread[1])
 
 
@@ -128,8 +129,9 @@ def _check_largest(plan: Plan, groups: np.ndarray, rows: np.ndarray, config: Dat
 
 
 def limit_prompts(plan: Plan, config: DataConfig) -> None:
-    """InstructGPT's two limits (appendix A.3): one prompt of those with a long common prefix, and so many of each user;
-    and the limit of rows of a source. What stays is chosen by hash.
+    """Limit prompts with a common prefix to one, those of a user, and the rows of a source; a hash chooses which stay.
+
+    The first two are from InstructGPT, appendix A.3.
     """
     if config.min_shared_prefix is not None:
         reason = f"shares its first {config.min_shared_prefix} characters with another prompt"
@@ -145,7 +147,7 @@ def limit_prompts(plan: Plan, config: DataConfig) -> None:
 
 
 def _keep_lowest(plan: Plan, owners: np.ndarray, most: int, seed: int, purpose: str, reason: str) -> None:
-    """Of each owner (0: of nobody) the `most` prompts of lowest hash stay, with all their rows."""
+    """Drop all but the `most` prompts of lowest hash of each owner, with all their rows; owner 0 is nobody."""
     rows = plan.rows[owners[plan.alive] != 0]
     if len(rows) == 0:
         return
@@ -154,16 +156,16 @@ def _keep_lowest(plan: Plan, owners: np.ndarray, most: int, seed: int, purpose: 
     owner, prompt = owners[rows][order], prompts[order]
     new_owner = np.r_[True, owner[1:] != owner[:-1]]
     new_prompt = new_owner | np.r_[True, prompt[1:] != prompt[:-1]]
-    number = np.cumsum(new_prompt)  # prompts counted on; less those of the owners before
+    number = np.cumsum(new_prompt)  # counted over all owners; less those of earlier owners
     place = number - np.maximum.accumulate(np.where(new_owner, number, 0)) + 1
     plan.drop(np.sort(rows[order[place > most]]), "limits", reason)
 
 
 def assign_splits(plan: Plan, prompts: Prompts, config: DataConfig) -> None:
-    """Gives every row its split: by its prompt group, or by its user or document; a rater's split stays.
+    """Give every row its split: by its prompt group, or by its user or document; a rater's split stays.
 
     Raises:
-        UserError: no row of a source names what it is to be split by.
+        UserError: no row of a source names a user or document, and the split is by these.
     """
     rows = plan.rows
     positions = _lowest_in_group(plan, prompts, config.seed)
@@ -181,7 +183,7 @@ def assign_splits(plan: Plan, prompts: Prompts, config: DataConfig) -> None:
 
 
 def _lowest_in_group(plan: Plan, prompts: Prompts, seed: int) -> np.ndarray:
-    """(n,) for each row that is left the lowest number in [0, 1) of the prompts in its group."""
+    """Return (n,) for each row of the plan the lowest number in [0, 1) of the prompts in its group."""
     own = units(plan.hashes("prompt"), seed, "split")
     lowest = np.ones(len(plan.staged))
     np.minimum.at(lowest, prompts.group[plan.rows], own)
@@ -199,8 +201,9 @@ def _check_named(plan: Plan, owners: np.ndarray, config: DataConfig) -> None:
 
 
 def assign_stages(plan: Plan, prompts: Prompts, config: DataConfig) -> None:
-    """Decides what each row becomes. Disjoint: every group serves one of the stages that its rows could serve, chosen by
-    weighted rendezvous hashing, so that a stage more or less moves no more groups than it must.
+    """Decide the kinds of each row. Disjoint: every group serves one of the stages that its rows could serve.
+
+    Weighted rendezvous hashing chooses it, so that a stage more or less moves no more groups than it must.
     """
     rows = plan.rows
     can = np.stack([plan.staged.serves[rows] & (1 << k) > 0 for k in range(len(KINDS))], axis=1)
@@ -219,11 +222,11 @@ def assign_stages(plan: Plan, prompts: Prompts, config: DataConfig) -> None:
 
 
 def _stage_of_group(plan: Plan, prompts: Prompts, can: np.ndarray, config: DataConfig) -> np.ndarray:
-    """(n,) number of the kind that each row's group serves; -1: none."""
+    """Return (n,) the number of the kind that each row's group serves, -1 for none."""
     group = prompts.group[plan.rows]
     available = np.zeros((len(plan.staged), len(KINDS)), dtype=bool)
     np.logical_or.at(available, group, can)
-    # The group is known by its member of lowest position, as in the splits.
+    # The member of lowest position stands for the group, as in the splits.
     key = (_lowest_in_group(plan, prompts, config.seed) * 2.0**53).astype(np.uint64)
     cost = np.full(can.shape, np.inf)
     for k, weight in enumerate(config.stage_weights):
@@ -234,7 +237,7 @@ def _stage_of_group(plan: Plan, prompts: Prompts, can: np.ndarray, config: DataC
 
 
 def _check_useful(plan: Plan) -> None:
-    """Drops what becomes nothing, with the reason."""
+    """Drop rows that become nothing, with the reason."""
     useless = plan.rows[~plan.becomes[plan.rows].any(axis=1)]
     counts = np.array([len(record.responses) for record in plan.staged.records(useless)], dtype=np.int64)
     plan.drop(useless[counts > 1], "stages", "no two of its responses differ by enough, and it may become nothing else")
@@ -242,11 +245,7 @@ def _check_useful(plan: Plan) -> None:
 
 
 def check_sizes(plan: Plan) -> None:
-    """Refuses a kind with rows for training and none for validation, or the reverse: its stage could not run.
-
-    Raises:
-        UserError: with the sizes.
-    """
+    """Raise `UserError` for a kind with rows for training and none for validation, or the reverse: its stage could not run."""
     sets = plan.sets()
     if not any(len(rows) for rows in sets.values()):
         raise UserError(

@@ -1,12 +1,10 @@
-"""Records between reading and writing: an Arrow file on disk, memory-mapped by `datasets`, and one small array a column.
+"""Records between reading and writing: an Arrow file, memory-mapped by `datasets`, and one small array a column.
 
-What decides where a record goes (its hashes, which stages it can serve) is held in numpy arrays of a few dozen bytes a row;
-texts stay on disk and are looked up.
+Hashes and the stages that a record can serve are held in numpy arrays, a few dozen bytes a row; texts stay on disk.
 """
 
 from __future__ import annotations
 
-import hashlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ from datasets.arrow_writer import ArrowWriter
 
 from rlhf.data_prep.formats.records import Record, ranks_of
 from rlhf.data_prep.formats.rows import comparable, prompt_key
+from rlhf.data_prep.hashes import hash64
 from rlhf.data_prep.prepare.recipe import SPLITS
 
 _TEXT, _NUMBER = Value("string"), Value("float64")
@@ -44,19 +43,13 @@ _FEATURES = Features(
         "answer_key": _TEXT,
     }
 )
-#: Hashes of each record; 0 means that it has none of these.
+#: Names of the hashes of each record; 0 means that it has none.
 HASHES = ("content", "item", "prompt", "opening", "id", "user", "document", "prefix")
-
-
-def hash64(*parts: str) -> int:
-    """64 bits that are the same on every machine, never 0. Two of a million texts collide once in 37 million data sets."""
-    digest = hashlib.blake2b("\x1f".join(parts).encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") or 1
 
 
 @dataclass(frozen=True)
 class Staged:
-    """Records on disk and what is known of them in memory; row i of each is the same record."""
+    """Records on disk, with arrays about them in memory; row i of each is the same record."""
 
     rows: Dataset
     """Memory-mapped, `_FEATURES`."""
@@ -69,17 +62,17 @@ class Staged:
     split: np.ndarray
     """(N,) int8: number of the split where a rater has set it, else -1."""
     raters: np.ndarray
-    """(N,) int32, number of raters that are named."""
+    """(N,) int32, raters that are named."""
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def record(self, index: int) -> Record:
-        """The record of a row."""
+        """Return the record of a row."""
         return to_record(self.rows[int(index)])
 
     def records(self, indices: np.ndarray | None = None, batch_size: int = 1000) -> Iterator[Record]:
-        """Records in the order of `indices`, all by default; a batch at a time is in memory."""
+        """Yield records in the order of `indices`, all by default; a batch at a time is in memory."""
         order = np.arange(len(self)) if indices is None else indices
         for start in range(0, len(order), batch_size):
             for row in self.rows.select(order[start : start + batch_size].tolist()).to_list():
@@ -87,7 +80,7 @@ class Staged:
 
 
 def to_record(row: dict[str, Any]) -> Record:
-    """A staged row as the record it was."""
+    """Return a staged row as a record."""
     return Record(**{k: v for k, v in row.items() if k not in ("prompt_key", "answer_key")})
 
 
@@ -98,12 +91,12 @@ def stage(
     *,
     prefix_length: int | None,
 ) -> Staged:
-    """Writes records to an Arrow file as they come, and returns them with their hashes.
+    """Write records to an Arrow file as they come, and return them with their hashes.
 
     Args:
         records: (record, number of its source).
         serves: (record, number of its source) -> bits of the kinds that it may become.
-        prefix_length: characters of the prompt that the hash `prefix` is made of; None: there is no such hash.
+        prefix_length: characters of the prompt that the hash `prefix` is made of; None for no such hash.
     """
     hashes = {name: array("Q") for name in HASHES}
     bits, source, split, raters = array("B"), array("i"), array("b"), array("i")
@@ -143,14 +136,14 @@ def _hashes(record: Record, prompt: str, source: int, prefix_length: int | None)
         f"{rater}={list(ratings)}"
         for rater, ratings in zip(record.raters, zip(*record.rater_ratings, strict=True), strict=True)
     ]
-    # What is the same thing to be judged: a prompt with these responses, or a prompt whose responses are rated one by one.
+    # Raters judge one item: a prompt with these responses, or a prompt whose responses are rated one by one.
     judged = sorted(responses) if len(responses) > 1 or not record.raters else []
 
     def in_source(name: str | None) -> int:
         return hash64(str(source), name) if name else 0
 
     return {
-        # Two rankings are the same when they order the same responses alike, in whatever order they are listed.
+        # Rankings are equal when they order the same responses in the same way, however they are listed.
         "content": hash64(
             prompt, *(f"{r}\x1e{rank}" for r, rank in sorted(zip(responses, ranks, strict=True))), *raters
         ),
@@ -162,14 +155,3 @@ def _hashes(record: Record, prompt: str, source: int, prefix_length: int | None)
         "document": in_source(record.document),
         "prefix": hash64(prompt[:prefix_length]) if prefix_length and len(prompt) >= prefix_length else 0,
     }
-
-
-def units(values: np.ndarray, seed: int, purpose: str) -> np.ndarray:
-    """(N,) float64 in [0, 1): a hash of (seed, purpose, value) for each value, the same on every machine (splitmix64)."""
-    with np.errstate(over="ignore"):
-        x = values ^ np.uint64(hash64(str(seed), purpose))
-        x = (x + np.uint64(0x9E3779B97F4A7C15)).astype(np.uint64)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        x ^= x >> np.uint64(31)
-    return (x >> np.uint64(11)).astype(np.float64) / 2.0**53

@@ -1,4 +1,4 @@
-"""What happened to how many rows, step by step and reason by reason, with a few examples each; rejected rows go to a file."""
+"""Counts of changed and dropped rows by step and reason, with a few examples each; rejected rows go to a file."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ class Tally:
         self._file.close()
 
     def changed(self, step: str, example: str) -> None:
-        """Counts a row that a step changed."""
+        """Count a row that a step changed."""
         self.changes[step] += 1
         self._example(step, "", example)
 
     def rejected(self, step: str, reason: str, file: str, row: int, data: Any, example: str | None = None) -> None:
-        """Counts a row, or what became of one, that is left out, and keeps it in the file."""
+        """Count a row, or a record of one, that is left out, and write it to the file."""
         self.drops[step][reason] += 1
         self._example(step, reason, f"{file}, row {row}: {_short(data) if example is None else example}")
         line = {"file": file, "row": row, "step": step, "reason": reason, "data": data}
         self._file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
 
     def dropped(self, step: str, reason: str, record: Record, note: str = "") -> None:
-        """`rejected` for a record; `note` says more than the reason under which it is counted."""
+        """Count a record that is left out, like `rejected`; `note` adds to the reason under which it is counted."""
         data = {
             k: v for k, v in dataclasses.asdict(record).items() if v not in (None, [], "") and k not in ("file", "row")
         }
@@ -58,7 +58,7 @@ class Tally:
         return sum(self.drops[step].values())
 
     def as_dict(self) -> dict[str, dict[str, Any]]:
-        """`{step: {"changed", "examples"?, "dropped": {reason: {"count", "examples"}}}}`."""
+        """Return `{step: {"changed", "examples", "dropped": {reason: {"count", "examples"}}}}`."""
         steps = dict.fromkeys([*self.changes, *self.drops])
         return {
             step: {

@@ -1,4 +1,4 @@
-"""The chosen rows as Parquet, in TRL's conversational formats, in the order of a hash: the first rows are a fair sample."""
+"""Prepared rows as Parquet, in TRL's conversational formats, in the order of a hash: the first rows are a fair sample."""
 
 from __future__ import annotations
 
@@ -18,50 +18,50 @@ from datasets import Features, List, Value
 
 from rlhf.data_prep.formats.records import Record, ranks_of
 from rlhf.data_prep.formats.rows import Messages
+from rlhf.data_prep.hashes import units
 from rlhf.data_prep.prepare.lengths import Lengths
 from rlhf.data_prep.prepare.plan import Plan
 from rlhf.data_prep.prepare.recipe import DataConfig
-from rlhf.data_prep.prepare.staged import units
 from rlhf.data_prep.ratings import clear_pairs, halves
 
 _BATCH = 1000
-_TEXT, _NUMBER = Value("string"), Value("float64")
-_MESSAGES = List({"role": _TEXT, "content": _TEXT})
+_TEXT, NUMBER = Value("string"), Value("float64")
+MESSAGES = List({"role": _TEXT, "content": _TEXT})
 _ABOUT = {"source": _TEXT, "id": _TEXT}
 _SCHEMAS: dict[str, dict[str, Any]] = {
-    "demonstrations": {"messages": _MESSAGES, **_ABOUT},
+    "demonstrations": {"messages": MESSAGES, **_ABOUT},
     "rankings": {
-        "prompt": _MESSAGES,
-        "responses": List(_MESSAGES),
-        "ratings": List(_NUMBER),
+        "prompt": MESSAGES,
+        "responses": List(MESSAGES),
+        "ratings": List(NUMBER),
         "ranks": List(Value("int64")),
         "raters": List(_TEXT),
-        "rater_ratings": List(List(_NUMBER)),
-        "confidence": _NUMBER,
+        "rater_ratings": List(List(NUMBER)),
+        "confidence": NUMBER,
         **_ABOUT,
     },
     "pairs": {
-        "prompt": _MESSAGES,
-        "chosen": _MESSAGES,
-        "rejected": _MESSAGES,
-        "margin": _NUMBER,
+        "prompt": MESSAGES,
+        "chosen": MESSAGES,
+        "rejected": MESSAGES,
+        "margin": NUMBER,
         "raters": List(_TEXT),
-        "confidence": _NUMBER,
+        "confidence": NUMBER,
         **_ABOUT,
     },
-    "prompts": {"prompt": _MESSAGES, **_ABOUT},
+    "prompts": {"prompt": MESSAGES, **_ABOUT},
 }
 #: Columns of rankings some of whose raters are held out.
 _HELD_OUT = {
-    "ratings_held_out": List(_NUMBER),
+    "ratings_held_out": List(NUMBER),
     "raters_held_out": List(_TEXT),
-    "rater_ratings_held_out": List(List(_NUMBER)),
+    "rater_ratings_held_out": List(List(NUMBER)),
 }
 
 
 @dataclass
 class Written:
-    """What went into one file."""
+    """Counts, lengths and sha256 of the rows of one file."""
 
     rows: int = 0
     digest: Any = field(default_factory=hashlib.sha256)
@@ -73,12 +73,12 @@ class Written:
     """Characters, and tokens where there is a tokenizer, by name: `prompt_characters`, ..."""
 
     def measure(self, name: str, value: int) -> None:
-        """Notes a length."""
+        """Add a length."""
         self.lengths.setdefault(name, array("i")).append(value)
 
 
 def write_sets(plan: Plan, config: DataConfig, folder: Path, lengths: Lengths | None) -> dict[str, Written]:
-    """Writes `KIND/SPLIT.parquet` for every kind that has rows, and returns what went into each file, by set."""
+    """Write `KIND/SPLIT.parquet` for every kind that has rows, and return the counts of each file, by set."""
     sets = plan.sets()
     kinds = {name.split("/")[0] for name, rows in sets.items() if len(rows)}
     written = {}

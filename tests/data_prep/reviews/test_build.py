@@ -15,8 +15,9 @@ import pytest
 
 from rlhf.base.errors import UserError
 from rlhf.config import build, parse_config
-from rlhf.data_prep.demo import ReviewsConfig, prepare_reviews
+from rlhf.data_prep import ReviewsConfig
 from rlhf.data_prep.demo import build as build_module
+from rlhf.data_prep.demo.build import prepare_reviews
 from rlhf.data_prep.load import load_rows
 
 MakeArchive = Callable[..., Path]
