@@ -12,7 +12,7 @@ import pytest
 from prepared import Built, pairs, text
 
 from rlhf.base.errors import UserError
-from rlhf.data_prep import Source
+from rlhf.data_prep import ReviewsConfig, Source
 from rlhf.data_prep.demo.sentiment import FREQUENT_WORD, MIN_SENTENCES_PER_PROMPT, Sentence, build_tables
 from rlhf.data_prep.formats.files import LONGEST_ROW, read_file
 from rlhf.data_prep.formats.readers import ROWS_LOOKED_AT
@@ -171,3 +171,34 @@ def test_words_of_the_demo() -> None:
         rows = tables("Rare", count)
         prompts = len(rows["prompts/train"]) + len(rows["prompts/validation"])
         assert prompts == (count == MIN_SENTENCES_PER_PROMPT)
+
+
+@pytest.mark.parametrize(
+    ("name", "inside", "outside"),
+    [
+        ("similarity", 0.3, 0.299),
+        ("similarity", 1.0, 1.001),
+        ("validation_share", 1e-9, 0.0),
+        ("test_share", 0.0, -1e-9),
+        ("held_out_raters", 0.999, 1.0),
+        ("max_rejected_share", 0.999, 1.0),
+        ("min_difference", 0.0, -1e-9),
+        ("max_row_megabytes", 1e-9, 0.0),
+        ("min_shared_prefix", 1, 0),
+        ("max_prompts_per_user", 1, 0),
+        ("stage_weights", [0.0, 0.0, 1e-9], [0.0, 0.0, 0.0]),
+    ],
+)
+def test_options_of_a_recipe(name: str, inside: Any, outside: Any) -> None:
+    """Catches: a value that makes sense refused, or one that does not found out after an hour of reading."""
+    assert getattr(Options(**{name: inside}), name) == inside
+    with pytest.raises(UserError, match=name):
+        Options(**{name: outside})
+
+
+def test_options_of_the_demo() -> None:
+    """Catches: comparisons of one response, or an evaluation of all prompts or none."""
+    assert ReviewsConfig(responses_per_prompt=2, evaluation_share=1e-9)
+    for wrong in ({"responses_per_prompt": 1}, {"evaluation_share": 0.0}, {"evaluation_share": 1.0}):
+        with pytest.raises(UserError, match=next(iter(wrong))):
+            ReviewsConfig(**wrong)  # type: ignore[arg-type]

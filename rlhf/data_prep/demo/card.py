@@ -11,6 +11,7 @@ from statistics import mean, median
 from typing import Any
 
 from rlhf.data_prep.demo.sentiment import Parsed, Row, Tables
+from rlhf.data_prep.prepare.card import table
 
 PAIR_DIFFERENCE = 1.0
 """Pairs are counted when their mean ratings (all raters) differ by at least this; closer ones are mostly noise."""
@@ -58,6 +59,16 @@ def make_card(
 def render(card: Mapping[str, Any]) -> str:
     """Return the card as Markdown."""
     source = card["source"]
+    sets = []
+    for name, count in card["rows"].items():
+        words = card["words_per_sentence"].get(name)
+        length = f"{words['median']:g}, {words['max']}" if words else ""
+        sets.append([name, f"{count:,}", str(card["sentences_used"].get(name, "")), length])
+    drops = [
+        [what, reason, f"{entry['count']:,}", "; ".join(entry["examples"])]
+        for what, reasons in card["dropped"].items()
+        for reason, entry in reasons.items()
+    ]
     lines = [
         "# Data card: movie reviews",
         "",
@@ -66,23 +77,20 @@ def render(card: Mapping[str, Any]) -> str:
         "",
         f"{card['sentences_read']:,} rated sentences read. Fingerprint {card['fingerprint']}.",
         "",
-        "| set | rows | sentences | words (median, max) |",
-        "|---|---|---|---|",
+        *table(["set", "rows", "sentences", "words (median, max)"], sets),
+        "",
+        f"Pairs whose mean ratings differ by at least 1: {_inline(card['pairs_rated_at_least_1_apart'])}.",
+        *(
+            f"Responses per comparison ({split}): {_inline(histogram)}."
+            for split, histogram in card["comparisons_by_number_of_responses"].items()
+        ),
+        f"Raters per sentence: {_inline(card['raters_per_sentence'])}.",
+        f"Sentences by rounded mean rating: {_inline(card['sentences_by_rounded_mean_rating'])}.",
+        "",
+        "## Left out",
+        "",
+        *table(["what", "why", "count", "examples"], drops),
     ]
-    for name, count in card["rows"].items():
-        words = card["words_per_sentence"].get(name)
-        length = f"{words['median']:g}, {words['max']}" if words else ""
-        lines.append(f"| {name} | {count:,} | {card['sentences_used'].get(name, '')} | {length} |")
-    lines += ["", f"Pairs whose mean ratings differ by at least 1: {_inline(card['pairs_rated_at_least_1_apart'])}."]
-    for split, histogram in card["comparisons_by_number_of_responses"].items():
-        lines.append(f"Responses per comparison ({split}): {_inline(histogram)}.")
-    lines.append(f"Raters per sentence: {_inline(card['raters_per_sentence'])}.")
-    lines.append(f"Sentences by rounded mean rating: {_inline(card['sentences_by_rounded_mean_rating'])}.")
-    lines += ["", "## Left out", "", "| what | why | count | examples |", "|---|---|---|---|"]
-    for what, reasons in card["dropped"].items():
-        for reason, entry in reasons.items():
-            examples = "; ".join(entry["examples"]).replace("|", "\\|").replace("\t", " ")
-            lines.append(f"| {what} | {reason} | {entry['count']:,} | {examples} |")
     return "\n".join(lines) + "\n"
 
 

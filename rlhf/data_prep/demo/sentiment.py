@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 from rlhf.base.json_files import decode
 from rlhf.data_prep.formats.rows import Messages, Row
 from rlhf.data_prep.hashes import sha256, unit
+from rlhf.data_prep.prepare.tally import Counts
 
 PROMPT = 'Write one sentence of a movie review that starts with "{word}"'
 #: First words with more sentences than this hold half of the data; they stay in training.
@@ -32,7 +32,6 @@ EVALUATION_WORD_SETS = ((0.50, "demonstrations/validation"), (1.00, "comparisons
 SETS = tuple(
     f"{kind}/{split}" for kind in ("demonstrations", "comparisons", "prompts") for split in ("train", "validation")
 )
-_EXAMPLES = 3
 
 
 @dataclass(frozen=True)
@@ -49,24 +48,6 @@ class Sentence:
         return self.text.split(" ", 1)[0]
 
 
-@dataclass
-class Drops:
-    """Counts of what was left out, by reason, with up to three examples each."""
-
-    counts: Counter[str] = field(default_factory=Counter)
-    examples: defaultdict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
-
-    def add(self, reason: str, example: str) -> None:
-        """Count one."""
-        self.counts[reason] += 1
-        if len(self.examples[reason]) < _EXAMPLES:
-            self.examples[reason].append(example[:120])
-
-    def as_dict(self) -> dict[str, dict[str, Any]]:
-        """Return `{reason: {"count", "examples"}}`."""
-        return {reason: {"count": count, "examples": self.examples[reason]} for reason, count in self.counts.items()}
-
-
 @dataclass(frozen=True)
 class Parsed:
     """The sentences of the two source files.
@@ -76,8 +57,8 @@ class Parsed:
 
     sentences: list[Sentence]
     rows_in: int
-    dropped: Drops
-    dropped_ratings: Drops
+    dropped: Counts
+    dropped_ratings: Counts
 
 
 @dataclass(frozen=True)
@@ -85,8 +66,8 @@ class Tables:
     """Rows of each of `SETS`, sentences left out of comparisons, and words that did not become prompts."""
 
     rows: dict[str, list[Row]]
-    dropped_sentences: Drops
-    dropped_prompts: Drops
+    dropped_sentences: Counts
+    dropped_prompts: Counts
 
 
 class BadLine(ValueError):
@@ -100,7 +81,7 @@ def parse(texts: bytes, ratings: bytes) -> Parsed:
         texts: lines of id, mean, text.
         ratings: lines of id, mean, standard deviation, list of ratings.
     """
-    dropped, dropped_ratings = Drops(), Drops()
+    dropped, dropped_ratings = Counts(_short), Counts(_short)
     rated: dict[str, tuple[float, tuple[int, ...]]] = {}
     for line in _lines(ratings):
         try:
@@ -211,7 +192,7 @@ def build_tables(
     """
     held_out = evaluation_words(sentences, seed, evaluation_share)
     rows: dict[str, list[Row]] = {name: [] for name in SETS}
-    dropped, dropped_prompts = Drops(), Drops()
+    dropped, dropped_prompts = Counts(_short), Counts(_short)
     groups: defaultdict[tuple[str, str], list[Sentence]] = defaultdict(list)
     for sentence in sorted(sentences, key=lambda s: sha256(seed, "order", s.text)):
         name = assign(sentence, held_out, seed)
@@ -265,6 +246,10 @@ def _comparison(word: str, group: Sequence[Sentence], seed: int) -> Row:
         "rater_ratings": [a for a, _ in halves],
         "rater_ratings_held_out": [b for _, b in halves],
     }
+
+
+def _short(example: str) -> str:
+    return example[:120]
 
 
 def _mean(values: Sequence[int]) -> float:

@@ -24,10 +24,8 @@ ROWS_LOOKED_AT = 20
 
 @dataclass(frozen=True)
 class Reader:
-    """A published shape."""
+    """A shape of rows; docs/data.md names the data sets of each."""
 
-    about: str
-    """Data sets of this shape, for docs/data.md."""
     needs: tuple[str, ...]
     """Columns that every row has."""
     read: Callable[[Row], Iterable[Record]]
@@ -56,54 +54,26 @@ def _tree(row: Row) -> str | None:
 
 
 READERS: dict[str, Reader] = {
-    "hh_rlhf": Reader("Anthropic HH-RLHF: pairs of transcripts", ("chosen", "rejected"), read_pair, _transcripts),
-    "tldr_posts": Reader(
-        "OpenAI TL;DR: Reddit posts with their authors' summaries",
-        ("subreddit", "title", "post", "summary"),
-        published.tldr_post,
-    ),
-    "tldr_comparisons": Reader(
-        "OpenAI TL;DR: two summaries, a worker's choice and confidence",
-        ("info", "summaries", "choice"),
-        published.tldr_comparison,
-    ),
-    "webgpt": Reader(
-        "OpenAI WebGPT comparisons", ("question", "answer_0", "answer_1", "score_0", "score_1"), published.webgpt
-    ),
-    "shp": Reader(
-        "Stanford SHP: two Reddit comments by their votes",
-        ("history", "human_ref_A", "human_ref_B", "labels"),
-        published.shp,
-    ),
-    "ultrafeedback": Reader(
-        "UltraFeedback: completions with four rated aspects", ("instruction", "completions"), published.ultrafeedback
-    ),
+    "hh_rlhf": Reader(("chosen", "rejected"), read_pair, _transcripts),
+    "tldr_posts": Reader(("subreddit", "title", "post", "summary"), published.tldr_post),
+    "tldr_comparisons": Reader(("info", "summaries", "choice"), published.tldr_comparison),
+    "webgpt": Reader(("question", "answer_0", "answer_1", "score_0", "score_1"), published.webgpt),
+    "shp": Reader(("history", "human_ref_A", "human_ref_B", "labels"), published.shp),
+    "ultrafeedback": Reader(("instruction", "completions"), published.ultrafeedback),
     "ultrafeedback_binarized": Reader(
-        "UltraFeedback as pairs with scores",
-        ("chosen", "rejected", "score_chosen", "score_rejected"),
-        published.ultrafeedback_binarized,
+        ("chosen", "rejected", "score_chosen", "score_rejected"), published.ultrafeedback_binarized
     ),
-    "oasst_trees": Reader(
-        "OpenAssistant: a tree of messages a row, siblings ranked",
-        ("message_tree_id", "prompt"),
-        published.oasst_tree,
-        _tree,
-    ),
+    "oasst_trees": Reader(("message_tree_id", "prompt"), published.oasst_tree, _tree),
     "oasst_messages": Reader(
-        "OpenAssistant: a message a row",
         ("message_id", "parent_id", "message_tree_id", "text", "role"),
         published.oasst_messages,
         gather="message_tree_id",
     ),
-    "pandalm": Reader(
-        "PandaLM: two responses, a verdict of each annotator",
-        ("instruction", "response1", "response2", "annotator1"),
-        published.pandalm,
-    ),
-    "alpaca": Reader("Alpaca: instruction, input, output", ("instruction", "output"), published.alpaca),
-    "sharegpt": Reader("ShareGPT: conversations of from and value", ("conversations",), published.sharegpt),
-    "messages": Reader("OpenAI messages: role and content", ("messages",), read_messages, messages_evidence),
-    "columns": Reader("plain columns in TRL's names, or mapped to them", (), read_columns, columns_evidence),
+    "pandalm": Reader(("instruction", "response1", "response2", "annotator1"), published.pandalm),
+    "alpaca": Reader(("instruction", "output"), published.alpaca),
+    "sharegpt": Reader(("conversations",), published.sharegpt),
+    "messages": Reader(("messages",), read_messages, messages_evidence),
+    "columns": Reader((), read_columns, columns_evidence),
 }
 
 
@@ -120,7 +90,7 @@ class NoReader(UserError):
 
 @dataclass(frozen=True)
 class Reading:
-    """What one row holds, or neighbouring rows that are read together."""
+    """Records of one row, or of neighbouring rows that are read together."""
 
     lines: list[Line]
     reader: Reader

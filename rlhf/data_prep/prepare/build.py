@@ -129,7 +129,7 @@ def _read_all(
                 bar.update()
         share = report.malformed / max(report.rows, 1)
         if report.rows >= FEWEST_ROWS and share > config.max_rejected_share:
-            reasons = tally.drops["read"].most_common(1)
+            reasons = tally.drops["read"].counts.most_common(1)
             raise UserError(
                 f"source {report.source.name}: {report.malformed:,} of {report.rows:,} rows are malformed, more than "
                 f"max_rejected_share {config.max_rejected_share:g} allows; most often: {reasons[0][0]}. Is the reader "

@@ -7,7 +7,7 @@ import importlib.metadata
 import json
 import unicodedata
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -138,81 +138,83 @@ def _spread(values: Sequence[int]) -> dict[str, float]:
 
 def render(card: Mapping[str, Any]) -> str:
     """Return the card as Markdown."""
-    lines = ["# Data card", "", f"Fingerprint {card['fingerprint']}.", "", *_render_sources(card), *_render_sets(card)]
-    lines += _render_steps(card)
-    lines += ["", "## Splits and leaks", ""]
-    splits, leaks = card["splits"], card["leaks"]
-    lines.append(
-        f"Split by {splits['by']}; {splits['groups_of_prompts']:,} groups of prompts, the largest of "
-        f"{splits['largest_group']:,} rows; near-duplicates from a Jaccard similarity of {splits['similarity']:g} on (a pair "
-        f"just there is found with probability {splits['probability_to_find_a_pair_of_this_similarity']}). "
-        f"Stages: {card['stages']}."
-    )
-    lines.append(f"The leak gate checked {leaks['pairs_checked']} borders between splits and stages.")
-    lines += [
-        f"- {pair}: {o['exact']:,} prompts alike, {o['near']:,} nearly ({'no leak' if o['allowed'] else 'LEAK, let pass'})"
+    splits, leaks, mix = card["splits"], card["leaks"], card["mix"]
+    overlaps = [
+        f"- {pair}: {o['exact']:,} equal prompts, {o['near']:,} near-duplicates "
+        f"({'no leak' if o['allowed'] else 'LEAK, let pass'})"
         for pair, o in leaks["overlaps"].items()
-    ] or ["No prompt, and no near-duplicate of one, is in two sets."]
-    if card["mix"]:
-        lines += ["", "## Mix", "", "| training rows of | " + " | ".join(next(iter(card["mix"].values()))) + " |"]
-        lines.append("|---" * (1 + len(next(iter(card["mix"].values())))) + "|")
-        lines += [
-            f"| {kind} | " + " | ".join(f"{n:,}" for n in counts.values()) + " |"
-            for kind, counts in card["mix"].items()
-        ]
-    lines += ["", "## Files", "", "| file | sha256 of its rows |", "|---|---|"]
-    lines += [f"| {name}.parquet | {digest} |" for name, digest in card["row_hashes"].items()]
-    lines += ["", "Libraries: " + ", ".join(f"{name} {version}" for name, version in card["libraries"].items()) + "."]
-    return "\n".join(lines) + "\n"
-
-
-def _render_sources(card: Mapping[str, Any]) -> list[str]:
-    lines = ["## Sources", "", "| source | licence | read as | rows | malformed | records | sha256 |", "|---" * 7 + "|"]
-    for source in card["sources"]:
-        hashes = ", ".join(digest[:16] for digest in source["files"].values()) or f"hub {source.get('hub')}"
-        cells = [source["name"], source["licence"], f"{source['reader']} ({source['evidence']})"]
-        counts = [f"{source[k]:,}" for k in ("rows", "malformed", "records")]
-        lines.append("| " + " | ".join(_cell(c) for c in [*cells, *counts, hashes]) + " |")
-    return [
-        *lines,
+    ]
+    mixed = [[kind, *(f"{n:,}" for n in counts.values())] for kind, counts in mix.items()]
+    mixed_sources = list(next(iter(mix.values()), {}))
+    lines = [
+        "# Data card",
+        "",
+        f"Fingerprint {card['fingerprint']}.",
+        "",
+        "## Sources",
+        "",
+        *table(["source", "licence", "read as", "rows", "malformed", "records", "sha256"], _source_rows(card)),
         "",
         f"{card['rows_read']:,} rows read, {card['records']:,} records made, {card['records_used']:,} used.",
         "",
-    ]
-
-
-def _render_sets(card: Mapping[str, Any]) -> list[str]:
-    lines = [
         "## Sets",
         "",
-        "| set | rows | prompt, median and longest | response, median and longest |",
-        "|---|---|---|---|",
+        *table(["set", "rows", "prompt, median and longest", "response, median and longest"], _set_rows(card)),
+        "",
+        "## Changed and left out",
+        "",
+        *table(["step", "what", "rows", "examples"], _step_rows(card)),
+        "",
+        "Every row that was left out is in rejected.jsonl.",
+        "",
+        "## Splits and leaks",
+        "",
+        f"Split by {splits['by']}; {splits['groups_of_prompts']:,} groups of prompts, the largest of "
+        f"{splits['largest_group']:,} rows; near-duplicates from a Jaccard similarity of {splits['similarity']:g} on (a pair "
+        f"just there is found with probability {splits['probability_to_find_a_pair_of_this_similarity']}). "
+        f"Stages: {card['stages']}.",
+        f"The leak gate checked {leaks['pairs_checked']} borders between splits and stages.",
+        *(overlaps or ["No prompt, and no near-duplicate of one, is in two sets."]),
+        *(["", "## Mix", "", *table(["training rows of", *mixed_sources], mixed)] if mix else []),
+        "",
+        "## Files",
+        "",
+        *table(["file", "sha256 of its rows"], [(f"{name}.parquet", h) for name, h in card["row_hashes"].items()]),
+        "",
+        "Libraries: " + ", ".join(f"{name} {version}" for name, version in card["libraries"].items()) + ".",
     ]
+    return "\n".join(lines) + "\n"
+
+
+def _source_rows(card: Mapping[str, Any]) -> Iterator[list[str]]:
+    for source in card["sources"]:
+        hashes = ", ".join(digest[:16] for digest in source["files"].values()) or f"hub {source.get('hub')}"
+        counts = [f"{source[name]:,}" for name in ("rows", "malformed", "records")]
+        yield [source["name"], source["licence"], f"{source['reader']} ({source['evidence']})", *counts, hashes]
+
+
+def _set_rows(card: Mapping[str, Any]) -> Iterator[list[str]]:
     for name, count in card["rows"].items():
-        lengths = card["lengths"][name]
-        cells = [_length(lengths, "prompt"), _length(lengths, "response")]
-        lines.append(f"| {name} | {count:,} | " + " | ".join(cells) + " |")
-    return lines
+        lengths = [
+            "; ".join(
+                f"{spread['median']:g}, {spread['max']:,} {unit}"
+                for unit in ("characters", "tokens")
+                if (spread := card["lengths"][name].get(f"{text}_{unit}"))
+            )
+            for text in ("prompt", "response")
+        ]
+        yield [name, f"{count:,}", *lengths]
 
 
-def _length(lengths: Mapping[str, Any], what: str) -> str:
-    return "; ".join(
-        f"{lengths[f'{what}_{unit}']['median']:g}, {lengths[f'{what}_{unit}']['max']:,} {unit}"
-        for unit in ("characters", "tokens")
-        if f"{what}_{unit}" in lengths
-    )
-
-
-def _render_steps(card: Mapping[str, Any]) -> list[str]:
-    lines = ["", "## Changed and left out", "", "| step | what | rows | examples |", "|---|---|---|---|"]
+def _step_rows(card: Mapping[str, Any]) -> Iterator[list[str]]:
     for step, entry in card["steps"].items():
         if entry["changed"]:
-            lines.append(f"| {step} | changed | {entry['changed']:,} | {_cell('; '.join(entry['examples']))} |")
+            yield [step, "changed", f"{entry['changed']:,}", "; ".join(entry["examples"])]
         for reason, drop in entry["dropped"].items():
-            examples = "; ".join(drop["examples"])
-            lines.append(f"| {step} | left out: {_cell(reason)} | {drop['count']:,} | {_cell(examples)} |")
-    return [*lines, "", "Every row that was left out is in rejected.jsonl."]
+            yield [step, f"left out: {reason}", f"{drop['count']:,}", "; ".join(drop["examples"])]
 
 
-def _cell(text: str) -> str:
-    return " ".join(str(text).split()).replace("|", "\\|")
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Return the lines of a Markdown table."""
+    lines = ["| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|", *lines]

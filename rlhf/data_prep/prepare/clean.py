@@ -1,15 +1,6 @@
 """Cleaning in named steps, each optional and counted: some mend texts, others drop rows.
 
-| step | what it does |
-|---|---|
-| `encoding` | mends text that was decoded wrongly (ftfy), and brings it to Unicode NFC |
-| `control` | takes out control and invisible characters; line ends become `\\n` |
-| `html` | takes out tags and resolves entities, except inside code fences |
-| `width` | full-width letters, digits and spaces become plain ones; Chinese punctuation stays |
-| `simplified`, `traditional` | converts Chinese characters (OpenCC); texts with kana or hangul stay |
-| `template` | drops rows whose texts hold marks of a chat template: it would be applied twice |
-| `personal` | replaces e-mail, phone and card numbers, IP addresses and keys by marks |
-| `empty` | drops responses without a letter, digit or emoji beyond the words of a template |
+docs/data.md describes each step.
 """
 
 from __future__ import annotations

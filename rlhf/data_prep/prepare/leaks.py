@@ -1,12 +1,6 @@
 """The leak gate: refuses prompts, and near-duplicates of them, on both sides of a border between splits or stages.
 
-| border | rule |
-|---|---|
-| training of any stage / validation or test of any stage | refused |
-| validation / test | refused |
-| training of one stage / training of another | refused, unless `stages: shared` |
-| validation of one stage / validation of another | allowed: nothing is trained there |
-| any / held-out comparisons, with `split_by: rater` | allowed: other raters judge the same; raters are checked instead |
+docs/data.md has the table of the borders.
 """
 
 from __future__ import annotations

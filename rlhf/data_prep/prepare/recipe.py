@@ -198,9 +198,8 @@ class ReviewsConfig:
     evaluation_share: float = option("share of the prompts that no stage trains on, between 0 and 1", 0.15)
 
     def __post_init__(self) -> None:
-        near = did_you_mean(str(self.source), REVIEW_SOURCES)
-        known = ", ".join(REVIEW_SOURCES)
-        require(self.source in REVIEW_SOURCES, f"no source '{self.source}'{near}; known: {known}")
+        near, names = did_you_mean(str(self.source), REVIEW_SOURCES), ", ".join(REVIEW_SOURCES)
+        require(self.source in REVIEW_SOURCES, f"no source '{self.source}'{near}; known: {names}")
         require_at_least(2, self, "responses_per_prompt")
         share = self.evaluation_share
         require(0 < share < 1, f"evaluation_share must be between 0 and 1, got {share}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter, defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,16 +15,36 @@ from rlhf.data_prep.formats.records import Record
 from rlhf.data_prep.prepare.personal import replace_personal_data
 
 _EXAMPLES = 3
-_EXAMPLE_LENGTH = 160
+
+
+@dataclass
+class Counts:
+    """Counts by reason, with up to three examples each."""
+
+    shorten: Callable[[str], str]
+    """Function of an example to the part that is kept."""
+    counts: Counter[str] = field(default_factory=Counter)
+    examples: defaultdict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+
+    def add(self, reason: str, example: str) -> None:
+        """Count one."""
+        self.counts[reason] += 1
+        if len(self.examples[reason]) < _EXAMPLES:
+            self.examples[reason].append(self.shorten(example))
+
+    def as_dict(self) -> dict[str, dict[str, Any]]:
+        """Return `{reason: {"count", "examples"}}`."""
+        return {reason: {"count": count, "examples": self.examples[reason]} for reason, count in self.counts.items()}
 
 
 class Tally:
     """Counts of one build. Every row that is left out is written to `rejected.jsonl` the moment it is counted."""
 
     def __init__(self, rejected: Path) -> None:
-        self.changes: Counter[str] = Counter()
-        self.drops: defaultdict[str, Counter[str]] = defaultdict(Counter)
-        self.examples: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
+        self.changes = Counts(_public)
+        """By step."""
+        self.drops: defaultdict[str, Counts] = defaultdict(lambda: Counts(_public))
+        """By reason, for each step."""
         self._file = rejected.open("w", encoding="utf-8", errors="backslashreplace")
 
     def __enter__(self) -> Tally:
@@ -35,13 +57,11 @@ class Tally:
 
     def changed(self, step: str, example: str) -> None:
         """Count a row that a step changed."""
-        self.changes[step] += 1
-        self._example(step, "", example)
+        self.changes.add(step, example)
 
     def rejected(self, step: str, reason: str, file: str, row: int, data: Any, example: str | None = None) -> None:
         """Count a row, or a record of one, that is left out, and write it to the file."""
-        self.drops[step][reason] += 1
-        self._example(step, reason, f"{file}, row {row}: {_short(data) if example is None else example}")
+        self.drops[step].add(reason, f"{file}, row {row}: {_short(data) if example is None else example}")
         line = {"file": file, "row": row, "step": step, "reason": reason, "data": data}
         self._file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
 
@@ -53,30 +73,21 @@ class Tally:
         whole = {"note": note, **data} if note else data
         self.rejected(step, reason, record.file, record.row, whole, f"{_short(record.last_turn)[:80]} {note}".strip())
 
-    def total(self, step: str) -> int:
-        """Rows left out by a step."""
-        return sum(self.drops[step].values())
-
     def as_dict(self) -> dict[str, dict[str, Any]]:
         """Return `{step: {"changed", "examples", "dropped": {reason: {"count", "examples"}}}}`."""
-        steps = dict.fromkeys([*self.changes, *self.drops])
         return {
             step: {
-                "changed": self.changes[step],
-                "examples": self.examples[step, ""],
-                "dropped": {
-                    reason: {"count": count, "examples": self.examples[step, reason]}
-                    for reason, count in sorted(self.drops[step].items())
-                },
+                "changed": self.changes.counts[step],
+                "examples": self.changes.examples[step],
+                "dropped": dict(sorted(self.drops[step].as_dict().items())),
             }
-            for step in steps
+            for step in dict.fromkeys([*self.changes.counts, *self.drops])
         }
 
-    def _example(self, step: str, reason: str, example: str) -> None:
-        if len(self.examples[step, reason]) < _EXAMPLES:
-            # the card is made to be passed on; rejected.jsonl, with whole rows, is not
-            shown = replace_personal_data(example)[:_EXAMPLE_LENGTH]
-            self.examples[step, reason].append(shown.encode("utf-8", "backslashreplace").decode())
+
+def _public(example: str) -> str:
+    """Return an example for the card, which is made to be passed on; rejected.jsonl, with whole rows, is not."""
+    return replace_personal_data(example)[:160].encode("utf-8", "backslashreplace").decode()
 
 
 def _short(data: Any) -> str:
