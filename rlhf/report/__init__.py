@@ -1,1 +1,1 @@
-"""Pages about runs, which open from disk without a network, and the W&B workspace."""
+"""HTML pages about runs, which open from disk without a network, and the W&B workspace."""

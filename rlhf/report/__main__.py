@@ -11,21 +11,20 @@ from rlhf.report.run_page import write_report
 
 
 def main() -> None:
-    """`python -m rlhf.report RUN` or `python -m rlhf.report RUN RUN ... -o FILE`"""
+    """Write the page of one run, or the page that compares runs."""
     parser = Parser(description="Reports of one run or of several.")
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder that a run wrote, with results.json")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="compare the runs on one page, written here")
     parser.add_argument("--registry", type=Path, metavar="DIR", help="where manifests are, if not in the runs' folders")
     parser.add_argument(
-        "--force", action="store_true", help="compare runs with other prompts or reward models; the page says so"
+        "--force", action="store_true", help="compare runs with different prompts or reward models, and mark the page"
     )
     arguments = parser.parse_args()
     if arguments.output is None and len(arguments.runs) == 1:
         print(write_report(arguments.runs[0]))
         return
     if arguments.output is None:
-        raise UserError("say where the page goes that compares the runs: -o FILE, e.g. -o comparison.html")
-
+        raise UserError("several runs need a file for their page: -o FILE, e.g. -o comparison.html")
     print(write_comparison(arguments.runs, arguments.output, registry=arguments.registry, force=arguments.force))
 
 

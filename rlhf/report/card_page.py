@@ -88,7 +88,7 @@ def _accuracy_chart(card: Mapping[str, Any]) -> Chart | None:
         *((str(line.get("name")), line.get("accuracy")) for line in entries(card, "rivals")),
     ]
     note = "The bar is the 95% interval over prompts. 0.5 is a coin."
-    return _interval_chart("Accuracy, and what to hold it against", lines, note)
+    return _interval_chart("Accuracy, and what to compare it with", lines, note)
 
 
 def _slices_chart(card: Mapping[str, Any]) -> Chart | None:
@@ -156,5 +156,5 @@ def _samples_chart(card: Mapping[str, Any]) -> Chart | None:
         {"name": name, "x": middles, "y": histogram[key]}
         for name, key in (("SFT policy's own", "samples"), ("training responses", "training"))
     ]
-    note = "Where the two do not overlap, PPO starts outside of what the reward model has seen."
+    note = "Where the two do not overlap, PPO starts outside the responses that the reward model was trained on."
     return _line_chart("Scores of responses", "share by score", note, traces)

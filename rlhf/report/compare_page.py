@@ -24,7 +24,7 @@ def write_comparison(folders: Sequence[Path], file: Path, *, registry: Path | No
     Args:
         folders: run folders; one that is corrupt is named on the page, and the others are still compared.
         registry: where manifests are looked for when a run's folder has none.
-        force: compare runs that cannot be compared, and say so on the page.
+        force: compare runs that should not be compared, and mark the page.
 
     Raises:
         UserError: no such folder, a folder that is no run, or runs that were not measured with the same prompts and reward
@@ -39,7 +39,7 @@ def write_comparison(folders: Sequence[Path], file: Path, *, registry: Path | No
         evaluation.evaluated = evaluation.read_rows("samples.jsonl")
     marks = comparability(runs)
     if marks and not force:
-        raise UserError(f"{marks[0]}; compare with --force, and the page will say so")
+        raise UserError(f"{marks[0]}; --force compares them and marks the page")
     plots = [
         *charts.compared_charts(runs),
         *frontier.frontier_charts(runs),

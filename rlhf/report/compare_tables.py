@@ -17,10 +17,9 @@ _PLACES = {"registry", "output_dir", "resume", "name", "wandb_mode", "wandb_proj
 """Options that decide where a run is stored, not what it computes."""
 
 
-def heading(run: RunFolder) -> dict[str, Any]:
-    """Return a run's column head: its label, and where its figures come from, in all and by stage."""
-    last = run.stages[-1] if run.stages else ""
-    return {"label": run.label, **run.source(last), "runs": " ".join(filter(None, map(run.run_id, run.stages)))}
+def heading(run: RunFolder) -> dict[str, str]:
+    """Return a run's column head: its label, and the source of its last stage's figures."""
+    return {"label": run.label, **run.source(run.stages[-1] if run.stages else "")}
 
 
 def _settings(run: RunFolder) -> dict[str, str]:
@@ -50,7 +49,7 @@ def _settings(run: RunFolder) -> dict[str, str]:
 def differences(runs: Sequence[RunFolder]) -> list[tuple[str, list[str]]]:
     """Return the settings that differ between runs, each with its value in every run.
 
-    The cells of a run that left nothing about a stage say `unknown`; that alone is no difference.
+    The cells of a run that left nothing about a stage are `unknown`; that alone is no difference.
     """
     return [
         (name, ["unknown" if value is None else value for value in values])

@@ -43,7 +43,7 @@ def _plotly_gzip_base64() -> str:
 
 
 def diagnoses(folder: Path) -> list[Diagnosis]:
-    """Return the doctor's diagnosis of each stage of a run; none for a run without logs, whose page says so at its top."""
+    """Return the doctor's diagnosis of each stage of a run; [] for a run without logs, which its page names as missing."""
     try:
         return diagnose(folder)
     except UserError:

@@ -1,4 +1,4 @@
-"""One page about a whole run: what each stage gained, how PPO moved, what the policy says now, and how to read it.
+"""One page about a whole run: the gains of each stage, the course of PPO, the policy's answers, and how to read them.
 
 `python -m rlhf.report RUN` writes `RUN/report.html` from the files that the stages left there; with several folders, or with
 `-o FILE`, it compares them (`compare_page`). Nothing is measured here. Files that are missing or half-written are named on the
@@ -54,7 +54,7 @@ def write_report(output_dir: str | Path) -> Path:
         results={**dict.fromkeys(STAGES), **results},
         headline=_headline(results),
         stages=_boxes(run, data_card),
-        compared=_before_and_after(section(results, "ppo")),
+        compared=_comparison(section(results, "ppo")),
         health=diagnoses(run.folder),
         samples=[_sample(row) for row in evenly_spaced(run.samples, SAMPLES_SHOWN)],
         samples_total=len(run.samples),
@@ -108,24 +108,24 @@ def _table_rows(results: Results) -> list[tuple[str, str, str, str]]:
         ("reward", "  VADER, for comparison", "", percent(reward.get("vader_accuracy"))),
         ("reward", "  human ceiling", "", percent(reward.get("human_ceiling"))),
     ]
-    rows += [("PPO", row["label"], row["before"], row["after"]) for row in _before_and_after(ppo)]
+    rows += [("PPO", row["label"], row["before"], row["after"]) for row in _comparison(ppo)]
     return [row for row in rows if {row[2], row[3]} - {"", NO_FIGURE}]
 
 
 def _headline(results: Results) -> str:
     """Return the outcome in a sentence or two; a judge that PPO never saw has the last word, where there is one."""
     ppo = section(results, "ppo")
-    before, after, kl = (finite_number(ppo.get(key)) for key in ("score_before", "score_after", "kl"))
-    if before is None or after is None:
+    (old, new), kl = _before_after(ppo, "score"), finite_number(ppo.get("kl"))
+    if old is None or new is None:
         return ""
-    change = "raised" if after > before else "lowered" if after < before else "kept"
-    text = f"PPO {change} the reward model's score on held-out prompts from {number(before)} to {number(after)}"
+    change = "raised" if new > old else "lowered" if new < old else "kept"
+    text = f"PPO {change} the reward model's score on held-out prompts from {number(old)} to {number(new)}"
     text += f", {kl:.1f} nats away from the SFT model." if kl is not None else "."
-    gold_before, gold_after = (finite_number(ppo.get(f"gold_positive_{when}")) for when in ("before", "after"))
-    if gold_before is None or gold_after is None:
+    gold_old, gold_new = _before_after(ppo, "gold_positive")
+    if gold_old is None or gold_new is None:
         return text
-    judge = f" VADER, a judge it never saw, finds {gold_after:.0%} of the answers positive ({gold_before:.0%} before)."
-    if after > before and gold_after <= gold_before:
+    judge = f" VADER, a judge it never saw, finds {gold_new:.0%} of the answers positive ({gold_old:.0%} before)."
+    if new > old and gold_new <= gold_old:
         judge += " The score rose without the thing it stands for, which is over-optimisation."
     return text + judge
 
@@ -161,16 +161,16 @@ def _pretrain_box(results: Results, log: Sequence[Mapping[str, Any]]) -> dict[st
 
 def _sft_box(results: Results) -> dict[str, Any]:
     sft = section(results, "sft")
-    box = _fall(finite_number(sft.get("eval_loss_before")), finite_number(sft.get("eval_loss_after")))
+    box = _fall(*_before_after(sft, "eval_loss"))
     what = "held-out loss, nats per token; lower is better"
     return {"name": "SFT", "id": "sft", "what": what, "seconds": duration(sft.get("seconds")), **box}
 
 
-def _fall(before: float | None, after: float | None) -> dict[str, Any]:
+def _fall(old: float | None, new: float | None) -> dict[str, Any]:
     """Return figure, ends and marks of a loss, on a scale from 0 to the larger of the two values."""
-    top = max([value for value in (before, after) if value is not None] + [1e-9])
-    marks = _marks(0, top, ("before", before, "base"), ("after", after, "main"))
-    return {"figure": number(after), "low": "0", "high": number(top), "marks": marks}
+    top = max([value for value in (old, new) if value is not None] + [1e-9])
+    marks = _marks(0, top, ("before", old, "base"), ("after", new, "main"))
+    return {"figure": number(new), "low": "0", "high": number(top), "marks": marks}
 
 
 def _reward_box(results: Results) -> dict[str, Any]:
@@ -191,18 +191,18 @@ def _reward_box(results: Results) -> dict[str, Any]:
 def _ppo_box(results: Results) -> dict[str, Any]:
     """Return the box of PPO: positive answers by a judge it never saw, or else the reward model's score."""
     ppo = section(results, "ppo")
-    before, after = finite_number(ppo.get("gold_positive_before")), finite_number(ppo.get("gold_positive_after"))
+    old, new = _before_after(ppo, "gold_positive")
     box = {"name": "PPO", "id": "ppo", "seconds": duration(ppo.get("seconds"))}
-    if after is not None:
-        marks = _marks(0, 1, ("SFT", before, "base"), ("PPO", after, "main"), text=percent)
-        what = "of answers are positive, says VADER"
-        return {**box, "figure": percent(after), "what": what, "low": "0%", "high": "100%", "marks": marks}
-    before, after = finite_number(ppo.get("score_before")), finite_number(ppo.get("score_after"))
-    values = [value for value in (before, after, 0.0) if value is not None]
+    if new is not None:
+        marks = _marks(0, 1, ("SFT", old, "base"), ("PPO", new, "main"), text=percent)
+        what = "of answers are positive, by VADER"
+        return {**box, "figure": percent(new), "what": what, "low": "0%", "high": "100%", "marks": marks}
+    old, new = _before_after(ppo, "score")
+    values = [value for value in (old, new, 0.0) if value is not None]
     low, high = min(values), max([*values, min(values) + 1e-9])
-    marks = _marks(low, high, ("SFT", before, "base"), ("PPO", after, "main"))
+    marks = _marks(low, high, ("SFT", old, "base"), ("PPO", new, "main"))
     what = "reward model's score on held-out prompts"
-    return {**box, "figure": number(after), "what": what, "low": number(low), "high": number(high), "marks": marks}
+    return {**box, "figure": number(new), "what": what, "low": number(low), "high": number(high), "marks": marks}
 
 
 def _marks(low: float, high: float, *marks: tuple[str, float | None, str], text: Any = number) -> list[dict[str, Any]]:
@@ -214,19 +214,24 @@ def _marks(low: float, high: float, *marks: tuple[str, float | None, str], text:
     ]  # fmt: skip
 
 
-def _before_and_after(ppo: Results) -> list[dict[str, str]]:
+def _before_after(stage: Results, name: str) -> tuple[float | None, float | None]:
+    """Return a figure of the results before and after training."""
+    return finite_number(stage.get(f"{name}_before")), finite_number(stage.get(f"{name}_after"))
+
+
+def _comparison(ppo: Results) -> list[dict[str, str]]:
     """Return the table of SFT and PPO; a change has a verdict where one direction is known to be better."""
     rows = []
     for key, label, is_share, better, note in BEFORE_AND_AFTER:
-        before, after = finite_number(ppo.get(f"{key}_before")), finite_number(ppo.get(f"{key}_after"))
-        if before is None and after is None:
+        old, new = _before_after(ppo, key)
+        if old is None and new is None:
             continue
         text = percent if is_share else number
         change, verdict = "", ""
-        if before is not None and after is not None:
-            change = f"{100 * (after - before):+.1f} pts" if is_share else f"{after - before:+.3g}"
-            verdict = "" if not better or after == before else "good" if (after > before) == (better > 0) else "bad"
-        rows.append({"label": label, "before": text(before), "after": text(after), "change": change.replace("-", MINUS),
+        if old is not None and new is not None:
+            change = f"{100 * (new - old):+.1f} pts" if is_share else f"{new - old:+.3g}"
+            verdict = "" if not better or new == old else "good" if (new > old) == (better > 0) else "bad"
+        rows.append({"label": label, "before": text(old), "after": text(new), "change": change.replace("-", MINUS),
                      "verdict": verdict, "note": note})  # fmt: skip
     if finite_number(ppo.get("kl")) is not None:
         note = "How far PPO went from the SFT model, in nats per answer."
@@ -238,9 +243,9 @@ def _before_and_after(ppo: Results) -> list[dict[str, str]]:
 
 def _sample(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return a prompt with the answers of SFT and PPO, their scores and the gain."""
-    before, after = finite_number(row.get("sft_score")), finite_number(row.get("ppo_score"))
+    sft, ppo = row.get("sft_score"), row.get("ppo_score")
     return {
         "prompt": str(row.get("prompt") or ""), "sft": str(row.get("sft_response") or "").strip(),
-        "ppo": str(row.get("ppo_response") or "").strip(), "sft_score": before, "ppo_score": after,
-        "gain": gain(before, after),
+        "ppo": str(row.get("ppo_response") or "").strip(), "sft_score": finite_number(sft),
+        "ppo_score": finite_number(ppo), "gain": gain(sft, ppo),
     }  # fmt: skip

@@ -1,1 +1,1 @@
-"""A run while it lasts: tracker, checkpoints, progress, timing, memory, optimisers."""
+"""Services of a training run: metrics and tracker, checkpoints, progress, timing, memory, optimisers."""

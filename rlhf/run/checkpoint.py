@@ -1,6 +1,6 @@
-"""Checkpoints: written beside, synced, renamed into place; safetensors and JSON only; the last two are kept.
+"""Checkpoints: written under another name, synced, and renamed into place; safetensors and JSON only.
 
-Snapshots lie beside them: the policy's adapter alone, small, and all of them kept, for the reward-KL frontier of a run.
+The last two are kept. Snapshots are in the same folder: the policy's adapter alone, all of them kept, for the reward-KL frontier.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rlhf.base import storage
 from rlhf.base.errors import UserError
 from rlhf.base.json_files import read_object
 
-_KEEP = 2
+_NUM_KEPT = 2
 
 
 def save(
@@ -34,13 +34,13 @@ def save(
     texts: Mapping[str, str] | None = None,
     keep: Path | None = None,
 ) -> Path:
-    """Writes `folder/checkpoint-STEP` with one safetensors file for each group of tensors, and `state.json`.
+    """Write `folder/checkpoint-STEP` with one safetensors file for each group of tensors, and `state.json`; return its path.
 
     Tensors are cloned: the optimiser states of bitsandbytes share their quantisation maps, which safetensors refuses.
 
     Args:
         texts: further files, by name.
-        keep: an older checkpoint to be kept as well as the last two.
+        keep: an older checkpoint that is kept as well as the last two.
 
     Raises:
         UserError: the disk is full or gone, or the folder cannot be written; earlier checkpoints are untouched.
@@ -55,8 +55,8 @@ def save(
         for name, text in {**(texts or {}), "state.json": json.dumps({**state, "step": step})}.items():
             (partial / name).write_text(text, encoding="utf-8")
 
-    target = _put(folder, f"checkpoint-{step}", write)
-    for old in _all(folder)[:-_KEEP]:
+    target = _write_folder(folder, f"checkpoint-{step}", write)
+    for old in _checkpoints(folder)[:-_NUM_KEPT]:
         if old != keep:
             with contextlib.suppress(OSError):  # one too many is no failure
                 _remove(old)
@@ -64,18 +64,18 @@ def save(
 
 
 def save_snapshot(folder: Path, step: int, write: Callable[[Path], None]) -> Path:
-    """Fills `folder/snapshot-STEP` with what `write` puts into the folder it is called with; errors as of `save`."""
-    return _put(folder, f"snapshot-{step}", write)
+    """Write `folder/snapshot-STEP`, whose files `write` puts into the folder it is called with; raises the errors of `save`."""
+    return _write_folder(folder, f"snapshot-{step}", write)
 
 
 def snapshots(folder: Path) -> dict[int, Path]:
-    """The complete snapshots by their step, in its order."""
-    found = sorted((path for path in folder.glob("snapshot-*") if path.is_dir()), key=_step)
-    return {_step(path): path for path in found}
+    """Return the complete snapshots by step, in increasing order."""
+    paths = sorted((path for path in folder.glob("snapshot-*") if path.is_dir()), key=_step)
+    return {_step(path): path for path in paths}
 
 
-def _put(folder: Path, name: str, write: Callable[[Path], None]) -> Path:
-    """Writes `folder/NAME` whole or not at all; what was there before is set aside until then, and comes back if that fails."""
+def _write_folder(folder: Path, name: str, write: Callable[[Path], None]) -> Path:
+    """Write `folder/NAME` as a whole or not at all; an older one stays until the new one is complete."""
     target, partial = folder / name, folder / f".partial-{name}"
     try:
         clear(folder)
@@ -106,14 +106,14 @@ def _replace(partial: Path, target: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Renamed first: killed half-way, a deletion must not leave what looks like a checkpoint."""
+    """Delete a folder, renamed first: a deletion killed half-way must not leave what looks like a checkpoint."""
     removed = path.with_name(f".removed-{path.name}")
     path.rename(removed)
     shutil.rmtree(removed, ignore_errors=True)
 
 
 def clear(folder: Path) -> None:
-    """Removes what killed processes left half-written or half-deleted; what one had set aside goes back to its place."""
+    """Remove what killed processes left half-written or half-deleted, and put back what they had moved aside."""
     for path in folder.glob(".replaced-*"):
         target = folder / path.name.removeprefix(".replaced-")
         if not target.exists():
@@ -124,7 +124,7 @@ def clear(folder: Path) -> None:
 
 
 def not_written(target: Path, error: Exception) -> UserError:
-    """The complaint about a checkpoint that could not be written."""
+    """Return the error about a checkpoint that could not be written."""
     return UserError(
         f"cannot write checkpoint {target} ({storage.free(target)}): {storage.reason(error)}; "
         "what was saved before is intact: mend the disk or free some space, then --resume true"
@@ -132,31 +132,29 @@ def not_written(target: Path, error: Exception) -> UserError:
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest complete checkpoint, or None."""
-    found = _all(folder)
-    return found[-1] if found else None
+    """Return the newest complete checkpoint, or None."""
+    return next(reversed(_checkpoints(folder)), None)
 
 
 def last_before(folder: Path, step: int) -> Path | None:
-    """The newest complete checkpoint of a step below `step`, or None."""
-    found = [path for path in _all(folder) if _step(path) < step]
-    return found[-1] if found else None
+    """Return the newest complete checkpoint of a step below `step`, or None."""
+    return next((path for path in reversed(_checkpoints(folder)) if _step(path) < step), None)
 
 
 def discard_after(folder: Path, step: int) -> None:
-    """Removes the checkpoints and snapshots of later steps."""
-    for path in (*_all(folder), *snapshots(folder).values()):
+    """Remove the checkpoints and snapshots of later steps."""
+    for path in (*_checkpoints(folder), *snapshots(folder).values()):
         if _step(path) > step:
             _remove(path)
 
 
 def load(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """What `save` was given."""
+    """Return the tensors by group, and the state, that `save` wrote."""
     return {file.stem: load_tensors(path, file.stem) for file in sorted(path.glob("*.safetensors"))}, load_state(path)
 
 
 def load_tensors(path: Path, group: str) -> dict[str, Tensor]:
-    """One group of the tensors that `save` was given."""
+    """Return one group of the tensors that `save` wrote."""
     try:
         return load_file(path / f"{group}.safetensors")
     except Exception as error:
@@ -164,7 +162,7 @@ def load_tensors(path: Path, group: str) -> dict[str, Tensor]:
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """The state that `save` was given, and its `step`."""
+    """Return the state that `save` wrote, and its `step`."""
     try:
         return read_object(path / "state.json")
     except Exception as error:
@@ -176,7 +174,7 @@ def _damaged(path: Path, error: Exception) -> UserError:
 
 
 def pack_generators() -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """States of the random generators of Python, numpy and torch as tensors and a JSON-able rest."""
+    """Return the states of Python's, numpy's and torch's random generators: tensors, and the rest for JSON."""
     version, words, python_gauss = random.getstate()
     name, keys, *numpy_rest = np.random.get_state(legacy=True)
     tensors = {
@@ -190,7 +188,7 @@ def pack_generators() -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def unpack_generators(tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
-    """Puts back what `pack_generators` took."""
+    """Set the random generators to what `pack_generators` returned."""
     version, python_gauss = rest["python"]
     random.setstate((version, tuple(tensors["python"].tolist()), python_gauss))
     name, *numpy_rest = rest["numpy"]
@@ -201,7 +199,7 @@ def unpack_generators(tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimiser's state as tensors by path and a JSON-able rest. bitsandbytes nests its 8-bit states one level deeper."""
+    """Return an optimiser's state: tensors by path, and the rest for JSON; bitsandbytes nests 8-bit states one level deeper."""
     state = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
 
@@ -217,7 +215,7 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor],
 
 
 def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
-    """Puts back what `pack_optimizer` took."""
+    """Set an optimiser to what `pack_optimizer` returned."""
     state = {int(index): entries for index, entries in rest["state"].items()}
     for path, tensor in tensors.items():
         index, *keys = path.split("/")
@@ -229,9 +227,8 @@ def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def _all(folder: Path) -> list[Path]:
-    found = [p for p in folder.glob("checkpoint-*") if (p / "state.json").is_file()]
-    return sorted(found, key=_step)
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted((path for path in folder.glob("checkpoint-*") if (path / "state.json").is_file()), key=_step)
 
 
 def _step(path: Path) -> int:

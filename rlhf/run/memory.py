@@ -1,4 +1,4 @@
-"""Whether a run fits into memory: refused before the first forward pass where that can be known, explained where it is not."""
+"""Running out of memory: refused before the first forward pass where that is certain, explained where it happens."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from transformers import PreTrainedModel
 from rlhf.base.errors import UserError
 from rlhf.run.timing import PhaseTimer
 
-#: What helps a phase that runs out of memory; loading is in none.
-_REMEDIES = {
+_REMEDIES = {  # by phase; loading the models is in none
     "start": "set dtype bfloat16, quantization 4bit or, for PPO, offload_base; or take a smaller model",
     "train": "lower per_device_train_batch_size (and raise gradient_accumulation_steps as much), or set gradient_checkpointing",
     "preflight": "lower microbatch_size in PPO, per_device_train_batch_size elsewhere, or set gradient_checkpointing",
@@ -22,14 +21,13 @@ _REMEDIES = {
     "optimise": "lower microbatch_size, or set microbatch_tokens or gradient_checkpointing",
     "evaluate": "lower microbatch_size in PPO, per_device_eval_batch_size elsewhere, or response_length",
 }
-_OTHERWISE = "lower the batch sizes"
-#: What allocators say whose error is a mere RuntimeError: main memory's, CUDA's own outside of torch's, and cuBLAS's.
+# Allocators that raise a mere RuntimeError: main memory's, CUDA's own outside of torch's, and cuBLAS's.
 _MESSAGES = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 @contextlib.contextmanager
 def explained(timer: PhaseTimer) -> Iterator[None]:
-    """Turns running out of memory into one line that names the phase and the option to lower.
+    """Turn running out of memory into one line that names the phase and the option to lower.
 
     Raises:
         UserError: in place of the allocator's error.
@@ -41,18 +39,18 @@ def explained(timer: PhaseTimer) -> Iterator[None]:
             raise
         phase = timer.failed or "start"
         raise UserError(
-            f"out of memory in the phase '{phase}': {_REMEDIES.get(phase, _OTHERWISE)}; checkpoints made before are "
+            f"out of memory in the phase '{phase}': {_REMEDIES.get(phase, 'lower the batch sizes')}; checkpoints made before are "
             "intact, so --resume goes on from the last one"
         ) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether it says that no memory was left, on a GPU or in main memory."""
+    """Return True for the errors of allocators that ran out of memory, on a GPU or in main memory."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(text in str(error) for text in _MESSAGES)
 
 
 def cache_bytes(causal: PreTrainedModel, tokens: int) -> int:
-    """Bytes of the keys and values of so many tokens, in all layers."""
+    """Return the bytes of the keys and values of `tokens` tokens, in all layers."""
     config = causal.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -60,32 +58,35 @@ def cache_bytes(causal: PreTrainedModel, tokens: int) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that this process can still take on the device, those that torch holds in reserve included."""
+    """Return the bytes that this process can still take on the device, those that torch holds in reserve included."""
     if device.type != "cuda":
         return psutil.virtual_memory().available
-    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + held
+    reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + reserve
+
+
+def _total_bytes(device: torch.device) -> int:
+    if device.type != "cuda":
+        return psutil.virtual_memory().total
+    return torch.cuda.get_device_properties(device).total_memory
 
 
 def check_rollout_fits(
     models: torch.nn.Module, causal: PreTrainedModel, device: torch.device, *, responses: int, tokens: int
 ) -> None:
-    """Refuses a rollout of `responses` rows of `tokens` tokens whose keys and values cannot be in memory with the weights;
-    those that are offloaded, which have no place of their own (`meta`), are elsewhere.
+    """Refuse a rollout of `responses` rows of `tokens` tokens whose KV cache does not fit beside the weights.
+
+    Offloaded weights (on `meta`) do not count. Other work needs room as well, so passing proves nothing.
 
     Raises:
-        UserError: they are more than the whole device has; other work needs room as well, so passing proves nothing.
+        UserError: cache and weights are larger than the device's whole memory.
     """
     cache = cache_bytes(causal, responses * tokens)
     weights = sum(p.numel() * p.element_size() for p in models.parameters() if not p.is_meta)
-    there = (
-        torch.cuda.get_device_properties(device).total_memory
-        if device.type == "cuda"
-        else psutil.virtual_memory().total
-    )
-    if cache + weights > there:
+    total = _total_bytes(device)
+    if cache + weights > total:
         raise UserError(
             f"{responses} responses of up to {tokens} tokens (prompts included) have {cache / 1e9:.1f} GB of keys and values, "
-            f"beside {weights / 1e9:.1f} GB of weights, and there are {there / 1e9:.1f} GB: lower rollout_batch_size or "
+            f"beside {weights / 1e9:.1f} GB of weights, and there are {total / 1e9:.1f} GB: lower rollout_batch_size or "
             "response_length"
         )

@@ -95,8 +95,8 @@ _TABLE = (
            shown=("terminal", "report", "comparison", "outcome"), title="Score less KL cost", chart="Reward score",
            note="What PPO maximises."),
     Metric("objective/kl", "KL",
-           "log pi - log pi_ref on sampled tokens (k1), nats a response, which is penalised; exactly 0 in the first rollout, "
-           "then grows; single rollouts may be noisy. lm-hp steered to 6",
+           "the penalised KL: log pi - log pi_ref on sampled tokens (k1), nats a response; exactly 0 in the first rollout, then "
+           "grows; single rollouts may be noisy. lm-hp steered to 6",
            "not 0 at first: reference and start differ. Negative for long: its mean cannot be below 0 if tokens are drawn from "
            "the policy that is scored; look at `rollout/logprob_gap`. Growing without a gain in score: raise `kl_coef` or set "
            "`kl_target`", "nats a response", ("terminal", "report", "outcome"), chart="KL from the SFT model",
@@ -119,7 +119,7 @@ _TABLE = (
            "towards 0: nearly one answer a prompt, nothing left to explore; raise `kl_coef`, lower `learning_rate`. Rising far "
            "above its start: steps too large, text falls apart",
            "nats a token", ("terminal", "report", "comparison", "health"), title="Entropy",
-           note="How undecided the policy is. Near 0 it says one thing only.",
+           note="How undecided the policy is. Near 0 it has one answer left.",
            signs=(Sign("Lowest entropy", min, "Near 0 the policy has collapsed."),)),
     Metric("objective/raw_score", "raw score", "mean score before clip and penalties",
            "falls while `objective/score` rises: only penalties are learnt; lower `missing_eos_penalty` or "

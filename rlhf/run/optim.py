@@ -12,14 +12,14 @@ from transformers import get_scheduler
 
 from rlhf.config import TrainingConfig
 
-#: bitsandbytes keeps the states of tensors with fewer elements than this in 32 bits (its own default): norms, biases.
 MIN_8BIT_SIZE = 4096
-#: Where a warm-up starts and where `cosine_with_min_lr` ends, as a share of the peak (InstructGPT, appendix C).
+"""Elements below which bitsandbytes keeps a tensor's states in 32 bits (its own default): norms, biases."""
 MIN_LR_RATE = 0.1
+"""Start of a warm-up and end of `cosine_with_min_lr`, as a share of the peak (InstructGPT, appendix C)."""
 
 
 def build_optimizer(groups: Sequence[dict[str, Any]], config: TrainingConfig) -> torch.optim.Optimizer:
-    """AdamW over parameter groups (`params`, and `lr` where it differs), with 8-bit or 32-bit states."""
+    """Return AdamW over parameter groups (`params`, and `lr` where it differs), with 8-bit or 32-bit states."""
     settings: dict[str, Any] = {
         "lr": config.learning_rate,
         "betas": (config.adam_beta1, config.adam_beta2),
@@ -36,10 +36,10 @@ def build_optimizer(groups: Sequence[dict[str, Any]], config: TrainingConfig) ->
 
 
 def forget_overrides() -> None:
-    """Takes back what earlier optimisers of this process asked of bitsandbytes.
+    """Clear bitsandbytes' settings for single parameters, which last for the whole process.
 
-    It notes by place in the parameter groups which states stay in 32 bits, for the whole process: transformers' Trainer does
-    so for embeddings, and a later optimiser would find that note at a place where it has another parameter.
+    They go by the index in the parameter groups: transformers' Trainer keeps the states of embeddings in 32 bits, and a later
+    optimiser may have another parameter at that index.
     """
     import bitsandbytes
 
@@ -47,18 +47,18 @@ def forget_overrides() -> None:
 
 
 def smallest_8bit(parameters: Iterable[nn.Parameter]) -> int:
-    """Elements of a tensor from which on its states have 8 bits.
+    """Return the number of elements from which on a tensor's states have 8 bits.
 
-    Heads to one number stay below, however wide the model is: they decide the scale of values.
+    Heads with one output stay below it, however wide the model is: they decide the scale of values.
     """
     heads = [p.numel() for p in parameters if p.ndim < 2 or p.shape[0] == 1]
     return max([MIN_8BIT_SIZE, *(size + 1 for size in heads)])
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, config: TrainingConfig, num_updates: int) -> LambdaLR:
-    """The course of the step size over optimiser updates (not episodes).
+    """Return the schedule of the step size over optimiser updates (not episodes).
 
-    transformers' schedules after a warm-up that rises linearly from a tenth of the peak (InstructGPT, appendix C). Theirs
+    It is transformers' schedule after a warm-up that rises linearly from a tenth of the peak (InstructGPT, appendix C). Theirs
     rises from 0, so the first update would change nothing: in PPO, a rollout thrown away.
     """
     warmup = config.warmup_steps
@@ -78,5 +78,5 @@ def build_scheduler(optimizer: torch.optim.Optimizer, config: TrainingConfig, nu
 
 
 def scheduler_kwargs(config: TrainingConfig) -> dict[str, float]:
-    """What the chosen schedule needs besides its length."""
+    """Return the chosen schedule's arguments besides its length."""
     return {"min_lr_rate": MIN_LR_RATE} if config.lr_scheduler_type == "cosine_with_min_lr" else {}

@@ -1,9 +1,7 @@
-"""How far a loop has come: a bar with the time left on a terminal, plain lines now and then in a log file.
+"""Progress of a loop: a bar with the time left on a terminal, a plain line now and then in a log file.
 
-While a live view of the run is open (`rlhf.run.terminal`), the bar is part of it.
-
-Everything goes to stderr, so that stdout stays free for results. Figures ride along:
-`bar.update(1, score=0.81, kl=3.2)` shows `ppo 12/24 50% score 0.81 kl 3.2 left 4:10`.
+While a live view of the run is open (`rlhf.run.terminal`), the bar is part of it. Everything goes to stderr, so that stdout
+stays free for results. `bar.update(1, score=0.81, kl=3.2)` shows `ppo 12/24 50% score 0.81 kl 3.2 left 4:10`.
 """
 
 from __future__ import annotations
@@ -19,14 +17,14 @@ from rlhf.run import terminal
 
 T = TypeVar("T")
 
-#: Of several processes of one run, the first talks.
 _SILENT = os.environ.get("RANK", "0") != "0"
+"""True in all processes of a run but the first."""
 SECONDS_BETWEEN_LINES = 10.0
 """Off a terminal: a line at most this often, so that the log of a day's run stays readable."""
 
 
 def progress(iterable: Iterable[T], description: str, total: int | None = None, unit: str = "it") -> Iterator[T]:
-    """Yields the items of `iterable` and shows how many are done. `total` defaults to its length, if it has one."""
+    """Yield the items of `iterable` and show the number done. `total` defaults to its length, if it has one."""
     if total is None and isinstance(iterable, Sized):
         total = len(iterable)
     with Progress(total, description, unit) as bar:
@@ -36,13 +34,13 @@ def progress(iterable: Iterable[T], description: str, total: int | None = None, 
 
 
 class Progress:
-    """The manual form of `progress`, for loops that count in their own way or have figures to show.
+    """A progress bar for loops that count in their own way or have figures to show.
 
     Args:
-        total: how many units there are, or None when nobody knows.
+        total: number of units, or None where it is unknown.
         description: one or two words in front, e.g. `ppo`.
-        unit: what is counted, shown as the rate on a terminal (`3.1prompt/s`).
-        leave: whether a terminal keeps the finished bar; plain lines always keep theirs.
+        unit: name of a unit, for the rate on a terminal (`3.1prompt/s`).
+        leave: keep the finished bar on a terminal; plain lines always stay.
     """
 
     def __init__(self, total: int | None, description: str, unit: str = "it", leave: bool = True) -> None:
@@ -51,9 +49,8 @@ class Progress:
         self.done = 0
         self._figures: dict[str, float | str] = {}
         self._start = self._last_line = time.monotonic()
-        shown = sys.stderr.isatty() and not _SILENT
         self._bar = terminal.bar(total, description, leave)
-        if self._bar is None and shown:
+        if self._bar is None and sys.stderr.isatty() and not _SILENT:
             self._bar = _terminal_bar(total, description, unit, leave)
         self._closed = _SILENT
 
@@ -67,7 +64,7 @@ class Progress:
         self.close(failed=kind is not None and kind is not GeneratorExit)
 
     def update(self, n: int = 1, **figures: float | str) -> None:
-        """Counts `n` more units and remembers the figures; those not given keep their last value."""
+        """Count `n` more units, and show the figures; the others keep their last value."""
         self.done += n
         self._figures.update(figures)
         if self._bar is not None:
@@ -79,7 +76,7 @@ class Progress:
             self._print_line(self._time_left())
 
     def close(self, failed: bool = False) -> None:
-        """Ends the bar, or prints the last line. A loop that failed gets none: it would read as success."""
+        """End the bar, or print the last line; after a failure none, which would read as success."""
         if self._closed:
             return
         self._closed = True
@@ -102,7 +99,7 @@ class Progress:
 
 
 def format_seconds(seconds: float) -> str:
-    """`4:10` for 250 seconds, `1:02:05` for 3725."""
+    """Return seconds as a clock: `4:10` for 250 seconds, `1:02:05` for 3725."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,8 +1,8 @@
-"""transformers' Trainer with this project's checkpoints.
+"""transformers' Trainer with the checkpoints of `rlhf.run.checkpoint`, as in PPO.
 
 Its own are written in place, file by file, with optimiser, random states and arguments as pickles; a kill leaves a folder that
-looks whole, and loading it may run code. Here they are those of `rlhf.run.checkpoint`, as in PPO. What the trainer has added up
-since its last line of metrics is in them too, so that the next line of a resumed run is that of one that nobody stopped.
+looks whole, and loading it may run code. Checkpoints here also hold the sums since the last line of metrics, so that the next
+line of a resumed run equals that of a run without a stop.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ STATE_FILE = "trainer_state.json"
 
 
 class ResumableTrainer:
-    """Mixin, to be named before a trainer of TRL. The methods are those of `transformers.Trainer` that touch checkpoints."""
+    """Mixin for a class of `transformers.Trainer`, before which it is named; it overrides the methods that touch checkpoints."""
 
     log_position: Callable[[], dict[str, int]] = staticmethod(dict)
-    """Where the run's logs end; a checkpoint remembers it."""
+    """Returns the sizes of the run's logs, which a checkpoint keeps (`Tracker.position`)."""
 
     # Attributes of transformers.Trainer and of the trainers of TRL.
     args: Any
@@ -38,19 +38,18 @@ class ResumableTrainer:
     _tr_loss: torch.Tensor
 
     def finished(self, state: Any) -> bool:
-        """Whether a run that came so far (`TrainerState`) had ended."""
+        """Return True if a run with this `TrainerState` had ended."""
         return bool(state.global_step >= state.max_steps)
 
     def best_checkpoint(self) -> Path | None:
-        """The saved checkpoint, or the one that is about to be, of the best evaluation; the folder may have been moved."""
+        """Return the checkpoint of the best evaluation, saved or about to be; the folder may have been moved since."""
         state, folder = self.state, Path(self.args.output_dir)
         best = folder / f"checkpoint-{state.best_global_step}"
         if state.best_global_step and (best.is_dir() or state.best_global_step == state.global_step):
             return best
-        before = (
-            folder / Path(state.best_model_checkpoint or "none").name
-        )  # evaluations may come more often than checkpoints
-        return before if before.is_dir() else None
+        # evaluations may come more often than checkpoints
+        earlier = folder / Path(state.best_model_checkpoint or "none").name
+        return earlier if earlier.is_dir() else None
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         state, best = self.state, self.best_checkpoint()
@@ -91,7 +90,7 @@ class ResumableTrainer:
             self.state.best_model_checkpoint = str(best) if best else None
 
     def _load_rng_state(self, folder: str | None) -> None:
-        """The last thing that the trainer loads, when the data is where it was and its sums are set to zero."""
+        """Restore random states and sums; the trainer calls this last, once its data is in place and its sums are 0."""
         if folder is not None:
             state = checkpoint.load_state(Path(folder))
             checkpoint.unpack_generators(checkpoint.load_tensors(Path(folder), "generators"), state["generators"])

@@ -1,7 +1,7 @@
-"""A training run on a terminal: progress with the time left, the figures that tell its health, the last samples.
+"""The live view of a training run: progress with the time left, main metrics and the last samples.
 
-`rlhf.run.progress` draws its bars into the view while one is open, and `rlhf.tracking` hands it what it logs; neither needs to
-know whether somebody looks. Off a terminal there is no view, and `rlhf.run.progress` prints plain lines.
+While a view is open, `rlhf.run.progress` draws its bars into it and `rlhf.run.tracker` passes on what it logs. Off a terminal
+there is no view, and `rlhf.run.progress` prints plain lines.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
 POINTS = 32
-"""Values a figure's little curve shows."""
+"""Values in the curve beside a metric."""
 SAMPLES = 3
 _BLOCKS = "▁▂▃▄▅▆▇█"
 
 
 class LiveView:
-    """The screen of one run. It is drawn by rich, which redraws it in place."""
+    """The screen of one run, which rich redraws in place."""
 
     def __init__(self, title: str) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -45,13 +45,13 @@ class LiveView:
         )
 
     def add_metrics(self, figures: Mapping[str, float]) -> None:
-        """Remember the metrics that the terminal shows."""
+        """Keep the newest values of the metrics that the terminal shows."""
         for metric in metrics.shown("terminal"):
             if metric.name in figures:
                 self.values.setdefault(metric.name, deque(maxlen=POINTS)).append(figures[metric.name])
 
     def add_samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Remembers the first few of the newest rows."""
+        """Keep the first few of the newest rows."""
         self.samples = list(rows[:SAMPLES])
 
     def __rich__(self) -> RenderableType:
@@ -77,25 +77,25 @@ class LiveView:
 
 
 class _Bar:
-    """What `rlhf.run.progress` asks of a bar, inside the view."""
+    """A bar inside the view, with the methods of tqdm's that `rlhf.run.progress` calls."""
 
     def __init__(self, view: LiveView, total: int | None, description: str, leave: bool) -> None:
         self._bars, self._leave = view.bars, leave
         self._task = view.bars.add_task(description, total=total, figures="")
 
     def set_postfix_str(self, text: str, refresh: bool) -> None:
-        """The figures beside the bar; the view redraws itself."""
+        """Show figures beside the bar; the view redraws itself."""
         self._bars.update(self._task, figures=text)
 
     def update(self, n: int) -> None:
-        """`n` more units; fewer, where a run went back to a checkpoint."""
+        """Count `n` more units; `n` is negative where a run went back to a checkpoint."""
         self._bars.advance(self._task, n)
 
     def refresh(self) -> None:
-        """Nothing: the view redraws itself."""
+        """Do nothing: the view redraws itself."""
 
     def close(self) -> None:
-        """Ends the bar; one that is not to be left vanishes."""
+        """End the bar; without `leave` it vanishes."""
         self._bars.stop_task(self._task)
         if not self._leave:
             self._bars.remove_task(self._task)
@@ -106,10 +106,10 @@ _open: LiveView | None = None
 
 @contextmanager
 def view(title: str, console: Console | None = None) -> Iterator[LiveView | None]:
-    """Inside, a terminal shows the run; None, and nothing at all, where stderr is no terminal.
+    """Show the run on the terminal inside the block; yields None, and shows nothing, where stderr is none.
 
     Args:
-        console: draws here, whatever stderr is.
+        console: drawn on in place of stderr, whatever that is.
     """
     global _open
     if console is None and not is_terminal():
@@ -119,7 +119,7 @@ def view(title: str, console: Console | None = None) -> Iterator[LiveView | None
     from rich.live import Live
 
     _open = LiveView(title)
-    # Output that somebody sends to a file stays out of the terminal.
+    # Output that is sent to a file stays out of the terminal.
     screen = Live(
         _open, console=console or RichConsole(stderr=True), refresh_per_second=4, redirect_stdout=sys.stdout.isatty()
     )
@@ -131,29 +131,29 @@ def view(title: str, console: Console | None = None) -> Iterator[LiveView | None
 
 
 def is_terminal() -> bool:
-    """Whether stderr can be redrawn in place. Of several processes of a run the first talks."""
+    """Return True if stderr can be redrawn in place, and this is the first process of the run."""
     return sys.stderr.isatty() and os.environ.get("TERM") != "dumb" and os.environ.get("RANK", "0") == "0"
 
 
 def bar(total: int | None, description: str, leave: bool) -> Any:
-    """A bar in the open view; None without one."""
+    """Return a bar in the open view; None without one."""
     return None if _open is None else _Bar(_open, total, description, leave)
 
 
 def show_metrics(figures: Mapping[str, float]) -> None:
-    """Newly logged metrics."""
+    """Add newly logged metrics to the open view."""
     if _open is not None:
         _open.add_metrics(figures)
 
 
 def show_samples(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Newly logged rows of text and scores."""
+    """Add newly logged rows of text and scores to the open view."""
     if _open is not None:
         _open.add_samples(rows)
 
 
 def sparkline(values: Sequence[float]) -> str:
-    """`▁▄█` for `[1, 2, 3]`; a value that is not finite is a gap."""
+    """Return `▁▄█` for `[1, 2, 3]`; a value that is not finite is a gap."""
     finite = [value for value in values if abs(value) < float("inf")]
     low, high = min(finite, default=0.0), max(finite, default=0.0)
     scale = (len(_BLOCKS) - 1) / (high - low) if high > low else 0.0
@@ -161,11 +161,11 @@ def sparkline(values: Sequence[float]) -> str:
 
 
 def _sample_lines(row: Mapping[str, Any]) -> tuple[str, str]:
-    """A prompt and its response on a line each, with the row's numbers in front of the response."""
+    """Return a prompt and its response, a line each, with the row's numbers in front of the response."""
     numbers = [f"{name} {row[name]:.3g}" for name in ("score", "kl") if isinstance(row.get(name), float)]
     return _one_line(row.get("prompt")), f"  {' '.join(numbers)} | {_one_line(row.get('response'))}"
 
 
 def _one_line(text: Any) -> str:
-    """Without line breaks and escape sequences: what a model writes must not steer the terminal."""
+    """Return a text without line breaks and escape sequences: a model's output must not steer the terminal."""
     return "".join(c if c.isprintable() else " " for c in str(text or ""))

@@ -12,7 +12,7 @@ import psutil
 
 
 class PhaseTimer:
-    """Seconds and peak memory of the phases of a run.
+    """Sum of seconds and peak memory by phase.
 
     ```
     with timer.phase("rollout"):
@@ -25,12 +25,12 @@ class PhaseTimer:
     def __init__(self) -> None:
         self._phases: dict[str, dict[str, Any]] = {}
         self.failed: str | None = None
-        """The phase that was left by an error."""
+        """The last phase that raised an error."""
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Adds the time of the block to phase `name`, also when it fails."""
-        start, before = time.perf_counter(), _peak_memory()
+        """Add the time of the block to phase `name`, also when it fails."""
+        start, memory_at_start = time.perf_counter(), _peak_memory()
         try:
             yield
         except BaseException:
@@ -40,14 +40,13 @@ class PhaseTimer:
             row = self._phases.setdefault(name, {"phase": name, "seconds": 0.0})
             row["seconds"] += time.perf_counter() - start
             for key, (now, peak) in _peak_memory().items():
-                # The system knows only the peak since the process began. If it grew, it grew in this block; if not,
-                # the block stayed below it, and what is in use at its two ends is the best that is known.
-                now_before, peak_before = before.get(key, (0.0, 0.0))
-                seen = peak if peak > peak_before else max(now, now_before)
-                row[key] = max(row.get(key, 0.0), seen)
+                # The system has only the peak since the process began. If it grew, it grew in this block; if not, the block
+                # stayed below it, and the best estimate is the memory in use at its two ends.
+                now_at_start, peak_at_start = memory_at_start.get(key, (0.0, 0.0))
+                row[key] = max(row.get(key, 0.0), peak if peak > peak_at_start else max(now, now_at_start))
 
     def summary(self) -> list[dict[str, Any]]:
-        """One row a phase, in the order in which they first ran."""
+        """Return one row a phase, in the order in which they first ran."""
         return [
             {key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()}
             for row in self._phases.values()
@@ -55,7 +54,7 @@ class PhaseTimer:
 
 
 def _peak_memory() -> dict[str, tuple[float, float]]:
-    """Memory in GB by name: (in use now, the most since the process began)."""
+    """Return memory in GB by name: in use now, and the most since the process began."""
     now = psutil.Process().memory_info().rss / 1e9
     memory = {"peak_rss_gb": (now, max(now, peak_rss_gb()))}
     torch = sys.modules.get("torch")
@@ -65,7 +64,7 @@ def _peak_memory() -> dict[str, tuple[float, float]]:
 
 
 def peak_rss_gb() -> float:
-    """The most memory this process has held so far, in 10^9 bytes."""
+    """Return the most memory that this process has held so far, in 10^9 bytes."""
     if sys.platform == "win32":
         return float(psutil.Process().memory_info().peak_wset) / 1e9
     import resource

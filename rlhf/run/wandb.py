@@ -24,10 +24,10 @@ logger = logging.getLogger(__name__)
 WANDB_MODES = ("auto", "online", "offline", "disabled")
 
 INIT_TIMEOUT_SECONDS = 30.0
-"""How long a start waits for the W&B server before the run is kept offline instead."""
+"""Time that a start waits for the W&B server before the run is kept offline instead."""
 
 FINISH_TIMEOUT_SECONDS = 300.0
-"""How long the end of a run waits for its last uploads."""
+"""Time that the end of a run waits for its last uploads."""
 
 
 def resolve_wandb_mode(mode: str) -> str:

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from comparison.test_comparison import content_of
+from report.test_comparison import content_of
+from report.test_run_page import plots_of, write_jsonl
 from rich.console import Console
 from test_docs import metrics_table
-from test_report import plots_of, write_jsonl
 from wandb_reader import OfflineRun
 
 from rlhf.report.compare_page import write_comparison

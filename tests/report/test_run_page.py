@@ -300,7 +300,7 @@ def test_figures_that_are_null_or_nan_are_left_out(run: Path) -> None:
     page = write_report(run).read_text(encoding="utf-8")
     body = without_plotly(page)
     assert "None" not in body and "nan" not in body.lower().replace("nanmean", "").split()
-    assert "says VADER" not in page and "NaN" not in json.dumps(plots_of(page))
+    assert "by VADER" not in page and "NaN" not in json.dumps(plots_of(page))
     assert "reward model&#39;s score on held-out prompts" in page
 
 

@@ -19,12 +19,12 @@ from rlhf.run.terminal import LiveView, sparkline, view
 
 RUN = """
 import sys
-from rlhf.run import terminal as live
+from rlhf.run import terminal
 from rlhf.run.progress import Progress
-with live.view("ppo: demo on cpu"), Progress(2, "ppo") as bar:
+with terminal.view("ppo: demo on cpu"), Progress(2, "ppo") as bar:
     for step in (1, 2):
-        live.show_metrics({"objective/score": step / 4, "objective/kl": 3.5, "ppo/lr": 1e-5})
-        live.show_samples([{"prompt": "Say\\x1b[2J it", "response": "good\\nfilm", "score": 0.5, "kl": 1.25}])
+        terminal.show_metrics({"objective/score": step / 4, "objective/kl": 3.5, "ppo/lr": 1e-5})
+        terminal.show_samples([{"prompt": "Say\\x1b[2J it", "response": "good\\nfilm", "score": 0.5, "kl": 1.25}])
         bar.update(1, score=step / 4)
     print("said to stdout")
 """

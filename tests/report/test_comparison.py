@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from registry.test_registry import FIELDS, publish
-from test_report import BROWSER, made_up_card, made_up_results, without_plotly, write_jsonl
+from report.test_run_page import BROWSER, made_up_card, made_up_results, without_plotly, write_jsonl
 from toys import Call
 
 from rlhf.registry import Artifact, Registry
@@ -152,7 +152,7 @@ def test_what_differs_comes_first_and_nothing_else(runs: list[Path], tmp_path: P
         "curves",
         "cards",
         "health",
-        "say",
+        "answers",
         "lineage",
         "time",
         "sources",
