@@ -131,7 +131,7 @@ def check_batch_independence(scorer: Scorer, rows: Sequence[Sequence[int]]) -> C
     usual: list[float] = []
 
     def record_scale(head: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        states, weight = inputs[0].double(), cast(ScalarHead, head).weight.double()
+        states, weight = inputs[0].double(), cast(ScalarHead, head).weight.detach().double()
         usual.append(float(states.square().mean().sqrt() * weight.norm()))
 
     hooks = [m.register_forward_pre_hook(record_scale) for m in scorer.model.modules() if isinstance(m, ScalarHead)]
