@@ -1,8 +1,8 @@
 """Data -> SFT -> reward model -> PPO -> report, in one command: `python -m rlhf.pipeline --config FOLDER`
 
-The folder holds `sft.yaml`, `reward.yaml` and `ppo.yaml`, and may hold `data.yaml` and, for a base model of one's own,
-`pretrain.yaml`. A stage whose result is registered with the
-same recipe (options, data, parents) is skipped, so the command can be repeated after an interruption.
+The folder holds `sft.yaml`, `reward.yaml` and `ppo.yaml`, and optionally `data.yaml` and, to pretrain a base model,
+`pretrain.yaml`. A stage whose recipe (options, data, parents) has a registered result is skipped, so the command can
+be repeated after an interruption.
 """
 
 from __future__ import annotations
@@ -30,20 +30,13 @@ from typing import Any
 from rlhf.base import storage
 from rlhf.base.cli import Parser
 from rlhf.base.errors import UserError, did_you_mean, run_command
-from rlhf.config import (
-    PPOConfig,
-    PretrainConfig,
-    RewardConfig,
-    SFTConfig,
-    TrainingLength,
-    build,
-    read_yaml,
-    reward_kind,
-)
+from rlhf.config import STAGE_CONFIGS, TrainingLength, build, read_yaml, reward_kind
+from rlhf.data_prep import prepare, read_recipe
 from rlhf.doctor.health.findings import actions
+from rlhf.registry import MANIFEST, Artifact, Registry
+from rlhf.report.run_page import print_results, write_report
 
-STAGES: dict[str, Any] = {"pretrain": PretrainConfig, "sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig}
-#: Options that the stages share by name, and that mean another thing in pretraining: on the command line they are the others'.
+#: Options of the same name but another meaning in pretraining: on the command line they go to the other stages only.
 NOT_OF_PRETRAINING = {
     "dataset",
     "chat_template",
@@ -55,35 +48,25 @@ NOT_OF_PRETRAINING = {
 
 
 def run(folder: Path, overrides: dict[str, Any]) -> dict[str, Any]:
-    """Runs the chain; returns the content of `results.json`.
+    """Run all stages, write `results.json` and the report, and return the content of `results.json`.
 
     Args:
-        folder: holds the stages' YAML files.
-        overrides: options that go to every stage that has them (registry, output_dir, seed, device, ...), but for
-            `NOT_OF_PRETRAINING`.
+        folder: folder of the stages' YAML files.
+        overrides: options for every stage that has them (registry, output_dir, seed, device, ...), except
+            `NOT_OF_PRETRAINING` in pretraining.
     """
-    from rlhf.registry import MANIFEST, Registry
-    from rlhf.report.run_page import print_results, write_report
-
     started = time.perf_counter()
     data = _prepare_data(folder, overrides)
     configs = _stage_configs(folder, {**overrides, **data})
     group = configs["ppo"].wandb_group or configs["ppo"].name
-    artifacts: dict[str, Any] = {}
+    artifacts: dict[str, Artifact] = {}
     for stage, config in configs.items():
-        # A stage builds on the very versions made here, even where a newer one of the name is registered.
-        made: dict[str, Any] = {"policy": artifacts["sft"].reference} if "sft" in artifacts else {}
-        if stage == "sft" and "pretrain" in artifacts:
-            made["model_name_or_path"] = artifacts["pretrain"].reference
-        made["wandb_group"] = config.wandb_group or group
-        if "reward" in artifacts:  # in place of the name; rewards that are no artefacts stay
-            exact = artifacts["reward"].reference
-            made["reward"] = [exact if reward_kind(reward) == "adapter" else reward for reward in config.reward]
-        reference = _run_stage(stage, dataclasses.replace(config, **made))
+        inputs = {**_exact_inputs(stage, config, artifacts), "wandb_group": config.wandb_group or group}
+        reference = _run_stage(stage, dataclasses.replace(config, **inputs))
         artifacts[stage] = Registry(config.registry).read(reference)
         folder = Path(config.output_dir) / stage
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.copy(artifacts[stage].path / MANIFEST, folder)  # also of a stage that was skipped
+        shutil.copy(artifacts[stage].path / MANIFEST, folder)  # for a skipped stage, too
     output = Path(configs["ppo"].output_dir)
     results = _results(artifacts, configs["ppo"].seed, time.perf_counter() - started)
     output.mkdir(parents=True, exist_ok=True)
@@ -93,11 +76,22 @@ def run(folder: Path, overrides: dict[str, Any]) -> dict[str, Any]:
     return results
 
 
-def _run_stage(stage: str, config: Any) -> str:
-    """Runs a stage in a process of its own, so that the next one starts with all memory free; returns what it registered.
+def _exact_inputs(stage: str, config: Any, artifacts: dict[str, Artifact]) -> dict[str, Any]:
+    """Return the options that name the versions of this run, even where a newer version is registered."""
+    inputs: dict[str, Any] = {"policy": artifacts["sft"].reference} if "sft" in artifacts else {}
+    if stage == "sft" and "pretrain" in artifacts:
+        inputs["model_name_or_path"] = artifacts["pretrain"].reference
+    if "reward" in artifacts:  # in place of the name; other kinds of rewards stay
+        exact = artifacts["reward"].reference
+        inputs["reward"] = [exact if reward_kind(reward) == "adapter" else reward for reward in config.reward]
+    return inputs
 
-    Ctrl-C and SIGTERM are passed on: the stage finishes its update and saves, and this process waits for it and ends as a
-    single stage would. A stage whose pipeline is gone (kill -9, a closed terminal) does the same.
+
+def _run_stage(stage: str, config: Any) -> str:
+    """Run a stage in its own process, which frees all its memory at the end, and return the registered reference.
+
+    Ctrl-C and SIGTERM are passed on: the stage finishes its update and saves, and this process waits for it and exits with
+    its code. A stage whose pipeline was killed (kill -9, a closed terminal) also saves and exits.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
@@ -107,14 +101,14 @@ def _run_stage(stage: str, config: Any) -> str:
         try:
             reference = str(receiver.recv())
         except EOFError:
-            reference = ""  # it has ended without a result, and said why
+            reference = ""  # it ended without a result and has printed why
         process.join()
     if signals:
         sys.exit(128 + signals[0])
     if process.exitcode is not None and process.exitcode < 0:
         raise UserError(
-            f"the {stage} stage was killed by signal {-process.exitcode} (9: often by the system, for want of memory); "
-            "what it saved is intact, go on with --resume true"
+            f"the {stage} stage was killed by signal {-process.exitcode} (9: often by the system, when memory runs out); "
+            "its checkpoints are intact, continue with --resume true"
         )
     if not reference:
         sys.exit(process.exitcode)
@@ -123,32 +117,32 @@ def _run_stage(stage: str, config: Any) -> str:
 
 @contextlib.contextmanager
 def _started(process: BaseProcess) -> Iterator[list[int]]:
-    """Starts the process; inside, SIGINT and SIGTERM are passed on to it, both as SIGTERM. Yields the list of those that came."""
+    """Start the process and pass SIGINT and SIGTERM on to it, as SIGTERM; yields the list of received signals."""
     signals: list[int] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         signals.append(number)
         process.terminate()
 
-    # Inherited: while it imports, a Ctrl-C on the terminal must reach it through here alone. A SIGTERM that comes before there
-    # is somebody to pass it on to ends this process, and so the other.
-    before = {
+    # The process inherits these handlers. While it imports, a Ctrl-C on the terminal must reach it only through this one.
+    # A SIGTERM before it has started ends this process, and with it the other.
+    previous = {
         signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN),
         signal.SIGTERM: signal.signal(signal.SIGTERM, signal.SIG_DFL),
     }
     try:
         process.start()
-        for number in before:
+        for number in previous:
             signal.signal(number, pass_on)
         yield signals
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
 def _stage_process(stage: str, config: Any, sender: Connection) -> None:
     if hasattr(os, "setpgrp"):
-        os.setpgrp()  # from here on as well
+        os.setpgrp()  # Ctrl-C keeps coming through the parent only
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
     def work() -> None:
@@ -157,7 +151,7 @@ def _stage_process(stage: str, config: Any, sender: Connection) -> None:
     try:
         run_command(work)
     except Exception:
-        sys.excepthook(*sys.exc_info())  # multiprocessing has a printer of its own
+        sys.excepthook(*sys.exc_info())  # multiprocessing would print it without removing secrets
         sys.exit(1)
 
 
@@ -169,12 +163,10 @@ def _end_with_parent() -> None:
 
 
 def _prepare_data(folder: Path, overrides: dict[str, Any]) -> dict[str, Any]:
-    """Prepares the data that `data.yaml` names, and points the stages to it."""
+    """Prepare the data of `data.yaml`, if any, and return the option that names its folder."""
     file = folder / "data.yaml"
     if not file.is_file():
         return {}
-    from rlhf.data_prep import prepare, read_recipe
-
     values = read_yaml(file)
     if "output_dir" in overrides:
         values["output_dir"] = str(Path(overrides["output_dir"]) / "data")
@@ -182,11 +174,11 @@ def _prepare_data(folder: Path, overrides: dict[str, Any]) -> dict[str, Any]:
 
 
 def _stage_configs(folder: Path, overrides: dict[str, Any]) -> dict[str, Any]:
-    """All are read before the first trains: a slip in ppo.yaml must not show after ten minutes of SFT."""
-    to_pretrain = {name: value for name, value in overrides.items() if name not in NOT_OF_PRETRAINING}
+    """Return the configs of all stages, so that a mistake in ppo.yaml is found before SFT starts."""
+    for_pretraining = {name: value for name, value in overrides.items() if name not in NOT_OF_PRETRAINING}
     return {
-        stage: _stage_config(folder / f"{stage}.yaml", kind, to_pretrain if stage == "pretrain" else overrides)
-        for stage, kind in STAGES.items()
+        stage: _stage_config(folder / f"{stage}.yaml", kind, for_pretraining if stage == "pretrain" else overrides)
+        for stage, kind in STAGE_CONFIGS.items()
         if stage != "pretrain" or (folder / "pretrain.yaml").is_file()
     }
 
@@ -194,18 +186,18 @@ def _stage_configs(folder: Path, overrides: dict[str, Any]) -> dict[str, Any]:
 def _stage_config(file: Path, config_type: Any, overrides: dict[str, Any]) -> Any:
     fields = config_type.__dataclass_fields__
     config = build(config_type, {**read_yaml(file), **{k: v for k, v in overrides.items() if k in fields}}, str(file))
-    actions(config.doctor)  # raises for a word that it does not know
+    actions(config.doctor)  # raises for an unknown action
     return config
 
 
-def _results(artifacts: dict[str, Any], seed: int, seconds: float) -> dict[str, Any]:
-    """The figures of the chain, all of them out of the manifests."""
+def _results(artifacts: dict[str, Artifact], seed: int, seconds: float) -> dict[str, Any]:
+    """Return the content of `results.json`, with figures from the manifests."""
     figures = {stage: dict(artifact.manifest.metrics) for stage, artifact in artifacts.items()}
     phases = [{"stage": stage, **phase} for stage, f in figures.items() for phase in f.pop("phases")]
     figures["reward"]["vader_accuracy"] = figures["reward"].pop("gold_accuracy")
     return {
         **figures,
-        # A stage that was skipped counts with the seconds that it took when it ran.
+        # A skipped stage counts with the seconds of its run.
         "total_seconds": round(max(seconds, sum(f["seconds"] for f in figures.values())), 1),
         "peak_rss_gb": round(max(p["peak_rss_gb"] for p in phases), 2),
         "artifacts": {
@@ -224,12 +216,12 @@ def _results(artifacts: dict[str, Any], seed: int, seconds: float) -> dict[str, 
 
 
 def parse(argv: Sequence[str] | None = None) -> tuple[Path, dict[str, Any]]:
-    """The config folder, and `--option value` pairs for every stage that has the option."""
+    """Return the config folder, and the values of `--option value` pairs by option."""
     parser = Parser(
         usage="%(prog)s --config CONFIG [--option value ...]",
         description=__doc__.split("\n")[0],
-        epilog="An option goes to every stage that has it. Data, training length and optimisation of pretraining are not those "
-        "of the other stages: they stay as in pretrain.yaml.",
+        epilog="An option goes to every stage that has it. Pretraining keeps the data, training length and optimiser of "
+        "pretrain.yaml.",
     )
     parser.add_argument(
         "--config",
@@ -241,13 +233,13 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Path, dict[str, Any]]:
     if not arguments.config.is_dir():
         siblings = [str(p) for p in arguments.config.parent.glob("*")] if arguments.config.parent.is_dir() else []
         raise UserError(f"no config folder {arguments.config}{did_you_mean(str(arguments.config), siblings)}")
-    known = {name for kind in STAGES.values() for name in kind.__dataclass_fields__}
+    names = {name for kind in STAGE_CONFIGS.values() for name in kind.__dataclass_fields__}
     overrides: dict[str, Any] = {}
     words = iter(rest)
     for word in words:
         name, _, value = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or name not in known:
-            raise UserError(f"unknown option {word}{did_you_mean(name, known)}")
+        if not word.startswith("--") or name not in names:
+            raise UserError(f"unknown option {word}{did_you_mean(name, names)}")
         overrides[name] = value or next(words, None)
         if overrides[name] is None:
             raise UserError(f"{word} needs a value")

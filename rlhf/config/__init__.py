@@ -20,3 +20,4 @@ from rlhf.config.ppo import PPOConfig, reward_kind
 from rlhf.config.pretrain import PretrainConfig
 from rlhf.config.reward import CardConfig, RewardCardConfig, RewardConfig
 from rlhf.config.sft import SFTConfig, read_new_tokens
+from rlhf.config.stages import STAGE_CONFIGS

@@ -1,10 +1,9 @@
-"""What artefacts have to do with each other: what they were made from, how two differ, what can be deleted."""
+"""Relations of artefacts: ancestors, children, differences, and versions that can be deleted."""
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ from rlhf.registry.store import Lineage, Registry
 
 
 class Difference(NamedTuple):
-    """A setting or figure that two artefacts do not share; None where one of them has none."""
+    """A setting or figure in which two artefacts differ; None where one of them lacks it."""
 
     section: str
     name: str
@@ -25,18 +24,18 @@ SECTIONS = ("parents", "data", "config", "metrics", "model", "software")
 
 
 def difference(first: Artifact, second: Artifact) -> list[Difference]:
-    """How two artefacts differ, by section. Times, and where a run was kept, are no differences."""
-    left, right = (_described(artifact) for artifact in (first, second))
+    """Return the differences of two artefacts, by section; times and places are ignored."""
+    a, b = _sections(first), _sections(second)
     return [
-        Difference(section, name, left[section].get(name), right[section].get(name))
+        Difference(section, name, a[section].get(name), b[section].get(name))
         for section in SECTIONS
-        for name in dict.fromkeys(itertools.chain(left[section], right[section]))
-        if left[section].get(name) != right[section].get(name)
+        for name in dict.fromkeys(itertools.chain(a[section], b[section]))
+        if a[section].get(name) != b[section].get(name)
     ]
 
 
-def _described(artifact: Artifact) -> dict[str, dict[str, Any]]:
-    """A manifest by section, flat."""
+def _sections(artifact: Artifact) -> dict[str, dict[str, Any]]:
+    """Return a manifest by section, with nested names joined by dots."""
     m = artifact.manifest
     places = ("registry", "output_dir", "resume")
     model = ("kind", "base_model", "base_model_revision", "tokenizer_hash", "chat_template_hash", "pad_token_id")
@@ -61,22 +60,25 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 
 def ancestors(line: Lineage) -> list[Lineage]:
-    """Everything that an artefact was made from and the artefact itself, each once, parents before children."""
-    found: dict[str, Lineage] = {}
+    """Return an artefact's ancestors and the artefact itself, each once, parents before children."""
+    above: dict[str, Lineage] = {}
     for parent in line.parents:
-        found |= {one.reference: one for one in ancestors(parent)}
-    return [*found.values(), line]
+        above |= {one.reference: one for one in ancestors(parent)}
+    return [*above.values(), line]
 
 
 def children(registry: Registry, artifact: Artifact) -> list[Artifact]:
-    """The artefacts that were made from this one."""
+    """Return the artefacts that were made from this one."""
     return [other for other in registry.list() if artifact.hash in [parent.hash for parent in other.manifest.parents]]
 
 
 def prunable(registry: Registry, names: Iterable[str], keep: int) -> list[Artifact]:
-    """Versions of `STAGE/NAME` that can go: not among the newest `keep`, without a tag, and nothing that stays needs them.
+    """Return versions that can be deleted, children before their parents.
 
-    Children come before their parents. A version whose manifest cannot be read is left alone: nobody knows what it is.
+    Kept are the newest `keep` of each name, tagged versions, ancestors of kept ones, and versions with an unreadable manifest.
+
+    Args:
+        names: `STAGE/NAME` of the versions to consider.
     """
     artifacts = registry.list()
     chosen = set(names)
@@ -98,23 +100,23 @@ def prunable(registry: Registry, names: Iterable[str], keep: int) -> list[Artifa
 
 
 def _depth(artifact: Artifact, among: Mapping[str, Artifact]) -> int:
-    """How many generations of these lie above it."""
+    """Return the number of generations among these from the oldest ancestor to the artefact."""
     parents = [among[str(p.reference)] for p in artifact.manifest.parents if str(p.reference) in among]
     return 1 + max((_depth(parent, among) for parent in parents), default=0)
 
 
 def size(folder: Path) -> int:
-    """Bytes of the files in a folder."""
+    """Return the bytes of all files in a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def exact(artifact: Artifact) -> Reference:
-    """The artefact's own version, by name."""
+    """Return the reference of an artefact, with its version."""
     return Reference(artifact.stage, artifact.name, artifact.version)
 
 
 def data_lines(artifact: Artifact) -> list[str]:
-    """The data and the base model that went into an artefact, a line each."""
+    """Return a line for each data set and base model that an artefact was made from."""
     m = artifact.manifest
     rows = ", ".join(f"{name} {count:,}" for name, count in m.data.get("rows", {}).items())
     lines = (
@@ -127,7 +129,7 @@ def data_lines(artifact: Artifact) -> list[str]:
 
 
 def as_tree(line: Lineage) -> dict[str, Any]:
-    """The lineage as plain data: `reference`, `hash` or `problem`, `data`, `made_from`."""
+    """Return the lineage as plain data: `reference`, `hash` and `created` or `problem`, `data`, `made_from`."""
     own: dict[str, Any] = {"reference": line.reference}
     if line.artifact is None:
         return {**own, "problem": line.problem}
@@ -135,11 +137,6 @@ def as_tree(line: Lineage) -> dict[str, Any]:
     return {**own, "made_from": [as_tree(parent) for parent in line.parents]}
 
 
-def same_files(first: Mapping[str, str], second: Mapping[str, str]) -> Sequence[str]:
-    """Names of files whose checksums differ, or that only one of two artefacts has."""
+def different_files(first: Mapping[str, str], second: Mapping[str, str]) -> list[str]:
+    """Return the names of files whose checksums differ, or that only one of two artefacts has."""
     return sorted(name for name in {*first, *second} if first.get(name) != second.get(name))
-
-
-def fields(artifact: Artifact) -> dict[str, Any]:
-    """The manifest as plain data."""
-    return dataclasses.asdict(artifact.manifest)

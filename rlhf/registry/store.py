@@ -1,8 +1,8 @@
 """The registry: named, versioned, verified artefacts and their lineage.
 
-A version is a folder `ROOT/STAGE/NAME/v1` of plain files (safetensors, JSON, text) and a `manifest.json` that holds the
-checksum of each of them. The folder is written beside its place and renamed into it, manifest last, so that a version
-exists either whole or not at all. An artefact is verified when it is loaded, and so is everything it was made from.
+A version is a folder `ROOT/STAGE/NAME/v1` of plain files (safetensors, JSON, text) with a `manifest.json` that holds their
+checksums. The folder is written under another name, manifest last, and renamed, so that a version is never half there.
+Loading an artefact verifies it and all its ancestors.
 
 The command line is `rlhf.sharing.__main__`.
 """
@@ -28,46 +28,42 @@ from rlhf.base import storage
 from rlhf.base.errors import UserError, did_you_mean
 from rlhf.base.json_files import read_object
 from rlhf.registry.manifest import (
-    _NAME,
-    _VERSION_FOLDER,
     MANIFEST,
+    NAME,
     STAGES,
     Artifact,
     Manifest,
     Parent,
     Reference,
-    _plain,
     code_commit,
     library_versions,
     parse_reference,
+    plain,
     read_manifest,
 )
-from rlhf.registry.verify import _altered, _check_in, _file_problem
+from rlhf.registry.verify import altered, file_problem, hash_new_files
 
 TAGS = "tags.json"
-
-
 STALE_SECONDS = 24 * 3600
-"""A `.partial-*` folder untouched for this long was left by a process that was killed: no writer pauses for a day."""
-
-
+"""Age after which a `.partial-*` folder is deleted: its writer was killed, as none pauses for a day."""
+_VERSION_FOLDER = re.compile(r"v([1-9][0-9]{0,8})")
 _TAG = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,49}")
 
 
 @dataclass(frozen=True)
 class Lineage:
-    """An artefact and, below it, what it was made from."""
+    """An artefact with the tree of its ancestors."""
 
     reference: str
     artifact: Artifact | None
     """None when it is missing, altered or unreadable."""
     problem: str
-    """Why there is no artefact; empty when there is one."""
+    """Reason why there is no artefact, else empty."""
     parents: list[Lineage]
 
 
 class Registry:
-    """Artefacts under one folder. Reading creates nothing: a folder that does not exist is an empty registry."""
+    """The artefacts under one folder. A missing folder is an empty registry; reading creates nothing."""
 
     def __init__(self, root: Path | str) -> None:
         self.root = Path(root)
@@ -75,12 +71,12 @@ class Registry:
     def publish(
         self, stage: str, name: str, write: Callable[[Path], None], *, parents: Iterable[Artifact] = (), **fields: Any
     ) -> Artifact:
-        """Registers what `write` puts into the folder it is called with, as the next version of STAGE/NAME.
+        """Register the next version of STAGE/NAME, and return it.
 
         Args:
-            write: fills a fresh folder; what it raises is passed on, and then nothing is registered.
-            parents: the artefacts it was made from.
-            fields: the fields of `Manifest` that are not worked out here (version, created, code_commit, files, ...).
+            write: fills the new folder that it is called with; if it raises, nothing is registered.
+            parents: artefacts that this one was made from.
+            fields: the other fields of `Manifest`, without version, created, code_commit, files, ...
 
         Raises:
             UserError: a bad name, a file that is not safetensors, JSON or text, a full disk, a read-only folder.
@@ -96,7 +92,7 @@ class Registry:
             code_commit=code_commit(),
             library_versions=library_versions(),
             files={},
-            **{key: _plain(value, key) for key, value in fields.items()},
+            **{key: plain(value, key) for key, value in fields.items()},
         )
         folder = self.root / stage / name
         partial = folder / f".partial-{uuid.uuid4().hex[:8]}"
@@ -104,7 +100,7 @@ class Registry:
             partial.mkdir(parents=True)
             _remove_stale(folder)
             write(partial)
-            files = _check_in(partial)
+            files = hash_new_files(partial)
             with self._lock():
                 for parent in parents:
                     if not (parent.path / MANIFEST).exists():
@@ -128,15 +124,15 @@ class Registry:
     def get(
         self, reference: str | Reference, *, expect_stage: str | None = None, verify_parents: bool = True
     ) -> Artifact:
-        """The artefact, after checking every file of it and, recursively, of its parents.
+        """Return an artefact after verifying its files and, recursively, its parents.
 
         Args:
-            reference: `sft/demo` for the latest version, or `sft/demo@2`.
-            expect_stage: refuse an artefact of another stage.
-            verify_parents: False checks the artefact's own files only.
+            reference: `sft/demo` for the latest version, `sft/demo@2`, or `sft/demo@TAG`.
+            expect_stage: the only stage to accept.
+            verify_parents: False verifies the artefact's own files only.
 
         Raises:
-            UserError: missing, altered or half there; names the file or parent, and the command that makes it again.
+            UserError: a missing or altered file or parent, with the command that makes it again.
         """
         if isinstance(reference, str):
             reference = self.resolve(reference)
@@ -148,7 +144,7 @@ class Registry:
         return artifact
 
     def read(self, reference: str | Reference) -> Artifact:
-        """The artefact by its manifest alone: quick, because its files are not looked at."""
+        """Return an artefact by its manifest alone, without verifying its files."""
         if isinstance(reference, str):
             reference = self.resolve(reference)
         versions = self.versions(reference.stage, reference.name)
@@ -170,19 +166,19 @@ class Registry:
         return artifact
 
     def resolve(self, text: str) -> Reference:
-        """`sft/demo`, `sft/demo@2`, or `sft/demo@TAG` with the version that has the tag."""
+        """Return the reference of `sft/demo`, `sft/demo@2`, or `sft/demo@TAG`, with the version that has the tag."""
         path, _, tag = text.partition("@")
         if not _TAG.fullmatch(tag):
             return parse_reference(text)
         reference = parse_reference(path)
         tags = self.tags(reference.stage, reference.name)
         if tag not in tags:
-            known = f" (tags: {', '.join(sorted(tags))})" if tags else " (it has no tags)"
-            raise UserError(f"no version of {path} in registry {self.root} has the tag '{tag}'{known}")
+            others = f" (tags: {', '.join(sorted(tags))})" if tags else " (it has no tags)"
+            raise UserError(f"no version of {path} in registry {self.root} has the tag '{tag}'{others}")
         return dataclasses.replace(reference, version=tags[tag])
 
     def tags(self, stage: str, name: str) -> dict[str, int]:
-        """Tag -> version, of STAGE/NAME. Tags are no part of an artefact: they may move, and are in no hash."""
+        """Return the versions of STAGE/NAME by tag. Tags can move: no hash covers them."""
         Reference(stage, name)
         file = self.root / stage / name / TAGS
         try:
@@ -193,10 +189,10 @@ class Registry:
             raise UserError(f"{file} cannot be read; delete it and tag again") from error
 
     def tag(self, artifact: Artifact, tag: str, *, remove: bool = False) -> None:
-        """Gives a version a tag, taking it from the version that had it; or takes it away.
+        """Move a tag to a version, or remove it from the version.
 
         Raises:
-            UserError: a tag that reads as a version, or one to take away that the artefact does not have.
+            UserError: a tag that could be a version, or the removal of a tag that the artefact does not have.
         """
         if not _TAG.fullmatch(tag):
             raise UserError(f"'{tag}' is no tag; use letters, digits and . _ -, starting with a letter, e.g. best")
@@ -209,27 +205,27 @@ class Registry:
             storage.write_text(folder / TAGS, json.dumps(tags if remove else {**tags, tag: artifact.version}))
 
     def find(self, stage: str, name: str, recipe: str) -> Artifact | None:
-        """The newest version of this recipe that is whole, parents included, or None."""
+        """Return the newest version with this recipe that verifies, parents included; None if there is none."""
         for version in reversed(self.versions(stage, name)):
             reference = Reference(stage, name, version)
             try:
                 if self.read(reference).manifest.recipe == recipe:
                     return self.get(reference)
             except UserError:
-                continue  # a broken version saves no work; an older one still may
+                continue  # an older version may be intact
         return None
 
     def delete(self, reference: str | Reference, *, force: bool = False) -> None:
-        """Deletes one version; its number is never given again. With `force` also one that others were made from.
+        """Delete one version, whose number is not used again; with `force` even if others were made from it.
 
         Raises:
-            UserError: no version is named, it is not there, or others in this registry need it.
+            UserError: no version is named, it does not exist, or others in this registry need it.
         """
         if isinstance(reference, str):
             reference = parse_reference(reference)
         versions = self.versions(reference.stage, reference.name)
         if reference.version is None and versions:
-            raise UserError(f"say which version of {reference} to delete, e.g. {reference}@{versions[-1]}")
+            raise UserError(f"give the version of {reference} to delete, e.g. {reference}@{versions[-1]}")
         if reference.version not in versions:
             raise UserError(self._missing(reference, versions))
         with self._lock():
@@ -237,69 +233,70 @@ class Registry:
             if children and not force:
                 raise UserError(
                     f"{reference} is needed by {', '.join(children)}, which cannot be loaded without it; "
-                    "delete those first, or all the same with --force"
+                    "delete those first, or use --force"
                 )
             folder = self.root / reference.stage / reference.name / f"v{reference.version}"
             try:
-                (folder / MANIFEST).unlink()  # first: from here on it is no version, whatever happens
-                # The empty folder stays, and with it the number: no later version is taken for this one.
+                (folder / MANIFEST).unlink()  # first, so that an interrupted deletion leaves no version
+                # The empty folder stays, so that no later version gets the number.
                 for path in folder.iterdir():
                     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
             except OSError as error:
                 raise UserError(f"cannot delete {reference}: {storage.reason(error)} ({error.filename})") from error
 
     def _lock(self) -> FileLock:
-        """Held for the moment in which versions appear or disappear."""
+        """Return the lock for adding and deleting versions."""
         return FileLock(self.root / ".lock")
 
     def versions(self, stage: str, name: str) -> Sequence[int]:
-        """The complete versions, oldest first."""
+        """Return the complete versions, oldest first."""
         Reference(stage, name)
         folder = self.root / stage / name
         return [v for v in _version_folders(folder) if (folder / f"v{v}" / MANIFEST).exists()]
 
     def references(self) -> Sequence[Reference]:
-        """Every version with a manifest, readable or not: by stage, name, version."""
+        """Return every version with a manifest, readable or not, ordered by stage, name and version."""
         names = [parse_reference(name) for name in self._names()]
         return [dataclasses.replace(n, version=v) for n in names for v in self.versions(n.stage, n.name)]
 
     def list(self) -> Sequence[Artifact]:
-        """Every artefact with a readable manifest; files are not checked."""
+        """Return every artefact with a readable manifest, without verifying files."""
         return [line.artifact for r in self.references() if (line := self.try_read(r)).artifact is not None]
 
     def lineage(self, artifact: Artifact) -> Lineage:
-        """The tree of what the artefact was made from, by manifests; missing and altered parents are marked."""
+        """Return the tree of an artefact's ancestors by their manifests, with missing and altered ones marked."""
         parents = []
         for parent in artifact.manifest.parents:
             line = self.try_read(parent.reference)
             if line.artifact is None:
                 parents.append(line)
             elif line.artifact.hash != parent.hash:
-                parents.append(Lineage(line.reference, None, _altered(parent), []))
+                parents.append(Lineage(line.reference, None, altered(parent), []))
             else:
                 parents.append(self.lineage(line.artifact))
         return Lineage(artifact.reference, artifact, "", parents)
 
     def try_read(self, reference: Reference) -> Lineage:
+        """Return an artefact without its ancestors, or the problem of reading it."""
         try:
             return Lineage(str(reference), self.read(reference), "", [])
         except UserError as error:
             return Lineage(str(reference), None, str(error), [])
 
     def _verify(self, artifact: Artifact, seen: set[str] | None) -> None:
-        """Checks the files, and the parents' unless `seen` (what has been checked already) is None."""
-        problem = _file_problem(artifact)
+        """Verify the files of an artefact and of its parents that are not in `seen`; with None, of the artefact only."""
+        problem = file_problem(artifact)
         if problem:
             raise UserError(f"{artifact.reference} in registry {self.root}: {problem}; {self._remake(artifact)}")
         if seen is None:
             return
         for parent in artifact.manifest.parents:
             try:
-                found = self.read(parent.reference)
-                if found.hash != parent.hash:
-                    raise UserError(f"{_altered(parent)}; {self._remake(parent.reference)}")
-                if found.reference not in seen:
-                    self._verify(found, seen)
+                current = self.read(parent.reference)
+                if current.hash != parent.hash:
+                    raise UserError(f"{altered(parent)}; {self._remake(parent.reference)}")
+                if current.reference not in seen:
+                    self._verify(current, seen)
             except UserError as error:
                 raise UserError(
                     f"{artifact.reference} needs its parent {parent.reference}: {error}, "
@@ -308,9 +305,9 @@ class Registry:
         seen.add(artifact.reference)
 
     def _names(self) -> Sequence[str]:
-        """`STAGE/NAME` of all that have a complete version."""
-        found = [Reference(s, f.name) for s in STAGES for f in _subfolders(self.root / s) if _NAME.fullmatch(f.name)]
-        return [str(reference) for reference in found if self.versions(reference.stage, reference.name)]
+        """Return `STAGE/NAME` of all artefacts with a complete version."""
+        names = [Reference(s, f.name) for s in STAGES for f in _subfolders(self.root / s) if NAME.fullmatch(f.name)]
+        return [str(reference) for reference in names if self.versions(reference.stage, reference.name)]
 
     def _missing(self, reference: Reference, versions: Sequence[int]) -> str:
         if versions:
@@ -323,7 +320,7 @@ class Registry:
         return f"make it again with: {self._command(reference)}"
 
     def _command(self, reference: Reference | Artifact) -> str:
-        """The command that makes an artefact of this stage and name in this registry."""
+        """Return the command that makes an artefact of this stage and name in this registry."""
         if reference.stage == "data":
             return "python -m rlhf.data_prep"
         place = "" if self.root == Path("registry") else f" --registry {shlex.quote(str(self.root))}"

@@ -1,4 +1,4 @@
-"""Files of an artefact: hashed when they are written, compared when they are read."""
+"""Checks of an artefact's files: hashed when they are written, compared when they are read."""
 
 from __future__ import annotations
 
@@ -10,19 +10,17 @@ from rlhf.base.storage import sha256_file
 from rlhf.registry.manifest import MANIFEST, Artifact, Parent
 
 ALLOWED_SUFFIXES = {".safetensors", ".json", ".jsonl", ".txt", ".jinja", ".md", ".yaml", ".yml", ".model"}
-
-
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".pickle"}
 
 
 def check_files(artifact: Artifact) -> None:
-    """Raises `UserError` unless the files in the artefact's folder are those of its manifest."""
-    if problem := _file_problem(artifact):
+    """Raise `UserError` unless the files in the artefact's folder are those of its manifest."""
+    if problem := file_problem(artifact):
         raise UserError(f"{artifact.reference}: {problem}")
 
 
-def _check_in(folder: Path) -> dict[str, str]:
-    """Hashes and syncs what `write` left in the folder, and refuses what can run code or does not belong to it."""
+def hash_new_files(folder: Path) -> dict[str, str]:
+    """Sync the files of a new artefact and return their hashes; `UserError` for types that may not be registered."""
     files = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_symlink() or not p.is_dir()):
         relative = path.relative_to(folder).as_posix()
@@ -41,13 +39,13 @@ def _check_in(folder: Path) -> dict[str, str]:
     return files
 
 
-def _file_problem(artifact: Artifact) -> str:
-    """What is wrong with the files of an artefact, or an empty string."""
+def file_problem(artifact: Artifact) -> str:
+    """Return the first problem of an artefact's files, or an empty string."""
     listed = artifact.manifest.files
     for relative, expected in listed.items():
         path = artifact.path / relative
         if path.suffix.lower() not in ALLOWED_SUFFIXES or Path(relative).is_absolute() or ".." in Path(relative).parts:
-            return f"its manifest lists {relative}, which no artefact may hold"
+            return f"its manifest lists {relative}, which is not allowed in an artefact"
         try:
             if not path.is_file():
                 return f"{relative} is missing"
@@ -55,7 +53,7 @@ def _file_problem(artifact: Artifact) -> str:
                 return f"{relative} is corrupt (its sha256 is not the one in the manifest)"
         except OSError as error:
             return f"{relative} cannot be read ({storage.reason(error)})"
-    # A stray chat_template.jinja or tokenizer file would be loaded with the rest. Hidden files (.DS_Store) never are.
+    # An added chat_template.jinja or tokenizer file would be loaded; hidden files (.DS_Store) are not.
     for path in artifact.path.rglob("*"):
         relative = path.relative_to(artifact.path).as_posix()
         if not path.is_dir() and relative not in (MANIFEST, *listed) and not path.name.startswith("."):
@@ -63,5 +61,6 @@ def _file_problem(artifact: Artifact) -> str:
     return ""
 
 
-def _altered(parent: Parent) -> str:
+def altered(parent: Parent) -> str:
+    """Return the message that a parent's manifest has changed."""
     return f"{parent.reference} was altered since (its manifest is not the one with hash {parent.hash[:12]})"

@@ -1,1 +1,1 @@
-"""Artefacts leave and enter the registry: export, push and pull, model cards, reproduction."""
+"""Verbs of the registry: export, push and pull, model cards, reproduction."""

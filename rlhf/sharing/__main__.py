@@ -1,109 +1,111 @@
-"""`python -m rlhf.registry list | show REF | verify [REF] | delete REF [--force] [--registry DIR]`, and the verbs of `verbs`."""
+"""The command line of the registry: `python -m rlhf.registry list | show REF | verify [REF] | delete REF | ...`"""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console
-from rich.table import Table
-from rich.tree import Tree
 
 from rlhf.base.cli import Parser
-from rlhf.base.errors import UserError, run_command
-from rlhf.registry import Artifact, Lineage, Reference, Registry
+from rlhf.base.errors import run_command
+from rlhf.base.functions import load_function
+from rlhf.registry import Registry
 from rlhf.sharing import verbs
 
+#: Adds the parser of a verb: (name, help text, function, *names of references).
+AddVerb = Callable[..., argparse.ArgumentParser]
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(description="Look at, compare and move artefacts.")
+
+def _parser() -> Parser:
+    parser = Parser(description="Inspect, compare and move artefacts.")
+    _add_registry_option(parser, default="registry")
     commands = parser.add_subparsers(dest="command", required=True, metavar="VERB")
-    lister = commands.add_parser("list", help="all artefacts")
-    show = commands.add_parser("show", help="manifest and lineage of one artefact")
-    show.add_argument("reference", metavar="REF", help="e.g. sft/demo (the latest version) or sft/demo@2")
-    verify = commands.add_parser("verify", help="check the files and parents of all artefacts, or of one")
-    verify.add_argument("reference", metavar="REF", nargs="?", help="default: all")
-    delete = commands.add_parser("delete", help="delete one version")
-    delete.add_argument("reference", metavar="REF", help="e.g. sft/demo@2")
-    delete.add_argument("--force", action="store_true", help="also one that others were made from")
-    # Before or after the command; SUPPRESS keeps the second parser's default from undoing what the first one read.
-    parser.add_argument("--registry", default="registry", metavar="DIR", help="default: registry")
-    for command in (lister, show, verify, delete, *verbs.add_parsers(commands)):
-        command.add_argument("--registry", default=argparse.SUPPRESS, metavar="DIR", help="default: registry")
-    return parser.parse_args(argv)
+
+    def verb(name: str, help: str, run: verbs.Verb, *references: str) -> argparse.ArgumentParser:
+        command: argparse.ArgumentParser = commands.add_parser(name, help=help)
+        for reference in references:
+            command.add_argument(reference.lower(), metavar=reference, help="sft/demo, sft/demo@2 or sft/demo@TAG")
+        # SUPPRESS keeps this default from overwriting an option that stands before the verb.
+        _add_registry_option(command, default=argparse.SUPPRESS)
+        command.set_defaults(run=run)
+        return command
+
+    _add_inspecting(verb)
+    _add_deleting(verb)
+    _add_copying(verb)
+    return parser
 
 
-def _print_list(registry: Registry, console: Console) -> None:
-    table = Table("artefact", "created", "kind", "base model", "made from", "state")
-    for reference in registry.references():
-        line = registry.try_read(reference)
-        if line.artifact is None:
-            table.add_row(str(reference), "", "", "", "", f"BROKEN: {line.problem}")
-            continue
-        manifest = line.artifact.manifest
-        parents = ", ".join(str(parent.reference) for parent in manifest.parents)
-        table.add_row(str(reference), manifest.created, manifest.kind, manifest.base_model, parents, "")
-    console.print(table if table.rows else f"registry {registry.root} is empty")
+def _add_inspecting(verb: AddVerb) -> None:
+    verb("list", "list all artefacts", verbs.print_list)
+    verb("show", "show manifest and lineage of an artefact", verbs.show, "REF")
+    verify = verb("verify", "check files and parents of all artefacts, or of one", verbs.verify)
+    verify.add_argument("ref", metavar="REF", nargs="?", help="default: all")
+    lineage = verb("lineage", "show what an artefact was made from, down to the data, as a tree", verbs.lineage, "REF")
+    diff = verb("diff", "show differences in parents, data, options and figures", verbs.diff, "A", "B")
+    for command in (lineage, diff):
+        command.add_argument("--json", action="store_true", help="print JSON")
+    tag = verb("tag", "give a version a name, such as best", verbs.tag, "REF")
+    tag.add_argument("tag", metavar="TAG")
+    tag.add_argument("--remove", action="store_true", help="remove the tag")
 
 
-def _print_artifact(registry: Registry, artifact: Artifact, console: Console) -> None:
-    table = Table("field", "value", title=artifact.reference, title_justify="left")
-    table.add_row("path", str(artifact.path))
-    table.add_row("hash", artifact.hash)
-    for field, value in dataclasses.asdict(artifact.manifest).items():
-        if field == "parents":
-            continue  # they are in the tree
-        for key, item in value.items() if isinstance(value, dict) else [("", value)]:
-            table.add_row(f"{field}.{key}" if key else field, item if isinstance(item, str) else json.dumps(item))
-    console.print(table)
-
-    def grow(tree: Tree, parents: Iterable[Lineage]) -> Tree:
-        for line in parents:
-            note = line.artifact.hash[:12] if line.artifact else line.problem
-            grow(tree.add(f"{line.reference}  {note}"), line.parents)
-        return tree
-
-    console.print(grow(Tree(f"{artifact.reference}  made from"), registry.lineage(artifact).parents))
+def _add_deleting(verb: AddVerb) -> None:
+    delete = verb("delete", "delete one version", verbs.delete, "REF")
+    delete.add_argument("--force", action="store_true", help="also if others were made from it")
+    prune = verb("prune", "delete old versions that have no tag and no children", verbs.prune)
+    prune.add_argument("name", metavar="STAGE/NAME", nargs="?", help="default: all names")
+    keep = "newest versions of each name to keep; default: 1"
+    prune.add_argument("--keep", type=_count, default=1, metavar="N", help=keep)
+    prune.add_argument("--yes", action="store_true", help="delete; without it, list the versions only")
 
 
-def _verify_all(registry: Registry, references: Sequence[Reference], console: Console) -> None:
-    bad = 0
-    for reference in references:
-        try:
-            artifact = registry.get(reference)
-            console.print(f"ok   {artifact.reference}", soft_wrap=True)
-        except UserError as error:
-            bad += 1
-            console.print(f"BAD  {reference}: {error}", soft_wrap=True)
-    if bad:
-        raise UserError(
-            f"{bad} of {len(references)} artefacts in registry {registry.root} cannot be used; see the lines above"
-        )
-    if not references:
-        console.print(f"registry {registry.root} is empty")
+def _add_copying(verb: AddVerb) -> None:
+    export = verb("export", "write a folder for transformers or peft", _later("rlhf.sharing.export:command"), "REF")
+    export.add_argument("folder", type=Path, metavar="FOLDER", help="new folder")
+    export.add_argument("--form", choices=("merged", "adapter"), default="merged", help="default: merged")
+    dtypes = ("float32", "bfloat16", "float16")
+    export.add_argument("--dtype", choices=dtypes, default="float32", help="dtype of merged weights")
+    push = verb("push", "copy an artefact and its ancestors to a folder, the hub or W&B", verbs.push, "REF")
+    pull = verb("pull", "copy an artefact and its ancestors into the registry", verbs.pull, "REF")
+    for command in (push, pull):
+        command.add_argument("place", metavar="PLACE", help="a folder, hf:OWNER/NAME or wandb:ENTITY/PROJECT")
+    again = _later("rlhf.sharing.reproduce:command")
+    reproduce = verb("reproduce", "make an artefact again from its manifest and compare every byte", again, "REF")
+    folder = Path("outputs/reproduced")
+    reproduce.add_argument("--into", type=Path, default=folder, metavar="DIR", help="folder of the replay")
+    reproduce.add_argument("--ancestors", action="store_true", help="also make everything that it was made from")
+
+
+def _add_registry_option(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument("--registry", default=default, metavar="DIR", help="default: registry")
+
+
+def _later(path: str) -> verbs.Verb:
+    """Return a verb whose module is imported when it runs, because it needs torch."""
+
+    def run(*arguments: Any) -> None:
+        load_function(path)(*arguments)
+
+    return run
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a number from 1, got {text}")
+    return int(text)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Command line. A broken artefact under `verify` is a `UserError`, so that the exit code is 2."""
-    arguments = _parse(argv)
-    registry = Registry(arguments.registry)
-    # In a file or pipe nothing is cut to the width of a terminal.
+    """Command line; `verify` raises `UserError` for a broken artefact, so that the exit code is 2."""
+    arguments = _parser().parse_args(argv)
+    # In a file or pipe, lines are not cut to the width of a terminal.
     console = Console(width=None if sys.stdout.isatty() else 240, markup=False, highlight=False)
-    if arguments.command == "list":
-        _print_list(registry, console)
-    elif arguments.command == "show":
-        _print_artifact(registry, registry.read(arguments.reference), console)
-    elif arguments.command == "delete":
-        registry.delete(arguments.reference, force=arguments.force)
-        console.print(f"deleted {arguments.reference}")
-    elif arguments.command != "verify":
-        arguments.run(arguments, console)
-    else:
-        chosen = [registry.resolve(arguments.reference)] if arguments.reference else registry.references()
-        _verify_all(registry, chosen, console)
+    arguments.run(Registry(arguments.registry), arguments, console)
 
 
 if __name__ == "__main__":

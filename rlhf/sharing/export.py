@@ -1,21 +1,22 @@
-"""Artefacts as plain folders that transformers, or peft, opens without this package: `python -m rlhf.registry export`
+"""Export of artefacts to folders that transformers or peft opens without this package: `python -m rlhf.registry export`
 
-`merged` holds the whole model: the base with the adapters of the SFT policy and of the artefact added in. `adapter` holds one
-adapter on the *base model*. An artefact's own adapter sits on its SFT policy; as both change the same weights by a low-rank
-product, W + B1 A1 + B2 A2 = W + [B1 B2] [A1; A2], the two are exactly one adapter of the added rank.
+The form `merged` holds the whole model: the base with the adapters of the SFT policy and of the artefact merged in. The form
+`adapter` holds one adapter on the *base model*. An artefact's own adapter is one on its SFT policy; as both add a low-rank
+product to the same weights, W + B1 A1 + B2 A2 = W + [B1 B2] [A1; A2], they equal one adapter with the sum of the ranks.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import shutil
 import uuid
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import GenerationConfig
@@ -32,42 +33,32 @@ from rlhf.sharing.model_card import model_card
 Form = Literal["merged", "adapter"]
 
 
-FORMS: tuple[Form, ...] = ("merged", "adapter")
-
-
-DTYPES = ("float32", "bfloat16", "float16")
-
-
 def export(registry: Registry, artifact: Artifact, folder: Path, form: Form = "merged", dtype: str = "float32") -> Path:
-    """Writes an artefact as a plain folder with a model card.
+    """Write an artefact to a folder with a model card, and return the folder's absolute path.
 
     Args:
-        artifact: of stage pretrain, sft, reward or ppo; verified.
-        folder: must not be there, or be empty.
-        dtype: in which a merged model is written; it is merged in float32.
+        artifact: verified, of stage pretrain, sft, reward or ppo.
+        folder: a new or empty folder.
+        dtype: dtype of the written merged model; merging is done in float32.
 
     Raises:
-        UserError: the folder holds something, or the artefact has no such form.
+        UserError: the folder is not empty, or the artefact has no such form.
     """
     if artifact.stage not in ("pretrain", "sft", "reward", "ppo"):
-        raise UserError(f"{artifact.reference} is no model; pretrain, sft, reward and ppo artefacts can be exported")
+        raise UserError(
+            f"{artifact.reference} is no model; only pretrain, sft, reward and ppo artefacts can be exported"
+        )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} is there already and not empty; give another folder")
-    write: Callable[[Path], None]
+        raise UserError(f"{folder} is not empty; give another folder")
     if form == "adapter":
         check_adapter(registry, artifact)
-
-        def write(place: Path) -> None:
-            _write_adapter(registry, artifact, place)
-    else:
-
-        def write(place: Path) -> None:
-            _write_merged(registry, artifact, place, getattr(torch, dtype))
-
     partial = folder.absolute().with_name(f".partial-{uuid.uuid4().hex[:8]}")
     try:
         partial.mkdir(parents=True)
-        write(partial)
+        if form == "adapter":
+            _write_adapter(registry, artifact, partial)
+        else:
+            _write_merged(registry, artifact, partial, getattr(torch, dtype))
         load_tokenizer(str(artifact.path)).save_pretrained(partial)
         (partial / "README.md").write_text(model_card(registry, artifact, form, dtype), encoding="utf-8")
         (partial / MANIFESTS).write_text(json.dumps(_manifests(registry, artifact), indent=1), encoding="utf-8")
@@ -84,7 +75,7 @@ def _write_merged(registry: Registry, artifact: Artifact, folder: Path, dtype: t
     m = artifact.manifest
     model.config.pad_token_id, model.config.eos_token_id = m.pad_token_id, m.stop_token_ids[0]
     if artifact.stage != "reward":
-        # Sampled as it was trained: nothing of the base model's habits (top-k, penalties) is left.
+        # Sampling as in training, without the base model's own settings (top-k, penalties).
         model.generation_config = GenerationConfig(
             pad_token_id=m.pad_token_id,
             eos_token_id=m.stop_token_ids,
@@ -97,11 +88,11 @@ def _write_merged(registry: Registry, artifact: Artifact, folder: Path, dtype: t
 
 
 def check_adapter(registry: Registry, artifact: Artifact) -> None:
-    """Refuses what cannot be one adapter on the base model, and one on a base that nobody else has."""
+    """Raise `UserError` unless the artefact can be one adapter on a public base model."""
     if artifact.manifest.base_model.startswith("pretrain/"):
         raise UserError(
-            f"{artifact.reference} is an adapter on {artifact.manifest.base_model} of this registry, which no other place knows; "
-            "export it with --form merged"
+            f"{artifact.reference} is an adapter on {artifact.manifest.base_model}, which only this registry has; export it "
+            "with --form merged"
         )
     for part in _parts(registry, artifact):
         if part.manifest.kind == "full":
@@ -111,13 +102,11 @@ def check_adapter(registry: Registry, artifact: Artifact) -> None:
                 f"{part.reference} has tokens that its base model does not have; export it with --form merged"
             )
         if _adapter_config(part).get("use_dora"):
-            raise UserError(
-                f"{part.reference} uses DoRA, whose adapters cannot be added up; export it with --form merged"
-            )
+            raise UserError(f"{part.reference} uses DoRA, whose adapters cannot be added; export it with --form merged")
 
 
 def _parts(registry: Registry, artifact: Artifact) -> list[Artifact]:
-    """The adapters that lie between the base model and the artefact, lowest first."""
+    """Return the artefacts with adapters between the base model and this artefact, lowest first."""
     return [artifact] if artifact.stage in ("pretrain", "sft") else [policy_of(registry, artifact), artifact]
 
 
@@ -142,9 +131,10 @@ def _write_adapter(registry: Registry, artifact: Artifact, folder: Path) -> None
 
 
 def _stacked(states: list[dict[str, Tensor]], configs: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """One adapter's matrices from several: A (r, in) one below the other, B (out, r) side by side and scaled.
+    """Return the matrices of one adapter that equals the sum of several.
 
-    A layer that one of them leaves alone gets zeros for it. What is no such matrix (a score head) is taken as it is.
+    All A (r, in) are stacked, and all B (out, r) scaled and placed side by side. A layer that an adapter lacks gets zeros.
+    Other tensors (a score head) are copied from the last adapter that has them.
     """
     stacked: dict[str, Tensor] = {}
     for key in dict.fromkeys(key for state in states for key in state):
@@ -163,11 +153,17 @@ def _stacked(states: list[dict[str, Tensor]], configs: list[dict[str, Any]]) -> 
 
 
 def _scale(config: dict[str, Any]) -> float:
-    """What peft multiplies B A with."""
+    """Return the factor of B A in peft."""
     return float(config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"]))
 
 
 def _manifests(registry: Registry, artifact: Artifact) -> dict[str, Any]:
-
     lines = ancestors(registry.lineage(artifact))
     return {line.reference: decode(line.artifact.manifest.to_json()) for line in lines if line.artifact}
+
+
+def command(registry: Registry, arguments: argparse.Namespace, console: Console) -> None:
+    """Export an artefact: the verb `export`."""
+    artifact = registry.get(arguments.ref)
+    folder = export(registry, artifact, arguments.folder, arguments.form, arguments.dtype)
+    console.print(f"{artifact.reference} is in {folder}", soft_wrap=True)

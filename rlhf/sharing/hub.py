@@ -1,8 +1,8 @@
-"""Artefacts kept elsewhere: `python -m rlhf.registry push REF PLACE` and `pull REF PLACE`.
+"""Copies of artefacts in other places: `python -m rlhf.registry push REF PLACE` and `pull REF PLACE`.
 
-A place is a folder (a network share, a disk), a repository of the Hugging Face hub (`hf:OWNER/NAME`, private when it is made), or
-a W&B project (`wandb:ENTITY/PROJECT`). What is pushed is the artefact with everything it was made from, as the registry has it:
-`STAGE/NAME/vN` with its manifest. So what is pulled can be verified to the last byte, and is refused if it was altered.
+A place is a folder (a network share, a disk), a repository of the Hugging Face hub (`hf:OWNER/NAME`, created as private), or
+a W&B project (`wandb:ENTITY/PROJECT`). A push copies the artefact and all its ancestors as in the registry, `STAGE/NAME/vN`
+with a manifest. A pull verifies every byte and refuses altered files.
 """
 
 from __future__ import annotations
@@ -23,31 +23,31 @@ from rlhf.registry.lineage import ancestors, exact
 
 
 class Place(abc.ABC):
-    """Somewhere versions are kept, each as a folder of files."""
+    """A place that stores versions, each as a folder of files."""
 
     @abc.abstractmethod
     def versions(self, stage: str, name: str) -> list[int]:
-        """The versions of STAGE/NAME that are there, oldest first."""
+        """Return the stored versions of STAGE/NAME, oldest first."""
 
     @abc.abstractmethod
     def hash_of(self, reference: Reference) -> str:
-        """sha256 of the manifest of a version that is there."""
+        """Return the sha256 of a stored version's manifest."""
 
     @abc.abstractmethod
     def put(self, artifact: Artifact) -> None:
-        """Copies a version there."""
+        """Copy a version to this place."""
 
     @abc.abstractmethod
     def take(self, reference: Reference, folder: Path) -> None:
-        """Copies a version's files from there into a folder that is not there yet."""
+        """Copy a version's files from this place into a new folder."""
 
     def names(self, stage: str) -> list[str]:
-        """Names that are there, as far as the place can tell: to offer the nearest one."""
+        """Return the stored names, for messages; empty if the place cannot list them."""
         return []
 
 
 class FolderPlace(Place):
-    """A folder, laid out as a registry."""
+    """A folder with the layout of a registry."""
 
     def __init__(self, root: Path) -> None:
         self.registry = Registry(root)
@@ -69,7 +69,7 @@ class FolderPlace(Place):
 
 
 class HubPlace(Place):
-    """A model repository of the Hugging Face hub. Its own login, cache and endpoint settings hold."""
+    """A model repository of the Hugging Face hub, with the login, cache and endpoint of its client."""
 
     def __init__(self, repository: str) -> None:
         from huggingface_hub import HfApi
@@ -78,8 +78,8 @@ class HubPlace(Place):
 
     def versions(self, stage: str, name: str) -> list[int]:
         parts = [file.split("/") for file in self._files()]
-        found = [p[2] for p in parts if p[:2] == [stage, name] and len(p) == 4 and p[3] == MANIFEST]
-        return sorted(int(version[1:]) for version in found)
+        folders = [p[2] for p in parts if p[:2] == [stage, name] and len(p) == 4 and p[3] == MANIFEST]
+        return sorted(int(folder[1:]) for folder in folders)
 
     def hash_of(self, reference: Reference) -> str:
         with _explained(f"hf:{self.repository}"):
@@ -89,7 +89,7 @@ class HubPlace(Place):
         place = path_of(artifact)
         with _explained(f"hf:{self.repository}"):
             self.api.create_repo(self.repository, private=True, exist_ok=True)
-            # One commit, so that a version is there whole or not at all.
+            # One commit, so that no version is stored in part.
             self.api.upload_folder(
                 repo_id=self.repository,
                 folder_path=artifact.path,
@@ -117,7 +117,7 @@ class HubPlace(Place):
 
 
 class WandbPlace(Place):
-    """A W&B project: an artifact for each name, the version's number as its alias. The files themselves are uploaded."""
+    """A W&B project, with an artifact for each name and an alias for each version."""
 
     def __init__(self, project: str) -> None:
         self.entity, _, self.project = project.rpartition("/")
@@ -145,9 +145,9 @@ class WandbPlace(Place):
                 type=_kind(artifact.stage),
                 metadata={"reference": artifact.reference, "hash": artifact.hash},
             )
-            files.add_dir(str(artifact.path), policy="immutable")  # no copies: what is registered does not change
+            files.add_dir(str(artifact.path), policy="immutable")  # no copies: registered files do not change
             with wandb.init(entity=self.entity or None, project=self.project, job_type="push", mode="online") as run:
-                # W&B counts its own versions as v0, v1, ...; ours are aliases that cannot be taken for those.
+                # W&B numbers its own versions v0, v1, ...; our aliases must differ from those.
                 run.log_artifact(files, aliases=[f"r{artifact.version}"]).wait()
 
     def take(self, reference: Reference, folder: Path) -> None:
@@ -176,23 +176,23 @@ def _kind(stage: str) -> str:
 
 @contextmanager
 def _explained(place: str) -> Iterator[None]:
-    """Inside, what a service's client raises becomes one line that names the place; but not that a repository is missing."""
+    """Turn errors of a service's client into a `UserError` that names the place, except for a missing repository."""
     from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
         yield
     except (UserError, RepositoryNotFoundError):
         raise
-    except Exception as error:  # of every kind: the clients have no common type
+    except Exception as error:  # the clients' errors have no common type
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{place} does not answer as it should: {reason} (logged in? is there a network?)") from error
+        raise UserError(f"{place} failed: {reason} (logged in? is there a network?)") from error
 
 
 def open_place(text: str) -> Place:
-    """`hf:OWNER/NAME`, `wandb:ENTITY/PROJECT`, or a folder.
+    """Return the place named `hf:OWNER/NAME`, `wandb:ENTITY/PROJECT`, or by the path of a folder.
 
     Raises:
-        UserError: another scheme, or a repository without an owner.
+        UserError: an unknown scheme, or a repository without an owner.
     """
     scheme, colon, rest = text.partition(":")
     if not colon or "/" in scheme or len(scheme) == 1:  # C:\\models is a folder
@@ -207,80 +207,81 @@ def open_place(text: str) -> Place:
 
 
 def path_of(reference: Reference | Artifact) -> str:
-    """`sft/demo/v2`, below the root of a registry."""
+    """Return a version's path below the root of a registry, e.g. `sft/demo/v2`."""
     return f"{reference.stage}/{reference.name}/v{reference.version}"
 
 
 def push(registry: Registry, artifact: Artifact, place: Place) -> list[str]:
-    """Copies an artefact and everything it was made from to a place; returns what was new there, parents first.
+    """Copy a verified artefact and its ancestors to a place; return the references of new versions, parents first.
 
-    The artefact must be verified. A version that is there already is left alone, so a push can be repeated.
+    Versions that the place has already are skipped, so a push can be repeated.
 
     Raises:
-        UserError: something else is there under one of the versions.
+        UserError: the place has other content under one of the versions.
     """
-    pushed = []
+    references = []
     for line in ancestors(registry.lineage(artifact)):
         one = line.artifact
         assert one is not None, "a verified artefact has all its parents"
         if one.version not in place.versions(one.stage, one.name):
             place.put(one)
-            pushed.append(one.reference)
+            references.append(one.reference)
         elif place.hash_of(exact(one)) != one.hash:
-            raise UserError(f"there is another {one.reference} already; push to another place")
-    return pushed
+            raise UserError(f"the place has another {one.reference}; push to another place")
+    return references
 
 
 def pull(registry: Registry, text: str, place: Place) -> list[str]:
-    """Copies an artefact and everything it was made from into the registry; returns what was new, parents first.
+    """Copy an artefact and its ancestors into the registry; return the references of new versions, parents first.
 
     Raises:
-        UserError: it is not there, was altered, or the registry has something else under that version.
+        UserError: a missing or altered version, or other content under that version in the registry.
     """
     reference = parse_reference(text)
     versions = place.versions(reference.stage, reference.name)
     if not versions or reference.version not in (None, *versions):
-        there = f" (there is {', '.join(f'@{v}' for v in versions)})" if versions else ""
-        near = there or did_you_mean(f"{reference.stage}/{reference.name}", place.names(reference.stage))
+        others = f" (there is {', '.join(f'@{v}' for v in versions)})" if versions else ""
+        near = others or did_you_mean(f"{reference.stage}/{reference.name}", place.names(reference.stage))
         raise UserError(f"no artefact '{reference}' there{near}")
-    wanted, pulled = Reference(reference.stage, reference.name, reference.version or versions[-1]), list[str]()
-    _pull_exactly(registry, wanted, place, pulled)
-    registry.get(wanted)  # files and parents, to the last byte
-    return pulled
+    exact_reference = Reference(reference.stage, reference.name, reference.version or versions[-1])
+    references = _pull_exactly(registry, exact_reference, place)
+    registry.get(exact_reference)  # verifies files and parents
+    return references
 
 
-def _pull_exactly(registry: Registry, reference: Reference, place: Place, pulled: list[str]) -> None:
-    """Parents first: a registry never holds an artefact whose parents are still to come."""
+def _pull_exactly(registry: Registry, reference: Reference, place: Place) -> list[str]:
+    """Copy a version after its parents, so that a registry never lacks a parent; return the references of new ones."""
     if reference.version in registry.versions(reference.stage, reference.name):
-        have, there = registry.read(reference).hash, place.hash_of(reference)
-        if have != there:
+        ours, theirs = registry.read(reference).hash, place.hash_of(reference)
+        if ours != theirs:
             raise UserError(
-                f"registry {registry.root} has another {reference} (hash {have[:12]}, not {there[:12]}); pull into another "
+                f"registry {registry.root} has another {reference} (hash {ours[:12]}, not {theirs[:12]}); pull into another "
                 "--registry"
             )
-        return
+        return []
     folder = registry.root / reference.stage / reference.name / f".partial-{uuid.uuid4().hex[:8]}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
         place.take(reference, folder)
         artifact = Artifact(folder, read_manifest(folder))
         if artifact.reference != str(reference):
-            raise UserError(f"what is there as {reference} is {artifact.reference}")
+            raise UserError(f"the place has {artifact.reference} in the folder of {reference}")
+        references = []
         for parent in artifact.manifest.parents:
-            _pull_exactly(registry, parent.reference, place, pulled)
+            references += _pull_exactly(registry, parent.reference, place)
             if registry.read(parent.reference).hash != parent.hash:
                 raise UserError(
-                    f"{reference} was made from another {parent.reference} than the one there (hash {parent.hash[:12]}); "
-                    "whoever pushed it has to push it again"
+                    f"{reference} was made from another {parent.reference} (hash {parent.hash[:12]}) than the place has; "
+                    "ask its owner to push it again"
                 )
         install(registry, folder, artifact)
-        pulled.append(artifact.reference)
+        return [*references, artifact.reference]
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def install(registry: Registry, source: Path, artifact: Artifact) -> None:
-    """Copies a version into a registry: beside its place, checked, then renamed into it."""
+    """Copy a version into a registry: beside its place, checked and synced, then renamed into it."""
     target = registry.root / path_of(artifact)
     partial = target.with_name(f".partial-{uuid.uuid4().hex[:8]}")
     try:

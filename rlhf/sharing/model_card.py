@@ -1,4 +1,4 @@
-"""The model card of an exported artefact, made from its manifest and those of what it was made from."""
+"""Model cards of exported artefacts, made from the manifests of the artefact and its ancestors."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 from rlhf.registry import Artifact, Registry
 from rlhf.registry.lineage import ancestors, data_lines
 
-WHAT = {
+SUMMARIES = {
     "pretrain": "A language model trained from scratch on plain text, with a byte-level BPE tokenizer of its own.",
     "sft": "A language model fine-tuned on demonstrations, with the loss on the answers only.",
-    "reward": "A reward model: it scores an answer to a prompt. It was trained on people's rankings of answers.",
-    "ppo": "A language model trained by PPO against a reward model, with a KL penalty to the SFT model that it started from.",
+    "reward": "A reward model that scores an answer to a prompt, trained on people's rankings of answers.",
+    "ppo": "A language model trained by PPO against a reward model, with a KL penalty to its SFT model.",
 }
 
 GENERATE = """import torch
@@ -38,21 +38,21 @@ score = (raw - {mean}) / {std}  # 0 is the mean of the demonstrations"""
 
 
 def model_card(registry: Registry, artifact: Artifact, form: str, dtype: str) -> str:
-    """Markdown with the metadata that the Hugging Face hub reads."""
+    """Return the card as Markdown, with the metadata that the Hugging Face hub reads."""
     m = artifact.manifest
     parts = [
         _front_matter(artifact, form),
-        f"# {artifact.reference}\n\n{WHAT[artifact.stage]}",
+        f"# {artifact.reference}\n\n{SUMMARIES[artifact.stage]}",
         _facts(artifact, form, dtype),
         f"## Use\n\n```python\n{_usage(artifact, form)}\n```",
         "## Lineage\n\n" + "\n".join(_lineage(registry, artifact)),
         "## Figures\n\n" + _table(m.metrics, skip=("phases",)),
         "## Options\n\n" + _table(m.config, skip=("registry", "output_dir")),
         "## Data\n\n" + _table(m.data),
-        f"Made by [rlhf] at code {m.code_commit or 'unknown'}; manifest sha256 `{artifact.hash}`"
+        f"Made by rlhf at code {m.code_commit or 'unknown'}; manifest sha256 `{artifact.hash}`"
         + (f", W&B run `{m.wandb_run_id}`." if m.wandb_run_id else "."),
     ]
-    return "\n\n".join(parts).replace("[rlhf]", "rlhf") + "\n"
+    return "\n\n".join(parts) + "\n"
 
 
 def _front_matter(artifact: Artifact, form: str) -> str:
@@ -69,13 +69,13 @@ def _front_matter(artifact: Artifact, form: str) -> str:
 def _facts(artifact: Artifact, form: str, dtype: str) -> str:
     m = artifact.manifest
     base = m.base_model + (f" at {m.base_model_revision}" if m.base_model_revision else "")
-    what = "one adapter on the base model" if form == "adapter" else f"the whole model, adapters merged in, {dtype}"
-    lines = [f"- base model: {base}", f"- this folder: {what}", f"- registered: {m.created}"]
+    content = "one adapter on the base model" if form == "adapter" else f"the whole model, adapters merged in, {dtype}"
+    lines = [f"- base model: {base}", f"- this folder: {content}", f"- registered: {m.created}"]
     lines.append(f"- pad token {m.pad_token_id}, stop tokens {', '.join(map(str, m.stop_token_ids))}")
     overlap = m.data.get("overlap", {})
     lines += [
-        f"- {count} of the {overlap['held_out']} held-out prompts are among those that {name} was trained on: its figures "
-        "flatter it"
+        f"- {count} of the {overlap['held_out']} held-out prompts are among the training prompts of {name}: the figures are "
+        "too good"
         for name, count in overlap.get("in_training", {}).items()
         if count
     ]
@@ -98,7 +98,7 @@ def _usage(artifact: Artifact, form: str) -> str:
 
 
 def _lineage(registry: Registry, artifact: Artifact) -> list[str]:
-    """Parents before children, each with what went into it."""
+    """Return a line for each ancestor and the artefact, parents first, with data and parents."""
     lines = []
     for line in ancestors(registry.lineage(artifact)):
         if line.artifact is None:

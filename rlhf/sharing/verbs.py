@@ -1,127 +1,118 @@
-"""The verbs of `python -m rlhf.registry` that compare, delete, move and make artefacts again."""
+"""The verbs of `python -m rlhf.registry`; each prints to the console, and raises `UserError` if it fails."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.tree import Tree
 
 from rlhf.base.errors import UserError, did_you_mean
 from rlhf.registry import Registry
+from rlhf.registry.lineage import Difference, as_tree, children, difference, prunable, size
+from rlhf.sharing.hub import open_place
+from rlhf.sharing.hub import pull as pull_from
+from rlhf.sharing.hub import push as push_to
 
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.tree import Tree
-
-# Imported where they are used: `list` and `show` need neither torch nor a hub's client.
+#: (registry, arguments, console)
+Verb = Callable[[Registry, argparse.Namespace, Console], None]
 
 
-def add_parsers(commands: Any) -> list[argparse.ArgumentParser]:
-    """Adds the verbs to the subparsers of `python -m rlhf.registry`; each sets `run`, which carries it out."""
-    made: list[argparse.ArgumentParser] = []
+def print_list(registry: Registry, arguments: argparse.Namespace, console: Console) -> None:
+    """Print a table of all versions, broken ones included."""
+    table = Table("artefact", "created", "kind", "base model", "made from", "state")
+    for reference in registry.references():
+        line = registry.try_read(reference)
+        if line.artifact is None:
+            table.add_row(str(reference), "", "", "", "", f"BROKEN: {line.problem}")
+            continue
+        manifest = line.artifact.manifest
+        parents = ", ".join(str(parent.reference) for parent in manifest.parents)
+        table.add_row(str(reference), manifest.created, manifest.kind, manifest.base_model, parents, "")
+    console.print(table if table.rows else f"registry {registry.root} is empty")
 
-    def verb(
-        name: str, help: str, run: Callable[[argparse.Namespace, Console], None], *refs: str
-    ) -> argparse.ArgumentParser:
-        parser: argparse.ArgumentParser = commands.add_parser(name, help=help)
-        for ref in refs:
-            parser.add_argument(ref.lower(), metavar=ref, help="sft/demo, sft/demo@2 or sft/demo@TAG")
-        parser.set_defaults(run=run)
-        made.append(parser)
-        return parser
 
-    lineage = verb("lineage", "what an artefact was made from, down to the data, as a tree", _lineage, "REF")
-    lineage.add_argument("--json", action="store_true", help="for other programs")
-    difference = verb("diff", "differences of two artefacts in parents, data, options and figures", _diff, "A", "B")
-    difference.add_argument("--json", action="store_true", help="for other programs")
-    tag = verb("tag", "give a version a name, such as best", _tag, "REF")
-    tag.add_argument("tag", metavar="TAG")
-    tag.add_argument("--remove", action="store_true", help="take the tag away")
-    prune = verb("prune", "delete old versions that have no tag and that nothing was made from", _prune)
-    prune.add_argument("name", metavar="STAGE/NAME", nargs="?", help="default: all names")
-    prune.add_argument(
-        "--keep", type=_count, default=1, metavar="N", help="newest versions of each name that stay; default: 1"
-    )
-    prune.add_argument("--yes", action="store_true", help="delete; without it, only say what would go")
-    export = verb("export", "a plain folder that transformers or peft opens without this package", _export, "REF")
-    export.add_argument("folder", type=Path, metavar="FOLDER", help="is made")
-    export.add_argument("--form", choices=("merged", "adapter"), default="merged", help="default: merged")
-    export.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of merged weights"
-    )
-    for name, help, run in (
-        ("push", "copy an artefact and all it was made from to a folder, the hub or W&B", _push),
-        ("pull", "copy an artefact and all it was made from into the registry", _pull),
-    ):
-        verb(name, help, run, "REF").add_argument(
-            "place", metavar="PLACE", help="a folder, hf:OWNER/NAME or wandb:ENTITY/PROJECT"
+def show(registry: Registry, arguments: argparse.Namespace, console: Console) -> None:
+    """Print an artefact's manifest and lineage."""
+    artifact = registry.read(arguments.ref)
+    table = Table("field", "value", title=artifact.reference, title_justify="left")
+    table.add_row("path", str(artifact.path))
+    table.add_row("hash", artifact.hash)
+    for field, value in dataclasses.asdict(artifact.manifest).items():
+        if field == "parents":
+            continue  # they are in the tree
+        for key, item in value.items() if isinstance(value, dict) else [("", value)]:
+            table.add_row(f"{field}.{key}" if key else field, item if isinstance(item, str) else json.dumps(item))
+    console.print(table)
+    console.print(_rich_tree(as_tree(registry.lineage(artifact))))
+
+
+def verify(registry: Registry, arguments: argparse.Namespace, console: Console) -> None:
+    """Check the files and parents of one artefact or of all, and print a line for each."""
+    references = [registry.resolve(arguments.ref)] if arguments.ref else registry.references()
+    broken = 0
+    for reference in references:
+        try:
+            console.print(f"ok   {registry.get(reference).reference}", soft_wrap=True)
+        except UserError as error:
+            broken += 1
+            console.print(f"BAD  {reference}: {error}", soft_wrap=True)
+    if broken:
+        raise UserError(
+            f"{broken} of {len(references)} artefacts in registry {registry.root} cannot be used; see the lines above"
         )
-    reproduce = verb("reproduce", "make an artefact again from its manifest and compare every byte", _reproduce, "REF")
-    reproduce.add_argument(
-        "--into", type=Path, default=Path("outputs/reproduced"), metavar="DIR", help="for the replay"
-    )
-    reproduce.add_argument("--ancestors", action="store_true", help="everything that it was made from, too")
-    return made
+    if not references:
+        console.print(f"registry {registry.root} is empty")
 
 
-def _count(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a number from 1, got {text}")
-    return int(text)
+def delete(registry: Registry, arguments: argparse.Namespace, console: Console) -> None:
+    """Delete one version."""
+    registry.delete(arguments.ref, force=arguments.force)
+    console.print(f"deleted {arguments.ref}")
 
 
-def _lineage(arguments: argparse.Namespace, console: Console) -> None:
-    from rich.tree import Tree
-
-    from rlhf.registry.lineage import as_tree, children
-
-    registry = Registry(arguments.registry)
+def lineage(registry: Registry, arguments: argparse.Namespace, console: Console) -> None:
+    """Print everything that an artefact was made from, and its children."""
     artifact = registry.read(arguments.ref)
     tree = as_tree(registry.lineage(artifact))
     if arguments.json:
         print(json.dumps(tree, indent=2))
         return
-    root = Tree(_title(tree))
-    _grow(root, tree)
-    console.print(root)
-    made = [child.reference for child in children(registry, artifact)]
-    console.print(f"made from it: {', '.join(made) or 'nothing yet'}", soft_wrap=True)
+    console.print(_rich_tree(tree))
+    references = [child.reference for child in children(registry, artifact)]
+    console.print(f"made from it: {', '.join(references) or 'nothing yet'}", soft_wrap=True)
 
 
-def _grow(branch: Tree, line: dict[str, Any]) -> None:
-    """Below an artefact: its data and base model, then its parents with theirs."""
+def _rich_tree(line: dict[str, Any]) -> Tree:
+    """Return an artefact with its data, base model and parents below it."""
+    tree = Tree(f"{line['reference']}  " + (line.get("problem") or f"{line['hash'][:12]}  {line['created']}"))
     for text in line.get("data", []):
-        branch.add(text)
+        tree.add(text)
     for parent in line.get("made_from", []):
-        _grow(branch.add(_title(parent)), parent)
+        tree.add(_rich_tree(parent))
+    return tree
 
 
-def _title(line: dict[str, Any]) -> str:
-    return f"{line['reference']}  " + (line.get("problem") or f"{line['hash'][:12]}  {line['created']}")
-
-
-def _diff(arguments: argparse.Namespace, console: Console) -> None:
-    from rich.table import Table
-
-    from rlhf.registry.lineage import difference
-
-    registry = Registry(arguments.registry)
+def diff(registry: Registry, arguments: argparse.Namespace, console: Console) -> None:
+    """Print how two artefacts differ."""
     first, second = registry.read(arguments.a), registry.read(arguments.b)
-    found = difference(first, second)
+    differences = difference(first, second)
     if arguments.json:
-        print(json.dumps([one._asdict() for one in found], indent=2))
+        print(json.dumps([one._asdict() for one in differences], indent=2))
         return
-    if not found:
+    if not differences:
         console.print(f"{first.reference} and {second.reference} do not differ")
         return
     table = Table("", "what", first.reference, second.reference, "change")
     section = ""
-    for one in found:
-        table.add_row(
-            one.section if one.section != section else "", one.name, _text(one.first), _text(one.second), _change(one)
-        )
+    for one in differences:
+        title = one.section if one.section != section else ""
+        table.add_row(title, one.name, _text(one.first), _text(one.second), _change(one))
         section = one.section
     console.print(table)
 
@@ -132,76 +123,44 @@ def _text(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
 
 
-def _change(one: Any) -> str:
-    """Of two figures; the difference of two options says nothing."""
+def _change(one: Difference) -> str:
+    """Return the change of a metric; other differences have none."""
     numbers = [v for v in (one.first, one.second) if isinstance(v, int | float) and not isinstance(v, bool)]
     return f"{numbers[1] - numbers[0]:+.4g}" if one.section == "metrics" and len(numbers) == 2 else ""
 
 
-def _tag(arguments: argparse.Namespace, console: Console) -> None:
-    registry = Registry(arguments.registry)
+def tag(registry: Registry, arguments: argparse.Namespace, console: Console) -> None:
+    """Add a tag to a version, or remove it."""
     artifact = registry.read(arguments.ref)
     registry.tag(artifact, arguments.tag, remove=arguments.remove)
     console.print(f"{artifact.reference} {'no longer has' if arguments.remove else 'has'} the tag {arguments.tag}")
 
 
-def _prune(arguments: argparse.Namespace, console: Console) -> None:
-    from rlhf.registry.lineage import prunable, size
-
-    registry = Registry(arguments.registry)
+def prune(registry: Registry, arguments: argparse.Namespace, console: Console) -> None:
+    """Delete old versions without tags and children, or only list them."""
     names = sorted({f"{reference.stage}/{reference.name}" for reference in registry.references()})
     if arguments.name is not None and arguments.name not in names:
         near = did_you_mean(arguments.name, names)
         raise UserError(f"no artefact '{arguments.name}' in registry {registry.root}{near}; give STAGE/NAME")
     doomed = prunable(registry, [arguments.name] if arguments.name else names, arguments.keep)
-    total = 0
+    verb, total = "deleted" if arguments.yes else "would delete", 0.0
     for artifact in doomed:
-        bytes_there = size(artifact.path)
-        total += bytes_there
+        megabytes = size(artifact.path) / 1e6
+        total += megabytes
         if arguments.yes:
             registry.delete(artifact.reference)
-        console.print(
-            f"{'deleted' if arguments.yes else 'would delete'} {artifact.reference}  {bytes_there / 1e6:.1f} MB"
-        )
+        console.print(f"{verb} {artifact.reference}  {megabytes:.1f} MB")
     hint = "" if arguments.yes or not doomed else "; --yes deletes them"
-    console.print(f"{len(doomed)} versions, {total / 1e6:.1f} MB{hint}")
+    console.print(f"{len(doomed)} versions, {total:.1f} MB{hint}")
 
 
-def _export(arguments: argparse.Namespace, console: Console) -> None:
-    from rlhf.sharing.export import export
-
-    registry = Registry(arguments.registry)
-    artifact = registry.get(arguments.ref)
-    folder = export(registry, artifact, arguments.folder, arguments.form, arguments.dtype)
-    console.print(f"{artifact.reference} is in {folder}", soft_wrap=True)
+def push(registry: Registry, arguments: argparse.Namespace, console: Console) -> None:
+    """Copy an artefact and its ancestors to another place."""
+    references = push_to(registry, registry.get(arguments.ref), open_place(arguments.place))
+    console.print(f"pushed {', '.join(references) or 'nothing: all versions exist there'}", soft_wrap=True)
 
 
-def _push(arguments: argparse.Namespace, console: Console) -> None:
-    from rlhf.sharing.hub import open_place, push
-
-    registry = Registry(arguments.registry)
-    pushed = push(registry, registry.get(arguments.ref), open_place(arguments.place))
-    console.print(f"pushed {', '.join(pushed) or 'nothing: all of it is there'}", soft_wrap=True)
-
-
-def _pull(arguments: argparse.Namespace, console: Console) -> None:
-    from rlhf.sharing.hub import open_place, pull
-
-    pulled = pull(Registry(arguments.registry), arguments.ref, open_place(arguments.place))
-    console.print(f"pulled {', '.join(pulled) or 'nothing: all of it is here'}", soft_wrap=True)
-
-
-def _reproduce(arguments: argparse.Namespace, console: Console) -> None:
-    from rlhf.sharing.reproduce import reproduce
-
-    registry = Registry(arguments.registry)
-    artifact = registry.get(arguments.ref)
-    outcomes = reproduce(registry, artifact, arguments.into, whole_chain=arguments.ancestors)
-    for one in outcomes:
-        console.print(f"{'DIFFERS' if one.different else 'same'}  {one.reference}", soft_wrap=True)
-        for line in (*one.different, *one.software):
-            console.print(f"    {line}", soft_wrap=True)
-    if any(one.different for one in outcomes):
-        raise UserError(
-            "what was made is not the same to the last byte; see the lines above (another machine or library?)"
-        )
+def pull(registry: Registry, arguments: argparse.Namespace, console: Console) -> None:
+    """Copy an artefact and its ancestors from another place."""
+    references = pull_from(registry, arguments.ref, open_place(arguments.place))
+    console.print(f"pulled {', '.join(references) or 'nothing: all versions exist here'}", soft_wrap=True)

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ from rlhf.models.tokenization import encode_prompt, encode_response
 from rlhf.registry import Artifact, Registry
 from rlhf.reward.scorer import open_scorer
 from rlhf.reward.sources import ClassifierReward, Responses
-from rlhf.sharing.export import FORMS, _stacked, check_adapter, export
+from rlhf.sharing.export import Form, _stacked, check_adapter, export
 
 STRANGER = """
 import json, sys
@@ -90,7 +90,7 @@ def found(
     """What a stranger reads out of the exported folders: tokens by greedy search, and raw scores."""
     folder = tmp_path_factory.mktemp("exported")
     for stage in ("ppo", "reward"):
-        for form in FORMS:
+        for form in get_args(Form):
             export(registry, registry.get(f"{stage}/toy"), folder / f"{stage}-{form}", form)
     base = registry.read("ppo/toy").manifest.base_model
     words = [sys.executable, "-c", STRANGER, base, json.dumps(ids)]
@@ -129,7 +129,7 @@ def test_a_stranger_generates_the_same_tokens(
     assert [tokens(plain, row) for row in ids["ppo"]] != expected, "the training must be seen in what the toy says"
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", get_args(Form))
 def test_a_stranger_scores_alike(
     registry: Registry, ids: dict[str, list[list[int]]], found: dict[str, Any], form: str
 ) -> None:

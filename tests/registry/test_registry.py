@@ -180,7 +180,7 @@ def test_full_disk_while_the_manifest_is_written(registry: Registry, monkeypatch
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
 
     with monkeypatch.context() as patch:
-        patch.setattr(store_module, "_check_in", lambda folder: {"a.json": "0"})
+        patch.setattr(store_module, "hash_new_files", lambda folder: {"a.json": "0"})
         patch.setattr(Path, "write_bytes", full)
         with pytest.raises(UserError, match="No space left"):
             registry.publish("sft", "demo", lambda folder: None, **FIELDS)
@@ -318,7 +318,7 @@ def test_a_parent_that_is_needed_stays(registry: Registry) -> None:
 def test_delete_takes_the_named_version_only(registry: Registry) -> None:
     """Catches: the wrong version gone, an unnamed one taken for the latest, and other files of the name lost."""
     made = [publish(registry, metrics={"n": n}) for n in range(3)]
-    with pytest.raises(UserError, match=r"which version.*sft/demo@3"):
+    with pytest.raises(UserError, match=r"give the version of sft/demo.*sft/demo@3"):
         registry.delete("sft/demo")
     with pytest.raises(UserError, match="no artefact 'sft/demo@4'"):
         registry.delete("sft/demo@4")
@@ -385,7 +385,7 @@ def test_a_manifest_that_lists_what_it_must_not(registry: Registry, name: str) -
     file = artifact.path / name
     file.write_bytes(b"x")
     rewrite_manifest(artifact, files={**artifact.manifest.files, name: sha256_file(file)})
-    with pytest.raises(UserError, match=f"lists {name}, which no artefact may hold"):
+    with pytest.raises(UserError, match=f"lists {name}, which is not allowed in an artefact"):
         registry.get("sft/demo")
 
 
