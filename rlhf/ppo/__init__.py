@@ -1,1 +1,1 @@
-"""PPO against a KL-penalised reward: `functional` (the maths), `rollout`, `trainer`, and the `types` they exchange."""
+"""PPO against a KL-penalised reward: rollout -> credit -> gradients, in the order of `trainer.PPOTrainer.step`."""

@@ -19,7 +19,7 @@ from rlhf.ppo.types import Rollout
 
 @dataclass(frozen=True, kw_only=True)
 class Credit:
-    """What the losses are made of, besides the rollout; B responses, R padded response."""
+    """Targets of the losses; B responses, R padded response."""
 
     advantages: Tensor
     """(B, R) for the policy loss; 0 where masked."""

@@ -1,6 +1,7 @@
 """Forward passes shared by rollout and optimiser: one code path, so the first probability ratio is exactly 1.
 
-Legend: B responses, P padded prompt, R padded response, T = P + R, N real response tokens of the batch, d hidden size.
+Legend: B responses, P padded prompt, R padded response, T = P + R, N real response tokens of the batch, d hidden size,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -18,18 +19,18 @@ from rlhf.models.roles import Role, RoleModels
 from rlhf.models.sequences import Sequences
 from rlhf.ppo import functional as F
 
-#: Positions whose logits are made together: enough for an efficient product, few enough to hold.
+#: Positions whose logits are computed together: enough for an efficient product, few enough to hold.
 _LOGITS_AT_ONCE = {"cpu": 128, "cuda": 1024}
 
 
 def token_logprobs(models: RoleModels, role: Role, batch: Sequences, temperature: float) -> Tensor:
-    """Log-probabilities (B, R) of the response tokens, nats, 0 where masked."""
+    """Return log-probabilities (B, R) of the response tokens, nats, 0 where masked."""
     with models.role(role):
         return _logprobs(models, _states_before_tokens(models, batch), batch, temperature)
 
 
 def logprobs_and_values(models: RoleModels, batch: Sequences, temperature: float) -> tuple[Tensor, Tensor]:
-    """The policy's log-probabilities and the values on its trunk, (B, R) each, in one forward pass (`shared_trunk`)."""
+    """Return the policy's log-probabilities and the values on its trunk, (B, R) each, from one pass (`shared_trunk`)."""
     with models.role("policy"):
         states = _states_before_tokens(models, batch)
         return _logprobs(models, states, batch, temperature), _scatter(models.values(states), batch.mask)
@@ -37,36 +38,38 @@ def logprobs_and_values(models: RoleModels, batch: Sequences, temperature: float
 
 @torch.no_grad()
 def compared_logprobs(models: RoleModels, batch: Sequences, temperature: float) -> Tensor:
-    """Policy against reference, (4, B, R) in nats, 0 where masked: log-probabilities of the response tokens under the
-    policy and under the reference, the policy's entropy, and KL(policy || reference) over the whole vocabulary.
+    """Compare the policy with the reference at every response token: (4, B, R) in nats, 0 where masked.
+
+    Planes: log-probabilities of the response tokens under the policy and under the reference, the policy's entropy, and
+    KL(policy || reference) over the whole vocabulary.
     """
     with models.role("policy"):
         states = _states_before_tokens(models, batch)
     with models.role("reference"):
         ref_states = _states_before_tokens(models, batch)
     parts = []
-    for part, ref_part, targets in _together(states, ref_states, batch.responses[batch.mask]):
+    for part, ref_part, targets in _split_positions(states, ref_states, batch.responses[batch.mask]):
         with models.role("policy"):
             logits = models.logits(part)
         with models.role("reference"):
             ref_logits = models.logits(ref_part)
-        for few, ref_few, target in few_at_a_time(logits, ref_logits, targets):
-            log_pi = log_distribution(few, temperature=temperature)
-            log_ref = log_distribution(ref_few, temperature=temperature)
+        for chunk, ref_chunk, target in few_at_a_time(logits, ref_logits, targets):
+            log_pi = log_distribution(chunk, temperature=temperature)
+            log_ref = log_distribution(ref_chunk, temperature=temperature)
             sampled = [of_tokens(log_pi, target), of_tokens(log_ref, target)]
             parts.append(torch.stack([*sampled, F.entropy(log_pi), F.full_kl(log_pi, log_ref)]))
     return torch.stack([_scatter(flat, batch.mask) for flat in torch.cat(parts, dim=1)])
 
 
 def token_values(models: RoleModels, batch: Sequences) -> Tensor:
-    """V(s_t) (B, R), read *before* token t, in units of the score; 0 where masked."""
+    """Return V(s_t) (B, R), read *before* token t, in units of the score; 0 where masked."""
     with models.role("value"):
         flat = models.values(_states_before_tokens(models, batch))
     return _scatter(flat, batch.mask)
 
 
 def _logprobs(models: RoleModels, states: Tensor, batch: Sequences, temperature: float) -> Tensor:
-    """Of the response tokens (B, R). Logits exist only for real response tokens, a few at a time: never (B, T, V)."""
+    """Return log-probabilities (B, R); logits exist for real response tokens only, a few at a time, never (B, T, V)."""
 
     def logprobs(states: Tensor, tokens: Tensor) -> Tensor:
         return sequence_logprobs(models.logits(states), tokens, temperature=temperature)
@@ -75,15 +78,15 @@ def _logprobs(models: RoleModels, states: Tensor, batch: Sequences, temperature:
     compute = partial(_Rowwise.apply, logprobs) if frozen and states.requires_grad else logprobs
     if models.training and not frozen:  # gradient_checkpointing
         compute = partial(checkpoint, logprobs, use_reentrant=False)
-    parts = [compute(*part) for part in _together(states, batch.responses[batch.mask])]
+    parts = [compute(*part) for part in _split_positions(states, batch.responses[batch.mask])]
     return _scatter(torch.cat(parts), batch.mask)
 
 
 class _Rowwise(torch.autograd.Function):
-    """A function of rows (N, d) whose result (N,) at a row depends on that row alone, and on nothing else that is trained.
+    """Applies a function of rows (N, d) whose result (N,) depends on its own row alone, and on nothing else trained.
 
-    Its gradient is taken at once and kept, (N, d), in place of what autograd would keep until the backward pass: the
-    logits' softmax, (N, V).
+    The forward pass takes the gradient at once and stores it, (N, d); autograd would store the logits' softmax, (N, V),
+    until the backward pass.
     """
 
     @staticmethod
@@ -100,13 +103,13 @@ class _Rowwise(torch.autograd.Function):
         return None, (gradients[0][:, None] * slopes).to(slopes.dtype), None
 
 
-def _together(*flat: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Tensors (N, ...) in parts of as many positions as have their logits made together."""
+def _split_positions(*flat: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Split tensors (N, ...) into parts whose logits are computed together."""
     return zip(*(x.split(_LOGITS_AT_ONCE.get(x.device.type, 1024)) for x in flat), strict=True)
 
 
 def _states_before_tokens(models: RoleModels, batch: Sequences) -> Tensor:
-    """Hidden states (N, d) from which the real response tokens are predicted: one position to the left of each."""
+    """Return the hidden states (N, d) one position left of each real response token, from which it is predicted."""
     hidden = models.hidden(batch.input_ids, batch.attention_mask)
     return hidden[:, batch.prompts.shape[1] - 1 : -1][batch.mask]
 

@@ -1,17 +1,16 @@
-"""The maths of PPO with a KL penalty: masks, log-probabilities, KL, token rewards, GAE, whitening, losses.
+"""Maths of PPO with a KL penalty: masks, entropy and KL, rewards and advantages, losses.
 
-Pure functions of tensors and numbers; nothing is mutated, and of other libraries torch is the only import.
+Pure functions of tensors and numbers, which mutate nothing and import nothing but torch.
 
 Shapes: `B` sequences, `R` padded response length in tokens, `V` vocabulary; `...` is any leading shape.
 
 Masks are boolean (B, R), True = counts, and every row is a non-empty prefix: True ... True False ... False.
 
-- Where a function takes a mask, its result is zero (or False) outside it, and what lies there, NaN and inf included,
-  reaches neither a result nor a gradient. Inputs are therefore zeroed *before* any arithmetic: zeroing afterwards would
+- The result of a function with a mask is zero (or False) outside the mask, and depends neither in value nor in gradient
+  on inputs there, NaN and inf included. Inputs are therefore zeroed *before* any arithmetic: zeroing afterwards would
   still send 0 * NaN = NaN backwards.
-- The functions without a mask (`kl_*`, `log_distribution`, `entropy`, `full_kl`...) never mix two positions, so
-  `masked_sum` of their result leaves out whatever was computed at padding. That holds for values: in a loss, NaN in
-  their own input still gives that position a NaN gradient.
+- Functions without a mask (`kl_*`, `entropy`, `full_kl`) never mix two positions, so `masked_sum` of their result leaves
+  out padding. In a loss, NaN in their own input still gives that position a NaN gradient.
 - NaN at a token that counts is never hidden.
 
 Floats are computed and returned in at least fp32: lower precision is raised, float64 stays.
@@ -27,24 +26,11 @@ from torch import Tensor
 
 from rlhf.base.tensors import check_shapes, upcast
 
-
-def prefix_mask(lengths: Tensor, size: int) -> Tensor:
-    """The mask of rows with these many tokens: mask[b, t] = t < lengths[b].
-
-    Args: lengths (B,) integers, in tokens, each from 1 to `size`; size: padded length R.
-    Returns: (B, R) bool. Raises `ValueError` for a length out of that range.
-    """
-    if lengths.ndim != 1 or lengths.is_floating_point() or lengths.dtype == torch.bool:
-        raise ValueError(f"lengths must be integers of shape (B,), got {lengths.dtype} {tuple(lengths.shape)}")
-    outside = (lengths < 1) | (lengths > size)
-    if outside.any():
-        row = int(outside.int().argmax())
-        raise ValueError(f"lengths[{row}] is {int(lengths[row])}, must be from 1 to size = {size}")
-    return torch.arange(size, device=lengths.device) < lengths[:, None]  # (B, R)
+# ---- masks -----------------------------------------------------------------------------------------------------------
 
 
 def masked_sum(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
-    """Sum of x over the mask: everything as a scalar, or along one dimension (dim=1: one sum per sequence, (B,)).
+    """Sum x over the mask: all of it to a scalar, or along one dimension (dim=1: one sum per sequence, (B,)).
 
     Args: x (B, R), floating or boolean; mask (B, R). The gradient is zero outside the mask.
     """
@@ -52,19 +38,17 @@ def masked_sum(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     return _masked(x, mask).sum() if dim is None else _masked(x, mask).sum(dim)
 
 
-def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
-    """`masked_sum` divided by the number of tokens summed; 0 where there are none (a column of padding, with dim=0).
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Return the mean of x (B, R), floating or boolean, over the mask (B, R), as a scalar.
 
-    For metrics, or a loss over the whole minibatch at once. A mean of microbatch means is not the minibatch's mean:
-    with accumulation, add up `masked_sum` and divide by the minibatch's token count.
+    A mean of microbatch means is not the minibatch's mean: with accumulation, add up `masked_sum` and divide by the
+    minibatch's token count.
     """
-    total = masked_sum(x, mask, dim)
-    count = mask.sum() if dim is None else mask.sum(dim)
-    return total / count.clamp(min=1)
+    return masked_sum(x, mask) / mask.sum()
 
 
 def whiten(x: Tensor, mask: Tensor) -> Tensor:
-    """(x - mean) / std over all masked-in elements; population variance (divides by the count, ddof 0), zero mean.
+    """Return (x - mean) / std over all masked-in elements, with the population variance (ddof 0).
 
     Args: x (B, R), in PPO the advantages of the whole rollout, after returns are formed; mask (B, R).
     Returns: (B, R). A single element, or elements equal up to rounding, give zeros.
@@ -77,10 +61,11 @@ def whiten(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def whiten_rewards(rewards: Tensor, mask: Tensor) -> Tensor:
-    """Rewards with a spread of 1 over all masked-in elements (population variance) and the mean they had.
+    """Scale rewards to a population variance of 1 over all masked-in elements, keeping their mean.
 
-    Args: rewards (B, R), in PPO of the whole rollout, before `gae`; mask (B, R). Returns: (B, R); equal rewards stay as
-    they are. Source: openai/lm-human-preferences, train_policy.py, `whiten` with shift_mean=False.
+    Args: rewards (B, R), in PPO of the whole rollout, before `gae`; mask (B, R).
+    Returns: (B, R), detached; equal rewards stay as they are.
+    Source: openai/lm-human-preferences, train_policy.py, `whiten` with shift_mean=False.
     """
     check_shapes(mask.shape, mask=mask, rewards=rewards)
     rewards = _masked(rewards.detach(), mask)
@@ -92,7 +77,7 @@ def whiten_rewards(rewards: Tensor, mask: Tensor) -> Tensor:
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    """1 - Var(returns - values) / Var(returns), over masked-in elements; population variance.
+    """Return 1 - Var(returns - values) / Var(returns) over masked-in elements, with population variances.
 
     1: the values predict the returns up to a constant. 0: no better than a constant. Below 0: worse than one.
 
@@ -106,8 +91,11 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     return torch.where(total == 0, 0.0, 1 - unexplained / total)
 
 
+# ---- entropy and KL --------------------------------------------------------------------------------------------------
+
+
 def entropy(log_pi: Tensor) -> Tensor:
-    """H(pi) = -sum_v pi_v log pi_v, per position, in nats.
+    """Return H(pi) = -sum_v pi_v log pi_v per position, in nats.
 
     Args: log_pi (..., V), where -inf means a token that cannot be drawn and adds 0. Returns: (...), from 0 to log V.
     """
@@ -116,7 +104,7 @@ def entropy(log_pi: Tensor) -> Tensor:
 
 
 def full_kl(log_pi: Tensor, log_ref: Tensor) -> Tensor:
-    """KL(pi || ref) = sum_v pi_v (log pi_v - log ref_v), exact over the vocabulary, per position, in nats.
+    """Return KL(pi || ref) = sum_v pi_v (log pi_v - log ref_v), exact over the vocabulary, in nats.
 
     Args: log_pi, log_ref (..., V). Returns: (...), not negative up to rounding; inf where pi can draw a token that ref
     cannot.
@@ -127,44 +115,42 @@ def full_kl(log_pi: Tensor, log_ref: Tensor) -> Tensor:
 
 
 def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """k1 = log pi - log ref on tokens drawn from pi: unbiased for KL(pi || ref), of either sign; nats per token.
+    """Return k1 = log pi - log ref on tokens drawn from pi: unbiased for KL(pi || ref), of either sign; nats.
 
-    This is the one in the reward. Args: (B, R) each, or any one shape; returns that shape.
-    Source of k1, k2 and k3: Schulman 2020, Approximating KL Divergence, joschu.net/blog/kl-approx.html.
+    The KL estimate in the reward. Args: (B, R) each, or any one shape; returns that shape.
+    Source of k1 and k3: Schulman 2020, Approximating KL Divergence, joschu.net/blog/kl-approx.html.
     """
     check_shapes(logprobs.shape, ref_logprobs=ref_logprobs)
     return upcast(logprobs) - upcast(ref_logprobs)
 
 
-def kl_k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """k2 = k1^2 / 2: biased, low variance, never negative; nats per token. Arguments and source as `kl_k1`."""
-    return 0.5 * kl_k1(logprobs, ref_logprobs).square()
-
-
 def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """k3 = exp(-k1) - 1 + k1: unbiased, low variance, never negative; nats per token. Arguments and source as `kl_k1`.
+    """Return k3 = exp(-k1) - 1 + k1: unbiased, low variance, never negative; nats per token.
 
-    In Schulman's letters (r - 1) - log r with r = ref / pi, tokens drawn from pi.
+    In Schulman's letters (r - 1) - log r with r = ref / pi, tokens drawn from pi. Arguments and source as `kl_k1`.
     """
     k1 = kl_k1(logprobs, ref_logprobs)
     return torch.expm1(-k1) + k1  # expm1: for small k1, exp(-k1) - 1 would cancel to noise
 
 
 def adapted_kl_coef(kl_coef: float, kl: float, *, target: float, horizon: int, episodes: int) -> float:
-    """The next KL coefficient of the adaptive controller: up where the KL is above its target, down where it is below.
+    """Return the next KL coefficient of the adaptive controller: higher if the KL is above its target, else lower.
 
         kl_coef * (1 + clip(kl / target - 1, -0.2, 0.2) * episodes / horizon)
 
-    Args: kl, target: nats a response; episodes: responses since the last change; horizon: responses over which the
-    largest error, 0.2, changes the coefficient by a fifth.
+    Args: kl, target: nats a response; episodes: responses since the last change; horizon: responses over which an
+    error of 0.2, the largest that counts, changes the coefficient by a fifth.
     Source: Ziegler et al. 2019, section 2.2; openai/lm-human-preferences, train_policy.py.
     """
     error = min(max(kl / target - 1, -0.2), 0.2)
     return kl_coef * (1 + error * episodes / horizon)
 
 
+# ---- rewards and advantages ------------------------------------------------------------------------------------------
+
+
 def token_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, *, kl_coef: float) -> Tensor:
-    """r_t = -kl_coef * (log pi(t) - log ref(t)), plus the score at the last real token.
+    """Return r_t = -kl_coef * (log pi(t) - log ref(t)), plus the score at the last real token.
 
     Args: scores (B,); logprobs, ref_logprobs (B, R) of the sampled tokens under policy and reference; mask (B, R);
     kl_coef: reward per nat. Returns: (B, R), detached: a reward is data. The KL is k1, unclamped, of either sign.
@@ -179,7 +165,7 @@ def token_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: 
 
 
 def gae(values: Tensor, rewards: Tensor, mask: Tensor, *, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation, with the returns that the value function is trained towards.
+    """Return generalised advantage estimates, and the returns that values are trained towards.
 
         delta_t  = r_t + gamma V_{t+1} - V_t
         A_t      = sum_l (gamma lam)^l delta_{t+l} = delta_t + gamma lam A_{t+1}
@@ -203,14 +189,17 @@ def gae(values: Tensor, rewards: Tensor, mask: Tensor, *, gamma: float, lam: flo
     return advantages, advantages + values
 
 
+# ---- losses ----------------------------------------------------------------------------------------------------------
+
+
 def policy_loss(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, *, clip_range: float
 ) -> tuple[Tensor, Tensor]:
-    """The clipped surrogate, negated: max(-A r, -A clip(r, 1 - clip_range, 1 + clip_range)), r = pi / pi_old.
+    """Return the negated clipped surrogate max(-A r, -A clip(r, 1 - clip_range, 1 + clip_range)), r = pi / pi_old.
 
     Args: logprobs (B, R), the only input that gets a gradient; old_logprobs, advantages, mask (B, R).
-    Returns: the loss per token (B, R), for the caller to sum and divide; and `clipped` (B, R) bool, where the clipped
-    side is the strictly larger one, so that the token has no gradient.
+    Returns: the loss per token (B, R), for the caller to sum and divide; and `clipped` (B, R) bool, True where the
+    clipped side is strictly larger, so that the token has no gradient.
     Source: Schulman et al. 2017, Proximal Policy Optimization Algorithms, eq. 7.
     """
     check_shapes(mask.shape, mask=mask, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
@@ -222,41 +211,42 @@ def policy_loss(
 
 
 def value_loss(
-    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, clip_range_value: float | None
+    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, clip_range_value: float
 ) -> tuple[Tensor, Tensor]:
-    """0.5 max((V - return)^2, (V_clip - return)^2), V_clip = V held within clip_range_value of the old value.
+    """Return 0.5 max((V - return)^2, (V_clip - return)^2), V_clip = V clipped to the old value +- clip_range_value.
 
     Args: values (B, R), the only input that gets a gradient; old_values, returns, mask (B, R); clip_range_value in
-    units of the value, None for the plain 0.5 (V - return)^2.
-    Returns: the loss per token (B, R), for the caller to sum and divide; and `clipped` (B, R) bool, where the clipped
-    error is the strictly larger one.
+    units of the value.
+    Returns: the loss per token (B, R), for the caller to sum and divide; and `clipped` (B, R) bool, True where the
+    clipped error is strictly larger.
     Source: openai/lm-human-preferences, train_policy.py, `loss`.
     """
     check_shapes(mask.shape, mask=mask, values=values, old_values=old_values, returns=returns)
     values, old_values, returns = (_masked(x, mask) for x in (values, old_values.detach(), returns.detach()))
     plain_error = (values - returns).square()
-    if clip_range_value is None:
-        return 0.5 * plain_error, torch.zeros_like(mask)
     # Clamped itself, not as old + clamp(V - old): that sum rounds, and would call values inside the range clipped.
     clipped_values = values.clamp(old_values - clip_range_value, old_values + clip_range_value)
     clipped_error = (clipped_values - returns).square()
     return 0.5 * torch.maximum(plain_error, clipped_error), clipped_error > plain_error
 
 
+# ---- private ---------------------------------------------------------------------------------------------------------
+
+
 def _masked(x: Tensor, mask: Tensor) -> Tensor:
-    """x in at least fp32, zero outside the mask, and so is its gradient."""
+    """Return x in at least fp32, zero outside the mask, as is its gradient."""
     return torch.where(mask, upcast(x), 0.0)
 
 
 def _next(x: Tensor) -> Tensor:
-    """x at t + 1, zero or False after the end: (B, R) -> (B, R)."""
+    """Return x at t + 1, zero or False after the end: (B, R) -> (B, R)."""
     return torch.cat([x[:, 1:], torch.zeros_like(x[:, :1])], dim=1)
 
 
 def _moments(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """x - mean (B, R), zero outside the mask, and the population variance, a scalar: exactly 0 if it is rounding only.
+    """Return x - mean (B, R), zero outside the mask, and the population variance, exactly 0 if it is rounding only.
 
-    Seven times 0.1 has an fp32 variance of 6e-17 and not 0, and dividing by its root would make +-1 out of nothing.
+    Seven times 0.1 has an fp32 variance of 6e-17 and not 0, and dividing by its root would give +-1.
     """
     x, count = _masked(x, mask), mask.sum()
     centred = _masked(x - x.sum() / count, mask)

@@ -38,7 +38,7 @@ class Order:
 
 @dataclass(kw_only=True)
 class Outputs:
-    """Where a run writes its metrics and samples, its checkpoints, and its seconds by phase."""
+    """The tracker, checkpoint folder and timer that a run writes to."""
 
     tracker: Tracker
     folder: Path

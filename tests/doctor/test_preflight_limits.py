@@ -197,7 +197,7 @@ def test_the_fresh_policy_is_the_reference(monkeypatch: pytest.MonkeyPatch) -> N
         planes[1, 0, 1] = difference
         monkeypatch.setattr(forward, "compared_logprobs", lambda *_: planes)
         mask: Any = FakeRollout(mask=torch.ones(1, 2, dtype=torch.bool))
-        return ppo_checks._reference(SimpleNamespace(), mask, 1.0)  # type: ignore[arg-type]
+        return ppo_checks._check_reference(SimpleNamespace(), mask, 1.0)  # type: ignore[arg-type]
 
     assert_limit(check, ppo_checks.STEP_0)
 
@@ -239,7 +239,7 @@ def test_sampled_tokens_surprise_by_their_entropy(likely: bool, monkeypatch: pyt
             sampler_logprobs=first - gap,
         )
         context: Any = SimpleNamespace(compute=Compute(CPU, torch.float32))
-        return ppo_checks._sampler(context, FakeModels(), rollout, 1.0)[1]  # type: ignore[arg-type]
+        return ppo_checks._check_sampler(context, FakeModels(), rollout, 1.0)[1]  # type: ignore[arg-type]
 
     if not likely:
         count = 20  # sqrt(20) is less than the limit, so the first token is the rarer one

@@ -1,6 +1,6 @@
-"""Preflight of PPO: a small rollout with the run's own trainer, its gradients, and what reward, reference and sampler say.
+"""Preflight of PPO: a small rollout of the run's own trainer, its gradients, and checks of reward, reference and sampler.
 
-Legend: B responses, R padded response, N real response tokens of the batch.
+Legend: B responses, R padded response, N real response tokens of the batch, V vocabulary.
 """
 
 from __future__ import annotations
@@ -52,46 +52,42 @@ from rlhf.run import memory
 from rlhf.run.optim import build_optimizer, smallest_8bit
 from rlhf.run.timing import PhaseTimer
 
-#: Responses that are sampled, and the longest of them, tokens.
+#: Responses that are sampled, and tokens of the longest.
 ROWS, LENGTH = 8, 16
-#: Rows that are scored in other batches, and said again after saving.
+#: Responses that are scored in other batches, and computed again after saving.
 SCORED = 4
 #: Largest log-ratio of policy and reference before the first update, nats a token: they are one model.
 STEP_0 = 1e-3
-#: Standard deviations by which the mean surprise of sampled tokens may be off: seldom by chance (one in a million runs).
+#: Standard deviations by which the mean surprise of sampled tokens may be off: one run in a million is by chance.
 SURPRISE = 5.0
 _LORA = r"\.lora_\w+\.(policy|value)(\.|$)|^value_head\."
 _FULL = r"^models\.(policy|value)\.|^value_head\."
 
 
-def ppo(ground: PreflightContext, trainer: PPOTrainer) -> list[Check]:
-    """Every check of a PPO run.
-
-    Args:
-        trainer: of the run, before its first update and before it resumes.
-    """
+def ppo(context: PreflightContext, trainer: PPOTrainer) -> list[Check]:
+    """Return every check of a PPO run; `trainer` is its trainer before the first update, and before it resumes."""
     models = trainer.models
-    intended = parameters_matching(models, _FULL if cast(PPOConfig, ground.config).finetuning == "full" else _LORA)
-    with preserve_state(models, ground.compute.device):
+    intended = parameters_matching(models, _FULL if cast(PPOConfig, context.config).finetuning == "full" else _LORA)
+    with preserve_state(models, context.compute.device):
         with models.role("reference"):
-            loaded = check_policy(ground, models.causal)
+            policy_checks = check_policy(context, models.causal)
         small = rehearsal(trainer)
         with noise_in_zeros(intended):
             rollout, ratio, gradients, activations = rehearse(small, intended)
-            sampler = _sampler(ground, models, rollout, small.config.temperature)
-            saved = _reload(ground, models, intended, rollout, small.config.temperature)
+            merged, sampler = _check_sampler(context, models, rollout, small.config.temperature)
+            reloads = _check_reload(context, models, intended, rollout, small.config.temperature)
         checks = [
-            *check_data(ground, models.causal, by="prompt"),
-            *loaded,
-            *_reward_loads(ground, trainer),
-            check_rollout(rollout, ground.pad_token_id, small.sampling.stop_token_ids),
-            *_company(ground, small, trainer.environment.reward, rollout),
-            *saved,
-            sampler[0],
-            _reference(models, rollout, small.config.temperature),
+            *check_data(context, models.causal, by="prompt"),
+            *policy_checks,
+            *_check_rewards(context, trainer),
+            check_rollout(rollout, context.pad_token_id, small.sampling.stop_token_ids),
+            *_check_batches(context, small, trainer.environment.reward.sources, rollout),
+            *reloads,
+            merged,
+            _check_reference(models, rollout, small.config.temperature),
             ratio,
-            sampler[1],
-            _trainable(trainer, intended),
+            sampler,
+            _check_trainable(trainer, intended),
             gradients,
             check_optimizer(
                 intended.values(),
@@ -99,11 +95,11 @@ def ppo(ground: PreflightContext, trainer: PPOTrainer) -> list[Check]:
                 smallest=smallest_8bit(intended.values()) if trainer.config.optim == "adamw_8bit" else None,
             ),
         ]
-    return checks + _room(ground, trainer, intended, activations)
+    return checks + _check_room(context, trainer, intended, activations)
 
 
 def rehearsal(trainer: PPOTrainer) -> PPOTrainer:
-    """The same trainer with a few short prompts, short responses, and made-up scores, all of them different."""
+    """Return a copy of the trainer with a few short prompts, short responses, and made-up scores, no two equal."""
     small, c, environment = copy.copy(trainer), trainer.config, trainer.environment
     numbers = pick_short_rows([len(prompt) for prompt in environment.prompts], ROWS)
     small.environment = Environment(
@@ -136,10 +132,9 @@ def rehearsal(trainer: PPOTrainer) -> PPOTrainer:
 
 
 def rehearse(small: PPOTrainer, intended: Mapping[str, nn.Parameter]) -> tuple[Rollout, Check, Check, float]:
-    """One rollout and its gradients, without an update.
+    """Make one rollout and its gradients, without an update.
 
-    Returns:
-        The rollout, the checks of its first ratios and of its gradients, and the bytes that a token kept for its backward.
+    Returns: the rollout, the checks of its first ratios and of its gradients, and the bytes of activations a token.
     """
     c, models = small.config, small.models
     rollout, _ = small.collect()
@@ -154,7 +149,8 @@ def rehearse(small: PPOTrainer, intended: Mapping[str, nn.Parameter]) -> tuple[R
         for parameter in intended.values():
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         distributed.add_up(cast(Tensor, p.grad) for p in intended.values())
-    gradients = check_gradients(models, {n: p for n, p in intended.items() if id(p) not in _unused(models)})
+    unused = _without_gradient(small)
+    gradients = check_gradients(models, {name: p for name, p in intended.items() if id(p) not in unused})
     for parameter in models.parameters():
         parameter.grad = None
     error, limit = distributed.largest(sums.ratio_error), RATIO_TOLERANCE[models.compute.dtype]
@@ -169,8 +165,15 @@ def rehearse(small: PPOTrainer, intended: Mapping[str, nn.Parameter]) -> tuple[R
     return rollout, ratio, gradients, distributed.largest(meter.peak / largest)
 
 
-def _unused(models: RoleModels) -> set[int]:
-    """Parameters of a whole value model that have no part in values: its language-model head, unless it is the embedding."""
+def _without_gradient(trainer: PPOTrainer) -> set[int]:
+    """Return the ids of parameters that are held but have no part in a loss.
+
+    Those are the language-model head of a whole value model, unless it is the embedding, and all of a value model that the
+    advantage estimator does not need.
+    """
+    models = trainer.models
+    if not trainer.estimator.needs_values:
+        return {id(p) for p in models.trainable("value").values()}
     if isinstance(models, SharedModels) or models.shared_trunk:
         return set()
     with models.role("value"):
@@ -179,18 +182,20 @@ def _unused(models: RoleModels) -> set[int]:
 
 
 @torch.no_grad()
-def _sampler(ground: PreflightContext, models: RoleModels, rollout: Rollout, temperature: float) -> list[Check]:
-    """Whether the sampler's model is the scored one, and draws from its whole distribution.
+def _check_sampler(
+    context: PreflightContext, models: RoleModels, rollout: Rollout, temperature: float
+) -> tuple[Check, Check]:
+    """Check that merging changes nothing, and that the sampler draws from the whole distribution that is scored.
 
-    -log p of a token drawn from p has the entropy of p for its mean, and a variance that p tells. Cut to the likeliest
-    tokens, or drawn at a lower temperature, tokens surprise less.
+    -log p of a token drawn from p has the entropy of p for its mean, and a variance that follows from p. Tokens cut to
+    the likeliest, or drawn at a lower temperature, surprise less.
     """
     mask, tokens = rollout.mask, rollout.responses[rollout.mask][:, None]
     with models.merged_policy():
         merged = _distributions(models, rollout, temperature).gather(1, tokens).squeeze(1)
-    said = (rollout.logprobs[mask], merged, rollout.ref_logprobs[mask])
+    policy, reference = rollout.logprobs[mask], rollout.ref_logprobs[mask]
     gap = float((rollout.sampler_logprobs[mask] - merged).abs().mean())
-    limit = max(ROUNDING[ground.compute.dtype], merging_limit(said[0], said[2], ground.compute))
+    limit = max(ROUNDING[context.compute.dtype], merging_limit(policy, reference, context.compute))
     with models.role("policy"):
         logprobs = _distributions(models, rollout, temperature)
     surprise = -logprobs.gather(1, tokens).squeeze(1)
@@ -202,23 +207,23 @@ def _sampler(ground: PreflightContext, models: RoleModels, rollout: Rollout, tem
         name="the sampler's distribution is the scored one",
         passed=abs(off) <= SURPRISE and gap <= limit,
         measured=f"{len(surprise)} tokens surprise by {float(surprise.mean()):.3g} nats, entropy {float(entropy.mean()):.3g}, "
-        f"{off:+.1f} standard deviations off (limit {SURPRISE:g}); the sampler says {gap:.2g} nats else (limit {limit:.2g})",
+        f"{off:+.1f} standard deviations off (limit {SURPRISE:g}); the sampler's own are {gap:.2g} nats off (limit {limit:.2g})",
         cause="top-k, top-p, a penalty or another temperature in the sampler: what is trained on is not what is scored",
         fix="sample through rlhf.models.sampling with the run's temperature; no generation config is read",
     )
-    return [check_merged(*said, ground.compute, "log-probabilities, nats,"), sampled]
+    return check_merged(policy, merged, reference, context.compute, "log-probabilities, nats,"), sampled
 
 
 def _distributions(models: RoleModels, rollout: Rollout, temperature: float) -> Tensor:
-    """Log-probabilities (N, V) of all tokens where each of the N response tokens was drawn, by whoever answers now."""
+    """Return log-probabilities (N, V) of all tokens, at each of the N response tokens, in the current role."""
     first = rollout.prompts.shape[1] - 1
     states = models.hidden(rollout.input_ids, rollout.attention_mask)[:, first:-1][rollout.mask]
     return torch.log_softmax(models.logits(states).double() / temperature, dim=-1)
 
 
 @torch.no_grad()
-def _reference(models: RoleModels, rollout: Rollout, temperature: float) -> Check:
-    """That the fresh policy is the reference."""
+def _check_reference(models: RoleModels, rollout: Rollout, temperature: float) -> Check:
+    """Check that the fresh policy is the reference."""
     policy, reference, _, full_kl = forward.compared_logprobs(models, rollout, temperature)
     difference = float((policy - reference)[rollout.mask].abs().nan_to_num(nan=torch.inf).max())
     kl = float(full_kl.sum() / len(rollout))
@@ -231,7 +236,7 @@ def _reference(models: RoleModels, rollout: Rollout, temperature: float) -> Chec
     )
 
 
-def _trainable(trainer: PPOTrainer, intended: Mapping[str, nn.Parameter]) -> Check:
+def _check_trainable(trainer: PPOTrainer, intended: Mapping[str, nn.Parameter]) -> Check:
     models, c = trainer.models, trainer.config
     problems: list[str] = []
     if isinstance(models, SharedModels):
@@ -245,35 +250,37 @@ def _trainable(trainer: PPOTrainer, intended: Mapping[str, nn.Parameter]) -> Che
 
 
 @torch.no_grad()
-def _company(ground: PreflightContext, small: PPOTrainer, reward: Reward, rollout: Rollout) -> list[Check]:
-    """Scores of a few responses together, alone, and with more padding; sources that are no models are not asked."""
-    models = {n: s for n, s in reward.sources.items() if isinstance(s, (AdapterReward, ModelReward, ClassifierReward))}
-    chosen = torch.arange(SCORED, device=rollout.mask.device)
-    some = rollout.select(chosen)
-    rows = [small.environment.rows[i] for i in some.prompt.tolist()]
-    texts = response_texts(small.tokenizer, some)
+def _check_batches(
+    context: PreflightContext, small: PPOTrainer, sources: Mapping[str, Source], rollout: Rollout
+) -> list[Check]:
+    """Check that scores do not depend on other rows or padding; only sources that are models are called."""
+    numbers = torch.arange(SCORED, device=rollout.mask.device)
+    batch = rollout.select(numbers)
+    rows = [small.environment.rows[i] for i in batch.prompt.tolist()]
+    texts = response_texts(small.tokenizer, batch)
 
-    def scores(source: Source, sequences: Sequences, numbers: Sequence[int]) -> Tensor:
+    def scores(source: Source, sequences: Sequences, part: slice = slice(None)) -> Tensor:
         batches = [torch.arange(len(sequences), device=sequences.mask.device)]
-        told = [texts[i] for i in numbers], [rows[i] for i in numbers]
-        return source(Responses(sequences=sequences, batches=batches, texts=told[0], rows=told[1])).float()
+        return source(Responses(sequences=sequences, batches=batches, texts=texts[part], rows=rows[part])).float()
 
     checks = []
-    for source in models.values():
-        together = scores(source, some, range(SCORED))
-        found = {"alone": torch.cat([scores(source, some.select(chosen[i : i + 1]), [i]) for i in range(SCORED)])}
-        for left, right in PADDINGS:
-            how = f"with {left} padding tokens before and {right} after"
-            found[how] = scores(source, padded(some, left, right, ground.pad_token_id), range(SCORED))
+    for source in sources.values():
+        if not isinstance(source, (AdapterReward, ModelReward, ClassifierReward)):
+            continue
+        together = scores(source, batch)
+        alone = [scores(source, batch.select(numbers[i : i + 1]), slice(i, i + 1)) for i in range(SCORED)]
         scale = max(float(together.square().mean().sqrt()), 1.0)  # normalised scores are of size 1
-        off = {how: deviation(other, together, scale) for how, other in found.items()}
-        how = max(off, key=lambda name: off[name])
-        checks.append(batch_independence_check(off[how], how, REORDERED[ground.compute.dtype]))
+        deviations = {"alone": deviation(torch.cat(alone), together, scale)}
+        for left, right in PADDINGS:
+            wide = scores(source, _padded(batch, left, right, context.pad_token_id))
+            deviations[f"with {left} padding tokens before and {right} after"] = deviation(wide, together, scale)
+        worst = max(deviations, key=lambda name: deviations[name])
+        checks.append(batch_independence_check(deviations[worst], worst, REORDERED[context.compute.dtype]))
     return checks
 
 
-def padded(sequences: Sequences, left: int, right: int, pad_token_id: int) -> Sequences:
-    """The same sequences with so many padding tokens more before the prompts and after the responses."""
+def _padded(sequences: Sequences, left: int, right: int, pad_token_id: int) -> Sequences:
+    """Return sequences with `left` more padding tokens before the prompts and `right` more after the responses."""
     widen = torch.nn.functional.pad
     return Sequences(
         prompts=widen(sequences.prompts, (left, 0), value=pad_token_id),
@@ -284,24 +291,24 @@ def padded(sequences: Sequences, left: int, right: int, pad_token_id: int) -> Se
 
 
 @torch.no_grad()
-def _reward_loads(ground: PreflightContext, trainer: PPOTrainer) -> list[Check]:
-    """That the reward model scores its probe as it did when it was trained; nothing without a probe."""
+def _check_rewards(context: PreflightContext, trainer: PPOTrainer) -> list[Check]:
+    """Check that the reward model scores its probe as it did when it was trained, if it has one."""
     checks = []
-    for artifact in ground.parents:
+    for artifact in context.parents:
         probe = read_probe(artifact) if artifact.manifest.stage == "reward" else None
         source = trainer.environment.reward.sources.get(artifact.name)
-        if probe is None or ground.quantized or not isinstance(source, (AdapterReward, ModelReward)):
+        if probe is None or context.quantized or not isinstance(source, (AdapterReward, ModelReward)):
             continue
         mean, std = float(artifact.manifest.reward_mean or 0.0), float(artifact.manifest.reward_std or 1.0)
-        raw = source(_responses(ground, trainer, probe.rows)) * std + mean
+        raw = source(_responses(context, trainer, probe.rows)) * std + mean
         merged = isinstance(trainer.models, SeparateModels) and artifact.manifest.kind == "adapter"
-        checks.append(check_probe(artifact.reference, raw, probe.values, probe.dtype, ground.compute, merged=merged))
+        checks.append(check_probe(artifact.reference, raw, probe.values, probe.dtype, context.compute, merged=merged))
     return checks
 
 
-def _responses(ground: PreflightContext, trainer: PPOTrainer, rows: Sequence[Sequence[int]]) -> Responses:
-    """Token rows as responses of one token, the last: that is where the score is read."""
-    prompts, prompt_mask = pad([row[:-1] for row in rows], ground.pad_token_id, side="left")
+def _responses(context: PreflightContext, trainer: PPOTrainer, rows: Sequence[Sequence[int]]) -> Responses:
+    """Return token rows as responses of one token, the last, where the score is read."""
+    prompts, prompt_mask = pad([row[:-1] for row in rows], context.pad_token_id, side="left")
     last = torch.tensor([[row[-1]] for row in rows])
     sequences = Sequences(
         prompts=prompts, prompt_mask=prompt_mask, responses=last, mask=torch.ones_like(last, dtype=torch.bool)
@@ -311,17 +318,17 @@ def _responses(ground: PreflightContext, trainer: PPOTrainer, rows: Sequence[Seq
 
 
 @torch.no_grad()
-def _reload(
-    ground: PreflightContext,
+def _check_reload(
+    context: PreflightContext,
     models: RoleModels,
     intended: Mapping[str, nn.Parameter],
     rollout: Rollout,
     temperature: float,
 ) -> list[Check]:
-    """What saving and loading the policy's adapter changes; whole models are not copied."""
+    """Check that the policy's adapter survives saving and loading; whole models are not copied."""
     if not isinstance(models, SharedModels):
         return []
-    some = rollout.select(torch.arange(SCORED, device=rollout.mask.device))
+    batch = rollout.select(torch.arange(SCORED, device=rollout.mask.device))
 
     def save(folder: Path) -> None:
         models.save_policy(folder, base_model="preflight")
@@ -330,12 +337,12 @@ def _reload(
         read_adapter(models.peft, folder, adapter="policy")
 
     policy = {name: p for name, p in intended.items() if id(p) in {id(q) for q in models.trainable("policy").values()}}
-    said = partial(forward.token_logprobs, models, "policy", some, temperature)
-    return [check_reload(policy, save, load, said, ground.folder)]
+    logprobs = partial(forward.token_logprobs, models, "policy", batch, temperature)
+    return [check_reload(policy, save, load, logprobs, context.folder)]
 
 
-def _room(
-    ground: PreflightContext, trainer: PPOTrainer, intended: Mapping[str, nn.Parameter], activations: float
+def _check_room(
+    context: PreflightContext, trainer: PPOTrainer, intended: Mapping[str, nn.Parameter], activations: float
 ) -> list[Check]:
     c, parameters = trainer.config, list(intended.values())
     longest = sorted(map(len, trainer.environment.prompts))[-c.microbatch_size :]
@@ -343,11 +350,11 @@ def _room(
     tokens = min(tokens, c.microbatch_tokens or tokens)
     rollout = c.rollout_batch_size // distributed.size() * (longest[-1] + c.response_length)
     return [
-        check_disk(parameters, c, ground.folder, ground.registry),
+        check_disk(parameters, c, context.folder, context.registry),
         check_memory(
             parameters,
             c,
-            ground.compute.device,
+            context.compute.device,
             activations=activations,
             tokens=tokens,
             cache=memory.cache_bytes(trainer.models.causal, rollout),
