@@ -17,7 +17,7 @@ from rlhf.models.sequences import Sequences, length_sorted_batches, pad
 from rlhf.ppo import forward
 from rlhf.ppo import functional as F
 from rlhf.ppo.credit import Credit
-from rlhf.ppo.metrics import MinibatchSums, PolicySums, ValueSums
+from rlhf.ppo.metrics import LossStatistics
 from rlhf.ppo.types import Rollout
 
 
@@ -29,7 +29,7 @@ def accumulate(
     microbatches: Sequence[Tensor],
     *,
     train_policy: bool,
-) -> MinibatchSums:
+) -> LossStatistics:
     """Add the gradients of one minibatch to the parameters; return the statistics of this process's share.
 
     Args:
@@ -37,77 +37,52 @@ def accumulate(
         train_policy: False leaves the policy as it is (value warm-up).
     """
     tokens = int(rollout.mask[torch.cat(list(microbatches))].sum())
-    sums = MinibatchSums(tokens=tokens)
+    statistics = LossStatistics(tokens=tokens)
     for rows in distributed.share(microbatches):
         batch = rollout.select(rows)
         width = batch.mask.shape[1]
         advantages = credit.advantages[rows, :width]
         returns = None if credit.returns is None else credit.returns[rows, :width]
-        if models.shared_trunk and returns is not None:
-            policy, value = _both_backward(models, config, batch, advantages, returns, tokens)
-            sums.policy.append(policy)
-            sums.value.append(value)
-            continue
+        shared = models.shared_trunk and returns is not None
         if train_policy:
-            sums.policy.append(_policy_backward(models, config, batch, advantages, tokens))
-        if returns is not None:
-            sums.value.append(_value_backward(models, config, batch, returns, tokens))
-    return sums
+            with models.training_as("policy"):
+                loss = _policy_loss(models, config, batch, advantages, returns if shared else None, statistics)
+                (loss / tokens).backward()
+                del loss  # the policy's activations are gone before the value's are made
+        if returns is not None and not shared:
+            with models.training_as("value"):
+                values = forward.token_values(models, batch)
+                (config.vf_coef * _value_loss(config, values, batch, returns, statistics) / tokens).backward()
+    return statistics
 
 
-# Each backward pass is a function of its own, so that the policy's activations are gone before the value's are made.
-
-
-def _policy_backward(
-    models: RoleModels, config: PPOConfig, batch: Rollout, advantages: Tensor, tokens: int
-) -> PolicySums:
-    with models.training_as("policy"):
+def _policy_loss(
+    models: RoleModels,
+    config: PPOConfig,
+    batch: Rollout,
+    advantages: Tensor,
+    returns: Tensor | None,
+    statistics: LossStatistics,
+) -> Tensor:
+    """Return the policy loss summed over a microbatch; with `returns`, the value loss on the shared trunk is added."""
+    if returns is None:
         logprobs = forward.token_logprobs(models, "policy", batch, config.temperature)
-        loss, sums = _policy_loss(logprobs, batch, advantages, config.clip_range)
-        (loss / tokens).backward()
-    return sums
-
-
-def _value_backward(models: RoleModels, config: PPOConfig, batch: Rollout, returns: Tensor, tokens: int) -> ValueSums:
-    with models.training_as("value"):
-        values = forward.token_values(models, batch)
-        loss, sums = _value_loss(values, batch, returns, config.clip_range_value)
-        (config.vf_coef * loss / tokens).backward()
-    return sums
-
-
-def _both_backward(
-    models: RoleModels, config: PPOConfig, batch: Rollout, advantages: Tensor, returns: Tensor, tokens: int
-) -> tuple[PolicySums, ValueSums]:
-    with models.training_as("policy"):
+    else:
         logprobs, values = forward.logprobs_and_values(models, batch, config.temperature)
-        policy_loss, policy = _policy_loss(logprobs, batch, advantages, config.clip_range)
-        value_loss, value = _value_loss(values, batch, returns, config.clip_range_value)
-        ((policy_loss + config.vf_coef * value_loss) / tokens).backward()
-    return policy, value
+    losses, clipped = F.policy_loss(logprobs, batch.logprobs, advantages, batch.mask, clip_range=config.clip_range)
+    statistics.add_policy(losses, clipped, logprobs, batch)
+    if returns is None:
+        return losses.sum()
+    return losses.sum() + config.vf_coef * _value_loss(config, values, batch, returns, statistics)
 
 
-def _policy_loss(logprobs: Tensor, batch: Rollout, advantages: Tensor, clip_range: float) -> tuple[Tensor, PolicySums]:
-    """Return the policy loss summed over a microbatch's tokens, with its statistics."""
-    losses, clipped = F.policy_loss(logprobs, batch.logprobs, advantages, batch.mask, clip_range=clip_range)
-    loss, new, old = losses.sum(), logprobs.detach(), batch.logprobs
-    ratio = (new - old)[batch.mask].exp()
-    return loss, PolicySums(
-        tokens=len(ratio),
-        loss=float(loss.detach()),
-        clipped=float(clipped.sum()),
-        approx_kl=float(torch.where(batch.mask, F.kl_k3(old, new), 0.0).sum()),
-        ratio=float(ratio.sum()),
-        ratio_max=float(ratio.max()),
-        ratio_error=float((ratio - 1).abs().max()),
-    )
-
-
-def _value_loss(values: Tensor, batch: Rollout, returns: Tensor, clip_range_value: float) -> tuple[Tensor, ValueSums]:
-    """Return the value loss summed over a microbatch's tokens, with its statistics."""
-    losses, clipped = F.value_loss(values, batch.values, returns, batch.mask, clip_range_value=clip_range_value)
-    loss = losses.sum()
-    return loss, ValueSums(tokens=int(batch.mask.sum()), loss=float(loss.detach()), clipped=float(clipped.sum()))
+def _value_loss(
+    config: PPOConfig, values: Tensor, batch: Rollout, returns: Tensor, statistics: LossStatistics
+) -> Tensor:
+    """Return the value loss summed over a microbatch."""
+    losses, clipped = F.value_loss(values, batch.values, returns, batch.mask, clip_range_value=config.clip_range_value)
+    statistics.add_value(losses, clipped, batch)
+    return losses.sum()
 
 
 def accumulate_texts(

@@ -18,75 +18,75 @@ from rlhf.ppo.types import Rollout
 
 
 class PolicySums(NamedTuple):
-    """Sums over the tokens of one microbatch's policy loss, and extremes of its probability ratios."""
+    """Sums over the tokens of a microbatch's policy loss."""
 
-    tokens: int
-    loss: float
-    clipped: float
-    approx_kl: float
-    ratio: float
-    ratio_max: float
-    ratio_error: float
-    """Largest |ratio - 1|."""
+    tokens: float = 0
+    loss: float = 0.0
+    clipped: float = 0.0
+    approx_kl: float = 0.0
+    ratio: float = 0.0
 
 
 class ValueSums(NamedTuple):
-    """Sums over the tokens of one microbatch's value loss."""
+    """Sums over the tokens of a microbatch's value loss."""
 
-    tokens: int
-    loss: float
-    clipped: float
+    tokens: float = 0
+    loss: float = 0.0
+    clipped: float = 0.0
 
 
 @dataclass
-class MinibatchSums:
+class LossStatistics:
     """Statistics of one minibatch: an entry for each of this process's microbatches."""
 
     tokens: int
     """Real tokens of the minibatch, in all processes."""
     policy: list[PolicySums] = field(default_factory=list)
     value: list[ValueSums] = field(default_factory=list)
+    ratio_max: float = 0.0
+    ratio_error: float = 0.0
+    """Largest |ratio - 1|."""
 
     @property
     def approx_kl(self) -> float:
         """KL(old policy || policy) by k3, nats: this process's share of the mean over the minibatch's tokens."""
         return sum(part.approx_kl for part in self.policy) / self.tokens
 
-    @property
-    def ratio_error(self) -> float:
-        """Largest |ratio - 1|; 0 where the policy was not trained."""
-        return max((part.ratio_error for part in self.policy), default=0.0)
+    def add_policy(self, losses: Tensor, clipped: Tensor, logprobs: Tensor, batch: Rollout) -> None:
+        """Add a microbatch of the policy loss (B, R), and its ratios."""
+        new, old = logprobs.detach(), batch.logprobs
+        ratio = (new - old)[batch.mask].exp()
+        approx_kl = torch.where(batch.mask, F.kl_k3(old, new), 0.0).sum()
+        sums = (losses.detach().sum(), clipped.sum(), approx_kl, ratio.sum())
+        self.policy.append(PolicySums(len(ratio), *map(float, sums)))
+        self.ratio_max = max(self.ratio_max, float(ratio.max()))
+        self.ratio_error = max(self.ratio_error, float((ratio - 1).abs().max()))
+
+    def add_value(self, losses: Tensor, clipped: Tensor, batch: Rollout) -> None:
+        """Add a microbatch of the value loss (B, R)."""
+        self.value.append(ValueSums(int(batch.mask.sum()), float(losses.detach().sum()), float(clipped.sum())))
 
 
+@dataclass
 class Totals:
-    """Sums over the microbatches of one rollout, divided once at the end."""
+    """Statistics of the optimiser steps on one rollout."""
 
-    def __init__(self) -> None:
-        self.policy = dict.fromkeys(("tokens", "loss", "clipped", "approx_kl", "ratio"), 0.0)
-        self.value = dict.fromkeys(("tokens", "loss", "clipped"), 0.0)
-        self.steps = 0
-        self.early_stop = False
-        self.text_loss = 0.0
-        self.ratio_max = 0.0
-        self.first_ratio_error = 0.0
-        self.norms = (0.0, 0.0)
+    policy: list[PolicySums] = field(default_factory=list)
+    value: list[ValueSums] = field(default_factory=list)
+    ratio_max: float = 0.0
+    text_losses: list[float] = field(default_factory=list)
+    steps: int = 0
+    early_stop: bool = False
+    first_ratio_error: float = 0.0
+    norms: tuple[float, float] = (0.0, 0.0)
 
-    def add(self, sums: MinibatchSums) -> None:
+    def add(self, losses: LossStatistics) -> None:
         """Add the statistics of one minibatch."""
         if self.steps == 0:
-            self.first_ratio_error = sums.ratio_error
-        for policy in sums.policy:
-            self.ratio_max = max(self.ratio_max, policy.ratio_max)
-            for name in self.policy:
-                self.policy[name] += getattr(policy, name)
-        for value in sums.value:
-            for name in self.value:
-                self.value[name] += getattr(value, name)
-
-    def add_texts(self, shares: Sequence[float]) -> None:
-        """Add the shares of microbatches in the mean negative log-likelihood of an update's texts (PPO-ptx)."""
-        for share in shares:
-            self.text_loss += share
+            self.first_ratio_error = losses.ratio_error
+        self.policy += losses.policy
+        self.value += losses.value
+        self.ratio_max = max(self.ratio_max, losses.ratio_max)
 
     def add_step(self, policy_norm: float, value_norm: float) -> None:
         """Count an optimiser step, with its gradient norms before clipping."""
@@ -95,18 +95,20 @@ class Totals:
 
     def metrics(self) -> dict[str, float]:
         """Return means over the tokens of all processes; zeros for a policy that was not trained (value warm-up)."""
-        local = torch.tensor([*self.policy.values(), *self.value.values(), self.text_loss], dtype=torch.float64)
-        *sums, text_loss = distributed.total(local).tolist()
-        policy = dict(zip(self.policy, sums, strict=False))
-        value = dict(zip(self.value, sums[len(policy) :], strict=True))
-        policy_tokens, value_tokens = max(policy["tokens"], 1), max(value["tokens"], 1)
+        # Zeros first, for a loss that was not computed.
+        policy_columns = zip(PolicySums(), *self.policy, strict=True)
+        value_columns = zip(ValueSums(), *self.value, strict=True)
+        columns = [*policy_columns, *value_columns, self.text_losses]
+        totals = distributed.total(torch.tensor([sum(column) for column in columns], dtype=torch.float64)).tolist()
+        policy, value, text_loss = PolicySums(*totals[:5]), ValueSums(*totals[5:8]), totals[8]
+        policy_tokens, value_tokens = max(policy.tokens, 1), max(value.tokens, 1)
         return {
-            "ppo/policy_loss": policy["loss"] / policy_tokens,
-            "ppo/value_loss": value["loss"] / value_tokens,
-            "ppo/clipfrac": policy["clipped"] / policy_tokens,
-            "ppo/value_clipfrac": value["clipped"] / value_tokens,
-            "ppo/approx_kl": policy["approx_kl"] / policy_tokens,
-            "ppo/ratio_mean": policy["ratio"] / policy_tokens,
+            "ppo/policy_loss": policy.loss / policy_tokens,
+            "ppo/value_loss": value.loss / value_tokens,
+            "ppo/clipfrac": policy.clipped / policy_tokens,
+            "ppo/value_clipfrac": value.clipped / value_tokens,
+            "ppo/approx_kl": policy.approx_kl / policy_tokens,
+            "ppo/ratio_mean": policy.ratio / policy_tokens,
             "ppo/ratio_max": distributed.largest(self.ratio_max),
             "ppo/first_ratio_error": distributed.largest(self.first_ratio_error),
             "ppo/grad_norm": self.norms[0],

@@ -146,19 +146,19 @@ class PPOTrainer:
         """Add the gradients of one minibatch, unless its policy has moved too far from that of the rollout."""
         c = self.config
         train_policy = self.state.updates_done >= c.value_warmup_updates
-        sums = accumulate(self.models, c, rollout, credit, microbatches, train_policy=train_policy)
-        totals.add(sums)
+        losses = accumulate(self.models, c, rollout, credit, microbatches, train_policy=train_policy)
+        totals.add(losses)
         if totals.first_ratio_error > RATIO_TOLERANCE[self.models.compute.dtype]:
             raise RuntimeError(
                 f"the first probability ratio of a rollout is off 1 by {totals.first_ratio_error:.3g}: old log-probabilities "
                 "were not made by the forward pass that is being trained"
             )
         if c.max_approx_kl is not None:
-            totals.early_stop = float(distributed.total(torch.tensor(sums.approx_kl))) > c.max_approx_kl
+            totals.early_stop = float(distributed.total(torch.tensor(losses.approx_kl))) > c.max_approx_kl
         if c.ptx_coef > 0 and train_policy and not totals.early_stop:
             rows = draws.text_rows(c, len(self.texts), self.state.scheduler.last_epoch)
             texts = [self.texts[row] for row in rows]
-            totals.add_texts(accumulate_texts(self.models, c, texts, self.sampling.pad_token_id))
+            totals.text_losses += accumulate_texts(self.models, c, texts, self.sampling.pad_token_id)
 
     def _update(self, totals: Totals) -> None:
         """Clip the gradients and step; policy and value are separate models, so each has its own norm."""

@@ -143,7 +143,7 @@ def rehearse(small: PPOTrainer, intended: Mapping[str, nn.Parameter]) -> tuple[R
     meter = ActivationMeter(models)
     models.train(c.gradient_checkpointing)
     with meter.counted():
-        sums = accumulate(models, c, rollout, credit, microbatches, train_policy=True)
+        losses = accumulate(models, c, rollout, credit, microbatches, train_policy=True)
     models.eval()
     if distributed.size() > 1:
         for parameter in intended.values():
@@ -153,7 +153,7 @@ def rehearse(small: PPOTrainer, intended: Mapping[str, nn.Parameter]) -> tuple[R
     gradients = check_gradients(models, {name: p for name, p in intended.items() if id(p) not in unused})
     for parameter in models.parameters():
         parameter.grad = None
-    error, limit = distributed.largest(sums.ratio_error), RATIO_TOLERANCE[models.compute.dtype]
+    error, limit = distributed.largest(losses.ratio_error), RATIO_TOLERANCE[models.compute.dtype]
     ratio = Check(
         name="first ratio is 1",
         passed=error <= limit,
