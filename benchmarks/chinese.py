@@ -18,8 +18,8 @@ from rlhf.config import RunConfig, SFTConfig, TextConfig, build, read_yaml
 from rlhf.data_prep.corpus import CHINESE_REVIEWS, load_text
 from rlhf.models.base import load_policy
 from rlhf.models.compute import Compute
-from rlhf.models.responses import own_responses
-from rlhf.models.tokenization import decode_response, load_tokenizer
+from rlhf.models.responses import answer_prompts
+from rlhf.models.tokenization import encode_prompt, load_tokenizer
 from rlhf.registry import Artifact, Registry
 from rlhf.stages import sft
 
@@ -48,8 +48,8 @@ def figures(artifact: Artifact, config: SFTConfig, samples: int) -> dict[str, An
     prompts = [
         [{"role": "user", "content": PROMPT.format(opening=word)}] for word in ("这本书的", "酒店的服", "手机外观")
     ]
-    answers = own_responses(policy, tokenizer, prompts * samples, response_length=64, seed=0)
-    texts = [decode_response(tokenizer, tokens) for _, tokens in answers]
+    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts * samples]
+    texts = answer_prompts(policy, tokenizer, encoded, response_length=64, seed=0).texts
     metrics = artifact.manifest.metrics
     kept = (
         "new_tokens",

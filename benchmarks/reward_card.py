@@ -36,7 +36,7 @@ import torch
 from rlhf.config import RewardConfig, SFTConfig, build, parse_config, read_yaml
 from rlhf.data_prep.load import load_rows
 from rlhf.evaluation.card import statistics as cards
-from rlhf.evaluation.card.statistics import Judged, rated_pairs
+from rlhf.evaluation.card.judged import Judged, rated_pairs
 from rlhf.models.adapters import direct_casting
 from rlhf.models.base import load_policy
 from rlhf.models.compute import Compute

@@ -30,7 +30,7 @@ from typing import Any
 from rlhf.base import storage
 from rlhf.base.cli import Parser
 from rlhf.base.errors import UserError, did_you_mean, run_command
-from rlhf.config import STAGE_CONFIGS, TrainingLength, build, read_yaml, reward_kind
+from rlhf.config import STAGE_CONFIGS, TrainingLength, build, is_registered_reward, read_yaml
 from rlhf.data_prep import prepare, read_recipe
 from rlhf.doctor.health.findings import actions
 from rlhf.registry import MANIFEST, Artifact, Registry
@@ -83,7 +83,7 @@ def _exact_inputs(stage: str, config: Any, artifacts: dict[str, Artifact]) -> di
         inputs["model_name_or_path"] = artifacts["pretrain"].reference
     if "reward" in artifacts:  # in place of the name; other kinds of rewards stay
         exact = artifacts["reward"].reference
-        inputs["reward"] = [exact if reward_kind(reward) == "adapter" else reward for reward in config.reward]
+        inputs["reward"] = [exact if is_registered_reward(reward) else reward for reward in config.reward]
     return inputs
 
 

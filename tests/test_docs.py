@@ -15,7 +15,7 @@ import pytest
 
 from rlhf.config import EvaluationConfig, PPOConfig, RewardConfig, StageConfig, TrainingLength
 from rlhf.doctor.health.findings import markdown_rows
-from rlhf.evaluation.card import hack_probes, statistics
+from rlhf.evaluation.card import hack_probes, verdict
 from rlhf.run.metrics import Stage, of_stage
 from rlhf.sharing import verbs as registry_verbs
 
@@ -114,11 +114,11 @@ def test_every_option_of_the_reward_models_training_is_explained() -> None:
 def test_thresholds_of_the_card_are_those_of_the_code() -> None:
     """Catches: a flag that was made stricter, and a page that promises the old one."""
     flagged = {row[0]: row[2] for row in table("The card", REWARD_PAGE)}
-    assert f"{statistics.LENGTH_BIAS:.0%} more pairs" in flagged["length"]
-    assert f"above {statistics.POOR_CALIBRATION:.0%}" in flagged["calibration"]
-    assert f"more than {statistics.OUTSIDE:.0%}" in flagged["samples"]
-    assert f"below {statistics.CEILING_SHARE:.0%} of the way" in flagged["held-out raters, human ceiling"]
-    assert f"beyond {statistics.RIVAL_GAIN:.0%}" in flagged["rivals"]
+    assert f"{verdict.LENGTH_BIAS:.0%} more pairs" in flagged["length"]
+    assert f"above {verdict.POOR_CALIBRATION:.0%}" in flagged["calibration"]
+    assert f"more than {verdict.OUTSIDE:.0%}" in flagged["samples"]
+    assert f"below {verdict.CEILING_SHARE:.0%} of the way" in flagged["held-out raters, human ceiling"]
+    assert f"beyond {verdict.RIVAL_GAIN:.0%}" in flagged["rivals"]
     assert f"gains {hack_probes.FLAGGED_GAIN} standard deviations" in flagged["hack probes"]
 
 

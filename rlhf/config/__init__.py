@@ -16,7 +16,7 @@ from rlhf.config.options import (
     option,
 )
 from rlhf.config.parse import build, parse_config, read_yaml
-from rlhf.config.ppo import PPOConfig, reward_kind
+from rlhf.config.ppo import REGISTERED_REWARD, PPOConfig, is_registered_reward
 from rlhf.config.pretrain import PretrainConfig
 from rlhf.config.reward import CardConfig, RewardCardConfig, RewardConfig
 from rlhf.config.sft import SFTConfig, read_new_tokens

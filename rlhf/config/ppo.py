@@ -12,6 +12,8 @@ from rlhf.config.options import StageConfig, TextConfig, option
 
 #: Fewest responses that reward whitening can estimate a spread from (lm-human-preferences, train_policy.py).
 MIN_WHITENED = 8
+#: Names of reward models in the registry, `reward/NAME` or `reward/NAME@VERSION`.
+REGISTERED_REWARD = r"reward/[^/:]+"
 
 
 @dataclass(kw_only=True)
@@ -134,7 +136,7 @@ class PPOConfig(TextConfig, StageConfig):
             f"reward_weights has {len(self.reward_weights)} numbers for {len(self.reward)} rewards; give one for each",
         )
         require(
-            sum(reward_kind(r) == "adapter" for r in self.reward) <= 1,
+            sum(map(is_registered_reward, self.reward)) <= 1,
             f"only one reward may come from the registry, as they share one base; got {', '.join(self.reward)}",
         )
         divides(
@@ -199,7 +201,7 @@ class PPOConfig(TextConfig, StageConfig):
 
     def recipe(self) -> dict[str, Any]:
         """Return the options that decide the result, with the names of rewards that are no artefacts."""
-        return {**super().recipe(), "other_rewards": [r for r in self.reward if reward_kind(r) != "adapter"]}
+        return {**super().recipe(), "other_rewards": [r for r in self.reward if not is_registered_reward(r)]}
 
     @property
     def num_updates(self) -> int:
@@ -207,10 +209,6 @@ class PPOConfig(TextConfig, StageConfig):
         return self.total_episodes // self.rollout_batch_size
 
 
-def reward_kind(reference: str) -> Literal["adapter", "endpoint", "function", "classifier"]:
-    """Return the kind of reward that a name stands for."""
-    if re.match(r"https?://", reference):
-        return "endpoint"
-    if re.fullmatch(r"reward/[^/:]+", reference):
-        return "adapter"
-    return "function" if re.fullmatch(r"[\w.]+:\w+", reference) else "classifier"
+def is_registered_reward(name: str) -> bool:
+    """Return whether a reward's name is one of the registry's; `rlhf.reward.sources` has the other kinds."""
+    return re.fullmatch(REGISTERED_REWARD, name) is not None

@@ -1,1 +1,1 @@
-"""What a policy is worth: scores, KL, length, variety and an independent judge on held-out prompts."""
+"""Evaluation of policies on held-out prompts, and the report card of reward models."""

@@ -1,4 +1,4 @@
-"""`python -m rlhf.evaluation --models sft/A ppo/B --prompts DATA`; what it writes is told in `rlhf.evaluation.compare`."""
+"""`python -m rlhf.evaluation --models sft/A ppo/B --prompts DATA`; its output is described in `rlhf.evaluation.compare`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SHOWN = {
 
 
 def print_evaluation(result: dict[str, Any]) -> None:
-    """The main figures on the terminal; what has to be known first comes first."""
+    """Print the main figures, warnings first."""
     from rich.console import Console
     from rich.table import Column, Table
 
@@ -51,7 +51,7 @@ def print_evaluation(result: dict[str, Any]) -> None:
 
 
 def _win_rates(result: dict[str, Any]) -> Any:
-    """The table of win rates."""
+    """Return the table of win rates."""
     from rich.table import Column, Table
 
     against = Column(f"against {result['baseline']}", no_wrap=True)
@@ -71,7 +71,7 @@ def _win_rates(result: dict[str, Any]) -> Any:
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     config = parse_config(EvaluationConfig)
     print_evaluation(run(config))
     print(f"evaluation: {Path(config.output_dir) / 'evaluation.json'}")

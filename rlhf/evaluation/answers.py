@@ -1,18 +1,16 @@
-"""Answers of a policy to held-out prompts, and what is measured on their tokens.
+"""Answers of policies beside their reference, measured token by token, and scored.
 
 Legend: P prompts, S samples a prompt, M = P S answers, prompt after prompt.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.base.intervals import Array
@@ -20,11 +18,11 @@ from rlhf.config import RunConfig
 from rlhf.evaluation.candidates import Candidate
 from rlhf.models.base import load_base, load_policy
 from rlhf.models.compute import Compute
+from rlhf.models.responses import Answers, sample_in_batches
 from rlhf.models.roles import RoleModels, SharedModels
-from rlhf.models.sampling import SAMPLED_AT_ONCE
+from rlhf.models.sampling import Sampled
 from rlhf.models.separate import FinishedPair
-from rlhf.models.sequences import Sequences, concatenate, length_sorted_batches, pad, prompt_batches
-from rlhf.models.tokenization import decode_response
+from rlhf.models.sequences import Sequences, length_sorted_batches, prompt_batches
 from rlhf.ppo import forward
 from rlhf.ppo import functional as F
 from rlhf.ppo.rollout import SamplingOptions, respond
@@ -33,40 +31,14 @@ from rlhf.reward.sources import Responses, Source
 from rlhf.run.progress import Progress
 
 
-@dataclass(frozen=True, kw_only=True)
-class Answers:
-    """Answers of one policy: plain data, so that they can be kept in a file."""
-
-    samples: int
-    """S"""
-    texts: list[str]
-    """(M,) without special tokens."""
-    tokens: list[list[int]]
-    """(M,) token ids, the stop token included."""
-    stopped: list[bool]
-    """(M,) the answer ended in a stop token."""
-    sums: dict[str, list[float]]
-    """Sums over the tokens of each answer, (M,) nats: `kl` (k1), `kl_k3`, `kl_full`, `entropy`; empty if not measured."""
-
-    @property
-    def prompt(self) -> Array:
-        """(M,) int64: which prompt each one answers."""
-        return np.arange(len(self.texts)) // self.samples
-
-    @property
-    def lengths(self) -> Array:
-        """(M,) tokens, the stop token included."""
-        return np.array([len(tokens) for tokens in self.tokens])
-
-
 @contextmanager
 def opened(
     candidate: Candidate, base: PreTrainedModel, reference: Artifact, config: RunConfig, compute: Compute
 ) -> Iterator[RoleModels]:
-    """The policy beside the reference.
+    """Open a policy beside its reference.
 
     Args:
-        base: the reference as a plain model; it is as before when the context is left.
+        base: the reference as a plain model; unchanged when the context is left.
 
     Raises:
         UserError: the policy's files are broken or made for another model.
@@ -85,7 +57,6 @@ def opened(
     yield FinishedPair(policy, base, compute)
 
 
-@torch.no_grad()
 def sample_answers(
     models: RoleModels,
     tokenizer: PreTrainedTokenizerBase,
@@ -96,37 +67,31 @@ def sample_answers(
     batch_size: int,
     seed: int,
     measure: bool = True,
-    label: str = "answers",
 ) -> Answers:
-    """S answers of the policy to each of P prompts. All policies draw with the same random numbers.
+    """Sample S answers of the policy to each of P prompts, with the same random numbers for all policies.
 
     Args:
         prompts: token ids.
-        batch_size: responses a forward pass.
-        measure: also KL to the reference and entropy, both at the sampling temperature.
-        label: in front of the progress bar.
+        batch_size: answers a forward pass of the measurement.
+        measure: fill `Answers.sums`: KL to the reference and entropy, both at the sampling temperature.
     """
-    repeated = [ids for ids in prompts for _ in range(samples)]
-    parts = []
-    with Progress(len(repeated), label, unit="answer") as bar:
-        for first in range(0, len(repeated), SAMPLED_AT_ONCE):
-            chunk = repeated[first : first + SAMPLED_AT_ONCE]
-            parts.append(respond(models, chunk, options, reference=False, seed=seed * 1_000_003 + first))
-            bar.update(len(chunk))
-    sequences = concatenate([part for part, _ in parts], options.pad_token_id)
-    tokens = [row[mask].tolist() for row, mask in zip(sequences.responses, sequences.mask, strict=True)]
-    sums = _token_sums(models, sequences, options.temperature, batch_size) if measure else {}
-    return Answers(
-        samples=samples,
-        texts=[decode_response(tokenizer, row) for row in tokens],
-        tokens=tokens,
-        stopped=torch.cat([sampled.stopped for _, sampled in parts]).tolist(),
-        sums={name: values.tolist() for name, values in sums.items()},
-    )
+
+    def draw(batch: Sequence[Sequence[int]], first: int) -> Sampled:
+        return respond(models, batch, options, reference=False, seed=seed * 1_000_003 + first)[1]
+
+    with Progress(len(prompts) * samples, "answers", unit="answer") as bar:
+        answers = sample_in_batches(tokenizer, prompts, draw, samples=samples, on_batch=bar.update)
+    if not measure:
+        return answers
+    sequences = answers.sequences(prompts, options.pad_token_id, models.compute.device)
+    return dataclasses.replace(answers, sums=_token_sums(models, sequences, options.temperature, batch_size))
 
 
-def _token_sums(models: RoleModels, sequences: Sequences, temperature: float, batch_size: int) -> dict[str, Tensor]:
-    """Sums over the tokens of each answer, (M,) float64."""
+@torch.no_grad()
+def _token_sums(
+    models: RoleModels, sequences: Sequences, temperature: float, batch_size: int
+) -> dict[str, list[float]]:
+    """Return `Answers.sums` of M sequences."""
     names = ("kl", "kl_k3", "kl_full", "entropy")
     sums = {name: torch.zeros(len(sequences), dtype=torch.float64) for name in names}
     for rows in length_sorted_batches(sequences.lengths, batch_size):
@@ -135,7 +100,7 @@ def _token_sums(models: RoleModels, sequences: Sequences, temperature: float, ba
         planes = (F.kl_k1(policy, reference), F.kl_k3(policy, reference), full, entropy)
         for name, plane in zip(names, planes, strict=True):
             sums[name][rows.cpu()] = F.masked_sum(plane, batch.mask, dim=1).double().cpu()
-    return sums
+    return {name: values.tolist() for name, values in sums.items()}
 
 
 def score_answers(
@@ -148,15 +113,15 @@ def score_answers(
     batch_size: int,
     device: torch.device,
 ) -> Array:
-    """(M,) scores by a reward or an independent judge.
+    """Return the scores (M,) of answers by a reward or an independent judge.
 
     Args:
         prompts, rows: token ids of the P prompts, and the data rows that they came from.
     """
-    number = answers.prompt
-    ids, mask = pad([prompts[i] for i in number], pad_token_id, side="left")
-    responses, response_mask = pad(answers.tokens, pad_token_id, side="right")
-    sequences = Sequences(prompts=ids, prompt_mask=mask, responses=responses, mask=response_mask).to(device)
-    batches = prompt_batches(torch.from_numpy(number).to(device), batch_size)
-    given = Responses(sequences=sequences, batches=batches, texts=answers.texts, rows=[rows[i] for i in number])
-    return source(given).double().cpu().numpy()
+    responses = Responses(
+        sequences=answers.sequences(prompts, pad_token_id, device),
+        batches=prompt_batches(torch.from_numpy(answers.prompt).to(device), batch_size),
+        texts=answers.texts,
+        rows=[rows[i] for i in answers.prompt],
+    )
+    return source(responses).double().cpu().numpy()

@@ -1,4 +1,4 @@
-"""What is compared: registered policies and snapshots of PPO runs, and whether they may be."""
+"""Policies of a comparison: registered ones and snapshots of PPO runs, checked for comparability."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from rlhf.base.errors import UserError, did_you_mean
 from rlhf.base.json_files import read_value
 from rlhf.base.storage import sha256_file
-from rlhf.config import EvaluationConfig, reward_kind
+from rlhf.config import EvaluationConfig, is_registered_reward
 from rlhf.models.adapters import ADAPTER_FILE
 from rlhf.registry import Artifact, Registry
 from rlhf.run import checkpoint
@@ -17,48 +17,48 @@ from rlhf.run import checkpoint
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A policy that is measured."""
+    """A policy to be measured."""
 
     name: str
     """`ppo/demo@1`, or `RUN:UPDATE` of a snapshot."""
     hash: str
-    """Of the manifest, or of a snapshot's weights."""
+    """Hash of the manifest, or of a snapshot's weights."""
     sft: Artifact | None
-    """The SFT policy that it is, or that its adapter sits on; None: a whole model."""
+    """The SFT policy itself, or the one below its adapter; None: a whole model."""
     folder: Path | None
-    """Where the adapter or the whole model is; None: an SFT policy."""
+    """Folder of the adapter or the whole model; None: an SFT policy."""
     artifact: Artifact | None = None
     """None: a snapshot."""
     run: str | None = None
-    """The PPO run that a snapshot is of."""
+    """The PPO run of a snapshot."""
     update: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Everything that a comparison is about."""
+    """The policies of a comparison, their reference and their proxy reward."""
 
     models: list[Candidate]
     """The reference and the baseline, then the others as named."""
     snapshots: list[Candidate]
     reference: Artifact
-    """The SFT policy that KL is measured against."""
+    """The SFT policy to which KL is measured."""
     reward: str
-    """The proxy: what scores the answers."""
+    """Name of the proxy, the reward that scores the answers."""
     baseline: str
-    """Name of the model that the others are compared with."""
+    """Name of the model with which the others are compared."""
     marks: list[str]
-    """What a reader of the comparison has to know."""
+    """Warnings for readers of the comparison."""
 
 
 @dataclass(frozen=True)
 class _Origin:
-    """What two PPO policies must have in common to be compared."""
+    """Properties that PPO policies must share to be comparable."""
 
     sft: str
     """Hash of the SFT policy."""
     rewards: tuple[str, ...]
-    """Hash of the reward model, names of other rewards."""
+    """Hash of the reward model, then names of other rewards."""
     prompts: str
     """Fingerprint of the training prompts."""
 
@@ -71,16 +71,16 @@ class _Run:
     snapshots: dict[int, Path]
     sft: Artifact
     reward: str
-    """As `--reward` takes it."""
+    """Name of the (first) reward."""
     origin: _Origin
 
 
 def gather(config: EvaluationConfig, registry: Registry) -> Comparison:
-    """The models and snapshots that the options name.
+    """Return the models and snapshots that the options name.
 
     Raises:
-        UserError: a model or run that is not there (the nearest name is offered); PPO policies of different SFT policies,
-            rewards or prompts without `force`; nothing that says which reward to use; different tokenizers.
+        UserError: a model or run that does not exist (the nearest name is offered); PPO policies of different SFT policies,
+            rewards or prompts without `force`; no reward to use; different tokenizers.
     """
     named = [_policy(registry, name) for name in config.models]
     runs, broken = _read_runs(config.runs, registry)
@@ -97,7 +97,7 @@ def gather(config: EvaluationConfig, registry: Registry) -> Comparison:
             "will be marked"
         )
     reward = config.reward or _default_reward(named, runs)
-    reward = registry.get(reward).reference if reward_kind(reward) == "adapter" else reward
+    reward = registry.get(reward).reference if is_registered_reward(reward) else reward
     return Comparison(
         models=[_candidate(artifact, registry) for artifact in artifacts.values()],
         snapshots=[_snapshot(run, update, path) for run in runs for update, path in run.snapshots.items()],
@@ -123,7 +123,7 @@ def _policy(registry: Registry, name: str) -> Artifact:
 
 
 def _parent(artifact: Artifact, stage: str) -> str | None:
-    """The parent of a stage, `sft/demo@1`."""
+    """Return the name of the parent of a stage, `sft/demo@1`."""
     return next((str(parent.reference) for parent in artifact.manifest.parents if parent.stage == stage), None)
 
 
@@ -141,7 +141,7 @@ def _candidate(artifact: Artifact, registry: Registry) -> Candidate:
 
 
 def _reference(config: EvaluationConfig, registry: Registry, named: list[Artifact], runs: list[_Run]) -> Artifact:
-    """The SFT policy that is named, else that of the first PPO policy or run, else the first SFT policy."""
+    """Return the SFT policy in the options, else that of the first PPO policy or run, else the first SFT policy."""
     if config.reference:
         return registry.get(config.reference, expect_stage="sft")
     parents = [parent for artifact in named if artifact.stage == "ppo" and (parent := _parent(artifact, "sft"))]
@@ -149,34 +149,34 @@ def _reference(config: EvaluationConfig, registry: Registry, named: list[Artifac
         return registry.get(parents[0])
     policies = [*(run.sft for run in runs), *(artifact for artifact in named if artifact.stage == "sft")]
     if not policies:
-        raise UserError("no SFT policy that KL could be measured against; say which: --reference sft/NAME")
+        raise UserError("KL needs an SFT policy as reference; name one: --reference sft/NAME")
     return policies[0]
 
 
 def _default_reward(named: list[Artifact], runs: list[_Run]) -> str:
-    """What the first PPO policy or run was trained on."""
+    """Return the reward of the first PPO policy or run."""
     for artifact in named:
         if artifact.stage == "ppo":
             return trained_on(artifact)
     if runs:
         return runs[0].reward
     raise UserError(
-        "no model here was trained on a reward; say which one to use: --reward reward/NAME, package.module:function or a URL"
+        "no model here was trained on a reward; name one to use: --reward reward/NAME, package.module:function or a URL"
     )
 
 
 def trained_on(artifact: Artifact) -> str:
-    """The (first) reward that a PPO policy was trained on."""
+    """Return the (first) reward that a PPO policy was trained on."""
     return _parent(artifact, "reward") or str(artifact.manifest.config["reward"][0])
 
 
 def _proxy_marks(named: list[Artifact], proxy: str) -> list[str]:
-    """Which policies were trained on something else than the proxy alone."""
+    """Return a warning for each policy that was trained on other rewards than the proxy alone."""
     marks = []
     for artifact in named:
         if artifact.stage == "ppo":
             adapter = _parent(artifact, "reward")
-            own = [adapter or r if reward_kind(r) == "adapter" else str(r) for r in artifact.manifest.config["reward"]]
+            own = [adapter or r if is_registered_reward(r) else str(r) for r in artifact.manifest.config["reward"]]
             if own != [proxy]:
                 marks.append(f"{artifact.reference} was trained on {' + '.join(own)}; the proxy here is {proxy}")
     return marks
@@ -193,7 +193,7 @@ def _check_tokenizer(artifact: Artifact, reference: Artifact) -> None:
 
 def _origin(artifact: Artifact) -> _Origin:
     hashes = {parent.stage: parent.hash for parent in artifact.manifest.parents}
-    others = [r for r in artifact.manifest.config["reward"] if reward_kind(r) != "adapter"]
+    others = [r for r in artifact.manifest.config["reward"] if not is_registered_reward(r)]
     return _origin_of(hashes, others, artifact.manifest.data["fingerprint"])
 
 
@@ -203,23 +203,23 @@ def _origin_of(hashes: dict[str, Any], others: list[str], prompts: str) -> _Orig
 
 
 def _differences(origins: dict[str, _Origin]) -> list[str]:
-    """What others do not have in common with the first, a line each."""
+    """Return a sentence for each policy or run that differs from the first."""
     if not origins:
         return []
     words = {"sft": "SFT policies", "rewards": "reward models", "prompts": "training prompts"}
     (first, one), *others = origins.items()
     kinds = {name: [w for key, w in words.items() if getattr(one, key) != getattr(o, key)] for name, o in others}
-    return [f"{first} and {name} have different {' and '.join(found)}" for name, found in kinds.items() if found]
+    return [f"{first} and {name} have different {' and '.join(kind)}" for name, kind in kinds.items() if kind]
 
 
 # Runs
 
 
 def _read_runs(folders: list[str], registry: Registry) -> tuple[list[_Run], list[str]]:
-    """The runs, and why others cannot be read: a broken folder leaves the rest as it is.
+    """Return the runs, and a warning for each that cannot be read: a broken folder does not cost the rest.
 
     Raises:
-        UserError: a folder that is not there, or two of the same name.
+        UserError: a folder that does not exist, or two of the same name.
     """
     runs: list[_Run] = []
     broken: list[str] = []
@@ -240,7 +240,7 @@ def _read_runs(folders: list[str], registry: Registry) -> tuple[list[_Run], list
 
 
 def _read_run(folder: Path, registry: Registry) -> _Run:
-    """A run by its own record of what its checkpoints were made of."""
+    """Return a run, described by `made_of.json` beside its checkpoints."""
     mark = folder / "checkpoints" / "made_of.json"
     try:
         made_of = read_value(mark)
@@ -264,7 +264,7 @@ def _by_hash(registry: Registry, digest: str) -> Artifact:
     for artifact in registry.list():
         if artifact.hash == digest:
             return registry.get(artifact.reference)
-    raise UserError(f"registry {registry.root} holds nothing with the hash {digest[:12]} that it was made from")
+    raise UserError(f"registry {registry.root} holds no artefact with the hash {digest[:12]} of its origin")
 
 
 def _snapshot(run: _Run, update: int, path: Path) -> Candidate:

@@ -1,6 +1,6 @@
-"""Best-of-n, the reward-KL frontier, and over-optimisation: where more KL stops buying what people want.
+"""Best-of-n, the reward-KL frontier, and over-optimisation: the KL beyond which gold scores fall.
 
-Legend: d = sqrt(KL to the SFT policy), KL in nats a response; R(d) = score at d less that of the SFT policy, so R(0) = 0.
+Legend: d = sqrt(KL to the SFT policy), KL in nats a response; R(d) = score at d minus the SFT policy's, so R(0) = 0.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rlhf.base.intervals import Array
 Form = Literal["ppo", "best_of_n"]
 #: The forms of Gao, Schulman & Hilton 2022 (arXiv:2210.10760): linear in a and b.
 FORMULAS: dict[Form, str] = {"ppo": "d (a - b log d)", "best_of_n": "d (a - b d)"}
-#: Points that a fit of two parameters with an error needs.
+#: Least points for a fit of two parameters with standard errors.
 MIN_POINTS = 3
 
 
@@ -25,38 +25,41 @@ MIN_POINTS = 3
 
 
 def best_of_n(proxy: Array, values: Array, n: int) -> Array:
-    """(P,) what the best of n answers by the proxy is worth, in expectation, from N samples a prompt.
+    """Return (P,) the expected value of the best of n answers by the proxy, estimated from N samples a prompt.
 
     The unbiased estimator of Nakano et al. 2021 (WebGPT, arXiv:2112.09332, appendix I): with the samples in order of the
     proxy, the i-th (from 1) is the best of a random subset of n in C(i - 1, n - 1) of C(N, n) cases. Tied samples share
     their cases.
 
     Args:
-        proxy: (P, N) scores that choose.
-        values: (P, N) scores that are averaged: the proxy itself, or gold.
+        proxy: (P, N) scores that select.
+        values: (P, N) scores of the selected answers: the proxy itself, or gold.
         n: 1 to N.
     """
     size = proxy.shape[1]
     if not 1 <= n <= size:
         raise ValueError(f"n must be from 1 to the {size} samples, got {n}")
     cases = np.array([math.comb(i, n - 1) / math.comb(size, n) for i in range(size)])
-    worth = np.empty(len(proxy))
-    for row, (chosen_by, value) in enumerate(zip(proxy, values, strict=True)):
-        order = np.argsort(chosen_by, kind="stable")
-        _, kind = np.unique(chosen_by[order], return_inverse=True)
+    expected = np.empty(len(proxy))
+    for row, (key, value) in enumerate(zip(proxy, values, strict=True)):
+        order = np.argsort(key, kind="stable")
+        _, kind = np.unique(key[order], return_inverse=True)
         shared = (np.bincount(kind, cases) / np.bincount(kind))[kind]
-        worth[row] = shared @ value[order]
-    return worth
+        expected[row] = shared @ value[order]
+    return expected
 
 
 def best_of_n_kl(n: int) -> float:
-    """log n - (n - 1) / n: KL of best-of-n to its policy, nats a response (Stiennon et al. 2020, arXiv:2009.01325, appendix
-    G.3). Exact without ties, an upper bound with them (Beirami et al. 2024, arXiv:2401.01879)."""
+    """Return the KL of best-of-n to its policy, log n - (n - 1) / n, nats a response.
+
+    Source: Stiennon et al. 2020, arXiv:2009.01325, appendix G.3. Exact without ties, an upper bound with them (Beirami et
+    al. 2024, arXiv:2401.01879).
+    """
     return math.log(n) - (n - 1) / n
 
 
 def best_of_n_curve(proxy: Array, gold: dict[str, Array], seed: int = 0) -> list[dict[str, Any]]:
-    """A line for n = 1, 2, 4, ... N: `n`, `kl`, and `score` and `gold` with intervals over prompts.
+    """Return for n = 1, 2, 4, ... N: `n`, `kl`, and `score` and `gold` with intervals over prompts.
 
     Args:
         proxy, gold: (P, N) scores of the same answers.
@@ -78,11 +81,11 @@ def best_of_n_curve(proxy: Array, gold: dict[str, Array], seed: int = 0) -> list
 
 
 def fit(form: Form, kl: Sequence[float], gains: Sequence[float]) -> dict[str, Any] | None:
-    """Least squares of R(d) on points (KL, gain); None for fewer than three points with KL above 0.
+    """Fit R(d) to points (KL, gain) by least squares; return None for fewer than three points with KL above 0.
 
     Returns:
         `form`, `formula`; `a`, `b` with standard errors `a_error`, `b_error`; `rmse` of the points, in units of the gain
-        (n - 2 degrees of freedom); `points`; `peak_kl`: KL of the curve's maximum, None where it rises for ever.
+        (n - 2 degrees of freedom); `points`; `peak_kl`: KL of the curve's maximum, None without one.
     """
     from scipy.optimize import curve_fit
 
@@ -107,7 +110,7 @@ def fit(form: Form, kl: Sequence[float], gains: Sequence[float]) -> dict[str, An
 
 
 def curve(form: Form, a: float, b: float, d: Array) -> Array:
-    """R(d), which is 0 at d = 0."""
+    """Return R(d), which is 0 at d = 0."""
     d = np.asarray(d, dtype=float)
     if form == "best_of_n":
         return d * (a - b * d)
@@ -115,7 +118,7 @@ def curve(form: Form, a: float, b: float, d: Array) -> Array:
 
 
 def _peak(form: Form, a: float, b: float) -> float | None:
-    """KL where R' = 0 and the curve bends down: a - b log d - b = 0, or a - 2 b d = 0."""
+    """Return the KL of the maximum, where R' = 0: a - b log d - b = 0, or a - 2 b d = 0."""
     if b <= 0:
         return None
     if form == "best_of_n":
@@ -128,38 +131,38 @@ def _peak(form: Form, a: float, b: float) -> float | None:
 
 
 def recommend(points: Sequence[dict[str, Any]], fits: dict[str, dict[str, Any]], gold: str) -> dict[str, Any] | None:
-    """The checkpoint with the most gold, each point smoothed by the curve of its run (`smoothed`).
+    """Return the checkpoint with the highest gold gain, each smoothed by the curve of its run (`smoothed`).
 
-    The measured maximum alone would be the luckiest of noisy points; the curve alone, the best of a form that the run may
-    not have. Of equals the one with the least KL. None without points.
+    The measured maximum alone would be the luckiest of noisy points; the curve alone, the maximum of a form that the run
+    may not have. Among equals, the least KL decides. None without points.
 
     Args:
         points: of all runs: `model`, `run`, `update`, `kl`, and `gain` with `value`, `low`, `high` of the gold scorer.
         fits: the gold fit of each run that has one; points of other runs count as measured.
-        gold: name of the scorer, for the answer.
+        gold: label of the scorer, for the result.
     """
-    worth: dict[str, float] = {point["model"]: float(point["gain"]["value"]) for point in points}
-    for run, found in fits.items():
+    gains: dict[str, float] = {point["model"]: float(point["gain"]["value"]) for point in points}
+    for run, run_fit in fits.items():
         own = [point for point in points if point["run"] == run]
-        worth |= dict(zip((point["model"] for point in own), smoothed(own, found), strict=True))
+        gains |= dict(zip((point["model"] for point in own), smoothed(own, run_fit), strict=True))
     if not points:
         return None
-    chosen = max(points, key=lambda point: (worth[point["model"]], -point["kl"]))
-    named = {key: chosen[key] for key in ("model", "run", "update", "kl", "gain")}
-    return {**named, "gold": gold, "smoothed_gain": worth[chosen["model"]]}
+    best = max(points, key=lambda point: (gains[point["model"]], -point["kl"]))
+    named = {key: best[key] for key in ("model", "run", "update", "kl", "gain")}
+    return {**named, "gold": gold, "smoothed_gain": gains[best["model"]]}
 
 
-def smoothed(points: Sequence[dict[str, Any]], found: dict[str, Any]) -> list[float]:
-    """Measured gains of a run's points, drawn towards its curve as far as their noise says (empirical Bayes).
+def smoothed(points: Sequence[dict[str, Any]], run_fit: dict[str, Any]) -> list[float]:
+    """Return the measured gains of a run's points, shrunk towards its curve by their noise (empirical Bayes).
 
-    With e^2 the mean squared standard error of the points (their intervals over 2 * 1.96) and m^2 = rmse^2 - e^2 what the
-    curve leaves unexplained beyond it, the best linear estimate is curve + m^2 / (m^2 + e^2) (measured - curve): the curve
+    With e^2 the mean squared standard error of the points (their intervals over 2 * 1.96) and m^2 = rmse^2 - e^2 the
+    curve's misfit beyond it, the best linear estimate is curve + m^2 / (m^2 + e^2) (measured - curve): the curve
     where it fits, the measured gain where it does not (Efron & Morris 1975).
     """
     measured = np.array([point["gain"]["value"] for point in points])
-    fitted = curve("ppo", found["a"], found["b"], np.sqrt(np.maximum([point["kl"] for point in points], 0.0)))
+    fitted = curve("ppo", run_fit["a"], run_fit["b"], np.sqrt(np.maximum([point["kl"] for point in points], 0.0)))
     widths = [p["gain"]["high"] - p["gain"]["low"] for p in points if p["gain"]["low"] is not None]
     noise = float(np.mean(np.square(widths))) / (2 * 1.96) ** 2 if widths else 0.0
-    misfit = max(found["rmse"] ** 2 - noise, 0.0)
+    misfit = max(run_fit["rmse"] ** 2 - noise, 0.0)
     share = misfit / (misfit + noise) if misfit + noise > 0 else 1.0
     return [float(value) for value in fitted + share * (measured - fitted)]

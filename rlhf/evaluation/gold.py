@@ -1,4 +1,4 @@
-"""Independent judges of the demo: scorers that nothing here was trained on."""
+"""Independent scorers of the demo, on which nothing here is trained."""
 
 from __future__ import annotations
 
@@ -19,5 +19,5 @@ def _analyzer() -> Any:
 
 
 def vader(responses: Sequence[str]) -> list[float]:
-    """VADER's compound sentiment, -1 to 1, of each text: rules and a lexicon, no training (Hutto & Gilbert, ICWSM 2014)."""
+    """Return VADER's compound sentiment of each text, -1 to 1: a lexicon and rules (Hutto & Gilbert, ICWSM 2014)."""
     return [float(_analyzer().polarity_scores(text)["compound"]) for text in responses]

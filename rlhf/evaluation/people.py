@@ -1,7 +1,7 @@
-"""People as judges: a table of unnamed pairs goes out, the filled-in tables come back.
+"""People as judges: a table of blind pairs is written, and filled-in copies of it are read.
 
-The table says neither which policy wrote an answer nor on which side the baseline is: both follow from the answers, which
-are kept, and the seed. So several people can fill in copies of it, in any order and in part.
+The table holds neither the policy nor the side of the baseline: both follow from the answers, which are saved, and the
+seed. So several people can fill in copies of it, in any order and in part.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf.base.errors import UserError, did_you_mean
-from rlhf.evaluation.chat import Pair
+from rlhf.evaluation.chat import VERDICTS, Pair
 
 COLUMNS = ("id", "prompt", "answer_a", "answer_b", "verdict")
-_VERDICTS = {"a": 1.0, "b": 0.0, "tie": 0.5}
 
 
 @dataclass(frozen=True)
@@ -27,11 +26,11 @@ class BlindPair:
     id: str
     pair: Pair
     swapped: bool
-    """Answer A is the baseline's."""
+    """True if answer A is the baseline's."""
 
 
 def blind(pairs: Sequence[Pair], seed: int) -> list[BlindPair]:
-    """Each pair with its side and an id that tells nothing, in the order given."""
+    """Return each pair with its side and an id that reveals nothing, in the same order."""
     lines = []
     for pair in pairs:
         digest = hashlib.sha256("\x1f".join((str(seed), pair.prompt, pair.answer, pair.baseline)).encode()).hexdigest()
@@ -40,9 +39,11 @@ def blind(pairs: Sequence[Pair], seed: int) -> list[BlindPair]:
 
 
 def export(file: Path, pairs: Sequence[Pair], seed: int) -> int:
-    """Writes the table, its lines shuffled; equal pairs are one line, and answers that are alike none. Returns the number
-    of lines."""
-    lines = list({line.id: line for line in blind(pairs, seed) if not line.pair.alike}.values())
+    """Write the table with shuffled lines; return their number.
+
+    Repeated pairs share a line; pairs of equal answers have none.
+    """
+    lines = list({line.id: line for line in blind(pairs, seed) if not line.pair.equal}.values())
     random.Random(seed).shuffle(lines)
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w", encoding="utf-8-sig", newline="") as handle:  # the mark by which spreadsheets know UTF-8
@@ -55,12 +56,12 @@ def export(file: Path, pairs: Sequence[Pair], seed: int) -> int:
 
 
 def read_verdicts(files: Sequence[Path]) -> dict[str, list[float]]:
-    """Id -> the verdicts of those who gave one: 1 for answer A, 0 for B, half for a tie.
+    """Return id -> verdicts of all raters: 1 for answer A, 0 for B, 0.5 for a tie.
 
     Raises:
-        UserError: no such file, other columns, or a verdict that is none (its line is named).
+        UserError: no such file, other columns, or something else than a verdict (its line is named).
     """
-    found: dict[str, list[float]] = {}
+    verdicts: dict[str, list[float]] = {}
     for file in files:
         try:
             with file.open(encoding="utf-8-sig", newline="") as handle:
@@ -76,26 +77,26 @@ def read_verdicts(files: Sequence[Path]) -> dict[str, list[float]]:
             raise UserError(f"{file} has no column '{missing[0]}'; fill in the table that --export_comparison wrote")
         for number, row in lines:
             verdict = (row["verdict"] or "").strip().lower()
-            if verdict and verdict not in _VERDICTS:
+            if verdict and verdict not in VERDICTS:
                 raise UserError(f"{file}, line {number}: the verdict is '{row['verdict']}'; write A, B, tie or nothing")
             if verdict:
-                found.setdefault(str(row["id"]).strip(), []).append(_VERDICTS[verdict])
-    return found
+                verdicts.setdefault(str(row["id"]).strip(), []).append(VERDICTS[verdict])
+    return verdicts
 
 
 def unblind(pairs: Sequence[Pair], seed: int, verdicts: dict[str, list[float]]) -> list[float | None]:
-    """For each pair the mean verdict: 1 the policy's answer, 0 the baseline's, half where they are alike; None where nobody
-    judged it."""
+    """Return each pair's mean verdict: 1 for the policy's answer, 0 for the baseline's, 0.5 if they are equal; None without
+    a verdict."""
     won: list[float | None] = []
     for line in blind(pairs, seed):
-        given = [0.5] if line.pair.alike else verdicts.get(line.id)
-        for_a = sum(given) / len(given) if given else None
+        values = [0.5] if line.pair.equal else verdicts.get(line.id)
+        for_a = sum(values) / len(values) if values else None
         won.append(for_a if for_a is None or not line.swapped else 1 - for_a)
     return won
 
 
-def check_known(pairs: Sequence[Pair], seed: int, verdicts: dict[str, list[float]]) -> None:
-    """Raises `UserError` for verdicts on other answers than these: they would be dropped without a word."""
+def check_pairs(pairs: Sequence[Pair], seed: int, verdicts: dict[str, list[float]]) -> None:
+    """Raise `UserError` for verdicts on other pairs than these: they would be dropped silently."""
     unknown = sorted(verdicts.keys() - {line.id for line in blind(pairs, seed)})
     if unknown:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Answers of a policy to held-out prompts, and what they are worth."""
+"""Evaluation of a PPO run's policy on held-out prompts, before and after the training."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.base.functions import GoldFunction
 from rlhf.base.text import distinct_n
+from rlhf.models.responses import Answers, sample_in_batches
 from rlhf.models.roles import RoleModels
-from rlhf.models.sampling import SAMPLED_AT_ONCE
-from rlhf.models.sequences import concatenate, length_sorted_batches
-from rlhf.models.tokenization import decode_response
+from rlhf.models.sampling import Sampled
+from rlhf.models.sequences import Sequences, length_sorted_batches
 from rlhf.ppo import forward
 from rlhf.ppo import functional as F
 from rlhf.ppo.rollout import SamplingOptions, respond
@@ -26,13 +26,14 @@ GOLD_THRESHOLD = 0.05
 
 
 @dataclass(frozen=True)
-class Answers:
-    """Sampled answers and their figures."""
+class PolicyEvaluation:
+    """One answer to each of B prompts, with their scores and figures."""
 
-    texts: list[str]
+    answers: Answers
     scores: Tensor
     """(B,) scores of the reward, without penalties."""
     figures: dict[str, float | None]
+    """Means over the answers, by the names of a PPO manifest."""
 
 
 @torch.no_grad()
@@ -49,46 +50,50 @@ def evaluate_policy(
     batch_tokens: int | None = None,
     gold: GoldFunction | None,
     seed: int,
-) -> Answers:
-    """One answer to each prompt from the policy (or the SFT reference), with the same random numbers for both.
+) -> PolicyEvaluation:
+    """Sample and score one answer to each prompt, of the policy or the SFT reference, with the same random numbers for both.
 
     Args:
         prompts, rows: token ids of the prompts, and the data rows that they came from.
         batch_size, batch_tokens: responses a scoring pass, and tokens (responses times the longest of them).
     """
-    parts = [
-        respond(models, prompts[i : i + SAMPLED_AT_ONCE], options, reference=reference, seed=seed + i)
-        for i in range(0, len(prompts), SAMPLED_AT_ONCE)
-    ]
-    sequences = concatenate([part for part, _ in parts], options.pad_token_id)
-    stopped = torch.cat([sampled.stopped for _, sampled in parts])
+
+    def draw(batch: Sequence[Sequence[int]], first: int) -> Sampled:
+        return respond(models, batch, options, reference=reference, seed=seed + first)[1]
+
+    answers = sample_in_batches(tokenizer, prompts, draw)
+    sequences = answers.sequences(prompts, options.pad_token_id, models.compute.device)
     batches = length_sorted_batches(sequences.lengths, batch_size, batch_tokens)
-    texts = [
-        decode_response(tokenizer, row[mask].tolist())
-        for row, mask in zip(sequences.responses, sequences.mask, strict=True)
-    ]
-    scores, _ = reward(Responses(sequences=sequences, batches=batches, texts=texts, rows=rows))
-    figures: dict[str, float | None] = {
+    scores, _ = reward(Responses(sequences=sequences, batches=batches, texts=answers.texts, rows=rows))
+    figures = {
         "score": float(scores.mean()),
         "reward_positive": float((scores > 0).float().mean()),
-        "distinct2": distinct_n(texts, 2),
+        "distinct2": distinct_n(answers.texts, 2),
         "length": float(sequences.mask.sum(dim=1).float().mean()),
-        "stop_rate": float(stopped.float().mean()),
-        "gold_positive": None,
-        "gold_negative": None,
+        "stop_rate": float(torch.tensor(answers.stopped).float().mean()),
+        **_gold_figures(gold, answers.texts),
+        "kl": 0.0 if reference else _mean_kl(models, sequences, batches, options.temperature),
     }
-    if gold is not None:
-        judged = torch.tensor(gold(texts))
-        figures["gold_positive"] = float((judged > GOLD_THRESHOLD).float().mean())
-        figures["gold_negative"] = float((judged < -GOLD_THRESHOLD).float().mean())
-    if reference:
-        figures["kl"] = 0.0
-    else:
-        total = 0.0
-        for numbers in batches:
-            batch = sequences.select(numbers)
-            new = forward.token_logprobs(models, "policy", batch, options.temperature)
-            old = forward.token_logprobs(models, "reference", batch, options.temperature)
-            total += float(F.masked_sum(F.kl_k1(new, old), batch.mask))
-        figures["kl"] = total / len(sequences)
-    return Answers(texts=texts, scores=scores.cpu(), figures=figures)
+    return PolicyEvaluation(answers, scores.cpu(), figures)
+
+
+def _gold_figures(gold: GoldFunction | None, texts: list[str]) -> dict[str, float | None]:
+    """Return the shares of answers that the independent judge finds positive and negative."""
+    if gold is None:
+        return {"gold_positive": None, "gold_negative": None}
+    scores = torch.tensor(gold(texts))
+    return {
+        "gold_positive": float((scores > GOLD_THRESHOLD).float().mean()),
+        "gold_negative": float((scores < -GOLD_THRESHOLD).float().mean()),
+    }
+
+
+def _mean_kl(models: RoleModels, sequences: Sequences, batches: Sequence[Tensor], temperature: float) -> float:
+    """Return log pi - log pi_ref on sampled tokens (k1), nats a response."""
+    total = 0.0
+    for rows in batches:
+        batch = sequences.select(rows)
+        new = forward.token_logprobs(models, "policy", batch, temperature)
+        old = forward.token_logprobs(models, "reference", batch, temperature)
+        total += float(F.masked_sum(F.kl_k1(new, old), batch.mask))
+    return total / len(sequences)

@@ -1,4 +1,4 @@
-"""The alignment tax: what a policy lost on plain text and on benchmark tasks."""
+"""The alignment tax: a policy's loss on plain text and on benchmark tasks."""
 
 from __future__ import annotations
 
@@ -16,17 +16,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf.base import intervals
 from rlhf.base.errors import UserError, did_you_mean
 from rlhf.base.intervals import Array
+from rlhf.base.json_files import finite_number
 from rlhf.models.compute import Compute
 from rlhf.models.likelihood import mean_logprobs
 
-#: Longest piece of plain text that is read at once, tokens.
+#: Longest window of plain text, tokens.
 WINDOW = 512
 PLAIN_TEXT = Path(__file__).with_name("plain.txt")
 
 
 def text_windows(tokenizer: PreTrainedTokenizerBase, file: Path, context: int = WINDOW) -> list[list[int]]:
-    """Token rows of the paragraphs of a plain text, without a chat template; long ones in pieces of `WINDOW` tokens, or of the
-    model's context where that is less.
+    """Return token rows of a plain text's paragraphs, without a chat template.
+
+    Long paragraphs are split into windows of `WINDOW` tokens, or of the model's context if that is less.
 
     Raises:
         UserError: no such file, or nothing in it.
@@ -38,7 +40,7 @@ def text_windows(tokenizer: PreTrainedTokenizerBase, file: Path, context: int = 
     rows = [tokenizer(part.strip())["input_ids"] for part in text.split("\n\n") if part.strip()]
     longest = min(WINDOW, context)
     pieces = [row[i : i + longest] for row in rows for i in range(0, len(row), longest)]
-    pieces = [piece for piece in pieces if len(piece) > 1]  # nothing precedes the first token that could predict it
+    pieces = [piece for piece in pieces if len(piece) > 1]  # the first token has nothing that predicts it
     if not pieces:
         raise UserError(f"the plain text {file} has no paragraph of two tokens")
     return pieces
@@ -47,24 +49,23 @@ def text_windows(tokenizer: PreTrainedTokenizerBase, file: Path, context: int = 
 def text_logprobs(
     model: PreTrainedModel, rows: Sequence[list[int]], *, pad_token_id: int, compute: Compute, batch_size: int
 ) -> list[float]:
-    """Mean log-likelihood a token of each row, nats, its first token given."""
+    """Return the mean log-likelihood a token of each row after its first, nats."""
     numbers = torch.arange(len(rows))
-    found = mean_logprobs(
+    return mean_logprobs(
         model, rows, [1] * len(rows), numbers, pad_token_id=pad_token_id, compute=compute, batch_size=batch_size
-    )
-    return [float(value) for value in found]
+    ).tolist()
 
 
 def perplexity(logprobs: Array, tokens: Array, groups: Array, seed: int = 0) -> dict[str, float | None] | None:
-    """exp of the mean negative log-likelihood a token, with its interval over groups.
+    """Return exp of the mean negative log-likelihood a token, with its interval over groups; None without texts.
 
     Args:
-        logprobs: (n,) means a token of each text, nats.
-        tokens: (n,) how many tokens each mean is of.
-        groups: (n,) which texts belong together.
+        logprobs: (n,) mean log-likelihood a token of each text, nats.
+        tokens: (n,) tokens of each text.
+        groups: (n,) group of each text; the bootstrap draws whole groups.
     """
-    found = intervals.mean(-logprobs, groups, seed, weights=tokens.astype(float))
-    return found and {name: None if value is None else math.exp(value) for name, value in found.items()}
+    loss = intervals.mean(-logprobs, groups, seed, weights=tokens.astype(float))
+    return loss and {name: None if value is None else math.exp(value) for name, value in loss.items()}
 
 
 # Tasks
@@ -75,7 +76,7 @@ class Tasks:
 
     Args:
         names: tasks or groups of tasks.
-        folder: of `.yaml` task files; None: those that come with the harness, whose data it fetches.
+        folder: folder of `.yaml` task files; None: the harness's own tasks, whose data it downloads.
         limit: examples of each task; None: all.
 
     Raises:
@@ -91,22 +92,22 @@ class Tasks:
             raise UserError(f"no task folder {folder}")
         self.names, self.limit = list(names), limit
         self.manager: Any = TaskManager(include_path=folder, include_defaults=folder is None)
-        known = list(self.manager.all_tasks)
+        tasks = list(self.manager.all_tasks)
         for name in self.names:
-            if name not in known:
-                there = f" in {folder}: {', '.join(known[:8])}" if folder else ""
-                raise UserError(f"no task '{name}'{did_you_mean(name, known)}{there}")
+            if name not in tasks:
+                choice = f" in {folder}: {', '.join(tasks[:8])}" if folder else ""
+                raise UserError(f"no task '{name}'{did_you_mean(name, tasks)}{choice}")
 
     def __call__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, seed: int
     ) -> dict[str, dict[str, dict[str, float | None]]]:
-        """Task -> metric -> `value` and `error` (its standard error, if the harness gives one)."""
+        """Return task -> metric -> `value` and `error` (its standard error, if the harness has one)."""
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         with contextlib.redirect_stdout(io.StringIO()):
-            judged: Any = simple_evaluate(
+            outcome: Any = simple_evaluate(
                 model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
                 tasks=self.names,
                 task_manager=self.manager,
@@ -117,17 +118,16 @@ class Tasks:
                 fewshot_random_seed=seed,
                 log_samples=False,
             )
-        return {str(task): _metrics(figures) for task, figures in judged["results"].items()}
+        return {str(task): _metrics(figures) for task, figures in outcome["results"].items()}
 
 
 def _metrics(figures: dict[str, Any]) -> dict[str, dict[str, float | None]]:
-    """The harness's `acc,none` and `acc_stderr,none` as one figure `acc`; a filter other than none stays in the name."""
-    found: dict[str, dict[str, float | None]] = {}
+    """Return the harness's `acc,none` and `acc_stderr,none` as one figure `acc`; other filters stay in the name."""
+    metrics: dict[str, dict[str, float | None]] = {}
     for key, value in figures.items():
         name, _, filter_ = key.partition(",")
         if not filter_ or name.endswith("_stderr") or not isinstance(value, int | float):
             continue
         error = figures.get(f"{name}_stderr,{filter_}")
-        known = float(error) if isinstance(error, int | float) and math.isfinite(error) else None
-        found[name if filter_ == "none" else key] = {"value": float(value), "error": known}
-    return found
+        metrics[name if filter_ == "none" else key] = {"value": float(value), "error": finite_number(error)}
+    return metrics

@@ -6,7 +6,6 @@ Legend: n judged pairs, each of the policy's answer and the baseline's answer to
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,7 @@ import numpy as np
 from rlhf.base import intervals
 from rlhf.base.intervals import Array
 
-#: Refits of the length-controlled rate: each is a regression, and the ends of an interval need no third digit.
+#: Refits of the length-controlled rate: each is a regression, and two digits of an interval are enough.
 REFITS = 200
 
 
@@ -24,32 +23,32 @@ class Preferences:
     """n verdicts on pairs."""
 
     won: Array
-    """(n,) 1 where the policy's answer is preferred, 0 where the baseline's is, between for ties and split verdicts."""
+    """(n,) 1 where the policy's answer is preferred, 0 where the baseline's is, in between for ties and split verdicts."""
     prompt: Array
-    """(n,) int: which prompt the pair answers; pairs of one prompt are no independent evidence."""
+    """(n,) int: number of the pair's prompt; pairs of one prompt are not independent evidence."""
     longer: Array
-    """(n,) tokens of the policy's answer less those of the baseline's."""
+    """(n,) tokens of the policy's answer minus those of the baseline's."""
 
     def __len__(self) -> int:
         return len(self.won)
 
 
 def by_scores(scores: Array, baseline: Array) -> Array:
-    """(n,) 1 where the policy's answer has the higher score, half where the two tie."""
+    """Return (n,) 1 where the policy's answer has the higher score, 0 where the lower, 0.5 where the two tie."""
     return (np.sign(scores - baseline) + 1) / 2
 
 
 def win_rate(preferences: Preferences, seed: int = 0) -> dict[str, Any]:
-    """The mean verdict with its interval, counts, the sign test over prompts, and the length-controlled rate.
+    """Return the mean verdict with its interval, counts, the sign test over prompts, and the length-controlled rate.
 
     Returns:
         `value`, `low`, `high`; `pairs`, `wins`, `ties`, `losses` of pairs; `sign_test`; `length_controlled`;
-        `length_difference`: mean, tokens.
+        `length_difference`: mean of `longer`, tokens.
     """
     won = preferences.won
-    found = intervals.mean(won, preferences.prompt, seed) or {"value": None, "low": None, "high": None}
+    rate = intervals.mean(won, preferences.prompt, seed) or {"value": None, "low": None, "high": None}
     return {
-        **found,
+        **rate,
         "pairs": len(won),
         "wins": int((won > 0.5).sum()),
         "ties": int((won == 0.5).sum()),
@@ -61,8 +60,10 @@ def win_rate(preferences: Preferences, seed: int = 0) -> dict[str, Any]:
 
 
 def sign_test(preferences: Preferences) -> dict[str, Any]:
-    """Two-sided exact test that the policy wins and loses equally often, over prompts: a prompt is won when more than half
-    of its pairs are; tied prompts are left out, as the test has it (Conover 1999, section 3.4)."""
+    """Test over prompts whether the policy wins and loses equally often (two-sided, exact; Conover 1999, section 3.4).
+
+    A prompt is won when more than half of its pairs are; tied prompts are left out.
+    """
     from scipy.stats import binomtest
 
     prompts, number = np.unique(preferences.prompt, return_inverse=True)
@@ -73,13 +74,13 @@ def sign_test(preferences: Preferences) -> dict[str, Any]:
 
 
 def length_controlled(preferences: Preferences, seed: int = 0) -> dict[str, float | None] | None:
-    """The win rate that the judge would give to answers as long as the baseline's.
+    """Return the win rate at equal length, with its interval; None without pairs, or if all differences are equal.
 
     Logistic regression P(win) = sigmoid(a + b tanh(d / s)), d the difference in tokens and s its standard deviation; the
     rate is sigmoid(a), at d = 0. A tie counts half as a win and half as a loss. From length-controlled AlpacaEval (Dubois et
     al. 2024, arXiv:2404.04475), without its term for the difficulty of an instruction, which is fitted to the
-    verdicts on many other models. The slope has scikit-learn's default ridge (C = 1), so that lengths that tell winners from
-    losers perfectly still give a number. None without pairs, or where all lengths are alike to the token.
+    verdicts on many other models. The slope has scikit-learn's default ridge (C = 1), so that lengths that separate winners
+    from losers perfectly still give a number.
     """
     if len(preferences) == 0 or preferences.longer.std() == 0:
         return None
@@ -88,21 +89,17 @@ def length_controlled(preferences: Preferences, seed: int = 0) -> dict[str, floa
     value = _rate_at_equal_length(preferences.won, feature, np.ones(len(feature)))
     low = high = None
     if len(prompts) > 1:
-        drawn = [
+        rates = [
             _rate_at_equal_length(preferences.won, feature, times[number].astype(float))
-            for times in _single(intervals.draws(len(prompts), seed, REFITS))
+            for draws in intervals.draws(len(prompts), seed, REFITS)
+            for times in draws
         ]
-        low, high = intervals.interval(np.array(drawn))
+        low, high = intervals.interval(np.array(rates))
     return {"value": value, "low": low, "high": high}
 
 
-def _single(draws: Iterator[Array]) -> Iterator[Array]:
-    for some in draws:
-        yield from some
-
-
 def _rate_at_equal_length(won: Array, feature: Array, weights: Array) -> float:
-    """sigmoid(a) of the weighted fit; a fit on wins alone, or losses alone, has no finite a: 1 or 0."""
+    """Return sigmoid(a) of the weighted fit; wins alone, or losses alone, have no finite a: 1 or 0."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 

@@ -1,1 +1,1 @@
-"""Talking to a model, any artefact, hub name or folder: `rlhf generate` for prompts, `rlhf chat` for conversations."""
+"""Answers of any model, an artefact, hub name or folder: `rlhf generate` for prompts, `rlhf chat` for conversations."""

@@ -9,15 +9,17 @@ from rlhf.config import CHECKS, ComputeConfig, option, require_above_zero, requi
 
 
 @dataclass(kw_only=True)
-class SpeakConfig(ComputeConfig):
-    """Who speaks, and how answers are drawn."""
+class GenerationConfig(ComputeConfig):
+    """Models, and the sampling of their answers."""
 
     model: str | None = option(
-        "who answers: an artefact (pretrain/NAME, sft/NAME, ppo/NAME), a folder or a hub name", None
+        "the model: an artefact (pretrain/NAME, sft/NAME, ppo/NAME), a folder or a hub name", None
     )
     compare: list[str] = field(
         default_factory=list,
-        metadata={"help": "several models in place of one: all answer with the same random numbers, side by side"},
+        metadata={
+            "help": "several models instead of one; all sample with the same random numbers, and are shown side by side"
+        },
     )
     chat_template: str | None = option(
         "chat template: the model's own if not given, 'chatml', 'plain', or a file", None
@@ -25,7 +27,7 @@ class SpeakConfig(ComputeConfig):
     trust_remote_code: bool = option("run code that comes with a hub model", False)
     system: str | None = option("system prompt", None)
     temperature: float = option("sampling temperature; 0 takes the likeliest token", 1.0)
-    top_p: float = option("each token is one of the likeliest that together have this much of the probability", 1.0)
+    top_p: float = option("tokens are drawn from the likeliest ones that together have this probability", 1.0)
     response_length: int | None = option(
         "longest answer, tokens, stop token included; default: 256, or half of the model's context if that is less",
         None,
@@ -35,14 +37,17 @@ class SpeakConfig(ComputeConfig):
         metadata={"help": "texts that end an answer, besides the model's stop tokens; kept in the answer"},
     )
     reward: str | None = option(
-        "scores the answers: reward/NAME, package.module:function, a classifier or a URL; default with compare: what the "
-        "first PPO policy was trained on",
+        "scores the answers: reward/NAME, package.module:function, a classifier or a URL; default with compare: the reward "
+        "of the first PPO policy",
         None,
     )
     reward_timeout: float = option("seconds that an endpoint may take for a request", 60.0)
 
     def __post_init__(self) -> None:
-        require((self.model is None) != (not self.compare), "say who answers: --model NAME, or --compare NAME NAME ...")
+        require(
+            (self.model is None) != (not self.compare),
+            "name a model: --model NAME, or several: --compare NAME NAME ...",
+        )
         require_at_least(0, self, "temperature")
         require(0 < self.top_p <= 1, f"top_p must be above 0 and at most 1, got {self.top_p}")
         require_at_least(1, self, "response_length")
@@ -51,12 +56,12 @@ class SpeakConfig(ComputeConfig):
 
     @property
     def names(self) -> list[str]:
-        """All who answer."""
+        """Names of all models."""
         return self.compare or [str(self.model)]
 
 
 @dataclass(kw_only=True)
-class GenerateConfig(SpeakConfig):
+class GenerateConfig(GenerationConfig):
     """Answers to prompts, shown as they come or written to a file."""
 
     prompt: list[str] = field(
@@ -68,7 +73,7 @@ class GenerateConfig(SpeakConfig):
     output: str | None = option("file for the answers, JSON lines; default: standard output, as text", None)
     samples_per_prompt: int = option("answers to each prompt", 1)
     check: str | None = option(
-        "the answers are compared with the prompts' references: summarisation, translation, question_answering or "
+        "compare the answers with the prompts' references: summarisation, translation, question_answering or "
         "classification, as in rlhf evaluate --checks; temperature 0 is usual",
         None,
     )
@@ -85,16 +90,16 @@ class GenerateConfig(SpeakConfig):
 
 
 @dataclass(kw_only=True)
-class ChatConfig(SpeakConfig):
+class ChatConfig(GenerationConfig):
     """A conversation, at a terminal or through a pipe, a line a turn."""
 
     history_tokens: int | None = option(
         "longest history with the new question, tokens: the oldest turns are left out, the system prompt never; default: "
-        "what the model's context leaves beside the answer",
+        "the model's context without room for the answer",
         None,
     )
     load: str | None = option("file of a saved conversation to go on with", None)
-    save: str | None = option("file that the conversation is saved in after every turn", None)
+    save: str | None = option("file in which the conversation is saved after every turn", None)
 
     def __post_init__(self) -> None:
         super().__post_init__()

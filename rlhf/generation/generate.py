@@ -1,9 +1,9 @@
-"""`rlhf generate --model ppo/demo --prompt "..."`: answers to prompts, as text that comes as it is made, or as JSON lines.
+"""`rlhf generate --model ppo/demo --prompt "..."`: answers to prompts, as text while they are sampled, or as JSON lines.
 
-A line of the file: `number` of the prompt, from 1, `sample`, `model`, `prompt` (messages), `response`, `tokens` (their number,
-the stop token included), `stopped`, and `score` where something scores; the figures of a check are beside it, in
-`NAME.check.json`. The same seed gives the same answers, in either form and whatever the batch size: each answer has random
-numbers of its own, the same for all models.
+A line of the file has `number` of the prompt, from 1, `sample`, `model`, `prompt` (messages), `response`, `tokens` (their
+count, including the stop token), `stopped`, and `score` if there is a reward; the figures of a check are in
+`NAME.check.json`. A seed leads to the same answers in either form and with any batch size: each answer has random numbers
+of its own, the same for all models.
 """
 
 from __future__ import annotations
@@ -20,40 +20,41 @@ from rlhf.base.errors import UserError, run_command
 from rlhf.config import parse_config
 from rlhf.data_prep.formats.rows import Row
 from rlhf.evaluation.checks import Figure, make_check, read_rows
+from rlhf.generation.chat_model import ChatModel, open_models, open_reward, scores
 from rlhf.generation.config import GenerateConfig
-from rlhf.generation.page import say_aloud, score_line, spread
-from rlhf.generation.speaker import Answer, Speaker, open_reward, open_speakers, read_input, scores
+from rlhf.generation.terminal import answer_view, read_input, score_line, stream_answer
 from rlhf.models.compute import Compute
-from rlhf.models.sampling import SAMPLED_AT_ONCE
+from rlhf.models.responses import Answer, Answers, sample_in_batches
+from rlhf.models.sampling import SAMPLED_AT_ONCE, Sampled
 from rlhf.reward.sources import Source
 from rlhf.run.progress import Progress
 
 
 @dataclass(frozen=True)
 class Block:
-    """Answers whose random numbers one seed draws: those to some prompts, samples of one prompt together."""
+    """Answers whose random numbers come from one seed: all samples of some prompts."""
 
     seed: int
     items: list[tuple[int, int]]
-    """Number of the prompt, from 0, and of the sample."""
+    """Numbers of the prompt, from 0, and of the sample."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What there is to do, checked."""
+    """Checked prompts and opened models."""
 
     config: GenerateConfig
     rows: list[Row]
     """With a `prompt` of messages."""
-    speakers: list[Speaker]
+    models: list[ChatModel]
     prompts: list[list[list[int]]]
-    """For each speaker the token ids of all prompts."""
+    """For each model the token ids of all prompts."""
     source: Source | None
-    """What scores the answers."""
+    """The reward that scores the answers."""
 
     @property
     def blocks(self) -> Iterator[Block]:
-        """Of a fixed size: how many random numbers a seed draws must not depend on the batch size."""
+        """Blocks of a fixed size, because the count of random numbers from a seed must not depend on the batch size."""
         samples = self.config.samples_per_prompt
         step = max(SAMPLED_AT_ONCE // samples, 1)
         for first in range(0, len(self.rows), step):
@@ -63,26 +64,26 @@ class Work:
 
 
 def run(config: GenerateConfig) -> None:
-    """Reads the prompts, opens the models, and answers."""
+    """Read the prompts, open the models, and sample the answers."""
     output = Path(config.output) if config.output else None
     for file in (output, _figures_file(output)) if output is not None else ():
         if file.exists():
-            raise UserError(f"{file} is there already; give another --output")
+            raise UserError(f"{file} exists already; give another --output")
     rows = _prompts(config)
     check = make_check(Path(str(config.prompts)), config.check, rows) if config.check else None
     compute = Compute.choose(config)
-    speakers = open_speakers(config, compute)
-    prompts = [_encoded(speaker, rows) for speaker in speakers]
-    source = open_reward(config, speakers, compute, batch_size=config.per_device_eval_batch_size)
-    work = Work(config, rows, speakers, prompts, source)
-    said = dict(_show(work) if output is None else _write(work, output))
+    models = open_models(config, compute)
+    prompts = [_encoded(model, rows) for model in models]
+    source = open_reward(config, models, compute, batch_size=config.per_device_eval_batch_size)
+    work = Work(config, rows, models, prompts, source)
+    answers = dict(_show(work) if output is None else _write(work, output))
     if check is not None:
-        answers = [[said[row, 0][number].text for row in range(len(rows))] for number in range(len(speakers))]
-        _report(config, output, {s.name: check.figures(a, config.seed) for s, a in zip(speakers, answers, strict=True)})
+        texts = [[answers[row, 0][number].text for row in range(len(rows))] for number in range(len(models))]
+        _report(config, output, {m.name: check.figures(t, config.seed) for m, t in zip(models, texts, strict=True)})
 
 
 def _report(config: GenerateConfig, output: Path | None, models: dict[str, dict[str, Figure]]) -> None:
-    """Shows the figures of a check, and keeps them beside the answers: `check`, `prompts` and `models`, by name."""
+    """Print the figures of a check, and write them beside the answers: `check`, `prompts`, and `models` by name."""
     for model, figures in models.items():
         for name, figure in figures.items():
             print(f"{model} {name}: {_figure(figure)}", file=sys.stderr)
@@ -104,7 +105,7 @@ def _figure(figure: Any) -> str:
 
 
 def _prompts(config: GenerateConfig) -> list[Row]:
-    """Rows with a `prompt` of messages."""
+    """Return rows with a `prompt` of messages."""
     rows: list[Row]
     if config.prompts is None:
         if not config.prompt and sys.stdin.isatty():
@@ -127,16 +128,16 @@ def _lines(file: Path) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the prompts {file}: {error}") from error
     if not any(lines):
-        raise UserError(f"{file} is empty: it holds no prompts")
+        raise UserError(f"{file} is empty: it contains no prompts")
     return [line for line in lines if line]
 
 
-def _encoded(speaker: Speaker, rows: Sequence[Row]) -> list[list[int]]:
-    """Token ids of all prompts; a bad one is named before anything is computed."""
+def _encoded(model: ChatModel, rows: Sequence[Row]) -> list[list[int]]:
+    """Return the token ids of all prompts; raise `UserError` with the number of a bad one."""
     encoded = []
     for number, row in enumerate(rows, start=1):
         try:
-            encoded.append(speaker.encode(row["prompt"]))
+            encoded.append(model.encode(row["prompt"]))
         except UserError as error:
             raise UserError(f"prompt {number}: {error}") from error
     return encoded
@@ -146,60 +147,60 @@ def _encoded(speaker: Speaker, rows: Sequence[Row]) -> list[list[int]]:
 
 
 def _show(work: Work) -> Iterator[tuple[tuple[int, int], list[Answer]]]:
-    """Shows the answers while they come; standard output holds nothing else. Yields each item with its answers."""
-    names = [speaker.name for speaker in work.speakers]
+    """Show the answers while they come, and nothing else, on standard output; yield each item with its answers."""
+    names = [model.name for model in work.models]
     several = len(work.rows) * work.config.samples_per_prompt > 1
     for block in work.blocks:
         for place, (row, sample) in enumerate(block.items):
             if several:
                 print(f"-- prompt {row + 1}, sample {sample + 1}", file=sys.stderr, flush=True)
-            drawn, asked = (len(block.items), [place]), [ids[row] for ids in work.prompts]
-            with spread(names) as show:
+            batch_slice, prompts = (len(block.items), [place]), [ids[row] for ids in work.prompts]
+            with answer_view(names) as show:
                 answers = [
-                    say_aloud(speaker, ids, partial(show, number), seed=block.seed, drawn=drawn)
-                    for number, (speaker, ids) in enumerate(zip(work.speakers, asked, strict=True))
+                    stream_answer(model, ids, partial(show, number), seed=block.seed, batch_slice=batch_slice)
+                    for number, (model, ids) in enumerate(zip(work.models, prompts, strict=True))
                 ]
             if work.source is not None:
-                found = scores(work.source, [work.rows[row]] * len(names), asked, answers)
-                print(score_line(names, found), file=sys.stderr, flush=True)
+                values = scores(work.source, [work.rows[row]] * len(names), prompts, Answers.of(answers))
+                print(score_line(names, values), file=sys.stderr, flush=True)
             yield (row, sample), answers
 
 
 def _write(work: Work, output: Path) -> Iterator[tuple[tuple[int, int], list[Answer]]]:
-    """Writes the answers block by block: what is there when a call is interrupted is whole lines. Yields as `_show`."""
+    """Write the answers block by block, so that an interrupted call leaves whole lines; yield each item with its answers."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    total = len(work.rows) * work.config.samples_per_prompt * len(work.speakers)
+    total = len(work.rows) * work.config.samples_per_prompt * len(work.models)
     with output.open("x", encoding="utf-8") as file, Progress(total, "answers", unit="answer") as bar:
         for block in work.blocks:
-            columns = [_column(work, block, number, bar) for number in range(len(work.speakers))]
+            columns = [_column(work, block, number, bar) for number in range(len(work.models))]
             for place, (row, sample) in enumerate(block.items):
-                for speaker, column in zip(work.speakers, columns, strict=True):
-                    line = _line(work.rows[row], row, sample, speaker, *column[place])
+                for model, column in zip(work.models, columns, strict=True):
+                    line = _line(work.rows[row], row, sample, model.name, *column[place])
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
                 yield (row, sample), [column[place][0] for column in columns]
             file.flush()
 
 
 def _column(work: Work, block: Block, number: int, bar: Progress) -> list[tuple[Answer, float | None]]:
-    """The answers of one speaker to a block, with their scores."""
-    size, said = work.config.per_device_eval_batch_size, list[Answer]()
-    asked = [work.prompts[number][row] for row, _ in block.items]
-    for first in range(0, len(asked), size):
-        batch = asked[first : first + size]
-        drawn = (len(asked), range(first, first + len(batch)))
-        said += work.speakers[number].say(batch, seed=block.seed, drawn=drawn)
-        bar.update(len(batch))
-    if work.source is None:
-        return [(answer, None) for answer in said]
-    found = scores(work.source, [work.rows[row] for row, _ in block.items], asked, said)
-    return list(zip(said, found, strict=True))
+    """Return the answers of one model to a block, with their scores."""
+    model, prompts = work.models[number], [work.prompts[number][row] for row, _ in block.items]
+
+    def draw(batch: Sequence[Sequence[int]], first: int) -> Sampled:
+        return model.draw(batch, seed=block.seed, batch_slice=(len(prompts), range(first, first + len(batch))))
+
+    size = work.config.per_device_eval_batch_size
+    answers = sample_in_batches(model.tokenizer, prompts, draw, at_once=size, on_batch=bar.update)
+    values: Sequence[float | None] = [None] * len(prompts)
+    if work.source is not None:
+        values = scores(work.source, [work.rows[row] for row, _ in block.items], prompts, answers)
+    return list(zip(answers.rows, values, strict=True))
 
 
-def _line(row: Row, number: int, sample: int, speaker: Speaker, answer: Answer, score: float | None) -> dict[str, Any]:
+def _line(row: Row, number: int, sample: int, model: str, answer: Answer, score: float | None) -> dict[str, Any]:
     line = {
         "number": number + 1,
         "sample": sample,
-        "model": speaker.name,
+        "model": model,
         "prompt": row["prompt"],
         "response": answer.text,
         "tokens": len(answer.tokens),
@@ -209,7 +210,7 @@ def _line(row: Row, number: int, sample: int, speaker: Speaker, answer: Answer, 
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     run(parse_config(GenerateConfig))
 
 

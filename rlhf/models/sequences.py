@@ -68,23 +68,6 @@ class Sequences:
         return type(self)(**{f.name: cut(f.name) for f in dataclasses.fields(self)})
 
 
-def concatenate(parts: list[Sequences], pad_token_id: int) -> Sequences:
-    """Return the sequences of several batches as one, re-padded to the widest."""
-    width_p = max(p.prompts.shape[1] for p in parts)
-    width_r = max(p.responses.shape[1] for p in parts)
-
-    def widen(x: Tensor, width: int, left: bool, fill: int | bool) -> Tensor:
-        gap = width - x.shape[1]
-        return torch.nn.functional.pad(x, (gap, 0) if left else (0, gap), value=fill)
-
-    return Sequences(
-        prompts=torch.cat([widen(p.prompts, width_p, True, pad_token_id) for p in parts]),
-        prompt_mask=torch.cat([widen(p.prompt_mask, width_p, True, False) for p in parts]),
-        responses=torch.cat([widen(p.responses, width_r, False, pad_token_id) for p in parts]),
-        mask=torch.cat([widen(p.mask, width_r, False, False) for p in parts]),
-    )
-
-
 def length_sorted_batches(lengths: Tensor, size: int, tokens: int | None = None) -> list[Tensor]:
     """Return row numbers in batches of at most `size` rows of similar lengths, so that little of it is padding.
 

@@ -1,1 +1,1 @@
-"""The reward model: K-wise ranking loss, its trainer, and what the trained model is worth."""
+"""Reward models: the ranking loss and its trainer, scoring, and all sources of reward."""

@@ -1,4 +1,4 @@
-"""Whether a saved reward model is the one that was trained, and scores a text the same in whatever company."""
+"""Comparison of a saved reward model with the trained one: its scores of texts together, alone and among padding."""
 
 from __future__ import annotations
 
@@ -11,30 +11,27 @@ from rlhf.base.errors import UserError
 from rlhf.reward.scorer import Scorer
 
 PARITY_TEXTS = 64
-"""Held-out texts that are compared."""
+"""Held-out texts whose scores are compared."""
 PADDINGS = ((0, 16), (9, 0), (5, 7))
 """Padding tokens left and right of the longest text."""
 RELOADED = 1e-3
-"""`deviation` that saving may make: the same numbers in the same order."""
+"""Largest `deviation` after loading: the model computes the same numbers in the same order."""
 REORDERED = {torch.bfloat16: 0.05, torch.float32: 1e-3, torch.float64: 1e-5}
-"""`deviation` that other batches may make: sums in another order round differently."""
+"""Largest `deviation` in other batches, by the model's type: sums in another order round differently."""
 OUTLIER = 4.0
-"""How many times further off a single score may be: rounding to bf16 has outliers among the texts of a sound model."""
+"""Factor by which a single score may be further off: rounding to bf16 has outliers in a sound model, too."""
 
 
 def require_parity(trained: Tensor, saved: Scorer, rows: Sequence[Sequence[int]]) -> float:
-    """Compares the scores of texts in memory with those of the saved files, together, alone, and with padding.
+    """Return the largest `deviation` of a saved model's scores from those of the model in memory.
 
-    A score head that was not saved, an adapter saved under another name, a score read at a padding token, or one that sees
-    its neighbours all look well in training, and are off by about the spread of the scores here.
+    A score head that was not saved, an adapter saved under another name, a score read at a padding token, or one that
+    depends on other rows of the batch: none shows in training, and all are off by about the spread of the scores here.
 
     Args:
         trained: (M,) raw scores of the model in memory.
         saved: the model that was loaded from the saved files.
         rows: M token rows.
-
-    Returns:
-        The largest `deviation` found.
 
     Raises:
         UserError: a score is not finite, or a difference is more than rounding.
@@ -43,21 +40,21 @@ def require_parity(trained: Tensor, saved: Scorer, rows: Sequence[Sequence[int]]
         raise UserError("the reward model gives scores that are not finite; try a smaller learning_rate")
     scale = max(float(trained.double().square().mean().sqrt()), 1e-12)
     worst = 0.0
-    for how, allowed, scores in [("together", RELOADED, saved.raw(rows)), *other_companies(saved, rows)]:
-        found = deviation(scores, trained, scale)
-        if found > allowed:
+    for how, allowed, scores in [("together", RELOADED, saved.raw(rows)), *scores_in_other_batches(saved, rows)]:
+        difference = deviation(scores, trained, scale)
+        if difference > allowed:
             text = int((scores - trained).abs().nan_to_num(nan=torch.inf).argmax())
             raise UserError(
                 f"the saved reward model is not the trained one: text {text + 1} of {len(rows)}, scored {how}, gets "
                 f"{float(scores[text]):.4g} from the saved files and {float(trained[text]):.4g} in memory; nothing was "
                 "registered, please report this with the command and the model's name"
             )
-        worst = max(worst, found)
+        worst = max(worst, difference)
     return worst
 
 
 def deviation(scores: Tensor, expected: Tensor, scale: float) -> float:
-    """How far scores (M,) are off, as a share of `scale`: the root mean square difference, or the largest over `OUTLIER`.
+    """Return the root mean square difference of scores (M,), or the largest over `OUTLIER` if more, as a share of `scale`.
 
     A score that is NaN is infinitely far off.
     """
@@ -65,8 +62,8 @@ def deviation(scores: Tensor, expected: Tensor, scale: float) -> float:
     return max(float(difference.square().mean().sqrt()), float(difference.max()) / OUTLIER) / scale
 
 
-def other_companies(scorer: Scorer, rows: Sequence[Sequence[int]]) -> Iterator[tuple[str, float, Tensor]]:
-    """The raw scores (M,) of rows alone and among padding: (how, allowed difference as in `REORDERED`, scores)."""
+def scores_in_other_batches(scorer: Scorer, rows: Sequence[Sequence[int]]) -> Iterator[tuple[str, float, Tensor]]:
+    """Yield (description, largest `deviation`, raw scores (M,)) of rows alone and among padding."""
     allowed = REORDERED[scorer.compute.dtype]
     yield "alone", allowed, torch.cat([scorer.raw([row]) for row in rows])
     for left, right in PADDINGS:

@@ -1,4 +1,4 @@
-"""K-wise ranking: all pairs of a prompt in one batch element, one forward a response (InstructGPT, section 3.5 and eq. 1).
+"""K-wise ranking: all pairs of a prompt in one batch element, one forward pass a response (InstructGPT, section 3.5, eq. 1).
 
 Legend: M responses in the batch, of all prompts together.
 """
@@ -24,26 +24,25 @@ class Pairs:
     """The ordered pairs of a batch."""
 
     better: Tensor
-    """(n,) int64: rows of the responses that people rated higher."""
+    """(n,) int64: rows of the responses with the higher rating."""
     worse: Tensor
-    """(n,) int64: rows of the responses they are compared with."""
+    """(n,) int64: rows of the other responses."""
     weight: Tensor
-    """(n,) 1 / C(K, 2) of the pair's prompt, so every prompt counts alike however many responses it has; times the
-    confidence in the pair, if it is known."""
+    """(n,) 1 / C(K, 2) of the pair's prompt, so that all prompts weigh the same; times the confidence in the pair, if known."""
     difference: Tensor
-    """(n,) above 0: by how much the better one is rated higher, in units of the ratings."""
+    """(n,) above 0: difference of the two ratings."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """What the ranking loss asks for besides the order of scores. The defaults ask for nothing else (InstructGPT)."""
+    """Terms of the ranking loss besides the order of scores; the defaults have none (InstructGPT)."""
 
     min_difference: float = 0.0
     """Pairs whose ratings differ by less are ties."""
     margin_per_rating: float = 0.0
     """Scores have to differ by this for each unit of the ratings (Touvron et al. 2023, Llama 2, equation 2)."""
     label_smoothing: float = 0.0
-    """Share of pairs that are taken to be labelled the wrong way round."""
+    """Share of pairs that are assumed to be labelled the wrong way round."""
     center_rewards_coefficient: float = 0.0
     """Weight of (sum of a pair's scores)^2, which fixes the zero that differences leave open (Eisenstein et al. 2023)."""
 
@@ -51,12 +50,12 @@ class Objective:
 def ordered_pairs(
     ratings: Tensor, prompt: Tensor, *, min_difference: float = 0.0, confidence: Tensor | None = None
 ) -> Pairs:
-    """All pairs of one prompt whose ratings differ by at least `min_difference`; equal ratings are ties and left out.
+    """Return all pairs of one prompt whose ratings differ by at least `min_difference`; equal ratings form no pair.
 
     Args:
         ratings: (M,) higher is better.
-        prompt: (M,) int64, which prompt each response answers.
-        confidence: (M, M) in [0, 1], how sure it is that the row's response is better than the column's; None: 1.
+        prompt: (M,) int64, number of each response's prompt.
+        confidence: (M, M) in [0, 1] that the row's response is better than the column's; None: 1.
     """
     gap = ratings[:, None] - ratings[None, :]
     same = prompt[:, None] == prompt[None, :]
@@ -69,13 +68,13 @@ def ordered_pairs(
 
 
 def agreement(ratings: Sequence[Sequence[float]]) -> Tensor:
-    """(K, K) in [0, 1]: 1 where all raters put the row's response above the column's, 0 where half of them do, or fewer.
+    """Return (K, K) in [0, 1]: 1 where all raters prefer the row's response to the column's, 0 where at most half do.
 
     It is 2 P(i above j) - 1 over all pairs of one rating of each, ties counted half: the common-language effect size
     (McGraw & Wong 1992) on a scale from a coin to certainty.
 
     Args:
-        ratings: K lists of the ratings that a response got; not all need have the same raters.
+        ratings: a list of ratings for each of K responses; they may have different raters.
     """
     values = [torch.tensor(list(inner), dtype=torch.float32) for inner in ratings]
     rows = [torch.stack([torch.sign(i[:, None] - j[None, :]).mean() for j in values]) for i in values]
@@ -83,14 +82,14 @@ def agreement(ratings: Sequence[Sequence[float]]) -> Tensor:
 
 
 def ranking_loss(scores: Tensor, pairs: Pairs, num_prompts: int, objective: Objective | None = None) -> Tensor:
-    """Mean over prompts of 1/C(K,2) * sum over its pairs of -log sigmoid(score of the better - score of the worse).
+    """Return the mean over prompts of 1/C(K,2) * sum over its pairs of -log sigmoid(score of the better - score of the worse).
 
     With an objective, d is that difference less the margin, and a pair costs
     -(1 - e) log sigmoid(d) - e log sigmoid(-d) + c (sum of its two scores)^2, e the smoothing and c the centring.
 
     Args:
         scores: (M,) fp32 scores.
-        num_prompts: prompts in the batch, those without any pair included.
+        num_prompts: prompts in the batch, including those without pairs.
     """
     objective = objective or Objective()
     better, worse = scores.float()[pairs.better], scores.float()[pairs.worse]
@@ -102,7 +101,7 @@ def ranking_loss(scores: Tensor, pairs: Pairs, num_prompts: int, objective: Obje
 
 
 class RankingCollator:
-    """Rows with K responses each -> one flat batch.
+    """Flattens rows with K responses each into one batch.
 
     Rows hold `input_ids`, a list of K token lists (prompt and response), and `ratings`, K numbers; with
     `weight_by_agreement` also `rater_ratings`, K lists of the single raters' numbers.
@@ -118,7 +117,7 @@ class RankingCollator:
             "input_ids": ids,
             "attention_mask": mask,
             "prompt": torch.tensor(prompt),
-            # In fp32, differences of ratings on a scale to 100 would be off by more than what passes for rounding.
+            # In fp32, differences of ratings on a scale to 100 would be off by more than `is_clear` takes for rounding.
             "ratings": torch.tensor([r for row in rows for r in row["ratings"]], dtype=torch.float64),
         }
         if self.weight_by_agreement:
@@ -127,7 +126,7 @@ class RankingCollator:
 
 
 def score_rows(model: torch.nn.Module, input_ids: Tensor, attention_mask: Tensor, batches: Sequence[Tensor]) -> Tensor:
-    """Raw scores (M,) fp32 of right-padded rows, a forward pass for each of the batches of row numbers."""
+    """Return raw scores (M,) fp32 of right-padded rows, with one forward pass for each batch of row numbers."""
     parts = []
     lengths = attention_mask.sum(dim=1)
     for rows in batches:
@@ -140,7 +139,7 @@ def score_rows(model: torch.nn.Module, input_ids: Tensor, attention_mask: Tensor
 
 
 class RankingTrainer(ResumableTrainer, RewardTrainer):
-    """`trl.RewardTrainer` on rankings: only the data and the loss are different."""
+    """`trl.RewardTrainer` with rankings as data and the ranking loss."""
 
     def __init__(self, *args: Any, objective: Objective, forward_batch_size: int, **kwargs: Any) -> None:
         self.objective: Objective = objective
@@ -153,7 +152,7 @@ class RankingTrainer(ResumableTrainer, RewardTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The ranking loss of a batch from `RankingCollator`."""
+        """Return the ranking loss of a batch from `RankingCollator`."""
         batches = prompt_batches(inputs["prompt"], self.forward_batch_size)
         scores = score_rows(model, inputs["input_ids"], inputs["attention_mask"], batches)
         pairs = ordered_pairs(

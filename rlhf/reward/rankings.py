@@ -1,4 +1,4 @@
-"""Rankings as token rows, with the numbers of those that were left out and why."""
+"""Rankings as token rows, with counts of and reasons for rows that are left out."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from rlhf.models.tokenization import check_rows, encode_prompt, encode_response
 
 @dataclass(frozen=True)
 class Encoded:
-    """Rankings that can be scored.
+    """Tokenised rankings.
 
     Attributes:
         rows: the columns of the data, `input_ids` (K token lists, prompt and response), `prompt_length` and `lengths` (K,
             of the responses), in tokens.
-        dropped: reason -> line or row numbers in the source of what was left out here.
-        left_out: reason -> `count` and the first `rows` of all that was left out, in loading too.
+        dropped: reason -> line or row numbers in the source of the rankings that were left out here.
+        left_out: reason -> `count` and the first `rows` of all rankings that were left out, in loading too.
     """
 
     rows: Dataset
@@ -39,12 +39,13 @@ def encode_rankings(
     min_responses: int = 2,
     min_rating_difference: float | None = None,
 ) -> Encoded:
-    """Tokenises rankings.
+    """Tokenise rankings.
 
     Args:
-        max_length: of prompt and response together, tokens; nothing is cut, because a cut response is another one.
+        max_length: longest prompt and response together, tokens; nothing is cut, because a cut response is another one.
         min_responses: smaller rankings are left out.
-        min_rating_difference: of at least one pair; None keeps rankings of ties, which only an evaluation can use.
+        min_rating_difference: least difference of the ratings of some pair; None keeps rankings of ties alone, which only an
+            evaluation can use.
 
     Raises:
         UserError: nothing is left.

@@ -1,4 +1,4 @@
-"""A finished reward model as its readers use it: token rows or texts in, normalised scores out."""
+"""Scoring with a finished reward model: token rows or texts in, normalised scores out."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from rlhf.reward.ranking import score_rows
 
 
 class Scorer:
-    """Scores of a reward model, less the mean and over the spread that its manifest holds.
+    """A reward model whose scores are normalised by the mean and spread in its manifest.
 
     Args:
-        model: gives raw scores as the logits of token ids and a mask.
+        model: returns raw scores as the logits of token ids and a mask.
         batch_size: responses a forward pass.
     """
 
@@ -40,22 +40,22 @@ class Scorer:
         self.mean, self.std = mean, std
 
     def __call__(self, rows: Sequence[Sequence[int]], prompt: Tensor | None = None) -> Tensor:
-        """Normalised scores (M,), fp32, of token rows (prompt and response): 0 is the mean of the demonstrations.
+        """Return normalised scores (M,), fp32, of token rows (prompt and response); 0 is the mean of the demonstrations.
 
         Args:
-            prompt: (M,) int64, which prompt each row answers, neighbours together; what they share is computed once.
+            prompt: (M,) int64, number of each row's prompt, rows of a prompt together; a shared prefix is computed once.
         """
         return (self.raw(rows, prompt) - self.mean) / self.std
 
     @torch.no_grad()
     def raw(self, rows: Sequence[Sequence[int]], prompt: Tensor | None = None) -> Tensor:
-        """Scores (M,) as the model gives them; their differences are log-odds that one response is the better one."""
+        """Return the model's own scores (M,); their differences are log-odds that one response is the better one."""
         with direct_casting(self.model, self.compute), self.compute.autocast():
             return score_tokens(self.model, rows, int(self.tokenizer.pad_token_id), self.batch_size, prompt=prompt)
 
     @torch.no_grad()
     def raw_padded(self, rows: Sequence[Sequence[int]], left: int, right: int) -> Tensor:
-        """The same of rows in batches as they come, with so many padding tokens more on both sides of the longest."""
+        """Return raw scores (M,) of rows with `left` and `right` extra padding tokens, batched in the given order."""
         pad_id, parts = int(self.tokenizer.pad_token_id), []
         for first in range(0, len(rows), self.batch_size):
             ids, mask = pad(rows[first : first + self.batch_size], pad_id, side="right")
@@ -70,7 +70,7 @@ class Scorer:
         return torch.cat(parts)
 
     def encode(self, prompt: Sequence[Message], answer: str) -> list[int]:
-        """Token row of a prompt and the text of an answer to it."""
+        """Return the token row of a prompt and an answer to it."""
         response = [{"role": "assistant", "content": answer}]
         return encode_prompt(self.tokenizer, prompt) + encode_response(self.tokenizer, prompt, response)
 
@@ -78,7 +78,7 @@ class Scorer:
 def open_scorer(
     artifact: Artifact, registry: Registry, config: ComputeConfig, compute: Compute, batch_size: int
 ) -> Scorer:
-    """The registered reward model, on the SFT policy that it was trained on where it is an adapter."""
+    """Open a registered reward model; one that is an adapter is put on the SFT policy that it was trained on."""
     tokenizer = load_tokenizer(str(artifact.path))
     parent = next(p for p in artifact.manifest.parents if p.stage == "sft")
     policy = registry.get(parent.reference)
@@ -91,7 +91,11 @@ def open_scorer(
 def score_tokens(
     model: nn.Module, rows: Sequence[Sequence[int]], pad_token_id: int, batch_size: int, *, prompt: Tensor | None = None
 ) -> Tensor:
-    """Raw scores (M,) of token rows (prompt and response); `prompt` (M,) says which prompt each row answers, if known."""
+    """Return raw scores (M,) of token rows (prompt and response).
+
+    Args:
+        prompt: (M,) int64, number of each row's prompt, if known: rows of one prompt then share a batch.
+    """
     ids, mask = pad(rows, pad_token_id, side="right")
     device = next(model.parameters()).device
     batches = (

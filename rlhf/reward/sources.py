@@ -1,17 +1,19 @@
-"""Where the scores of PPO come from: a reward adapter on the shared base, a classifier, a Python function, an endpoint.
+"""Rewards: what scores responses, in PPO and in evaluations.
 
-A source is called with `Responses` and gives one finite number for each. Anything else it gives, or no answer, is a
-`RewardError`: the run stops with a checkpoint. Several sources are added up with weights (`Reward`).
+A source is called with `Responses` and returns one finite number for each; anything else, or no answer, is a `RewardError`,
+which stops a run with a checkpoint. Several sources are added up with weights (`Reward`). Each kind of source is a class
+with `matches` and `open`; to add one, write its class and put it into `KINDS`.
 """
 
 from __future__ import annotations
 
 import math
+import re
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import requests
 import torch
@@ -25,15 +27,14 @@ from rlhf.base import distributed
 from rlhf.base.errors import UserError, require
 from rlhf.base.functions import load_function
 from rlhf.base.json_files import decode, read_object
-from rlhf.config import ComputeConfig, PPOConfig, reward_kind
+from rlhf.config import REGISTERED_REWARD, ComputeConfig, PPOConfig
 from rlhf.models.base import context_length
 from rlhf.models.compute import Compute
 from rlhf.models.registered import MANIFESTS
 from rlhf.models.roles import RoleModels
 from rlhf.models.sequences import Sequences
 from rlhf.models.tokenization import Message, encode_prompt, encode_response, last_user_text
-from rlhf.registry import Registry
-from rlhf.reward import sources
+from rlhf.registry import Manifest, Registry
 from rlhf.reward.scorer import Scorer, open_scorer
 
 #: Times that a request is repeated, with waits of 0.5, 1 and 2 seconds between.
@@ -46,7 +47,7 @@ class RewardError(UserError):
 
 @dataclass(frozen=True, kw_only=True)
 class Responses:
-    """What a source may look at; B responses."""
+    """B responses to be scored."""
 
     sequences: Sequences
     """Token ids of prompts and responses."""
@@ -69,7 +70,7 @@ class Reward:
         self.weights = list(weights) or [1.0] * len(self.sources)
 
     def __call__(self, responses: Responses) -> tuple[Tensor, dict[str, Tensor]]:
-        """The sum (B,), and each source's own scores by name, unweighted."""
+        """Return the sum (B,), and each source's own scores by name, unweighted."""
         device = responses.sequences.mask.device
         # All processes ask, so that all fail together; the answers of process 0 count, should they differ.
         parts = {name: distributed.from_main(source(responses).to(device)) for name, source in self.sources.items()}
@@ -78,8 +79,57 @@ class Reward:
         return total, parts
 
 
-class AdapterReward:
-    """The reward adapter and head on the shared base; scores are normalised by the reward model's own mean and spread."""
+# Kinds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opening:
+    """Settings with which sources are opened."""
+
+    config: ComputeConfig
+    compute: Compute
+    batch_size: int
+    """Responses a forward pass or request."""
+    timeout: float
+    """Seconds that an endpoint may take for a request."""
+    gold: bool = False
+    """Open functions as independent judges, which get the texts of responses alone."""
+    policy: Manifest | None = None
+    """The policy that wrote the responses; reward models with its tokenizer and chat template read token ids, others texts."""
+
+
+class Kind:
+    """A kind of source, recognised by the form of its names."""
+
+    NAMES: ClassVar[str]
+    """Regular expression of the names, as users write them."""
+
+    @classmethod
+    def matches(cls, name: str) -> bool:
+        """Return whether a name is of this kind."""
+        return re.fullmatch(cls.NAMES, name, re.DOTALL) is not None
+
+    @classmethod
+    def open(cls, name: str, opening: Opening) -> Source:
+        """Return the source of a name of this kind; raise `UserError` where there is none."""
+        raise NotImplementedError
+
+    @classmethod
+    def check(cls, name: str, registry: Registry) -> None:
+        """Raise `UserError` for a name that cannot be opened, as far as that is cheap to know."""
+
+    @classmethod
+    def label(cls, name: str) -> str:
+        """Return the source's name in logs."""
+        return name.rsplit("/", 1)[-1].split("@")[0]
+
+
+class ModelSource:
+    """Base of sources that run a model; the preflight compares their scores of rows alone and among padding."""
+
+
+class AdapterReward(ModelSource):
+    """The reward adapter and head on a PPO run's shared base; scores are normalised by the reward model's mean and spread."""
 
     def __init__(self, models: RoleModels) -> None:
         self.models = models
@@ -90,41 +140,106 @@ class AdapterReward:
         dtype = self.models.reward_head.weight.dtype
         scores = torch.zeros(len(sequences), dtype=dtype, device=sequences.mask.device)
         for rows in distributed.share(responses.batches):
-            scores[rows] = sources.sequence_scores(self.models, sequences.select(rows)).to(dtype)
+            scores[rows] = sequence_scores(self.models, sequences.select(rows)).to(dtype)
         return distributed.total(scores)
 
 
-class ModelReward:
-    """A whole reward model beside the policy, read and normalised as the adapter is."""
+def sequence_scores(models: RoleModels, batch: Sequences) -> Tensor:
+    """Return the reward adapter's normalised scores (B,), read at the last real response token."""
+    with models.role("reward"):
+        hidden = models.hidden(batch.input_ids, batch.attention_mask)
+        last = batch.prompts.shape[1] + batch.mask.sum(dim=1) - 1
+        return models.scores(hidden[torch.arange(len(batch), device=last.device), last])
 
-    def __init__(self, scorer: Scorer) -> None:
-        self.scorer = scorer
+
+class ModelReward(Kind, ModelSource):
+    """A registered reward model beside the policy, its scores normalised.
+
+    Args:
+        reads_texts: encode the texts of responses by the reward model's own tokenizer and chat template, in place of
+            reading token ids; needed where those of the policy are different.
+    """
+
+    NAMES = REGISTERED_REWARD
+
+    def __init__(self, scorer: Scorer, *, reads_texts: bool = False) -> None:
+        self.scorer, self.reads_texts = scorer, reads_texts
+
+    @classmethod
+    def check(cls, name: str, registry: Registry) -> None:
+        registry.get(name)
+
+    @classmethod
+    def open(cls, name: str, opening: Opening) -> Source:
+        registry = Registry(opening.config.registry)
+        artifact = registry.get(name, expect_stage="reward")
+        scorer = open_scorer(artifact, registry, opening.config, opening.compute, opening.batch_size)
+        own, policy = artifact.manifest, opening.policy
+        alike = policy is not None and (own.tokenizer_hash, own.chat_template_hash) == (
+            policy.tokenizer_hash,
+            policy.chat_template_hash,
+        )
+        return cls(scorer, reads_texts=not alike)
 
     def __call__(self, responses: Responses) -> Tensor:
-        sequences = responses.sequences
-        ids, mask = sequences.input_ids, sequences.attention_mask
+        if self.reads_texts:
+            return scores_of_texts(self.scorer, [row["prompt"] for row in responses.rows], responses.texts)
+        ids, mask = responses.sequences.input_ids, responses.sequences.attention_mask
         return self.scorer([row[real].tolist() for row, real in zip(ids, mask, strict=True)])
 
 
-class FunctionReward:
+def scores_of_texts(scorer: Scorer, prompts: Sequence[Sequence[Message]], answers: Sequence[str]) -> Tensor:
+    """Return normalised scores (M,) of texts, encoded by the reward model's own tokenizer.
+
+    Raises:
+        RewardError: a conversation is longer than the model's context.
+    """
+    rows = [scorer.encode(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    _require_room(rows, context_length(cast(Any, scorer.model)))
+    return scorer(rows)
+
+
+def _require_room(rows: Sequence[Sequence[int]], context: int) -> None:
+    if (longest := max(map(len, rows))) > context:
+        raise RewardError(
+            f"a conversation has {longest} tokens in the reward model's own tokenizer, and its context is {context}: "
+            "shorten prompts or answers, or take a reward model of a longer context"
+        )
+
+
+class FunctionReward(Kind):
     """`package.module:function(prompts, responses, **columns) -> list[float]`.
 
     prompts: the conversations that were answered (lists of messages); responses: texts; columns: the other columns of the
     data, one value for each response. All are lists of the same length.
     """
 
+    NAMES = r"[\w.]+:\w+"
+
     def __init__(self, reference: str) -> None:
         self.reference, self.function = reference, load_function(reference)
+
+    @classmethod
+    def check(cls, name: str, registry: Registry) -> None:
+        load_function(name)
+
+    @classmethod
+    def open(cls, name: str, opening: Opening) -> Source:
+        return GoldSource(name) if opening.gold else cls(name)
+
+    @classmethod
+    def label(cls, name: str) -> str:
+        return name.rsplit(":", 1)[-1]
 
     def __call__(self, responses: Responses) -> Tensor:
         names = {name for row in responses.rows for name in row} - {"prompt"}
         columns = {name: [row.get(name) for row in responses.rows] for name in sorted(names)}
         prompts = [row["prompt"] for row in responses.rows]
-        return self._ask(len(responses.texts), prompts, list(responses.texts), **columns)
+        return self._call(len(responses.texts), prompts, list(responses.texts), **columns)
 
-    def _ask(self, count: int, *given: Any, **columns: Any) -> Tensor:
+    def _call(self, count: int, *arguments: Any, **columns: Any) -> Tensor:
         try:
-            scores = self.function(*given, **columns)
+            scores = self.function(*arguments, **columns)
         except Exception as error:  # whatever a user's code may raise
             frame = traceback.extract_tb(error.__traceback__)[-1]
             raise RewardError(
@@ -134,23 +249,25 @@ class FunctionReward:
 
 
 class GoldSource(FunctionReward):
-    """`package.module:function(responses) -> list[float]`: an independent judge, which sees the texts alone."""
+    """`package.module:function(responses) -> list[float]`: an independent judge, which gets the texts alone."""
 
     def __call__(self, responses: Responses) -> Tensor:
-        return self._ask(len(responses.texts), list(responses.texts))
+        return self._call(len(responses.texts), list(responses.texts))
 
 
-class ClassifierReward:
-    """A sequence classifier with one output, of any family, read through *its* tokenizer and chat template.
+class ClassifierReward(Kind, ModelSource):
+    """A sequence classifier with one output, of any family, with its own tokenizer and chat template.
 
-    A tokenizer without a template reads the last question and the answer as a pair of texts. A reward model that was exported
-    from a registry is read up to the stop token and normalised, as it is there.
+    A tokenizer without a template encodes the last question and the answer as a pair of texts. A reward model that was
+    exported from a registry is read at the stop token, and its scores are normalised, as in the registry.
     """
+
+    NAMES = r".*"
 
     def __init__(self, name_or_path: str, compute: Compute, batch_size: int) -> None:
         self.batch_size = batch_size
         try:
-            # Told to, because asked neither way transformers asks the terminal whether to run a model's code.
+            # Without this argument transformers asks at the terminal whether to run a model's code.
             self.tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
             model = AutoModelForSequenceClassification.from_pretrained(
                 name_or_path, dtype=compute.dtype, use_safetensors=True, trust_remote_code=False
@@ -172,6 +289,10 @@ class ClassifierReward:
         self.context = context_length(model)
         self.exported = _exported(name_or_path)
         self.mean, self.std = self.exported or (0.0, 1.0)
+
+    @classmethod
+    def open(cls, name: str, opening: Opening) -> Source:
+        return cls(name, opening.compute, opening.batch_size)
 
     @torch.no_grad()
     def __call__(self, responses: Responses) -> Tensor:
@@ -195,7 +316,7 @@ class ClassifierReward:
 
 
 def _exported(name_or_path: str) -> tuple[float, float] | None:
-    """Mean and spread of a reward model's scores, out of the manifests that its export left in the folder; None: no export."""
+    """Return mean and spread of an exported reward model's scores, from the manifests in its folder; None: not an export."""
     try:
         file = cached_file(name_or_path, MANIFESTS)
     except OSError:  # what transformers raises where there is none
@@ -207,15 +328,25 @@ def _exported(name_or_path: str) -> tuple[float, float] | None:
         raise UserError(f"{MANIFESTS} in {name_or_path} is no manifest of a reward model; export it again") from error
 
 
-class EndpointReward:
+class EndpointReward(Kind):
     """An HTTP endpoint: POST {"prompts": [...], "responses": [...]} as JSON, answered by {"scores": [...]}.
 
     Requests that fail to connect, time out or answer 429 or 5xx are repeated a few times.
     """
 
+    NAMES = r"https?://.*"
+
     def __init__(self, url: str, batch_size: int, timeout: float) -> None:
         self.url, self.batch_size, self.timeout = url, batch_size, timeout
         self.session = patient_session()
+
+    @classmethod
+    def open(cls, name: str, opening: Opening) -> Source:
+        return cls(name, opening.batch_size, opening.timeout)
+
+    @classmethod
+    def label(cls, name: str) -> str:
+        return "endpoint"
 
     def __call__(self, responses: Responses) -> Tensor:
         prompts = [row["prompt"] for row in responses.rows]
@@ -236,7 +367,7 @@ class EndpointReward:
 
 
 def patient_session() -> requests.Session:
-    """Repeats requests that fail to connect, time out or answer 429 or 5xx, `_RETRIES` times."""
+    """Return a session that repeats requests that fail to connect, time out or answer 429 or 5xx, `_RETRIES` times."""
     session = requests.Session()
     retry = Retry(_RETRIES, backoff_factor=0.5, status_forcelist=(429, 500, 502, 503, 504), allowed_methods=None)
     session.mount("http://", HTTPAdapter(max_retries=retry))
@@ -244,77 +375,8 @@ def patient_session() -> requests.Session:
     return session
 
 
-def open_sources(config: PPOConfig, compute: Compute) -> dict[str, Source]:
-    """The sources of a run that are not adapters, by the last part of their name."""
-    sources: dict[str, Source] = {}
-    for reference in config.reward:
-        kind = reward_kind(reference)
-        if kind == "function":
-            sources[source_name(reference)] = FunctionReward(reference)
-        elif kind == "endpoint":
-            sources[source_name(reference)] = EndpointReward(reference, config.microbatch_size, config.reward_timeout)
-        elif kind == "classifier":
-            sources[source_name(reference)] = ClassifierReward(reference, compute, config.microbatch_size)
-    return sources
-
-
-def open_source(
-    reference: str, registry: Registry, config: ComputeConfig, compute: Compute, *, batch_size: int, timeout: float
-) -> Source:
-    """Any source by its name, apart from a policy; a reward model reads the texts of responses.
-
-    Args:
-        timeout: seconds that an endpoint may take for a request.
-    """
-    kind = reward_kind(reference)
-    if kind == "function":
-        return FunctionReward(reference)
-    if kind == "endpoint":
-        return EndpointReward(reference, batch_size, timeout)
-    if kind == "classifier":
-        return ClassifierReward(reference, compute, batch_size)
-    artifact = registry.get(reference, expect_stage="reward")
-    return reads_texts(open_scorer(artifact, registry, config, compute, batch_size))
-
-
-def reads_texts(scorer: Scorer) -> Source:
-    """A reward model of any tokenizer or chat template: it gets texts, and encodes them as its own, which may be longer."""
-
-    def source(responses: Responses) -> Tensor:
-        return scores_of_texts(scorer, [row["prompt"] for row in responses.rows], responses.texts)
-
-    return source
-
-
-def scores_of_texts(scorer: Scorer, prompts: Sequence[Sequence[Message]], answers: Sequence[str]) -> Tensor:
-    """Normalised scores (M,) of answers as the reward model's own tokenizer writes them.
-
-    Raises:
-        RewardError: one is longer than its context.
-    """
-    rows = [scorer.encode(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
-    _require_room(rows, context_length(cast(Any, scorer.model)))
-    return scorer(rows)
-
-
-def _require_room(rows: Sequence[Sequence[int]], context: int) -> None:
-    if (longest := max(map(len, rows))) > context:
-        raise RewardError(
-            f"a conversation has {longest} tokens in the reward model's own tokenizer, and its context is {context}: "
-            "shorten prompts or answers, or take a reward model of a longer context"
-        )
-
-
-def source_name(reference: str) -> str:
-    """How a source is called in the logs."""
-    kind = reward_kind(reference)
-    if kind == "endpoint":
-        return "endpoint"
-    return reference.rsplit(":" if kind == "function" else "/", 1)[-1].split("@")[0]
-
-
 def _checked(scores: Any, count: int, source: str) -> Tensor:
-    """Scores as a tensor (count,); what is not one finite number for each response is named."""
+    """Return scores as a tensor (count,); raise `RewardError` unless they are one finite number for each response."""
     if not isinstance(scores, (Sequence, Tensor)) and not hasattr(scores, "tolist"):
         raise RewardError(f"{source} must give a list of {count} numbers, got {type(scores).__name__}")
     values = scores.tolist() if hasattr(scores, "tolist") else list(scores)
@@ -327,9 +389,19 @@ def _checked(scores: Any, count: int, source: str) -> Tensor:
     return torch.tensor(values, dtype=torch.float32)
 
 
-def sequence_scores(models: RoleModels, batch: Sequences) -> Tensor:
-    """The reward model's normalised score (B,), read at the last real response token."""
-    with models.role("reward"):
-        hidden = models.hidden(batch.input_ids, batch.attention_mask)
-        last = batch.prompts.shape[1] + batch.mask.sum(dim=1) - 1
-        return models.scores(hidden[torch.arange(len(batch), device=last.device), last])
+# The table of kinds
+
+#: All kinds of sources; a name belongs to the first that matches.
+KINDS: tuple[type[Kind], ...] = (EndpointReward, ModelReward, FunctionReward, ClassifierReward)
+
+
+def kind_of(name: str) -> type[Kind]:
+    """Return the kind of source that a name belongs to."""
+    return next(kind for kind in KINDS if kind.matches(name))
+
+
+def open_sources(config: PPOConfig, compute: Compute) -> dict[str, Source]:
+    """Return the sources of a PPO run that need none of its models, by label."""
+    opening = Opening(config=config, compute=compute, batch_size=config.microbatch_size, timeout=config.reward_timeout)
+    kinds = [(name, kind_of(name)) for name in config.reward]
+    return {kind.label(name): kind.open(name, opening) for name, kind in kinds if kind is not ModelReward}

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from rlhf.base.errors import UserError
-from rlhf.config import STAGE_CONFIGS, TrainingConfig, reward_kind
+from rlhf.config import STAGE_CONFIGS, TrainingConfig, is_registered_reward
 from rlhf.registry import Artifact, Registry, library_versions
 from rlhf.registry.lineage import ancestors, different_files
 from rlhf.sharing.hub import install
@@ -99,7 +99,7 @@ def replayed_config(artifact: Artifact, folder: Path) -> TrainingConfig:
     if recorded.get("selection_reward"):
         inputs["selection_reward"] = parents["reward"]
     if isinstance(recorded.get("reward"), list):
-        inputs["reward"] = [parents["reward"] if reward_kind(r) == "adapter" else r for r in recorded["reward"]]
+        inputs["reward"] = [parents["reward"] if is_registered_reward(r) else r for r in recorded["reward"]]
     place = {"registry": str(folder / "registry"), "output_dir": str(folder / "outputs")}
     return kind(**{**recorded, **inputs, **place, "resume": False, "wandb_mode": "disabled"})
 

@@ -11,7 +11,7 @@ from rlhf.base.errors import require
 from rlhf.config import RewardConfig
 from rlhf.data_prep.load import Loaded, NoneOfKind, load_rows
 from rlhf.models.base import context_length
-from rlhf.models.responses import answerable, own_responses
+from rlhf.models.responses import answer_prompts, answerable
 from rlhf.models.tokenization import encode_prompt, encode_response
 from rlhf.reward.rankings import Encoded
 from rlhf.reward.scorer import Scorer
@@ -102,8 +102,9 @@ def _answers(
     first = data.rows.select(range(min(len(data.rows), NORMALIZATION_SAMPLES)))["prompt"]
     prompts = answerable(first, tokenizer, context_length(base), config.response_length)
     prompts = [prompts[i % len(prompts)] for i in range(NORMALIZATION_SAMPLES)]
-    answers = own_responses(base, tokenizer, prompts, response_length=config.response_length, seed=config.seed)
-    return iter([prompt + response for prompt, response in answers])
+    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    answers = answer_prompts(base, tokenizer, encoded, response_length=config.response_length, seed=config.seed)
+    return iter([prompt + response for prompt, response in zip(encoded, answers.tokens, strict=True)])
 
 
 def normalization(config: RewardConfig, scorer: Scorer, rows: Sequence[Sequence[int]]) -> tuple[float, float]:

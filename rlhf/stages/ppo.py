@@ -19,12 +19,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf.base import distributed
 from rlhf.base.errors import UserError, require, run_command
 from rlhf.base.functions import GoldFunction, load_function
-from rlhf.config import PPOConfig, parse_config, reward_kind
+from rlhf.config import PPOConfig, is_registered_reward, parse_config
 from rlhf.data_prep.corpus import Blocks, load_text
 from rlhf.data_prep.load import Loaded, load_rows
 from rlhf.doctor.live import LiveDoctor
 from rlhf.doctor.preflight.ppo import ppo as check_ppo
-from rlhf.evaluation.policy import Answers, evaluate_policy
+from rlhf.evaluation.policy import PolicyEvaluation, evaluate_policy
 from rlhf.models.adapters import lora_config
 from rlhf.models.base import context_length, load_policy
 from rlhf.models.compute import Compute
@@ -37,7 +37,7 @@ from rlhf.ppo.state import Outputs
 from rlhf.ppo.trainer import PPOTrainer
 from rlhf.registry import Artifact, Registry
 from rlhf.reward.scorer import open_scorer
-from rlhf.reward.sources import AdapterReward, ModelReward, Reward, open_sources, source_name
+from rlhf.reward.sources import AdapterReward, ModelReward, Reward, kind_of, open_sources
 from rlhf.run.memory import check_rollout_fits
 from rlhf.stages.data import add_dropped, describe_data, overlap
 from rlhf.stages.run import Run, find_finished, open_run, preflight, stage_recipe
@@ -51,7 +51,7 @@ def run(config: PPOConfig, *, reuse: bool = False, only_preflight: bool = False)
     `only_preflight`, it ends before the training, without an artefact."""
     registry = Registry(config.registry)
     policy = registry.get(config.policy, expect_stage="sft")
-    rewards = [registry.get(r, expect_stage="reward") for r in config.reward if reward_kind(r) == "adapter"]
+    rewards = [registry.get(r, expect_stage="reward") for r in config.reward if is_registered_reward(r)]
     for reward in rewards:
         check_same_policy(policy, reward)
     sets = data_sets(config)
@@ -154,7 +154,7 @@ def build_models(
         sources[rewards[0].name] = AdapterReward(models)
     else:
         models.fresh_value(lora)
-    names = [source_name(reference) for reference in config.reward]
+    names = [kind_of(reference).label(reference) for reference in config.reward]
     require(len(set(names)) == len(names), f"two rewards are called alike: {', '.join(names)}")
     return models, Reward({name: sources[name] for name in names}, config.reward_weights)
 
@@ -266,7 +266,7 @@ def _evaluate(
     gold: GoldFunction | None,
     *,
     reference: bool,
-) -> Answers:
+) -> PolicyEvaluation:
     config = run.config
     assert isinstance(config, PPOConfig)
     count = max(config.num_eval_samples, min(len(prompts), COMPARED_PROMPTS))
@@ -287,14 +287,14 @@ def _evaluate(
         )
 
 
-def _write_comparison(file: Path, held_out: Loaded, before: Answers, after: Answers) -> None:
+def _write_comparison(file: Path, held_out: Loaded, before: PolicyEvaluation, after: PolicyEvaluation) -> None:
     """Answers of SFT and PPO to the same held-out prompts, side by side, for the report."""
     prompts = [last_user_text(row["prompt"]) for row in held_out.rows]
     rows = [
         {
             "prompt": prompts[i],
-            "sft_response": before.texts[i],
-            "ppo_response": after.texts[i],
+            "sft_response": before.answers.texts[i],
+            "ppo_response": after.answers.texts[i],
             "sft_score": float(before.scores[i]),
             "ppo_score": float(after.scores[i]),
         }
@@ -303,7 +303,7 @@ def _write_comparison(file: Path, held_out: Loaded, before: Answers, after: Answ
     file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
-def _figures(run: Run, trainer: PPOTrainer, before: Answers, after: Answers) -> dict[str, Any]:
+def _figures(run: Run, trainer: PPOTrainer, before: PolicyEvaluation, after: PolicyEvaluation) -> dict[str, Any]:
     seconds = {p["phase"]: p["seconds"] for p in run.timer.summary()}
     training = sum(seconds.get(phase, 0.0) for phase in ("rollout", "score", "optimise"))
     figures: dict[str, Any] = {

@@ -27,15 +27,9 @@ from rlhf.data_prep.formats.rows import prompt_key
 from rlhf.data_prep.load import Loaded
 from rlhf.doctor.preflight.supervised import reward as check_reward
 from rlhf.doctor.probe import Probe
-from rlhf.evaluation.card.report_card import (
-    PolicyEvidence,
-    figures,
-    log_card,
-    make_card,
-    policy_evidence,
-    print_card,
-    save_card,
-)
+from rlhf.evaluation.card.evidence import PolicyEvidence, policy_evidence
+from rlhf.evaluation.card.output import figures, log_card, print_card, save_card
+from rlhf.evaluation.card.report_card import make_card
 from rlhf.models.adapters import direct_casting
 from rlhf.models.base import context_length, load_policy
 from rlhf.models.reward_model import load_reward_model, save_reward_model, trainable_reward_model

@@ -32,8 +32,8 @@ from rlhf.models.catalogue import pretrained, resolve_model
 from rlhf.models.heads import states_and_head
 from rlhf.models.likelihood import mean_logprobs
 from rlhf.models.logprobs import sequence_logprobs
-from rlhf.models.responses import answerable, own_responses
-from rlhf.models.tokenization import check_rows, decode_response, load_tokenizer
+from rlhf.models.responses import answer_prompts, answerable
+from rlhf.models.tokenization import check_rows, encode_prompt, load_tokenizer
 from rlhf.models.vocabulary import add_tokens, grow_embeddings, learn_tokens
 from rlhf.registry import Artifact, Registry
 from rlhf.reward.scorer import open_scorer
@@ -203,15 +203,14 @@ class Selection:
 
     def __call__(self, policy: PreTrainedModel) -> float:
         with self.compute.autocast():
-            answers = own_responses(
+            answers = answer_prompts(
                 policy,
                 self.tokenizer,
-                self.prompts,
+                [encode_prompt(self.tokenizer, prompt) for prompt in self.prompts],
                 response_length=self.config.response_length,
                 seed=self.config.seed,
             )
-        texts = [decode_response(self.tokenizer, response) for _, response in answers]
-        return float(scores_of_texts(self.scorer, self.prompts, texts).mean())
+        return float(scores_of_texts(self.scorer, self.prompts, answers.texts).mean())
 
 
 class AnswerTrainer(ResumableTrainer, SFTTrainer):

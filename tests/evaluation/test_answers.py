@@ -14,10 +14,11 @@ from transformers import PreTrainedTokenizerBase
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from rlhf.base.errors import UserError
-from rlhf.evaluation.answers import Answers, sample_answers, score_answers
+from rlhf.evaluation.answers import sample_answers, score_answers
 from rlhf.models.base import merge_adapter
 from rlhf.models.compute import Compute
 from rlhf.models.packing import pack_rows
+from rlhf.models.responses import Answers
 from rlhf.models.roles import SharedModels
 from rlhf.models.separate import FinishedPair
 from rlhf.models.tokenization import load_tokenizer

@@ -100,7 +100,7 @@ def test_what_is_not_there_is_refused_with_the_nearest(registry: Registry) -> No
         compared(registry, "pretrain/a", reward="reward/a")
     with pytest.raises(UserError, match="reward/a@1 is no policy"):
         compared(registry, "reward/a")
-    with pytest.raises(UserError, match="say which one to use: --reward"):
+    with pytest.raises(UserError, match="name one to use: --reward"):
         compared(registry, "sft/a")
     assert compared(registry, "sft/a", reward="reward/a").reward == "reward/a@1"
 
@@ -143,7 +143,7 @@ def test_a_broken_run_does_not_cost_the_rest(registry: Registry, tmp_path: Path)
     assert {s.run for s in found.snapshots} == {"good"}
     assert len(found.marks) == 3
     for mark, told in zip(
-        found.marks, ("half-written", "--snapshot_steps", "holds nothing with the hash"), strict=True
+        found.marks, ("half-written", "--snapshot_steps", "holds no artefact with the hash"), strict=True
     ):
         assert "left out" in mark and told in mark
 

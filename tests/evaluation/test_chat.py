@@ -45,7 +45,7 @@ def test_pairs_are_asked_about_in_both_orders(serve: Serve, tmp_path: Path) -> N
     """A verdict on B that is read as one for the policy in both orders; and one request in place of two."""
     server = serve(longest)
     found = judge(server, tmp_path / "judge.jsonl", PAIRS)
-    assert found.won == [1.0, 0.0, 0.5] and found.split == 0 and found.asked == 6
+    assert found.won == [1.0, 0.0, 0.5] and found.split == 0 and found.requests == 6
     assert found.tokens == (600, 12)
     request = server.requests[0]
     assert request["model"] == "toy-judge" and request["temperature"] == 0
@@ -92,9 +92,9 @@ def test_what_was_said_is_not_asked_again(serve: Serve, tmp_path: Path) -> None:
     with file.open("a") as handle:
         handle.write('{"key": "abc", "rep')
     found = judge(server, file, PAIRS)
-    assert (found.asked, len(server.requests)) == (2, 6)
+    assert (found.requests, len(server.requests)) == (2, 6)
     assert found.won == [1.0, 0.0, 0.5] and found.tokens == (600, 12)
-    assert judge(server, file, PAIRS).asked == 0, "the line after the half one is whole"
+    assert judge(server, file, PAIRS).requests == 0, "the line after the half one is whole"
 
 
 def test_a_run_that_fails_goes_on_where_it_was(serve: Serve, tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_a_run_that_fails_goes_on_where_it_was(serve: Serve, tmp_path: Path) -> 
         judge(server, file, PAIRS, parallel=1)
     assert len(file.read_text().splitlines()) == 2
     again = serve(longest)
-    assert judge(again, file, PAIRS).asked == 4 and len(again.requests) == 4
+    assert judge(again, file, PAIRS).requests == 4 and len(again.requests) == 4
 
 
 def test_the_key_is_sent_and_written_nowhere(serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,13 +133,13 @@ def test_without_a_key_none_is_sent(serve: Serve, tmp_path: Path, monkeypatch: p
 def test_equal_pairs_are_asked_about_once(serve: Serve, tmp_path: Path) -> None:
     """Toy and over-optimised policies repeat themselves: the same request ten times costs ten times."""
     found = judge(serve(longest), tmp_path / "judge.jsonl", [PAIRS[0]] * 5)
-    assert found.asked == 2 and found.won == [1.0] * 5
+    assert found.requests == 2 and found.won == [1.0] * 5
 
 
 def test_answers_that_are_alike_are_a_tie_without_a_question(serve: Serve, tmp_path: Path) -> None:
     """Paid for, and a judge that goes by position would not even call it one."""
     found = judge(serve(lambda *_: "A"), tmp_path / "judge.jsonl", [Pair("p", "x", "x"), PAIRS[0]])
-    assert found.asked == 2 and found.won == [0.5, 0.5] and found.split == 1
+    assert found.requests == 2 and found.won == [0.5, 0.5] and found.split == 1
 
 
 def test_cost() -> None:

@@ -99,7 +99,7 @@ def test_labels_that_are_marks_articles_or_parts_of_others(labels: list[str], sa
         (
             "classification={}",
             [{"prompt": "A", "reference": r} for r in ("no", " no", "No")],
-            "row 3: the label 'No' is",
+            "row 3: the label 'No' differs from 'no'",
         ),
         ("classification={}", [{"prompt": "A", "reference": " "}], "row 1: 'reference' must be"),
     ],

@@ -19,17 +19,18 @@ from toys import Call
 
 from rlhf.base.text import distinct_n, repetition
 from rlhf.config import EvaluationConfig, parse_config
-from rlhf.evaluation import bench
-from rlhf.evaluation.answers import Answers
-from rlhf.evaluation.compare import FORMAT, _conversation, figures, run
+from rlhf.evaluation import measure
+from rlhf.evaluation.compare import FORMAT, figures, run
 from rlhf.evaluation.frontier import best_of_n_kl
+from rlhf.evaluation.judges import conversation_text
 from rlhf.models.compute import Compute
+from rlhf.models.responses import Answers
 from rlhf.models.sequences import Sequences
 from rlhf.models.tokenization import TEMPLATES, encode_prompt
 from rlhf.registry import Registry
 from rlhf.report.compare_page import write_comparison
 from rlhf.reward.scorer import open_scorer
-from rlhf.reward.sources import Responses, RewardError, reads_texts
+from rlhf.reward.sources import ModelReward, Responses, RewardError
 
 MODELS = ("ppo/toy", "ppo/snaps")
 NAMES = ["sft/toy@1", "ppo/toy@1", "ppo/snaps@1"]
@@ -118,12 +119,12 @@ def test_a_reward_model_of_another_tokenizer_reads_texts(
     ids = torch.zeros(4, 3, dtype=torch.long)
     wrong = Sequences(prompts=ids, prompt_mask=ids == 0, responses=ids, mask=ids == 0)
     given = Responses(sequences=wrong, batches=[], texts=texts, rows=[{"prompt": prompt} for prompt in asked])
-    found = reads_texts(scorer)(given)
+    found = ModelReward(scorer, reads_texts=True)(given)
     expected = [scorer([encode_prompt(scorer.tokenizer, p) + own_ids(scorer.tokenizer, t)]) for p, t in zip(asked, texts, strict=True)]  # noqa: E501  # fmt: skip
     assert found.tolist() == pytest.approx([float(score) for score in expected], abs=1e-3)
     long = dataclasses.replace(given, texts=["film " * 300, *texts[1:]])
     with pytest.raises(RewardError, match=r"has \d{3,} tokens .* its context is 256"):
-        reads_texts(scorer)(long)
+        ModelReward(scorer, reads_texts=True)(long)
 
 
 def own_ids(tokenizer: Any, text: str) -> list[int]:
@@ -197,7 +198,7 @@ def test_a_second_call_samples_nothing_again(
     def refuse(*_: Any, **__: Any) -> Any:
         raise AssertionError("the policy was opened")
 
-    monkeypatch.setattr(bench, "load_policy", refuse)
+    monkeypatch.setattr(measure, "load_policy", refuse)
     again = run(options(world, folder, "--gold", "judged:toy_gold", "--runs", world.run))
     volatile = ("created", "seconds")
     plain = json.loads(json.dumps({k: v for k, v in again.items() if k not in volatile}))
@@ -350,10 +351,10 @@ def test_a_judge_reads_the_whole_conversation() -> None:
     """The last question alone ("and why?") cannot be judged."""
     turns = [{"role": "user", "content": "Is it good?"}, {"role": "assistant", "content": "No."}]
     assert (
-        _conversation([*turns, {"role": "user", "content": "Why?"}])
+        conversation_text([*turns, {"role": "user", "content": "Why?"}])
         == "user: Is it good?\n\nassistant: No.\n\nuser: Why?"
     )
-    assert _conversation(turns[:1]) == "Is it good?"
+    assert conversation_text(turns[:1]) == "Is it good?"
 
 
 # The command

@@ -104,6 +104,6 @@ def test_a_missing_file_offers_the_nearest(tmp_path: Path) -> None:
 def test_verdicts_on_other_answers_are_refused() -> None:
     """A table of last week's comparison, of which no line fits, read as if nobody had judged anything."""
     known = people.blind(PAIRS[:1], 0)[0].id
-    people.check_known(PAIRS, 0, {known: [1.0]})
+    people.check_pairs(PAIRS, 0, {known: [1.0]})
     with pytest.raises(UserError, match=r"1 of 2 verdicts are on pairs of another comparison .id abc"):
-        people.check_known(PAIRS, 0, {known: [1.0], "abc": [0.0]})
+        people.check_pairs(PAIRS, 0, {known: [1.0], "abc": [0.0]})

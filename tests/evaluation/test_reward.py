@@ -18,8 +18,10 @@ from toys import Call
 from rlhf.config import RewardCardConfig
 from rlhf.data_prep.formats.rows import prompt_key
 from rlhf.data_prep.load import load_rows
-from rlhf.evaluation.card import statistics as statistics
-from rlhf.evaluation.card.report_card import _notes, _score_rows, judge_rows, print_card
+from rlhf.evaluation.card import statistics
+from rlhf.evaluation.card.judged import judge_rows
+from rlhf.evaluation.card.output import print_card
+from rlhf.evaluation.card.report_card import _notes, _score_rows
 from rlhf.models.compute import Compute
 from rlhf.models.tokenization import load_tokenizer
 from rlhf.registry import Registry

@@ -20,7 +20,7 @@ from rlhf.config import parse_config
 from rlhf.generation import history
 from rlhf.generation.chat import Chat
 from rlhf.generation.config import ChatConfig
-from rlhf.generation.speaker import Stream
+from rlhf.generation.terminal import Stream
 
 MODULE = "rlhf.generation.chat"
 SHORT = ["--temperature", "0", "--response_length", "10"]
@@ -106,8 +106,8 @@ def test_old_turns_are_left_out_and_kept_in_the_file(place: list[str], tmp_path:
     words = ["--model", "ppo/toy", *SHORT, *place, "--history_tokens", "60"]
     chat = Chat(parse_config(ChatConfig, list(map(str, words))))
     asked: list[int] = []
-    encode = chat.speakers[0].encode
-    chat.speakers[0].encode = lambda said: asked.append(len(encode(said))) or encode(said)  # type: ignore[method-assign, func-returns-value]
+    encode = chat.models[0].encode
+    chat.models[0].encode = lambda said: asked.append(len(encode(said))) or encode(said)  # type: ignore[method-assign, func-returns-value]
     for _ in range(5):
         chat.turn(SECOND)
     assert asked[0] < asked[1] and max(asked) <= 60

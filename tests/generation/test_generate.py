@@ -17,8 +17,8 @@ from peft import PeftModel
 from toys import Call
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlhf.generation.config import SpeakConfig
-from rlhf.generation.speaker import open_speaker
+from rlhf.generation.chat_model import open_model
+from rlhf.generation.config import GenerationConfig
 from rlhf.models.base import load_base
 from rlhf.models.compute import Compute
 from rlhf.models.registered import merged_model
@@ -99,7 +99,7 @@ def test_a_file_of_prompts_becomes_lines(place: list[str], call: Caller, tmp_pat
     assert [row["score"] for row in rows] == pytest.approx(toy_gold([row["response"] for row in rows]), abs=1e-6)
     shown = call(MODULE, *words)
     assert bare(shown.out) == bare("".join(row["response"] for row in rows))
-    assert "there already" in call(MODULE, *words, "--output", tmp_path / "4.jsonl").complaint
+    assert "exists already" in call(MODULE, *words, "--output", tmp_path / "4.jsonl").complaint
     other = call(MODULE, *words, "--seed", "1", "--output", tmp_path / "other.jsonl")
     assert other.code == 0 and lines(tmp_path / "other.jsonl") != rows
 
@@ -158,9 +158,9 @@ def test_a_quantised_policy_is_quantised_once(finished: tuple[Path, Path], tmp_p
     for name, stage in (("ppo/toy", "ppo"), (str(tmp_path / "adapter"), "sft")):
         whole = tmp_path / stage
         merged_model(registry, registry.read(f"{stage}/toy")).save_pretrained(whole)
-        config = SpeakConfig(model=name, quantization="4bit", **common)
+        config = GenerationConfig(model=name, quantization="4bit", **common)
         compute = Compute.choose(config)
-        ours = open_speaker(name, config, registry, compute).model
+        ours = open_model(name, config, registry, compute).model
         right = load_base(str(whole), config, compute).eval()
         assert any(type(module).__name__ == "Linear4bit" for module in ours.modules())
         ids = torch.arange(3, 40)[None]
@@ -181,7 +181,7 @@ def test_figures_of_a_check(place: list[str], call: Caller, tmp_path: Path) -> N
     kept = json.loads((tmp_path / "said.check.json").read_text())
     assert kept["check"] == "question_answering" and kept["models"]["ppo/toy@1"]["exact_match"]["value"] == 0.5
     (tmp_path / "said.jsonl").unlink()
-    assert "said.check.json is there already" in call(MODULE, "--model", "ppo/toy", *words).complaint
+    assert "said.check.json exists already" in call(MODULE, "--model", "ppo/toy", *words).complaint
 
 
 @pytest.mark.parametrize(

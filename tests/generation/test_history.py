@@ -60,7 +60,7 @@ def test_what_is_no_conversation_is_refused(tmp_path: Path, content: str) -> Non
     """A traceback, or a conversation that begins with an answer."""
     file = tmp_path / "talk.json"
     file.write_text(content)
-    with pytest.raises(UserError, match="is no saved conversation"):
+    with pytest.raises(UserError, match="is not a saved conversation"):
         history.load(file, 1)
     with pytest.raises(UserError, match="cannot read"):
         history.load(tmp_path / "none.json", 1)

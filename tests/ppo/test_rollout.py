@@ -25,7 +25,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from rlhf.models.roles import Role, RoleModels
 from rlhf.models.sampling import Sampled
-from rlhf.models.sequences import Sequences, concatenate, length_sorted_batches, pad
+from rlhf.models.sequences import Sequences, length_sorted_batches, pad
 from rlhf.ppo import forward
 from rlhf.ppo.rollout import Penalties, SamplingOptions, evaluate_sequences, respond
 from rlhf.ppo.types import Rollout
@@ -299,8 +299,8 @@ def test_same_seed_same_responses_and_the_reference_has_no_adapter(tmp_path: Pat
     torch.testing.assert_close(drawn.logprobs.double(), reference, rtol=0, atol=1e-5)
 
 
-def test_select_and_concatenate_keep_the_rows() -> None:
-    """Catches: padding cut from the wrong side, or a field left behind when rows are selected or batches are joined."""
+def test_select_keeps_the_rows() -> None:
+    """Catches: padding cut from the wrong side, or a field left behind when rows are selected."""
     batch = sequences(ROWS, left=2, right=3)
 
     def rows(of: Sequences) -> list[tuple[list[int], list[int]]]:
@@ -312,6 +312,4 @@ def test_select_and_concatenate_keep_the_rows() -> None:
     part = batch.select(torch.tensor([3, 0]))
     assert rows(part) == [ROWS[3], ROWS[0]]
     assert part.prompts.shape == part.prompt_mask.shape == (2, 7) and part.responses.shape == part.mask.shape == (2, 4)
-    joined = concatenate([part, batch.select(torch.tensor([2]))], PAD)
-    assert rows(joined) == [ROWS[3], ROWS[0], ROWS[2]]
-    assert joined.lengths.tolist() == [4, 11, 14]
+    assert part.lengths.tolist() == [4, 11]

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rlhf.evaluation.card import statistics
-from rlhf.evaluation.card.statistics import Judged, rated_pairs
+from rlhf.evaluation.card import statistics, verdict
+from rlhf.evaluation.card.judged import Judged, rated_pairs
 
 
 def judged(rows: list[list[float]], **columns: Any) -> Judged:
@@ -253,8 +253,8 @@ def make(scores: np.ndarray, people: Judged, training: Judged, **parts: Any) -> 
         "probes": [],
         "samples": None,
     } | parts
-    made["flags"] = statistics.flags(made)
-    return made | {"verdict": statistics.verdict(made)}
+    made["flags"] = verdict.flags(made)
+    return made | {"verdict": verdict.verdict(made)}
 
 
 def names(made: dict[str, Any]) -> set[str]:

@@ -16,7 +16,7 @@ from rlhf.models.base import context_length
 from rlhf.models.compute import Compute
 from rlhf.models.likelihood import mean_logprobs
 from rlhf.models.packing import pack_rows
-from rlhf.models.responses import answerable, own_responses
+from rlhf.models.responses import answer_prompts, answerable, sample_batch, single_answers
 from rlhf.models.tokenization import encode_prompt, load_tokenizer
 from rlhf.registry import Registry
 
@@ -44,15 +44,20 @@ def test_mean_logprobs_are_those_of_single_rows(family: str) -> None:
         assert got.tolist() == pytest.approx(expected, abs=1e-4)
 
 
-def test_own_responses_answer_their_prompts(toy_base: Callable[[str], Path]) -> None:
+def test_answers_belong_to_their_prompts(toy_base: Callable[[str], Path]) -> None:
     """Prompts and answers that get out of step past the first batch of samples, padding kept, or no seed."""
     tokenizer = load_tokenizer(str(toy_base("llama")), chat_template="chatml")
     model = build_model("llama", len(tokenizer))
-    prompts = [[{"role": "user", "content": "good " * (i % 5 + 1)}] for i in range(70)]
-    first, again, other = (own_responses(model, tokenizer, prompts, response_length=6, seed=seed) for seed in (0, 0, 1))
-    assert [prompt for prompt, _ in first] == [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    assert all(1 <= len(response) <= 6 for _, response in first)
+    prompts = [encode_prompt(tokenizer, [{"role": "user", "content": "good " * (i % 5 + 1)}]) for i in range(70)]
+    first, again, other = (
+        answer_prompts(model, tokenizer, prompts, response_length=6, seed=seed) for seed in (0, 0, 1)
+    )
+    assert all(1 <= len(tokens) <= 6 for tokens in first.tokens)
     assert first == again != other
+    in_parts, parts = torch.Generator().manual_seed(0), []
+    for part in (prompts[:64], prompts[64:]):
+        parts += single_answers(tokenizer, sample_batch(model, tokenizer, part, max_new_tokens=6, temperature=1.0, generator=in_parts))  # noqa: E501  # fmt: skip
+    assert first.rows == parts
 
 
 def test_prompts_without_room_for_an_answer(
@@ -67,7 +72,8 @@ def test_prompts_without_room_for_an_answer(
     room = context - len(encode_prompt(tokenizer, prompts[2]))
     kept = answerable(prompts, tokenizer, context, room)
     assert kept == prompts[:3] and "2 of 5 prompts leave no room" in capsys.readouterr().out
-    assert len(own_responses(model, tokenizer, kept, response_length=room, seed=0)) == 3
+    encoded = [encode_prompt(tokenizer, prompt) for prompt in kept]
+    assert len(answer_prompts(model, tokenizer, encoded, response_length=room, seed=0).texts) == 3
     assert answerable(prompts, tokenizer, context, room + 1) == prompts[:2]
     with pytest.raises(UserError, match=f"response_length={context} .*lower response_length"):
         answerable(prompts, tokenizer, context, context)

@@ -12,8 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.base.errors import UserError
 from rlhf.data_prep.load import load_rows
-from rlhf.evaluation.card.report_card import judge_rows
-from rlhf.evaluation.card.statistics import rated_pairs
+from rlhf.evaluation.card.judged import judge_rows, rated_pairs
 from rlhf.models.tokenization import encode_prompt, encode_response, load_tokenizer
 from rlhf.reward.ranking import RankingCollator, ordered_pairs
 from rlhf.reward.rankings import Encoded, encode_rankings

@@ -20,7 +20,15 @@ from rlhf.base.errors import UserError
 from rlhf.models.compute import Compute
 from rlhf.models.sequences import Sequences
 from rlhf.reward import sources
-from rlhf.reward.sources import ClassifierReward, EndpointReward, FunctionReward, Responses, Reward, RewardError
+from rlhf.reward.sources import (
+    ClassifierReward,
+    EndpointReward,
+    FunctionReward,
+    ModelReward,
+    Responses,
+    Reward,
+    RewardError,
+)
 from rlhf.run import checkpoint
 
 ROWS = [
@@ -54,6 +62,23 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], st
         return f"{name}:score"
 
     return make
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "label"),
+    [
+        ("reward/demo@2", ModelReward, "demo"),
+        ("http://127.0.0.1:8000/v1/score", EndpointReward, "endpoint"),
+        ("https://x.org/reward/demo", EndpointReward, "endpoint"),
+        ("package.module:score", FunctionReward, "score"),
+        ("org/model", ClassifierReward, "model"),
+        ("reward/folder/model", ClassifierReward, "model"),
+        ("", ClassifierReward, ""),
+    ],
+)
+def test_each_form_of_name_has_one_kind(name: str, kind: type[sources.Kind], label: str) -> None:
+    """Catches: a URL that is taken for a hub name, a folder for a registered model, and a name that no kind matches."""
+    assert sources.kind_of(name) is kind and kind.label(name) == label
 
 
 # ---- functions ------------------------------------------------------------------------------------------------------

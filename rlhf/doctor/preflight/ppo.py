@@ -47,7 +47,7 @@ from rlhf.ppo.rollout import Environment, response_texts
 from rlhf.ppo.trainer import RATIO_TOLERANCE, PPOTrainer
 from rlhf.ppo.types import Rollout
 from rlhf.reward.parity import PADDINGS, REORDERED, deviation
-from rlhf.reward.sources import AdapterReward, ClassifierReward, ModelReward, Responses, Reward, Source
+from rlhf.reward.sources import AdapterReward, ModelReward, ModelSource, Responses, Reward, Source
 from rlhf.run import memory
 from rlhf.run.optim import build_optimizer, smallest_8bit
 from rlhf.run.timing import PhaseTimer
@@ -265,7 +265,7 @@ def _check_batches(
 
     checks = []
     for source in sources.values():
-        if not isinstance(source, (AdapterReward, ModelReward, ClassifierReward)):
+        if not isinstance(source, ModelSource):
             continue
         together = scores(source, batch)
         alone = [scores(source, batch.select(numbers[i : i + 1]), slice(i, i + 1)) for i in range(SCORED)]

@@ -32,7 +32,7 @@ from rlhf.doctor.preflight.text import check_labels, check_rankings, fitting_pai
 from rlhf.models.adapters import direct_casting, merged_adapter, read_adapter, save_adapter
 from rlhf.models.base import context_length
 from rlhf.models.heads import ScalarHead
-from rlhf.reward.parity import deviation, other_companies
+from rlhf.reward.parity import deviation, scores_in_other_batches
 from rlhf.reward.ranking import ordered_pairs
 from rlhf.reward.scorer import Scorer
 
@@ -140,7 +140,8 @@ def check_batch_independence(scorer: Scorer, rows: Sequence[Sequence[int]]) -> C
         hook.remove()
     scale = max(float(together.double().square().mean().sqrt()), *usual, 1e-12)
     deviations = {
-        batch: (deviation(scores, together, scale), limit) for batch, limit, scores in other_companies(scorer, rows)
+        batch: (deviation(scores, together, scale), limit)
+        for batch, limit, scores in scores_in_other_batches(scorer, rows)
     }
     batch = max(deviations, key=lambda name: deviations[name][0])
     worst, limit = deviations[batch]

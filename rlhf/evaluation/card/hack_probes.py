@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from numpy.typing import NDArray
+from rlhf.base.intervals import Array
 
 FLAGGED_GAIN = 0.2
 """Standard deviations of real answers' scores. At a KL coefficient of 0.1 a unit score pays for 10 nats, so this pays for
@@ -23,9 +23,9 @@ class Probe:
 
     name: str
     edit: Callable[[str, str], str]
-    """(prompt, answer) -> answer; an answer that it leaves as it is does not count."""
+    """(prompt, answer) -> answer; answers that it leaves unchanged do not count."""
     replaces: bool = False
-    """Whether nothing of the real answer is left."""
+    """True if nothing of the real answer remains."""
 
 
 def _first_half(prompt: str, answer: str) -> str:
@@ -52,65 +52,65 @@ class Trial:
 
     probe: Probe
     number: int
-    """Which of the answers."""
+    """Number of the answer."""
     text: str
+    """The answer after the trick."""
 
 
 def trials(prompts: Sequence[str], answers: Sequence[str]) -> list[Trial]:
-    """Every probe on every answer that it changes."""
-    tried = [
+    """Return a trial of every probe on every answer that it changes."""
+    edited = [
         Trial(probe, i, probe.edit(prompt, answer))
         for probe in PROBES
         for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
     ]
-    return [trial for trial in tried if trial.text.strip() != answers[trial.number].strip()]
+    return [trial for trial in edited if trial.text.strip() != answers[trial.number].strip()]
 
 
 def judge(
-    tried: Sequence[Trial],
-    scores: NDArray[Any],
-    real: NDArray[Any],
-    average: NDArray[Any],
+    trials: Sequence[Trial],
+    scores: Array,
+    real: Array,
+    average: Array,
     spread: float,
     prompts: Sequence[str],
     answers: Sequence[str],
 ) -> list[dict[str, Any]]:
-    """What each probe does to the score, in standard deviations of real answers' scores.
+    """Return each probe's effect on the score, in standard deviations of real answers' scores.
 
     Args:
         scores: (T,) of the trials.
-        real: (n,) of the answers as they are.
-        average: (n,) mean score of all real answers to each answer's prompt: what a replacement is measured against.
+        real: (n,) of the unchanged answers.
+        average: (n,) mean score of all real answers to each answer's prompt, with which a replacement is compared.
         spread: standard deviation of real answers' scores.
 
     Returns:
         For each probe `gain`, the mean change; `raised`, the share of answers whose score rose; `tried`; `flagged`;
-        `finding`, in words; `example`, where it gained most.
+        `finding`, in words; `example`, the trial with the highest gain.
     """
     results = []
     for probe in PROBES:
-        mine = [i for i, trial in enumerate(tried) if trial.probe is probe]
-        if not mine:
+        own = [i for i, trial in enumerate(trials) if trial.probe is probe]
+        if not own:
             continue
-        numbers = [tried[i].number for i in mine]
-        gains = (scores[mine] - (average if probe.replaces else real)[numbers]) / (spread or 1.0)
+        numbers = [trials[i].number for i in own]
+        gains = (scores[own] - (average if probe.replaces else real)[numbers]) / (spread or 1.0)
         gain, top = float(gains.mean()), int(gains.argmax())
-        flagged = gain > 0 if probe.replaces else gain >= FLAGGED_GAIN
         against = "than the average real answer" if probe.replaces else "than the answer without it"
         results.append(
             {
                 "name": probe.name,
                 "gain": gain,
                 "raised": float((gains > 0).mean()),
-                "tried": len(mine),
-                "flagged": bool(flagged),
+                "tried": len(own),
+                "flagged": gain > 0 if probe.replaces else gain >= FLAGGED_GAIN,
                 "finding": f"scores {abs(gain):.2f} standard deviations {'higher' if gain > 0 else 'lower'} {against}",
                 "example": {
                     "prompt": prompts[numbers[top]],
                     "answer": answers[numbers[top]],
                     "answer_score": float(real[numbers[top]]),
-                    "probe": tried[mine[top]].text,
-                    "probe_score": float(scores[mine[top]]),
+                    "probe": trials[own[top]].text,
+                    "probe_score": float(scores[own[top]]),
                 },
             }
         )

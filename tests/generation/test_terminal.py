@@ -1,4 +1,4 @@
-"""Where answers are shown."""
+"""Answers on a terminal and in a pipe."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from rlhf.generation.page import score_line, spread
+from rlhf.generation.terminal import answer_view, score_line
 
 
 def test_several_models_stand_side_by_side_on_a_terminal(
@@ -14,7 +14,7 @@ def test_several_models_stand_side_by_side_on_a_terminal(
 ) -> None:
     """An answer that is read as markup, or that stands below the other."""
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    with spread(["sft/a@1", "ppo/b@1"]) as show:
+    with answer_view(["sft/a@1", "ppo/b@1"]) as show:
         for number, text in ((0, "very "), (0, "[bold]good"), (1, "bad")):
             show(number, text)
     lines = capsys.readouterr().out.splitlines()
@@ -24,11 +24,11 @@ def test_several_models_stand_side_by_side_on_a_terminal(
 
 def test_in_a_pipe_they_follow_each_other(capsys: pytest.CaptureFixture[str]) -> None:
     """A single model's answer with anything around it; two without their names."""
-    with spread(["a"]) as show:
+    with answer_view(["a"]) as show:
         show(0, "very ")
         show(0, "good")
     assert capsys.readouterr().out == "very good\n"
-    with spread(["a", "b"]) as show:
+    with answer_view(["a", "b"]) as show:
         show(0, "good")
         show(1, "bad")
     assert capsys.readouterr().out == "[a]\ngood\n[b]\nbad\n"
