@@ -20,7 +20,8 @@ from rlhf.sharing import verbs
 AddVerb = Callable[..., argparse.ArgumentParser]
 
 
-def _parser() -> Parser:
+def build_parser() -> Parser:
+    """Return the parser of all verbs."""
     parser = Parser(description="Inspect, compare and move artefacts.")
     _add_registry_option(parser, default="registry")
     commands = parser.add_subparsers(dest="command", required=True, metavar="VERB")
@@ -102,7 +103,7 @@ def _count(text: str) -> int:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line; `verify` raises `UserError` for a broken artefact, so that the exit code is 2."""
-    arguments = _parser().parse_args(argv)
+    arguments = build_parser().parse_args(argv)
     # In a file or pipe, lines are not cut to the width of a terminal.
     console = Console(width=None if sys.stdout.isatty() else 240, markup=False, highlight=False)
     arguments.run(Registry(arguments.registry), arguments, console)

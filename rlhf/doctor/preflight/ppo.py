@@ -263,7 +263,7 @@ def _check_batches(
         batches = [torch.arange(len(sequences), device=sequences.mask.device)]
         return source(Responses(sequences=sequences, batches=batches, texts=texts[part], rows=rows[part])).float()
 
-    checks = []
+    checks: list[Check] = []
     for source in sources.values():
         if not isinstance(source, ModelSource):
             continue
@@ -293,7 +293,7 @@ def _padded(sequences: Sequences, left: int, right: int, pad_token_id: int) -> S
 @torch.no_grad()
 def _check_rewards(context: PreflightContext, trainer: PPOTrainer) -> list[Check]:
     """Check that the reward model scores its probe as it did when it was trained, if it has one."""
-    checks = []
+    checks: list[Check] = []
     for artifact in context.parents:
         probe = read_probe(artifact) if artifact.manifest.stage == "reward" else None
         source = trainer.environment.reward.sources.get(artifact.name)
