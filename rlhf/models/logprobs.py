@@ -22,7 +22,7 @@ def log_distribution(logits: Tensor, *, temperature: float) -> Tensor:
     return _tempered(logits, temperature).log_softmax(-1)
 
 
-def of_tokens(log_pi: Tensor, tokens: Tensor) -> Tensor:
+def gather_logprobs(log_pi: Tensor, tokens: Tensor) -> Tensor:
     """Return log pi(token) per position.
 
     Position t of `log_pi` must already be the prediction *of* position t of `tokens` (the caller slices P-1:-1).
@@ -39,12 +39,12 @@ def sequence_logprobs(logits: Tensor, tokens: Tensor, *, temperature: float) -> 
     Args: logits (..., V); tokens (...) int64; temperature > 0. Returns: (...), nats.
     """
     check_shapes(logits.shape[:-1], tokens=tokens)
-    parts = few_at_a_time(logits.reshape(-1, logits.shape[-1]), tokens.reshape(-1))
-    logprobs = [of_tokens(log_distribution(few, temperature=temperature), target) for few, target in parts]
+    parts = position_chunks(logits.reshape(-1, logits.shape[-1]), tokens.reshape(-1))
+    logprobs = [gather_logprobs(log_distribution(few, temperature=temperature), target) for few, target in parts]
     return torch.cat(logprobs).view(tokens.shape)
 
 
-def few_at_a_time(*flat: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def position_chunks(*flat: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Split tensors (N, ...) into parts of a few positions on a CPU; elsewhere one part holds all.
 
     Distributions of a few positions stay in a CPU's cache from one pass over the vocabulary to the next. The result of a

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from rlhf.models.logprobs import few_at_a_time, log_distribution, of_tokens, sequence_logprobs
+from rlhf.models.logprobs import gather_logprobs, log_distribution, position_chunks, sequence_logprobs
 from rlhf.models.roles import Role, RoleModels
 from rlhf.models.sequences import Sequences
 from rlhf.ppo import functional as F
@@ -53,10 +53,10 @@ def compared_logprobs(models: RoleModels, batch: Sequences, temperature: float) 
             logits = models.logits(part)
         with models.role("reference"):
             ref_logits = models.logits(ref_part)
-        for chunk, ref_chunk, target in few_at_a_time(logits, ref_logits, targets):
+        for chunk, ref_chunk, target in position_chunks(logits, ref_logits, targets):
             log_pi = log_distribution(chunk, temperature=temperature)
             log_ref = log_distribution(ref_chunk, temperature=temperature)
-            sampled = [of_tokens(log_pi, target), of_tokens(log_ref, target)]
+            sampled = [gather_logprobs(log_pi, target), gather_logprobs(log_ref, target)]
             parts.append(torch.stack([*sampled, F.entropy(log_pi), F.full_kl(log_pi, log_ref)]))
     return torch.stack([_scatter(flat, batch.mask) for flat in torch.cat(parts, dim=1)])
 

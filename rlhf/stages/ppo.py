@@ -31,7 +31,7 @@ from rlhf.models.compute import Compute
 from rlhf.models.roles import RoleModels, SharedModels
 from rlhf.models.sampling import fits_loop
 from rlhf.models.separate import SeparateModels
-from rlhf.models.tokenization import encode_prompt, encode_response, last_user_text, load_tokenizer
+from rlhf.models.tokenization import encode_prompt, last_user_text, load_tokenizer
 from rlhf.ppo.rollout import Environment, SamplingOptions
 from rlhf.ppo.state import Outputs
 from rlhf.ppo.trainer import PPOTrainer
@@ -39,7 +39,7 @@ from rlhf.registry import Artifact, Registry
 from rlhf.reward.scorer import open_scorer
 from rlhf.reward.sources import AdapterReward, ModelReward, Reward, kind_of, open_sources
 from rlhf.run.memory import check_rollout_fits
-from rlhf.stages.data import add_dropped, describe_data, overlap
+from rlhf.stages.data import add_dropped, describe_data, encode_demonstrations, load_splits, overlap
 from rlhf.stages.run import Run, find_finished, open_run, preflight, stage_recipe
 
 #: Held-out prompts whose answers before and after are shown side by side.
@@ -47,8 +47,7 @@ COMPARED_PROMPTS = 20
 
 
 def run(config: PPOConfig, *, reuse: bool = False, only_preflight: bool = False) -> Artifact | None:
-    """Trains and registers; with `reuse`, an artefact of the same recipe is returned instead of trained again; with
-    `only_preflight`, it ends before the training, without an artefact."""
+    """Train and register; `reuse` returns an artefact of the same recipe, `only_preflight` ends before the training."""
     registry = Registry(config.registry)
     policy = registry.get(config.policy, expect_stage="sft")
     rewards = [registry.get(r, expect_stage="reward") for r in config.reward if is_registered_reward(r)]
@@ -61,7 +60,7 @@ def run(config: PPOConfig, *, reuse: bool = False, only_preflight: bool = False)
         return artifact
 
     data["overlap"] = overlap(sets, [policy, *rewards], registry)
-    gold = load_function(config.gold) if config.gold else None  # a slip in its name must not show after the training
+    gold = load_function(config.gold) if config.gold else None  # raises now and not after the training
     with open_run("ppo", config, [policy, *rewards], data, recipe) as run:
         tokenizer = load_tokenizer(str(policy.path))
         train_ids = encode_prompts(prompts, tokenizer, config.max_prompt_length)
@@ -88,23 +87,24 @@ def run(config: PPOConfig, *, reuse: bool = False, only_preflight: bool = False)
         if config.resume:
             trainer.state.resume()
             doctor.read_log()
-        before = _evaluate(run, models, tokenizer, held_out_ids, held_out.rows, reward_sum, gold, reference=True)
+        evaluate = partial(_evaluate, run, models, tokenizer, held_out_ids, held_out.rows, reward_sum, gold)
+        sft_answers = evaluate(reference=True)
         if doctor.may_roll_back and trainer.state.updates_done == 0:
             trainer.state.save()  # a state to go back to
         trainer.train()
         run.tracker.log_frontier()
 
         def publish(name: str) -> Artifact:
-            """Evaluates and registers the policy as it is now."""
-            after = _evaluate(run, models, tokenizer, held_out_ids, held_out.rows, reward_sum, gold, reference=False)
+            """Evaluate and register the policy with its current weights."""
+            answers = evaluate(reference=False)
             if name == config.name and distributed.rank() == 0:
-                _write_comparison(run.folder / "comparison.jsonl", held_out, before, after)
+                _write_comparison(run.folder / "comparison.jsonl", held_out, sft_answers, answers)
             return run.publish(
                 lambda folder: models.save_policy(folder, base_model=policy.manifest.base_model),
                 base_model=policy.manifest.base_model,
                 base_model_revision=policy.manifest.base_model_revision,
                 tokenizer=tokenizer,
-                metrics=_figures(run, trainer, before, after),
+                metrics=_figures(run, trainer, sft_answers, answers),
                 name=name,
                 kind="full" if config.finetuning == "full" else "adapter",
             )
@@ -116,9 +116,8 @@ def run(config: PPOConfig, *, reuse: bool = False, only_preflight: bool = False)
 
 
 def data_sets(config: PPOConfig) -> dict[str, Loaded]:
-    """Everything that the stage reads: prompts to train on and to evaluate with (`train`, `validation`), and the texts of
-    PPO-ptx (`ptx`), if any."""
-    sets = {split: load_rows(config.dataset, split, kind="prompts") for split in ("train", "validation")}
+    """Return everything that the stage reads: prompts (`train`, `validation`) and the texts of PPO-ptx (`ptx`), if any."""
+    sets = load_splits(config.dataset, "prompts")
     if config.ptx_coef > 0 and config.ptx_text:
         sets["ptx"] = load_text(config.ptx_text, config)["train"]
     elif config.ptx_coef > 0:
@@ -129,7 +128,7 @@ def data_sets(config: PPOConfig) -> dict[str, Loaded]:
 def build_models(
     config: PPOConfig, compute: Compute, policy: Artifact, rewards: list[Artifact]
 ) -> tuple[RoleModels, Reward]:
-    """The models of the run on the SFT policy, and what scores responses."""
+    """Return the models of the run, which start from the SFT policy, and the reward that scores responses."""
     sources = open_sources(config, compute)
     lora = lora_config(config, "CAUSAL_LM", dropout=0.0)
     base = load_policy(policy, config, Compute(torch.device("cpu"), compute.dtype) if config.offload_base else compute)
@@ -143,9 +142,8 @@ def build_models(
     else:
         models = SharedModels(base, lora, compute, shared_trunk=shared, offload=config.offload_base)
     if rewards and rewards[0].manifest.kind == "full" and config.finetuning == "lora":
-        # Its trunk is not the policy's, so there is no adapter that values could start from.
-        registry = Registry(config.registry)
-        scorer = open_scorer(rewards[0], registry, config, compute, config.microbatch_size)
+        # It has a backbone of its own, so there is no adapter from which values could start.
+        scorer = open_scorer(rewards[0], Registry(config.registry), config, compute, config.microbatch_size)
         sources[rewards[0].name] = ModelReward(scorer)
         models.fresh_value(lora)
     elif rewards:
@@ -155,12 +153,12 @@ def build_models(
     else:
         models.fresh_value(lora)
     names = [kind_of(reference).label(reference) for reference in config.reward]
-    require(len(set(names)) == len(names), f"two rewards are called alike: {', '.join(names)}")
+    require(len(set(names)) == len(names), f"two rewards have one name: {', '.join(names)}")
     return models, Reward({name: sources[name] for name in names}, config.reward_weights)
 
 
 def check_sampler(config: PPOConfig, base: PreTrainedModel) -> None:
-    """Refuses a way of sampling that the model, or where its weights are, does not allow."""
+    """Raise `UserError` for a sampler that does not fit the model, or the place of its weights."""
     require(
         config.sampler in ("auto", "generate") or fits_loop(base, compiled=config.sampler == "compiled"),
         f"sampler {config.sampler} does not fit {type(base).__name__}, which keeps more than keys and values of its tokens in "
@@ -174,7 +172,7 @@ def check_sampler(config: PPOConfig, base: PreTrainedModel) -> None:
 
 
 def check_same_policy(policy: Artifact, reward: Artifact) -> None:
-    """Refuses a reward model whose base is not the policy that PPO starts from: its adapter would sit on other weights."""
+    """Raise `UserError` for a reward model on another policy than PPO's: its adapter would sit on other weights."""
     parent = next(p for p in reward.manifest.parents if p.stage == "sft")
     if parent.hash != policy.hash:
         raise UserError(
@@ -185,7 +183,11 @@ def check_same_policy(policy: Artifact, reward: Artifact) -> None:
 
 
 def encode_prompts(data: Loaded, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[list[int]]:
-    """Token ids of prompts; one that is too long is refused, because cutting it would change what is asked."""
+    """Return token ids of prompts.
+
+    Raises:
+        UserError: a prompt is too long; a cut prompt would ask something else.
+    """
     encoded = [encode_prompt(tokenizer, row["prompt"]) for row in data.rows]
     for number, ids in enumerate(encoded):
         if len(ids) > max_length:
@@ -197,8 +199,11 @@ def encode_prompts(data: Loaded, tokenizer: PreTrainedTokenizerBase, max_length:
 
 
 def check_lengths(config: PPOConfig, models: RoleModels, train: list[list[int]], held_out: list[list[int]]) -> int:
-    """The model's context in tokens; refuses prompts that leave no room in it for a whole response, and rollouts that the
-    memory cannot hold."""
+    """Return the model's context in tokens.
+
+    Raises:
+        UserError: a prompt leaves no room in it for a whole response, or a rollout does not fit into memory.
+    """
     context, longest = context_length(models.causal), max(map(len, [*train, *held_out]))
     require(
         longest + config.response_length <= context,
@@ -218,32 +223,24 @@ def check_lengths(config: PPOConfig, models: RoleModels, train: list[list[int]],
 def encode_texts(
     data: Loaded, tokenizer: PreTrainedTokenizerBase, config: PPOConfig, context: int, folder: Path
 ) -> tuple[Sequence[tuple[list[int], list[int]]], dict[str, list[int]]]:
-    """Token ids (prompt, answer) of the texts of PPO-ptx, and what was left out: reason -> line or row numbers. Those longer
-    than an episode can be are left out.
+    """Return token ids (prompt, answer) of PPO-ptx texts, and those left out: reason -> line or row numbers.
 
-    Plain text is packed into blocks as long as an episode can be; all of a block but its first token is answer.
+    Demonstrations longer than the longest episode are left out. Plain text is packed into blocks as long as it; the answer
+    is all of a block but its first token.
 
     Args:
-        folder: the tokens of plain text are kept there while the process lives.
+        folder: holds the tokens of plain text while the process lives.
     """
     longest = min(config.max_prompt_length + config.response_length, context)
     if config.ptx_text:
         return _BlocksAsPairs(Blocks.of(data.rows["text"], tokenizer, longest - 1, folder)), {}
-    kept: list[tuple[list[int], list[int]]] = []
-    too_long: list[int] = []
-    for number, row in zip(data.numbers, data.rows, strict=True):
-        prompt = encode_prompt(tokenizer, row["prompt"])
-        answer = encode_response(tokenizer, row["prompt"], row["completion"])
-        if len(prompt) + len(answer) <= longest:
-            kept.append((prompt, answer))
-        else:
-            too_long.append(number)
-    require(bool(kept), f"no text of ptx_dataset fits into an episode of at most {longest} tokens")
-    return kept, {f"prompt and answer of more than {longest} tokens": too_long}
+    pairs, dropped = encode_demonstrations(data, tokenizer, longest)
+    require(bool(pairs), f"no text of ptx_dataset fits into an episode of at most {longest} tokens")
+    return pairs, dropped
 
 
 class _BlocksAsPairs(Sequence[tuple[list[int], list[int]]]):
-    """Blocks of text as (first token, the others)."""
+    """Blocks of text as pairs: the first token, and the others."""
 
     def __init__(self, blocks: Blocks) -> None:
         self.blocks = blocks
@@ -257,7 +254,7 @@ class _BlocksAsPairs(Sequence[tuple[list[int], list[int]]]):
 
 
 def _evaluate(
-    run: Run,
+    run: Run[PPOConfig],
     models: RoleModels,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[list[int]],
@@ -267,8 +264,8 @@ def _evaluate(
     *,
     reference: bool,
 ) -> PolicyEvaluation:
+    """Sample answers to held-out prompts by the policy or the reference, and score them."""
     config = run.config
-    assert isinstance(config, PPOConfig)
     count = max(config.num_eval_samples, min(len(prompts), COMPARED_PROMPTS))
     chosen = [i % len(prompts) for i in range(count)]
     with run.timer.phase("evaluate"):
@@ -287,39 +284,40 @@ def _evaluate(
         )
 
 
-def _write_comparison(file: Path, held_out: Loaded, before: PolicyEvaluation, after: PolicyEvaluation) -> None:
-    """Answers of SFT and PPO to the same held-out prompts, side by side, for the report."""
+def _write_comparison(file: Path, held_out: Loaded, sft: PolicyEvaluation, ppo: PolicyEvaluation) -> None:
+    """Write the answers of SFT and PPO to held-out prompts side by side, for the report."""
     prompts = [last_user_text(row["prompt"]) for row in held_out.rows]
     rows = [
         {
             "prompt": prompts[i],
-            "sft_response": before.answers.texts[i],
-            "ppo_response": after.answers.texts[i],
-            "sft_score": float(before.scores[i]),
-            "ppo_score": float(after.scores[i]),
+            "sft_response": sft.answers.texts[i],
+            "ppo_response": ppo.answers.texts[i],
+            "sft_score": float(sft.scores[i]),
+            "ppo_score": float(ppo.scores[i]),
         }
         for i in range(min(len(prompts), COMPARED_PROMPTS))
     ]
     file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
-def _figures(run: Run, trainer: PPOTrainer, before: PolicyEvaluation, after: PolicyEvaluation) -> dict[str, Any]:
-    seconds = {p["phase"]: p["seconds"] for p in run.timer.summary()}
+def _figures(run: Run[PPOConfig], trainer: PPOTrainer, sft: PolicyEvaluation, ppo: PolicyEvaluation) -> dict[str, Any]:
+    """Return the manifest's figures: length and pace of the run, KL, and held-out figures before and after."""
+    seconds, updates = {p["phase"]: p["seconds"] for p in run.timer.summary()}, trainer.state.updates_done
     training = sum(seconds.get(phase, 0.0) for phase in ("rollout", "score", "optimise"))
     figures: dict[str, Any] = {
-        "episodes": trainer.state.updates_done * trainer.config.rollout_batch_size,
-        "updates": trainer.state.updates_done,
-        "seconds_per_update": round(training / max(trainer.state.updates_done, 1), 2),
-        "kl": after.figures["kl"],
+        "episodes": updates * run.config.rollout_batch_size,
+        "updates": updates,
+        "seconds_per_update": round(training / max(updates, 1), 2),
+        "kl": ppo.figures["kl"],
     }
-    for name in before.figures:
+    for name in sft.figures:
         if name != "kl":
-            figures[f"{name}_before"], figures[f"{name}_after"] = before.figures[name], after.figures[name]
+            figures[f"{name}_before"], figures[f"{name}_after"] = sft.figures[name], ppo.figures[name]
     return figures
 
 
 def main() -> None:
-    """Command line."""
+    """Run the stage by its command line."""
     run(parse_config(PPOConfig))
 
 
