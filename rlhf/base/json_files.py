@@ -72,7 +72,9 @@ def check_depth(value: Any) -> None:
 
 
 def _children(value: Any) -> Iterable[Any]:
-    return value.values() if isinstance(value, dict) else value
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
 
 
 def _refuse_depth() -> NoReturn:

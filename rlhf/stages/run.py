@@ -238,17 +238,21 @@ def preflight(
     Raises:
         UserError: checks failed; nothing was trained.
     """
-    context = PreflightContext(
-        config=run.config,
-        compute=run.compute,
-        folder=run.folder,
-        registry=run.registry.root,
-        parents=run.parents,
-        tokenizer=tokenizer,
-        training=training_prompts(sets),
-        validation=sets["validation"],
-    )
-    require_checks(run, lambda: examine(context))
+
+    def checks() -> list[Check]:
+        context = PreflightContext(
+            config=run.config,
+            compute=run.compute,
+            folder=run.folder,
+            registry=run.registry.root,
+            parents=run.parents,
+            tokenizer=tokenizer,
+            training=training_prompts(sets),
+            validation=sets["validation"],
+        )
+        return examine(context)
+
+    require_checks(run, checks)
 
 
 def require_checks(run: Run[Any], checks: Callable[[], list[Check]]) -> None:

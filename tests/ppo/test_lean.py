@@ -147,7 +147,7 @@ def test_distributions_are_made_few_at_a_time_and_are_the_same(make: Make, monke
     ("options", "complaint"),
     [
         ({"microbatch_tokens": 0}, "microbatch_tokens must be at least 1"),
-        ({"offload_base": True}, "needs gradient_checkpointing"),
+        ({"offload_base": True}, "needs finetuning lora and gradient_checkpointing"),
         ({"offload_base": True, "gradient_checkpointing": True, "finetuning": "full"}, "finetuning lora"),
         ({"offload_base": True, "gradient_checkpointing": True, "quantization": "8bit"}, "plain weights only"),
     ],
