@@ -116,11 +116,10 @@ def write_data(folder: Path, rows: int, vocab_size: int, prompt: int, response: 
 
 def stage(*, kind: str, config: str, device: str) -> dict[str, Any]:
     """One stage from its config file, as the command line runs it."""
-    from rlhf.config import parse_config
-    from rlhf.pipeline import STAGES
+    from rlhf.config import STAGE_CONFIGS, parse_config
 
     started = time.perf_counter()
-    importlib.import_module(f"rlhf.stages.{kind}").run(parse_config(STAGES[kind], ["--config", config]))
+    importlib.import_module(f"rlhf.stages.{kind}").run(parse_config(STAGE_CONFIGS[kind], ["--config", config]))
     return {"seconds": time.perf_counter() - started}
 
 
