@@ -1,12 +1,13 @@
 """The layers of the package: imports go down only, and no file takes part in a circle.
 
-`LAYERS` lists the rooms from the ground up. Every import statement is read, those inside functions too. Where a
-name is imported for typing only, it counts as well: a reader follows it like any other.
+`LAYERS` lists the rooms from the ground up. Every import statement is read, those inside functions and for typing too, and
+every string that names a module of the package: tables of verbs and of builders import by such strings.
 """
 
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -36,6 +37,8 @@ LAYERS = (
 )
 LARGEST_FILE = 500
 MOST_ARROWS = 100
+#: A string that names a module, or a function of one; `NAMED` stands for the place of such an import.
+NAMED_MODULE, NAMED = re.compile(r"rlhf(\.\w+)+(:\w+)?"), "main"
 #: Functions that may import the package when they are called: runners, and tables of verbs, which start quickly that way.
 STARTERS = {"main", "dispatch"}
 
@@ -73,6 +76,8 @@ def imports(root: Path) -> list[Import]:
             elif isinstance(child, ast.ImportFrom):
                 assert child.level == 0, "imports name their module in full"
                 yield from ((f"{child.module}.{alias.name}", function) for alias in child.names)
+            elif isinstance(child, ast.Constant) and NAMED_MODULE.fullmatch(str(child.value)):
+                yield str(child.value).partition(":")[0], NAMED
             inside = child.name if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef) else function
             yield from walk(child, inside)
 
@@ -172,6 +177,7 @@ def package(tmp_path: Path) -> Path:
         "base/files.py": "from rlhf.base import text\n",
         "stages/run.py": "def main():\n    from rlhf.base import text\n",
         "attic/junk.py": "import rlhf.base.text\n",
+        "registry/table.py": "VERBS = {'run': 'rlhf.stages.run:main'}\n",
     }
     for name, text in files.items():
         file = tmp_path / "rlhf" / name
@@ -184,6 +190,10 @@ def test_these_tests_can_fail(package: Path) -> None:
     """Catches: a reader of imports that sees none, with which all of the above would pass."""
     edges = imports(package)
     up = {(one.importer, one.imported) for one in arrows_up(edges)}
-    assert up == {("rlhf.base.errors", "rlhf.config.ppo"), ("rlhf.attic.junk", "rlhf.base.text")}
+    assert up == {
+        ("rlhf.base.errors", "rlhf.config.ppo"),
+        ("rlhf.attic.junk", "rlhf.base.text"),
+        ("rlhf.registry.table", "rlhf.stages.run"),
+    }
     assert circles(edges) == ["rlhf.base.files", "rlhf.base.text"]
     assert [(one.importer, one.function) for one in hidden(edges)] == [("rlhf.base.text", "short")]

@@ -8,7 +8,6 @@ from __future__ import annotations
 import sys
 
 from rlhf.base.errors import run_command
-from rlhf.base.functions import load_function
 from rlhf.data_prep import prepare
 from rlhf.data_prep.prepare.recipe import parse_recipe
 
@@ -17,7 +16,9 @@ def main() -> None:
     """Run the command line; prints the folder, or the rows."""
     words = sys.argv[1:]
     if words[:1] == ["show"]:
-        load_function("rlhf.data_prep.show:main")(words[1:])  # it needs a tokenizer's libraries
+        from rlhf.data_prep.show import main as show  # it needs a tokenizer's libraries
+
+        show(words[1:])
     else:
         print(prepare(parse_recipe(words)))
 
