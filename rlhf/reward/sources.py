@@ -7,6 +7,7 @@ with `matches` and `open`; to add one, write its class and put it into `KINDS`.
 
 from __future__ import annotations
 
+import abc
 import math
 import re
 import traceback
@@ -98,7 +99,7 @@ class Opening:
     """The policy that wrote the responses; reward models with its tokenizer and chat template read token ids, others texts."""
 
 
-class Kind:
+class Kind(abc.ABC):
     """A kind of source, recognised by the form of its names."""
 
     NAMES: ClassVar[str]
@@ -110,11 +111,11 @@ class Kind:
         return re.fullmatch(cls.NAMES, name, re.DOTALL) is not None
 
     @classmethod
+    @abc.abstractmethod
     def open(cls, name: str, opening: Opening) -> Source:
         """Return the source of a name of this kind; raise `UserError` where there is none."""
-        raise NotImplementedError
 
-    @classmethod
+    @classmethod  # noqa: B027 a kind may have nothing cheap to check
     def check(cls, name: str, registry: Registry) -> None:
         """Raise `UserError` for a name that cannot be opened, as far as that is cheap to know."""
 
