@@ -19,9 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Literal
 
-from filelock import FileLock
-
 from rlhf.base.errors import UserError
+from rlhf.base.locks import exclusive
 from rlhf.base.storage import sha256_file
 
 
@@ -73,7 +72,7 @@ def fetch(asset: Asset) -> Path:
     """
     target = cache_dir() / "files" / asset.filename
     target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{target}.lock"):
+    with exclusive(target.with_name(f"{target.name}.lock"), str(target), wait=3600):
         if target.is_file():
             if sha256_file(target) == asset.sha256:
                 return target

@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rlhf.base import storage
 from rlhf.base.errors import UserError
+from rlhf.base.json_files import read_object
 from rlhf.config import StageConfig
 from rlhf.models.compute import Compute
 
 ADAPTER_FILE = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+_LAYER_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 
 
 def lora_config(
@@ -82,6 +90,89 @@ def with_adapter(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
         raise UserError(
             f"lora_target_modules {config.target_modules} are not in {type(model).__name__}; use all-linear, or its layer names"
         ) from error
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) and _LAYER_NAME.fullmatch(name) for name in value)
+
+
+def _is_rows(value: Any) -> bool:
+    return isinstance(value, list) and all(type(row) is int and row >= 0 for row in value)
+
+
+def _is_rows_by_name(value: Any) -> bool:
+    return isinstance(value, dict) and _is_names([*value]) and all(map(_is_rows, value.values()))
+
+
+_FIELDS: dict[str, Callable[[Any], bool]] = {
+    "peft_type": lambda value: value == "LORA",
+    "task_type": lambda value: value in ("CAUSAL_LM", "SEQ_CLS"),
+    "r": lambda value: type(value) is int and 0 < value <= 1 << 16,
+    "lora_alpha": lambda value: type(value) in (int, float) and math.isfinite(value),
+    "lora_dropout": lambda value: type(value) in (int, float) and 0 <= value < 1,
+    "target_modules": lambda value: value == "all-linear" or _is_names(value),
+    "target_parameters": lambda value: value is None or _is_names(value),
+    "modules_to_save": lambda value: value is None or _is_names(value),
+    "trainable_token_indices": lambda value: value is None or _is_rows(value) or _is_rows_by_name(value),
+    "fan_in_fan_out": lambda value: type(value) is bool,
+    "use_rslora": lambda value: type(value) is bool,
+    "use_dora": lambda value: type(value) is bool,
+}
+"""Fields of an adapter's configuration that are read, each with the test of its value."""
+_NOTES = ("base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping")
+"""Fields that change nothing in how an adapter computes; they are not read."""
+
+
+def read_adapter_config(folder: Path) -> LoraConfig:
+    """Return the configuration of a saved LoRA adapter, checked field by field before peft sees it.
+
+    Other fields of peft's name modules that it imports, patterns that it matches and layers that it copies; they must have
+    their defaults.
+
+    Raises:
+        UserError: there is no configuration, or one that this package does not write.
+    """
+    file = folder / ADAPTER_CONFIG
+    try:
+        fields = read_object(file, fix="it is no LoRA adapter of this package")
+    except OSError as error:
+        raise UserError(
+            f"{folder} holds no adapter: {ADAPTER_CONFIG} cannot be read ({storage.reason(error)})"
+        ) from error
+    defaults: dict[str, Any] = {
+        field.name: getattr(LoraConfig(), field.name) for field in dataclasses.fields(LoraConfig)
+    }
+    for name, value in fields.items():
+        accepted = (
+            _FIELDS[name](value) if name in _FIELDS else name in _NOTES or value == defaults.get(name) or not value
+        )
+        if not accepted:
+            raise UserError(
+                f"{file}: {name} is {value!r:.80}, which no LoRA adapter of this package has; it is not loaded"
+            )
+    if missing := sorted({"peft_type", "r", "lora_alpha", "target_modules"} - fields.keys()):
+        raise UserError(f"{file} has no {missing[0]}; it is no LoRA adapter of this package")
+    return LoraConfig(**{name: value for name, value in fields.items() if name in _FIELDS and name != "peft_type"})
+
+
+def attach_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
+    """Return the model with a saved adapter, frozen.
+
+    Raises:
+        UserError: the folder holds no adapter for this model, or one that lacks tensors.
+    """
+    config = read_adapter_config(folder)
+    config.inference_mode = True
+    try:
+        adapted = PeftModel.from_pretrained(model, str(folder), config=config)
+        with safe_open(folder / ADAPTER_FILE, "pt") as file:
+            names = set(file.keys())
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{folder} holds no adapter for this model: {str(error).splitlines()[-1].strip()}") from error
+    expected = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
+    if different := sorted(names ^ expected):
+        raise UserError(f"{folder} holds no adapter for this model: {different[0]} is on one side only")
+    return cast(PeftModel, adapted)
 
 
 @contextlib.contextmanager

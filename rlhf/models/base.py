@@ -9,13 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from peft import PeftConfig, PeftModel
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from rlhf.base.errors import UserError
 from rlhf.config import ComputeConfig
+from rlhf.models.adapters import attach_adapter, read_adapter_config
 from rlhf.models.catalogue import resolve_model
 from rlhf.models.compute import Compute
 from rlhf.models.packing import pack_rows
@@ -121,11 +120,7 @@ def merge_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
         UserError: the folder holds no adapter for this model.
     """
     fit_vocabulary(base, folder)
-    try:
-        adapted = PeftModel.from_pretrained(base, str(folder))
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{folder} holds no adapter for this model: {str(error).splitlines()[-1].strip()}") from error
-    return cast(Any, adapted).merge_and_unload().requires_grad_(False)
+    return cast(Any, attach_adapter(base, folder)).merge_and_unload().requires_grad_(False)
 
 
 def fit_vocabulary(base: PreTrainedModel, folder: Path) -> None:
@@ -134,10 +129,7 @@ def fit_vocabulary(base: PreTrainedModel, folder: Path) -> None:
     Raises:
         UserError: the folder holds no adapter, or the tokenizer in it has more or fewer tokens than the adapter.
     """
-    try:
-        new_rows = getattr(PeftConfig.from_pretrained(str(folder)), "trainable_token_indices", None)
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{folder} holds no adapter: {str(error).splitlines()[0]}") from error
+    new_rows = read_adapter_config(folder).trainable_token_indices
     if not new_rows:
         return
     largest = max(max(rows) for rows in (new_rows.values() if isinstance(new_rows, dict) else [new_rows]))

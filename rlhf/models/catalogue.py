@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from rlhf.base.assets import Asset, cache_dir, extract, fetch, show_progress
 from rlhf.base.errors import UserError, did_you_mean
 from rlhf.base.json_files import read_object
+from rlhf.base.locks import exclusive
 from rlhf.base.storage import sha256_file
 from rlhf.registry import Artifact, Registry
 
@@ -84,7 +83,7 @@ def base_model(name: str) -> Path:
     model = MODELS[short]
     folder = cache_dir() / "models" / f"{short}-{model.asset.sha256[:8]}-v{_CONVERSION}"
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
+    with exclusive(folder.with_name(f"{folder.name}.lock"), str(folder), wait=3600):
         if not _intact(folder):
             if folder.exists():
                 show_progress(f"{folder} is damaged; converting the model again")

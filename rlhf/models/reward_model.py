@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from rlhf.base.errors import UserError
 from rlhf.config import ComputeConfig, RewardConfig
-from rlhf.models.adapters import ADAPTER_FILE, lora_config, save_adapter, with_adapter
+from rlhf.models.adapters import ADAPTER_FILE, attach_adapter, lora_config, save_adapter, with_adapter
 from rlhf.models.base import load_policy
 from rlhf.models.compute import Compute
 from rlhf.models.heads import ScalarHead, backbone
@@ -79,7 +79,7 @@ def load_reward_model(
         return _load_whole_reward_model(folder, config, compute)
     read_reward_adapter(folder)
     classifier = sequence_classifier(load_policy(policy, config, compute), pad_token_id, seed=0)
-    return PeftModel.from_pretrained(classifier, str(folder)).to(compute.device).eval().requires_grad_(False)
+    return attach_adapter(classifier, folder).to(compute.device).eval().requires_grad_(False)
 
 
 def _load_whole_reward_model(folder: Path, config: ComputeConfig, compute: Compute) -> PreTrainedModel:

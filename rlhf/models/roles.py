@@ -23,7 +23,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf.base.errors import UserError
-from rlhf.models.adapters import ADAPTER_FILE, added_to_base, direct_casting, lora_layers, save_adapter
+from rlhf.models.adapters import (
+    ADAPTER_FILE,
+    added_to_base,
+    direct_casting,
+    lora_layers,
+    read_adapter_config,
+    save_adapter,
+)
 from rlhf.models.compute import Compute
 from rlhf.models.heads import ScalarHead, backbone, check_plain_head
 from rlhf.models.reward_model import read_reward_adapter
@@ -202,9 +209,7 @@ class SharedModels(RoleModels):
         if folder is None:
             return cls(base, LoraConfig(r=1, target_modules="all-linear"), compute)
         try:
-            config = cast(LoraConfig, LoraConfig.from_pretrained(str(folder)))
-            config.inference_mode = False
-            config.base_model_name_or_path = None  # peft would warn of the base's other name
+            config = read_adapter_config(folder)
             state = load_file(folder / ADAPTER_FILE)
             models = cls(base, config, compute)
         except (OSError, ValueError, SafetensorError) as error:
@@ -229,7 +234,7 @@ class SharedModels(RoleModels):
 
     def _load_reward_trunk(self, folder: Path) -> Tensor:
         state, head = read_reward_adapter(folder)
-        saved = LoraConfig.from_pretrained(str(folder))
+        saved = read_adapter_config(folder)
         for name in ("reward",) if self.shared_trunk else ("reward", "value"):
             config = LoraConfig(
                 r=saved.r,

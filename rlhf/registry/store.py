@@ -18,15 +18,15 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from rlhf.base import storage
 from rlhf.base.errors import UserError, did_you_mean
 from rlhf.base.json_files import read_object
+from rlhf.base.locks import exclusive
 from rlhf.registry.manifest import (
     MANIFEST,
     NAME,
@@ -197,7 +197,7 @@ class Registry:
         if not _TAG.fullmatch(tag):
             raise UserError(f"'{tag}' is no tag; use letters, digits and . _ -, starting with a letter, e.g. best")
         folder = self.root / artifact.stage / artifact.name
-        with FileLock(folder / ".lock"):
+        with exclusive(folder / ".lock", str(folder)):
             tags = self.tags(artifact.stage, artifact.name)
             if remove and tags.get(tag) != artifact.version:
                 raise UserError(f"{artifact.reference} does not have the tag '{tag}'")
@@ -244,9 +244,9 @@ class Registry:
             except OSError as error:
                 raise UserError(f"cannot delete {reference}: {storage.reason(error)} ({error.filename})") from error
 
-    def _lock(self) -> FileLock:
+    def _lock(self) -> AbstractContextManager[None]:
         """Return the lock for adding and deleting versions."""
-        return FileLock(self.root / ".lock")
+        return exclusive(self.root / ".lock", f"registry {self.root}")
 
     def versions(self, stage: str, name: str) -> Sequence[int]:
         """Return the complete versions, oldest first."""

@@ -32,11 +32,29 @@ def hash_new_files(folder: Path) -> dict[str, str]:
             raise UserError(
                 f"{relative} cannot be registered; plain files only, of type {' '.join(sorted(ALLOWED_SUFFIXES))}"
             )
+        if path.suffix.lower() == ".safetensors":
+            _require_finite(path)
         files[relative] = sha256_file(path)
         storage.sync(path)
     if not files:
         raise ValueError(f"nothing was written into {folder}")
     return files
+
+
+def _require_finite(file: Path) -> None:
+    """Raise `UserError` for weights that cannot be read back, or that are NaN or infinite."""
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt") as weights:
+            bad = next((name for name in weights.keys() if not torch.isfinite(weights.get_tensor(name)).all()), None)  # noqa: SIM118
+    except SafetensorError as error:
+        raise UserError(f"{file.name} cannot be registered: it cannot be read back ({error})") from error
+    if bad is not None:
+        raise UserError(
+            f"{bad} in {file.name} is not finite: the run has diverged and nothing is registered; try a smaller learning_rate"
+        )
 
 
 def file_problem(artifact: Artifact) -> str:

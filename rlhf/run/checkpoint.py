@@ -1,6 +1,7 @@
 """Checkpoints: written under another name, synced, and renamed into place; safetensors and JSON only.
 
-The last two are kept. Snapshots are in the same folder: the policy's adapter alone, all of them kept, for the reward-KL frontier.
+Each holds the sha256 of its files, which are compared when they are read. The last two are kept. Snapshots are in the same
+folder: the policy's adapter alone, all of them kept, for the reward-KL frontier.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import contextlib
 import json
 import random
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from rlhf.base.errors import UserError
 from rlhf.base.json_files import read_object
 
 _NUM_KEPT = 2
+CHECKSUMS = "checksums.json"
+"""File with the sha256 of the others by name; checkpoints of versions before it have none."""
 
 
 def save(
@@ -81,6 +84,8 @@ def _write_folder(folder: Path, name: str, write: Callable[[Path], None]) -> Pat
         clear(folder)
         partial.mkdir(parents=True)
         write(partial)
+        checksums = {file.relative_to(partial).as_posix(): storage.sha256_file(file) for file in _files(partial)}
+        (partial / CHECKSUMS).write_text(json.dumps(checksums, indent=2), encoding="utf-8")
         storage.sync(*partial.iterdir(), partial)
         _replace(partial, target)
     except Exception as error:
@@ -150,23 +155,51 @@ def discard_after(folder: Path, step: int) -> None:
 
 def load(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """Return the tensors by group, and the state, that `save` wrote."""
-    return {file.stem: load_tensors(path, file.stem) for file in sorted(path.glob("*.safetensors"))}, load_state(path)
+    state = load_state(path)
+    return {file.stem: load_tensors(path, file.stem) for file in sorted(path.glob("*.safetensors"))}, state
 
 
 def load_tensors(path: Path, group: str) -> dict[str, Tensor]:
     """Return one group of the tensors that `save` wrote."""
+    file = f"{group}.safetensors"
+    verify(path, [file])
     try:
-        return load_file(path / f"{group}.safetensors")
+        return load_file(path / file)
     except Exception as error:
         raise _damaged(path, error) from error
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """Return the state that `save` wrote, and its `step`."""
+    """Return the state that `save` wrote, and its `step`, after verifying all files but the tensors."""
+    verify(path, [file.name for file in _files(path) if file.suffix != ".safetensors"])
     try:
         return read_object(path / "state.json")
     except Exception as error:
         raise _damaged(path, error) from error
+
+
+def verify(path: Path, names: Sequence[str] | None = None) -> None:
+    """Raise `UserError` unless a checkpoint or snapshot has all its files, and those of these names are unchanged.
+
+    Args:
+        names: paths relative to the folder; None for all.
+    """
+    if not (path / CHECKSUMS).exists():  # of a version before there were any
+        return
+    try:
+        checksums, present = read_object(path / CHECKSUMS), {file.relative_to(path).as_posix() for file in _files(path)}
+        if differing := sorted(present ^ checksums.keys()):
+            raise ValueError(f"{differing[0]} is {'not listed' if differing[0] in present else 'missing'}")
+        for name in sorted(present) if names is None else names:
+            if name != CHECKSUMS and storage.sha256_file(path / name) != checksums[name]:
+                raise ValueError(f"the sha256 of {name} is not the one in {CHECKSUMS}")
+    except (OSError, UserError, ValueError) as error:
+        raise _damaged(path, error) from error
+
+
+def _files(folder: Path) -> list[Path]:
+    """Return the files of a checkpoint or snapshot, without their checksums."""
+    return sorted(file for file in folder.rglob("*") if file.is_file() and file.name != CHECKSUMS)
 
 
 def _damaged(path: Path, error: Exception) -> UserError:

@@ -104,10 +104,19 @@ class Tracker(WandbRun):
     def rewind(self, position: Mapping[str, int]) -> None:
         """Drop the lines logged after `position`: a run that goes on from the checkpoint made there logs them again.
 
-        The history in W&B cannot be shortened; it ignores steps that it has already seen, so none appears twice there.
+        Logs that have become shorter since are reported. The history in W&B cannot be shortened; it ignores steps that it has
+        already seen, so none appears twice there.
         """
-        for file in self._files():
-            _cut(file, position.get(file.name, 0))
+        for file in (self._metrics_file, self._samples_file):
+            size = file.stat().st_size if file.exists() else 0
+            if size < position.get(file.name, 0):
+                print(
+                    f"{file} has lost {position[file.name] - size:,} of the {position[file.name]:,} bytes that it had at the "
+                    "checkpoint: reports and checks of this run lack what stood there",
+                    flush=True,
+                )
+            if file.exists():
+                _cut(file, position.get(file.name, 0))
 
     def _load_or_make_run_id(self) -> str:
         file = self.run_dir / RUN_FILE

@@ -10,7 +10,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 from rlhf.base import distributed, storage
 from rlhf.base.errors import UserError
 from rlhf.base.json_files import read_object
+from rlhf.base.locks import exclusive
 from rlhf.base.redaction import redact
 from rlhf.config import TrainingConfig
 from rlhf.data_prep.load import Loaded
@@ -37,6 +38,8 @@ from rlhf.run.tracker import RUN_FILE, Tracker
 from rlhf.stages.data import training_prompts
 
 ConfigT = TypeVar("ConfigT", bound=TrainingConfig)
+FREED_SECONDS = 10.0
+"""Time that a run waits for its folder: a process that was just killed may leave workers that end a moment later."""
 
 
 @dataclass
@@ -139,7 +142,7 @@ def open_run(
 
     Raises:
         UserError: the name cannot be registered, an option is wrong, or `resume` is set and the checkpoints in the folder
-            were made with other options or inputs.
+            were made with other options or inputs, or another process is running in the folder.
     """
     Reference(stage, config.name)  # raises now and not after the training
     actions(config.doctor)  # raises now and not at the first finding
@@ -149,31 +152,33 @@ def open_run(
     compute = Compute.choose(config)
     folder = Path(config.output_dir) / stage
     folder.mkdir(parents=True, exist_ok=True)
-    if distributed.rank() == 0:
-        _claim_checkpoints(folder / "checkpoints", config, parents, data)
-        processes = f" in {distributed.size()} processes" if distributed.size() > 1 else ""
-        print(f"{stage}: {config.name} on {compute}{processes}; data {data['rows']}; logs in {folder}", flush=True)
-    distributed.wait()
-    timer = PhaseTimer()
-    with (
-        _log_folder(folder) as logs,
-        Tracker(
-            logs,
-            stage=stage,
-            name=f"{config.name}-{stage}",
-            group=config.wandb_group or config.name,
-            config=dataclasses.asdict(config),
-            wandb_mode=config.wandb_mode if distributed.rank() == 0 else "disabled",
-            wandb_project=config.wandb_project,
-            resume=config.resume,
-        ) as tracker,
-        terminal.view(f"{stage}: {config.name} on {compute}"),
-        memory.explained(timer),
-    ):
-        for parent in parents:
-            tracker.use_artifact(parent.reference, parent.hash, parent.path)
-        tracker.use_data(config.dataset, data)
-        yield Run(stage, config, folder, Registry(config.registry), compute, tracker, parents, data, recipe, timer)
+    lock = exclusive(folder / ".lock", f"the run folder {folder}", wait=FREED_SECONDS)
+    with lock if distributed.rank() == 0 else nullcontext():
+        if distributed.rank() == 0:
+            _claim_checkpoints(folder / "checkpoints", config, parents, data)
+            processes = f" in {distributed.size()} processes" if distributed.size() > 1 else ""
+            print(f"{stage}: {config.name} on {compute}{processes}; data {data['rows']}; logs in {folder}", flush=True)
+        distributed.wait()
+        timer = PhaseTimer()
+        with (
+            _log_folder(folder) as logs,
+            Tracker(
+                logs,
+                stage=stage,
+                name=f"{config.name}-{stage}",
+                group=config.wandb_group or config.name,
+                config=dataclasses.asdict(config),
+                wandb_mode=config.wandb_mode if distributed.rank() == 0 else "disabled",
+                wandb_project=config.wandb_project,
+                resume=config.resume,
+            ) as tracker,
+            terminal.view(f"{stage}: {config.name} on {compute}"),
+            memory.explained(timer),
+        ):
+            for parent in parents:
+                tracker.use_artifact(parent.reference, parent.hash, parent.path)
+            tracker.use_data(config.dataset, data)
+            yield Run(stage, config, folder, Registry(config.registry), compute, tracker, parents, data, recipe, timer)
 
 
 @contextmanager

@@ -58,7 +58,7 @@ def registry(tmp_path: Path) -> Registry:
 
 def write(folder: Path) -> None:
     """An adapter as the stages leave it, with one file in a subfolder."""
-    (folder / "adapter_model.safetensors").write_bytes(bytes(range(256)))
+    save_file({"weight": torch.arange(64.0)}, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text('{"r": 16}')
     (folder / "extra").mkdir()
     (folder / "extra" / "chat_template.jinja").write_text("{{ messages }}")
@@ -112,6 +112,22 @@ def test_round_trip(registry: Registry) -> None:
     assert set(read.manifest.files) == {"adapter_model.safetensors", "adapter_config.json", "extra/chat_template.jinja"}
     assert read.manifest.created.endswith("+00:00")
     assert read.manifest.library_versions["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_are_not_finite_are_not_registered(registry: Registry, value: float, dtype: torch.dtype) -> None:
+    """Catches a diverged model on the shelf, which every later stage would start from."""
+    weights = {"a": torch.zeros(4, dtype=dtype), "b": torch.tensor([1.0, value], dtype=dtype), "n": torch.arange(3)}
+    with pytest.raises(UserError, match=r"b in model\.safetensors is not finite"):
+        registry.publish("sft", "demo", lambda folder: save_file(weights, folder / "model.safetensors"), **FIELDS)
+    assert contents(registry) == []
+
+
+def test_weights_that_cannot_be_read_back_are_not_registered(registry: Registry) -> None:
+    """Catches a file that a failing disk cut short, found only by the stage that needs it."""
+    with pytest.raises(UserError, match=r"model\.safetensors cannot be registered: it cannot be read back"):
+        registry.publish("sft", "demo", lambda f: (f / "model.safetensors").write_bytes(b"x" * 50) and None, **FIELDS)
 
 
 def test_versions_increment_and_latest_is_numeric(registry: Registry) -> None:

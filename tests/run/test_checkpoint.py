@@ -90,6 +90,47 @@ def test_a_damaged_checkpoint_is_one_clear_line(file: str, tmp_path: Path) -> No
         checkpoint.load(path)
 
 
+def test_no_flipped_bit_is_resumed_from(tmp_path: Path) -> None:
+    """Catches: a bit that changed in weights, optimiser states, random states, the trainer's account or the checksums
+    themselves, from which a run would go on and register its result."""
+    texts = {"trainer_state.json": json.dumps({"global_step": 2, "log_history": [{"loss": 1.5}]})}
+    groups = {name: {"a": torch.arange(64.0)} for name in ("weights", "optimizer", "generators")}
+    path = checkpoint.save(tmp_path, 2, groups, {"scheduler": {"last_epoch": 2}}, texts=texts)
+    checkpoint.load(path)
+    draw = random.Random(0)
+    for file in sorted(path.iterdir()):
+        original = file.read_bytes()
+        for _ in range(40):
+            place = draw.randrange(len(original))
+            file.write_bytes(
+                original[:place] + bytes([original[place] ^ 1 << draw.randrange(8)]) + original[place + 1 :]
+            )
+            with pytest.raises(UserError, match=r"checkpoint-2 cannot be read .*delete it"):
+                checkpoint.load(path)
+        file.write_bytes(original)
+    checkpoint.load(path)
+
+
+@pytest.mark.parametrize("file", ["weights.safetensors", "trainer_state.json"])
+def test_a_file_that_is_missing_or_new_is_found(file: str, tmp_path: Path) -> None:
+    """Catches: a group of tensors that was lost and would stay at its fresh values, and one that somebody put there."""
+    path = checkpoint.save(tmp_path, 2, {"weights": {"a": torch.ones(3)}}, {}, texts={"trainer_state.json": "{}"})
+    moved = (path / file).rename(tmp_path / file)
+    with pytest.raises(UserError, match=f"{file} is missing"):
+        checkpoint.load(path)
+    moved.rename(path / file)
+    (path / f"more-{file}").write_bytes((path / file).read_bytes())
+    with pytest.raises(UserError, match=f"more-{file} is not listed"):
+        checkpoint.load(path)
+
+
+def test_a_checkpoint_of_an_older_version_is_read(tmp_path: Path) -> None:
+    """Catches: a run that was stopped before an update of this package and cannot go on after it."""
+    path = save(tmp_path, 2)
+    (path / "checksums.json").unlink()
+    assert checkpoint.load(path)[1] == {"note": "step 2", "step": 2}
+
+
 @pytest.mark.parametrize("step", [2, 4])
 @pytest.mark.parametrize("fails_at", ["weights", "optimizer", "state.json", "rename"])
 def test_a_full_disk_leaves_the_previous_checkpoint(
@@ -162,9 +203,9 @@ def test_all_is_on_the_disk_before_it_counts(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(storage, "sync", lambda *paths: events.extend(f"sync {path.name}" for path in paths))
     monkeypatch.setattr(Path, "rename", lambda self, to: (events.append(f"rename {self.name}"), rename(self, to))[1])
     save(tmp_path, 1)
-    synced = ["sync weights.safetensors", "sync optimizer.safetensors", "sync state.json", "sync .partial-checkpoint-1"]
-    assert sorted(events[:4]) == sorted(synced)
-    assert events[4:] == ["rename .partial-checkpoint-1", f"sync {tmp_path.name}"]
+    files = ["weights.safetensors", "optimizer.safetensors", "state.json", "checksums.json", ".partial-checkpoint-1"]
+    assert sorted(events[:5]) == sorted(f"sync {file}" for file in files)
+    assert events[5:] == ["rename .partial-checkpoint-1", f"sync {tmp_path.name}"]
 
 
 def test_killed_between_two_renames(tmp_path: Path) -> None:
@@ -294,6 +335,6 @@ def test_snapshots_are_all_kept_beside_the_checkpoints(tmp_path: Path) -> None:
         checkpoint.save_snapshot(tmp_path, 12, fail)
     assert list(checkpoint.snapshots(tmp_path)) == [8, 9, 10, 11]
     assert checkpoint.latest(tmp_path) == tmp_path / "checkpoint-11"
-    assert [path.name for path in checkpoint.snapshots(tmp_path)[9].iterdir()] == ["adapter.json"]
+    assert names(checkpoint.snapshots(tmp_path)[9]) == ["adapter.json", "checksums.json"]
     checkpoint.discard_after(tmp_path, 9)
     assert names(tmp_path) == ["snapshot-8", "snapshot-9"]

@@ -109,6 +109,25 @@ def test_what_comes_after_a_checkpoint_of_the_same_step_is_forgotten_too(tmp_pat
     assert before == {} and (tmp_path / "metrics.jsonl").read_bytes() == b""
 
 
+@pytest.mark.parametrize("harm", ["deleted", "cut"])
+def test_lost_lines_are_said_when_a_run_goes_on(harm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Bug: a log that was deleted or cut before a resume, so that reports and checks lack updates without a word."""
+    with make(tmp_path) as tracker:
+        for step in (1, 2, 3):
+            tracker.log({"objective/kl": 1.0}, step)
+        position = tracker.position()
+    with make(tmp_path, resume=True) as tracker:
+        tracker.rewind(position)
+    assert "has lost" not in capsys.readouterr().out
+    file = tmp_path / "metrics.jsonl"
+    lines = file.read_bytes().splitlines(keepends=True)
+    file.unlink() if harm == "deleted" else file.write_bytes(lines[0])
+    with make(tmp_path, resume=True) as tracker:
+        tracker.rewind(position)
+    whole, rest = position["metrics.jsonl"], 0 if harm == "deleted" else len(lines[0])
+    assert f"metrics.jsonl has lost {whole - rest:,} of the {whole:,} bytes" in capsys.readouterr().out
+
+
 def test_logs_on_a_full_disk_are_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bug: a traceback out of the log, which nobody connects with the disk, and no word on how to go on."""
     opened = Path.open

@@ -101,6 +101,26 @@ def weights(registry: Path, stage: str) -> bytes:
     return (Registry(registry).get(f"{stage}/toy").path / "adapter_model.safetensors").read_bytes()
 
 
+def test_a_second_run_in_the_same_folder_is_refused(long: Callable[..., Long], call: Callable[..., Call]) -> None:
+    """Two runs whose metrics and checkpoints mix, so that one resumes from the other's and registers its weights."""
+    run = long("sft")
+    with subprocess.Popen(
+        [sys.executable, "-m", "rlhf.stages.sft", *run.words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as first:
+        deadline = time.monotonic() + 120
+        while not run.metrics():
+            assert first.poll() is None and time.monotonic() < deadline
+            time.sleep(0.005)
+        os.kill(first.pid, signal.SIGSTOP)  # so that it is still there, however slow this machine is
+        before = {file: file.read_bytes() for file in run.folder.rglob("*") if file.is_file()}
+        second = call("rlhf.stages.sft", *run.words, "--seed", "7")
+        assert second.code == 2 and f"in use by process {first.pid} on " in second.err, second.err
+        assert {file: file.read_bytes() for file in run.folder.rglob("*") if file.is_file()} == before
+        os.kill(first.pid, signal.SIGCONT)
+        assert first.wait(120) == 0
+    assert [a.reference for a in Registry(run.registry).list() if a.stage == "sft"] == ["sft/toy@1"]
+
+
 @pytest.mark.parametrize(
     "stage, number, code", [("sft", signal.SIGINT, 130), ("reward", signal.SIGTERM, 143), ("ppo", signal.SIGINT, 130)]
 )

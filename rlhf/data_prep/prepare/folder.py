@@ -10,11 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from rlhf.base.assets import cache_dir
 from rlhf.base.errors import UserError
 from rlhf.base.json_files import read_object_or_none
+from rlhf.base.locks import exclusive
 from rlhf.base.storage import sha256_file
 
 CARD = "card.json"
@@ -35,7 +34,8 @@ def make_once(folder: Path, recipe: dict[str, Any], fill: Callable[[Path], dict[
     """
     locks = cache_dir() / "locks"
     locks.mkdir(parents=True, exist_ok=True)
-    with FileLock(locks / hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]):
+    lock = locks / hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    with exclusive(lock, str(folder), wait=3600):
         if up_to_date(folder, recipe):
             print(f"data: {folder} is up to date", file=sys.stderr)
             return
