@@ -12,9 +12,12 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from rlhf.base.errors import UserError
+from rlhf.models.messages import with_parts
 from rlhf.models.sequences import pad
 from rlhf.models.tokenization import (
     TEMPLATES,
+    TemplateRefusal,
+    check_written,
     decode_response,
     encode_prompt,
     encode_response,
@@ -247,3 +250,52 @@ def test_hashes_tell_templates_and_tokens_apart(saved: Callable[..., str]) -> No
     other = tokenizer_hashes(load_tokenizer(saved(eos_token="<|im_start|>"), chat_template="chatml"))
     assert chatml["tokenizer_hash"] == plain["tokenizer_hash"] != other["tokenizer_hash"]
     assert chatml["chat_template_hash"] == other["chat_template_hash"] != plain["chat_template_hash"]
+
+
+# Parts beyond role and content
+
+CALL = {"type": "function", "function": {"name": "look_up", "arguments": {"q": "tea"}}}
+WRITES_PARTS = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% if m.reasoning_content and loop.last %}{{ '<think>' + m.reasoning_content + '</think>' }}{% endif %}"
+    "{{ m.content }}{% for call in m.tool_calls or [] %}{{ call.function.name }}({{ call.function.arguments.q }})"
+    "{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("at", "name", "value", "writes"),
+    [
+        (1, "tool_calls", [CALL], True),
+        (1, "reasoning_content", "It is hot.", True),  # left out of earlier turns, written in the last
+        (3, "reasoning_content", "It is cold.", True),
+        (0, "tools", [CALL], True),
+        (1, "tool_call_id", "c1", False),  # no template needs it
+    ],
+)
+def test_parts_that_the_template_writes_or_not(
+    toy_tokenizer: PreTrainedTokenizerFast, at: int, name: str, value: Any, writes: bool
+) -> None:
+    """A call or the reasoning is dropped by the template without a word, and the model is trained to stop before it; or a
+    template that leaves out old reasoning on purpose is refused."""
+    tokenizer = copy.deepcopy(toy_tokenizer)
+    turns = [*PROMPT, *ANSWER, *PROMPT, *ANSWER]
+    turns[at] = with_parts(turns[at], {name: value})
+    tokenizer.chat_template = WRITES_PARTS
+    check_written(tokenizer, turns)
+    tokenizer.chat_template = TEMPLATES["chatml"]
+    if writes:
+        with pytest.raises(TemplateRefusal, match=f"^the chat template does not write '{name}'$"):
+            check_written(tokenizer, turns)
+    else:
+        check_written(tokenizer, turns)
+
+
+def test_a_call_is_part_of_the_answer(toy_tokenizer: PreTrainedTokenizerFast) -> None:
+    """The answer ends where the call should come; or the tools are missing in the prompt."""
+    tokenizer = copy.deepcopy(toy_tokenizer)
+    tokenizer.chat_template = WRITES_PARTS
+    prompt, answer = [with_parts(PROMPT[0], {"tools": [CALL]})], [with_parts(ANSWER[0], {"tool_calls": [CALL]})]
+    tail = tokenizer.decode(encode_response(tokenizer, prompt, answer)).replace(" ", "")
+    assert tail.endswith("goodlook_up(tea)<|im_end|>"), tail
+    assert len(encode_prompt(tokenizer, prompt)) > len(encode_prompt(tokenizer, PROMPT))

@@ -83,6 +83,7 @@ class Loaded:
         prepared: fingerprint on the card of the folder that `rlhf.data_prep` made; None for other data.
         numbers: line or row number in the source of each of the rows.
         dropped_rows: reason -> numbers of the first rows left out.
+        source: file or hub dataset, for messages.
     """
 
     rows: Dataset
@@ -91,6 +92,7 @@ class Loaded:
     prepared: str | None = None
     numbers: list[int] = field(default_factory=list)
     dropped_rows: dict[str, list[int]] = field(default_factory=dict)
+    source: str = ""
 
 
 def joint_fingerprint(sets: Mapping[str, Loaded]) -> str:
@@ -158,6 +160,7 @@ def load_rows(path: str | Path, split: str, *, kind: Kind) -> Loaded:
         raw.prepared,
         numbers=[number for number, _ in rows],
         dropped_rows={reason: numbers[:NAMED_ROWS] for reason, numbers in dropped.items()},
+        source=raw.source,
     )
 
 

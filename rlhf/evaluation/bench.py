@@ -8,6 +8,7 @@ from pathlib import Path
 from rlhf.base.errors import require
 from rlhf.config import EvaluationConfig
 from rlhf.data_prep.load import load_rows
+from rlhf.data_prep.writable import writable
 from rlhf.evaluation.candidates import gather
 from rlhf.evaluation.checks import read_checks
 from rlhf.evaluation.results import ResultFiles
@@ -36,7 +37,7 @@ class Bench:
             kind_of(name).check(name, self.registry)
         reference = self.comparison.reference
         self.tokenizer = load_tokenizer(str(reference.path))
-        data = load_rows(config.prompts, config.split, kind="prompts")
+        data, _ = writable(load_rows(config.prompts, config.split, kind="prompts"), self.tokenizer)
         self.fingerprint = data.fingerprint
         self.rows = data.rows.select(range(min(config.num_prompts, len(data.rows)))).to_list()
         self.prompts = [encode_prompt(self.tokenizer, row["prompt"]) for row in self.rows]  # token ids (P, ...)

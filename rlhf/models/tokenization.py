@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rlhf.base.errors import UserError, did_you_mean
 from rlhf.base.json_files import decode
+from rlhf.models.messages import parts_of, template_arguments, with_parts
 
 Message = Mapping[str, str]
 
@@ -53,6 +54,12 @@ _PAD_CANDIDATES = (
     "<|finetune_right_pad_id|>",
     "<|reserved_special_token_0|>",
 )
+#: Parts of a message that an answer depends on; others, such as the id of a call, templates may leave out.
+_NEEDED_PARTS = ("tools", "tool_calls", "reasoning_content")
+
+
+class TemplateRefusal(UserError):
+    """The chat template cannot write a conversation, or a part of it; the text is the reason under which it is counted."""
 
 
 def load_tokenizer(
@@ -150,13 +157,35 @@ def encode_response(
     return [*tokenizer(tail, add_special_tokens=False)["input_ids"], int(tokenizer.eos_token_id)]
 
 
+def check_written(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> None:
+    """Raise `TemplateRefusal` where the chat template cannot write a conversation with all its parts.
+
+    A part is written if the text changes without it. Templates may leave out the reasoning of earlier turns: it has to be
+    written where its turn is the last.
+    """
+    _render(tokenizer, messages, answer_header=messages[-1]["role"] != "assistant")
+    for number, message in enumerate(messages, start=1):
+        parts = parts_of(message)
+        for name in parts.keys() & set(_NEEDED_PARTS):
+            bare = with_parts(message, {key: value for key, value in parts.items() if key != name})
+            end = number if name == "reasoning_content" else len(messages)
+            texts = [
+                _render(tokenizer, [*messages[: number - 1], each, *messages[number:end]], answer_header=False)
+                for each in (message, bare)
+            ]
+            if texts[0] == texts[1]:
+                raise TemplateRefusal(f"the chat template does not write '{name}'")
+
+
 def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, answer_header: bool) -> str:
-    plain = [dict(message) for message in messages]
+    written, arguments = template_arguments(messages)
     try:
-        return str(tokenizer.apply_chat_template(plain, add_generation_prompt=answer_header, tokenize=False))
-    except TemplateError as error:  # roles that it refuses, or an error in it
+        return str(
+            tokenizer.apply_chat_template(written, add_generation_prompt=answer_header, tokenize=False, **arguments)
+        )
+    except (TemplateError, TypeError) as error:  # roles or parts that it refuses, or an error in it
         roles = ", ".join(message["role"] for message in messages)
-        raise UserError(
+        raise TemplateRefusal(
             f"the chat template cannot write a conversation of {roles}: {error}; leave these out, or give another --chat_template"
         ) from error
 

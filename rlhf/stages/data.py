@@ -12,6 +12,7 @@ from rlhf.data_prep.formats.rows import prompt_key
 from rlhf.data_prep.load import NAMED_ROWS, Loaded, joint_fingerprint, load_rows
 from rlhf.data_prep.overlap import TrainingPrompts
 from rlhf.data_prep.stage_rows import Kind
+from rlhf.data_prep.writable import writable
 from rlhf.models.tokenization import encode_prompt, encode_response
 from rlhf.registry import Artifact, Registry
 
@@ -37,6 +38,18 @@ def describe_data(sets: dict[str, Loaded]) -> dict[str, Any]:
         "dropped": {name: loaded.dropped for name, loaded in sets.items() if loaded.dropped},
         "dropped_rows": {name: loaded.dropped_rows for name, loaded in sets.items() if loaded.dropped_rows},
     }
+
+
+def writable_sets(
+    sets: dict[str, Loaded], tokenizer: PreTrainedTokenizerBase, data: dict[str, Any]
+) -> dict[str, Loaded]:
+    """Return the sets less rows that the chat template cannot write, which are added to `describe_data`'s result."""
+    written = dict(sets)
+    for name, loaded in sets.items():
+        if "prompt" in loaded.rows.column_names:
+            written[name], refused = writable(loaded, tokenizer)
+            add_dropped(data, name, refused)
+    return written
 
 
 def add_dropped(data: dict[str, Any], name: str, dropped: dict[str, list[int]]) -> None:

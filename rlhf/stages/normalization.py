@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf.base.errors import require
 from rlhf.config import RewardConfig
 from rlhf.data_prep.load import Loaded, NoneOfKind, load_rows
+from rlhf.data_prep.writable import writable
 from rlhf.models.base import context_length
 from rlhf.models.responses import answer_prompts, answerable
 from rlhf.models.tokenization import encode_prompt, encode_response
@@ -61,6 +62,8 @@ def normalizing_rows(
     Raises:
         UserError: all are too long.
     """
+    if data is not None:
+        data, _ = writable(data, tokenizer)
     if data is None:
         kind, responses = "best responses of the comparisons (there are no demonstrations)", _best(training)
     elif config.normalize_on == "policy":

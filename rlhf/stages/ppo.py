@@ -39,7 +39,7 @@ from rlhf.registry import Artifact, Registry
 from rlhf.reward.scorer import open_scorer
 from rlhf.reward.sources import AdapterReward, ModelReward, Reward, kind_of, open_sources
 from rlhf.run.memory import check_rollout_fits
-from rlhf.stages.data import add_dropped, describe_data, encode_demonstrations, load_splits, overlap
+from rlhf.stages.data import add_dropped, describe_data, encode_demonstrations, load_splits, overlap, writable_sets
 from rlhf.stages.run import Run, find_finished, open_run, preflight, stage_recipe
 
 #: Held-out prompts whose answers before and after are shown side by side.
@@ -54,7 +54,7 @@ def run(config: PPOConfig, *, reuse: bool = False, only_preflight: bool = False)
     for reward in rewards:
         check_same_policy(policy, reward)
     sets = data_sets(config)
-    prompts, held_out, data = sets["train"], sets["validation"], describe_data(sets)
+    data = describe_data(sets)
     recipe = stage_recipe(config, [policy, *rewards], data)
     if reuse and (artifact := find_finished("ppo", config, recipe)):
         return artifact
@@ -63,6 +63,8 @@ def run(config: PPOConfig, *, reuse: bool = False, only_preflight: bool = False)
     gold = load_function(config.gold) if config.gold else None  # raises now and not after the training
     with open_run("ppo", config, [policy, *rewards], data, recipe) as run:
         tokenizer = load_tokenizer(str(policy.path))
+        sets = writable_sets(sets, tokenizer, run.data)
+        prompts, held_out = sets["train"], sets["validation"]
         train_ids = encode_prompts(prompts, tokenizer, config.max_prompt_length)
         held_out_ids = encode_prompts(held_out, tokenizer, config.max_prompt_length)
         models, reward_sum = build_models(config, run.compute, policy, rewards)

@@ -40,7 +40,7 @@ from rlhf.reward.ranking import Objective, RankingCollator, RankingTrainer
 from rlhf.reward.rankings import Encoded, encode_rankings
 from rlhf.reward.scorer import Scorer
 from rlhf.run import checkpoint
-from rlhf.stages.data import add_dropped, describe_data, load_splits, overlap
+from rlhf.stages.data import add_dropped, describe_data, load_splits, overlap, writable_sets
 from rlhf.stages.normalization import NormalizingRows, normalization, normalizing_data, normalizing_rows
 from rlhf.stages.run import Run, find_finished, open_run, preflight, require_one_process, stage_recipe
 from rlhf.stages.trainer import train, trainer_arguments
@@ -89,13 +89,15 @@ def run(config: RewardConfig, *, reuse: bool = False, only_preflight: bool = Fal
         tempfile.TemporaryDirectory(dir=run.folder, prefix=SCRATCH) as scratch,
     ):
         base = load_policy(policy, config, run.compute)
-        prepared = prepare(run, base, policy, sets)
+        tokenizer = load_tokenizer(str(policy.path))
+        sets = writable_sets(sets, tokenizer, run.data)
+        prepared = prepare(run, base, tokenizer, sets)
         # Training uses the policy up, so its own figures come first.
         figures_of_policy = None if only_preflight else measure_policy(run, base, prepared, zero_data)
         model = trainable_reward_model(base, config, int(prepared.tokenizer.pad_token_id))
         trainer = make_trainer(run, model, prepared)
         examine = partial(check_reward, trainer=trainer, policy=base)
-        preflight(run, examine, prepared.tokenizer, sets)
+        preflight(run, examine, tokenizer, sets)
         if figures_of_policy is None:
             return None
         raw_scores = train_and_save(run, model, trainer, policy, prepared, Path(scratch))
@@ -110,9 +112,11 @@ def data_sets(config: RewardConfig) -> dict[str, Loaded]:
     return load_splits(config.dataset, "comparisons")
 
 
-def prepare(run: Run[RewardConfig], base: PreTrainedModel, policy: Artifact, sets: dict[str, Loaded]) -> Prepared:
+def prepare(
+    run: Run[RewardConfig], base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sets: dict[str, Loaded]
+) -> Prepared:
     """Tokenise the rankings, and record in the run's data what was left out."""
-    config, tokenizer = run.config, load_tokenizer(str(policy.path))
+    config = run.config
     limit = min(config.max_length, context_length(base))
     training = encode_rankings(
         sets["train"],

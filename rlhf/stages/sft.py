@@ -39,7 +39,7 @@ from rlhf.registry import Artifact, Registry
 from rlhf.reward.scorer import open_scorer
 from rlhf.reward.sources import scores_of_texts
 from rlhf.run.resumable import ResumableTrainer
-from rlhf.stages.data import add_dropped, describe_data, encode_demonstrations, load_splits, overlap
+from rlhf.stages.data import add_dropped, describe_data, encode_demonstrations, load_splits, overlap, writable_sets
 from rlhf.stages.run import Run, find_finished, open_run, preflight, require_one_process, stage_recipe
 from rlhf.stages.trainer import SortedStepSampler, train, trainer_arguments
 
@@ -70,6 +70,7 @@ def run(config: SFTConfig, *, reuse: bool = False, only_preflight: bool = False)
         tokenizer = load_tokenizer(
             resolve_model(config.model_name_or_path, config.registry), chat_template=config.chat_template, **source
         )
+        sets = writable_sets(sets, tokenizer, run.data)
         base = load_base(config.model_name_or_path, config, run.compute, **source)
         new_rows = extend_vocabulary(config, tokenizer, base, sets["train"])
         model = with_adapter(base, lora_config(config, "CAUSAL_LM", new_tokens=new_rows))

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.base.errors import UserError
 from rlhf.doctor.preflight.check import Check
+from rlhf.models.messages import template_arguments
 from rlhf.models.tokenization import (
     Message,
     check_encoding,
@@ -100,8 +101,8 @@ def _marks(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, header: bool = True) -> str:
     """Render by transformers itself, to compare `encode_prompt` with."""
-    plain = [dict(message) for message in messages]
-    return str(tokenizer.apply_chat_template(plain, add_generation_prompt=header, tokenize=False))
+    written, arguments = template_arguments(messages)
+    return str(tokenizer.apply_chat_template(written, add_generation_prompt=header, tokenize=False, **arguments))
 
 
 def _bare(text: Any) -> str:

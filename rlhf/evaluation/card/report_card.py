@@ -21,6 +21,7 @@ from rlhf.base.intervals import Array
 from rlhf.config import RewardCardConfig, parse_config
 from rlhf.data_prep.load import load_rows
 from rlhf.data_prep.overlap import TrainingPrompts
+from rlhf.data_prep.writable import writable
 from rlhf.evaluation.card import hack_probes, statistics
 from rlhf.evaluation.card.evidence import Options, PolicyEvidence, first_rankings, first_rows, policy_evidence
 from rlhf.evaluation.card.judged import Judged, RatedPairs, judge_rows, rated_pairs
@@ -198,7 +199,9 @@ def run(config: RewardCardConfig) -> Card:
     parent = next(p for p in artifact.manifest.parents if p.stage == "sft")
     policy = load_policy(registry.get(parent.reference), config, compute)
     limit = min(config.max_length, context_length(policy))
-    training, held_out = (encode_rankings(data, tokenizer, limit) for data in (comparisons, validation))
+    training, held_out = (
+        encode_rankings(writable(data, tokenizer)[0], tokenizer, limit) for data in (comparisons, validation)
+    )
     evidence = policy_evidence(policy, tokenizer, compute, config, training, held_out)
     del policy
     scorer = open_scorer(artifact, registry, config, compute, config.per_device_eval_batch_size)
