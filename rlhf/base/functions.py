@@ -4,12 +4,28 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
 from typing import Any
 
 from rlhf.base.errors import UserError
 
 #: A scorer of texts, independent of the trained reward.
 GoldFunction = Callable[[Sequence[str]], list[float]]
+
+
+def source_file(path: str) -> Path | None:
+    """Return the file of the module of `package.module:name`, without importing it; None if there is none."""
+    places: Sequence[str] | None = None
+    spec: ModuleSpec | None = None
+    name = ""
+    for part in path.partition(":")[0].split("."):
+        name = f"{name}.{part}".lstrip(".")
+        spec = PathFinder.find_spec(name, places)
+        if spec is None:
+            return None
+        places = list(spec.submodule_search_locations or [])
+    return Path(spec.origin) if spec is not None and spec.origin is not None else None
 
 
 def load_function(path: str) -> Callable[..., Any]:

@@ -12,6 +12,7 @@ from rlhf.base.intervals import Array
 from rlhf.evaluation.answers import score_answers
 from rlhf.evaluation.bench import Bench
 from rlhf.models.base import fit_vocabulary, load_base
+from rlhf.models.inputs import require_same_base
 from rlhf.models.likelihood import mean_logprobs
 from rlhf.models.responses import Answers
 from rlhf.reward.sources import Opening, kind_of
@@ -76,6 +77,7 @@ def base_logprobs(bench: Bench, sets: Sequence[Answers]) -> list[tuple[Array, Ar
 def _untuned_base(bench: Bench) -> PreTrainedModel:
     reference = bench.comparison.reference
     manifest = reference.manifest
+    require_same_base(reference, bench.config.registry)
     base = load_base(manifest.base_model, bench.config, bench.compute, revision=manifest.base_model_revision)
     fit_vocabulary(base.requires_grad_(False), reference.path)
     return base

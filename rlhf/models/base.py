@@ -17,6 +17,7 @@ from rlhf.config import ComputeConfig
 from rlhf.models.adapters import attach_adapter, read_adapter_config
 from rlhf.models.catalogue import resolve_model
 from rlhf.models.compute import Compute
+from rlhf.models.inputs import require_same_base
 from rlhf.models.packing import pack_rows
 from rlhf.models.tokenization import load_tokenizer
 from rlhf.models.vocabulary import fit_embeddings
@@ -83,6 +84,7 @@ def load_policy(
     Args:
         adapter: folder of a finished PPO policy, which is merged on top.
     """
+    require_same_base(artifact, config.registry)
     folders = [artifact.path] if adapter is None else [artifact.path, adapter]
     m = artifact.manifest
     return load_merged(m.base_model, folders, config, compute, revision=m.base_model_revision)

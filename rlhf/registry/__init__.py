@@ -6,6 +6,7 @@ from rlhf.registry.manifest import (
     Artifact,
     Manifest,
     Reference,
+    changed_inputs,
     code_commit,
     library_versions,
     parse_reference,

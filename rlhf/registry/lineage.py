@@ -20,7 +20,7 @@ class Difference(NamedTuple):
     second: Any
 
 
-SECTIONS = ("parents", "data", "config", "metrics", "model", "software")
+SECTIONS = ("parents", "data", "inputs", "config", "metrics", "model", "software")
 
 
 def difference(first: Artifact, second: Artifact) -> list[Difference]:
@@ -44,6 +44,7 @@ def _sections(artifact: Artifact) -> dict[str, dict[str, Any]]:
     return {
         "parents": {parent.stage: f"{parent.reference} {parent.hash[:12]}" for parent in m.parents},
         "data": dict(_flat(m.data)),
+        "inputs": dict(m.inputs),
         "config": dict(_flat({name: value for name, value in m.config.items() if name not in places})),
         "metrics": dict(_flat({**metrics, **phases})),
         "model": {name: getattr(m, name) for name in (*model, "stop_token_ids", "reward_mean", "reward_std")},

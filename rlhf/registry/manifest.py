@@ -11,7 +11,7 @@ import numbers
 import re
 import subprocess
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -117,6 +117,8 @@ class Manifest:
     """`fingerprint` of the data, fingerprints of its data cards (`prepared`), counts of used and of dropped rows."""
     config: dict[str, Any]
     """The stage's resolved options: defaults, file and command line."""
+    inputs: dict[str, str] = field(default_factory=dict)
+    """Hashes of what lies outside the registry by name: base model, tokenizer, chat template, source of functions."""
     recipe: str
     """`recipe_hash` of options, parents and data; equal recipes give equal artefacts."""
     code_commit: str | None
@@ -133,6 +135,8 @@ class Manifest:
     def to_json(self) -> str:
         """Return the text of `manifest.json`: ASCII, and the same bytes each time, because its hash identifies it."""
         fields = dataclasses.asdict(self)
+        if not self.inputs:  # as in manifests of versions before there were any
+            del fields["inputs"]
         return json.dumps({**fields, "checksum": _sha256(json.dumps(fields))}, indent=2) + "\n"
 
     @classmethod
@@ -149,9 +153,9 @@ class Manifest:
         if not isinstance(values, dict):
             raise UserError(f"{source} is corrupt: it is not a JSON object")
         fields = {k: v for k, v in values.items() if k != "checksum"}
-        names = [field.name for field in dataclasses.fields(cls)]
+        names = [one.name for one in dataclasses.fields(cls)]
         problems = [f"unknown field '{k}'" for k in fields if k not in names]
-        problems += [f"no field '{k}'" for k in (*names, "checksum") if k not in values]
+        problems += [f"no field '{k}'" for k in (*names, "checksum") if k not in values and k != "inputs"]
         if problems:
             raise UserError(f"{source} is corrupt, or was written by another version of rlhf: {', '.join(problems)}")
         try:
@@ -172,6 +176,11 @@ def read_manifest(folder: Path) -> Manifest:
     """
     # Not read_text, which turns a carriage return into a newline and so hides a changed byte.
     return Manifest.from_json((folder / MANIFEST).read_bytes().decode(errors="replace"), folder / MANIFEST)
+
+
+def changed_inputs(manifest: Manifest, current: Mapping[str, str]) -> list[str]:
+    """Return the names of inputs whose hashes are in the manifest and have changed since."""
+    return [name for name, digest in manifest.inputs.items() if current.get(name, digest) != digest]
 
 
 def recipe_hash(config: Mapping[str, Any], parents: Iterable[str], data_fingerprint: str | None) -> str:

@@ -17,10 +17,11 @@ import shlex
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from rlhf.base import storage
@@ -35,6 +36,7 @@ from rlhf.registry.manifest import (
     Manifest,
     Parent,
     Reference,
+    changed_inputs,
     code_commit,
     library_versions,
     parse_reference,
@@ -204,12 +206,19 @@ class Registry:
             tags = {name: version for name, version in tags.items() if name != tag}
             storage.write_text(folder / TAGS, json.dumps(tags if remove else {**tags, tag: artifact.version}))
 
-    def find(self, stage: str, name: str, recipe: str) -> Artifact | None:
-        """Return the newest version with this recipe that verifies, parents included; None if there is none."""
+    def find(
+        self, stage: str, name: str, recipe: str, inputs: Mapping[str, str] = MappingProxyType({})
+    ) -> Artifact | None:
+        """Return the newest version with this recipe that verifies, parents included; None if there is none.
+
+        Args:
+            inputs: hashes of the inputs as they are now; versions made from others do not count.
+        """
         for version in reversed(self.versions(stage, name)):
             reference = Reference(stage, name, version)
             try:
-                if self.read(reference).manifest.recipe == recipe:
+                manifest = self.read(reference).manifest
+                if manifest.recipe == recipe and not changed_inputs(manifest, inputs):
                     return self.get(reference)
             except UserError:
                 continue  # an older version may be intact

@@ -31,6 +31,7 @@ from rlhf.base.json_files import decode, read_object
 from rlhf.config import REGISTERED_REWARD, ComputeConfig, PPOConfig
 from rlhf.models.base import context_length
 from rlhf.models.compute import Compute
+from rlhf.models.inputs import function_inputs, model_inputs
 from rlhf.models.registered import MANIFESTS
 from rlhf.models.roles import RoleModels
 from rlhf.models.sequences import Sequences
@@ -118,6 +119,11 @@ class Kind(abc.ABC):
     @classmethod  # noqa: B027 a kind may have nothing cheap to check
     def check(cls, name: str, registry: Registry) -> None:
         """Raise `UserError` for a name that cannot be opened, as far as that is cheap to know."""
+
+    @classmethod
+    def inputs(cls, name: str, registry: str) -> dict[str, str]:
+        """Return the hashes of what a name of this kind is read from outside the registry, by name."""
+        return {}
 
     @classmethod
     def label(cls, name: str) -> str:
@@ -229,6 +235,10 @@ class FunctionReward(Kind):
         return GoldSource(name) if opening.gold else cls(name)
 
     @classmethod
+    def inputs(cls, name: str, registry: str) -> dict[str, str]:
+        return function_inputs("reward", [name])
+
+    @classmethod
     def label(cls, name: str) -> str:
         return name.rsplit(":", 1)[-1]
 
@@ -294,6 +304,10 @@ class ClassifierReward(Kind, ModelSource):
     @classmethod
     def open(cls, name: str, opening: Opening) -> Source:
         return cls(name, opening.compute, opening.batch_size)
+
+    @classmethod
+    def inputs(cls, name: str, registry: str) -> dict[str, str]:
+        return {f"{role} of reward {name}": digest for role, digest in model_inputs(name, registry).items()}
 
     @torch.no_grad()
     def __call__(self, responses: Responses) -> Tensor:
@@ -399,6 +413,13 @@ KINDS: tuple[type[Kind], ...] = (EndpointReward, ModelReward, FunctionReward, Cl
 def kind_of(name: str) -> type[Kind]:
     """Return the kind of source that a name belongs to."""
     return next(kind for kind in KINDS if kind.matches(name))
+
+
+def source_inputs(config: PPOConfig) -> dict[str, str]:
+    """Return the hashes of all that a PPO run's rewards are read from outside the registry, by name."""
+    return {
+        key: digest for name in config.reward for key, digest in kind_of(name).inputs(name, config.registry).items()
+    }
 
 
 def open_sources(config: PPOConfig, compute: Compute) -> dict[str, Source]:

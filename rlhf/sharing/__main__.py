@@ -44,7 +44,8 @@ def build_parser() -> Parser:
 def _add_inspecting(verb: AddVerb) -> None:
     verb("list", "list all artefacts", verbs.print_list)
     verb("show", "show manifest and lineage of an artefact", verbs.show, "REF")
-    verify = verb("verify", "check files and parents of all artefacts, or of one", verbs.verify)
+    checks = _later("rlhf.sharing.verify:command")
+    verify = verb("verify", "check files, parents and inputs of all artefacts, or of one", checks)
     verify.add_argument("ref", metavar="REF", nargs="?", help="default: all")
     lineage = verb("lineage", "show what an artefact was made from, down to the data, as a tree", verbs.lineage, "REF")
     diff = verb("diff", "show differences in parents, data, options and figures", verbs.diff, "A", "B")

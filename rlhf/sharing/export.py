@@ -24,6 +24,7 @@ from transformers import GenerationConfig
 from rlhf.base.errors import UserError
 from rlhf.base.json_files import decode, read_object
 from rlhf.models.adapters import ADAPTER_FILE
+from rlhf.models.inputs import require_same_base
 from rlhf.models.registered import MANIFESTS, merged_model, policy_of
 from rlhf.models.tokenization import load_tokenizer
 from rlhf.registry import Artifact, Registry
@@ -95,6 +96,7 @@ def check_adapter(registry: Registry, artifact: Artifact) -> None:
             "with --form merged"
         )
     for part in _parts(registry, artifact):
+        require_same_base(part, registry.root)
         if part.manifest.kind == "full":
             raise UserError(f"{part.reference} is a whole model, not an adapter; export it with --form merged")
         if _adapter_config(part).get("trainable_token_indices"):

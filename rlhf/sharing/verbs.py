@@ -52,24 +52,6 @@ def show(registry: Registry, arguments: argparse.Namespace, console: Console) ->
     console.print(_rich_tree(as_tree(registry.lineage(artifact))))
 
 
-def verify(registry: Registry, arguments: argparse.Namespace, console: Console) -> None:
-    """Check the files and parents of one artefact or of all, and print a line for each."""
-    references = [registry.resolve(arguments.ref)] if arguments.ref else registry.references()
-    broken = 0
-    for reference in references:
-        try:
-            console.print(f"ok   {registry.get(reference).reference}", soft_wrap=True)
-        except UserError as error:
-            broken += 1
-            console.print(f"BAD  {reference}: {error}", soft_wrap=True)
-    if broken:
-        raise UserError(
-            f"{broken} of {len(references)} artefacts in registry {registry.root} cannot be used; see the lines above"
-        )
-    if not references:
-        console.print(f"registry {registry.root} is empty")
-
-
 def delete(registry: Registry, arguments: argparse.Namespace, console: Console) -> None:
     """Delete one version."""
     registry.delete(arguments.ref, force=arguments.force)

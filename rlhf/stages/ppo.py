@@ -28,6 +28,7 @@ from rlhf.evaluation.policy import PolicyEvaluation, evaluate_policy
 from rlhf.models.adapters import lora_config
 from rlhf.models.base import context_length, load_policy
 from rlhf.models.compute import Compute
+from rlhf.models.inputs import function_inputs
 from rlhf.models.roles import RoleModels, SharedModels
 from rlhf.models.sampling import fits_loop
 from rlhf.models.separate import SeparateModels
@@ -37,7 +38,7 @@ from rlhf.ppo.state import Outputs
 from rlhf.ppo.trainer import PPOTrainer
 from rlhf.registry import Artifact, Registry
 from rlhf.reward.scorer import open_scorer
-from rlhf.reward.sources import AdapterReward, ModelReward, Reward, kind_of, open_sources
+from rlhf.reward.sources import AdapterReward, ModelReward, Reward, kind_of, open_sources, source_inputs
 from rlhf.run.memory import check_rollout_fits
 from rlhf.stages.data import add_dropped, describe_data, encode_demonstrations, load_splits, overlap, writable_sets
 from rlhf.stages.run import Run, find_finished, open_run, preflight, stage_recipe
@@ -56,12 +57,13 @@ def run(config: PPOConfig, *, reuse: bool = False, only_preflight: bool = False)
     sets = data_sets(config)
     data = describe_data(sets)
     recipe = stage_recipe(config, [policy, *rewards], data)
-    if reuse and (artifact := find_finished("ppo", config, recipe)):
+    inputs = source_inputs(config) | function_inputs("gold", [config.gold])
+    if reuse and (artifact := find_finished("ppo", config, recipe, inputs)):
         return artifact
 
     data["overlap"] = overlap(sets, [policy, *rewards], registry)
     gold = load_function(config.gold) if config.gold else None  # raises now and not after the training
-    with open_run("ppo", config, [policy, *rewards], data, recipe) as run:
+    with open_run("ppo", config, [policy, *rewards], data, recipe, inputs) as run:
         tokenizer = load_tokenizer(str(policy.path))
         sets = writable_sets(sets, tokenizer, run.data)
         prompts, held_out = sets["train"], sets["validation"]

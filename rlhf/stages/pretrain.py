@@ -44,11 +44,11 @@ def run(config: PretrainConfig, *, reuse: bool = False, only_preflight: bool = F
     sets = data_sets(config)
     data = describe_data(sets)
     recipe = stage_recipe(config, [], data)
-    if reuse and (artifact := find_finished("pretrain", config, recipe)):
+    if reuse and (artifact := find_finished("pretrain", config, recipe, {})):
         return artifact
 
     require_one_process("pretrain")
-    with open_run("pretrain", config, [], data, recipe) as run:
+    with open_run("pretrain", config, [], data, recipe, {}) as run:
         with run.timer.phase("tokenizer"):
             texts = sets["train"].rows["text"]
             tokenizer = train_tokenizer(texts, config.vocab_size, chat_template=config.chat_template)

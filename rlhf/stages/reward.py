@@ -32,6 +32,7 @@ from rlhf.evaluation.card.output import figures, log_card, print_card, save_card
 from rlhf.evaluation.card.report_card import make_card
 from rlhf.models.adapters import direct_casting
 from rlhf.models.base import context_length, load_policy
+from rlhf.models.inputs import function_inputs
 from rlhf.models.reward_model import load_reward_model, save_reward_model, trainable_reward_model
 from rlhf.models.tokenization import load_tokenizer
 from rlhf.registry import Artifact, Registry
@@ -75,7 +76,8 @@ def run(config: RewardConfig, *, reuse: bool = False, only_preflight: bool = Fal
     sets, zero_data = data_sets(config), normalizing_data(config)
     data = describe_data(sets)
     recipe = stage_recipe(config, [policy], describe_data(sets | ({"normalization": zero_data} if zero_data else {})))
-    if reuse and (artifact := find_finished("reward", config, recipe)):
+    inputs = function_inputs("gold", [config.gold])
+    if reuse and (artifact := find_finished("reward", config, recipe, inputs)):
         return artifact
     if config.gold:
         load_function(config.gold)  # raises now and not after the training
@@ -85,7 +87,7 @@ def run(config: RewardConfig, *, reuse: bool = False, only_preflight: bool = Fal
         shutil.rmtree(folder, ignore_errors=True)
     data["overlap"] = overlap(sets, [policy], registry)
     with (
-        open_run("reward", config, [policy], data, recipe) as run,
+        open_run("reward", config, [policy], data, recipe, inputs) as run,
         tempfile.TemporaryDirectory(dir=run.folder, prefix=SCRATCH) as scratch,
     ):
         base = load_policy(policy, config, run.compute)

@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from rlhf.base import distributed, storage
 from rlhf.base.errors import UserError
-from rlhf.base.json_files import read_object
+from rlhf.base.json_files import read_object, section
 from rlhf.base.locks import exclusive
 from rlhf.base.redaction import redact
 from rlhf.config import TrainingConfig
@@ -31,13 +31,15 @@ from rlhf.doctor.preflight.check import Check, require_all
 from rlhf.doctor.preflight.context import PreflightContext
 from rlhf.models.compute import Compute
 from rlhf.models.tokenization import stop_token_ids, tokenizer_hashes
-from rlhf.registry import MANIFEST, Artifact, Reference, Registry, recipe_hash
+from rlhf.registry import MANIFEST, Artifact, Reference, Registry, changed_inputs, recipe_hash
 from rlhf.run import checkpoint, memory, terminal
 from rlhf.run.timing import PhaseTimer
 from rlhf.run.tracker import RUN_FILE, Tracker
 from rlhf.stages.data import training_prompts
 
 ConfigT = TypeVar("ConfigT", bound=TrainingConfig)
+INPUTS = "inputs"
+"""Entry of `made_of.json` with the hashes of inputs outside the registry."""
 FREED_SECONDS = 10.0
 """Time that a run waits for its folder: a process that was just killed may leave workers that end a moment later."""
 
@@ -55,6 +57,7 @@ class Run(Generic[ConfigT]):
     parents: list[Artifact]
     data: dict[str, Any]
     recipe: str
+    inputs: dict[str, str]
     timer: PhaseTimer
     started: float = field(default_factory=time.perf_counter)
 
@@ -100,6 +103,7 @@ class Run(Generic[ConfigT]):
             reward_std=reward_std,
             data=self.data,
             config=redact(dataclasses.asdict(self.config)),
+            inputs=self.inputs,
             recipe=self.recipe,
             metrics={
                 **metrics,
@@ -117,7 +121,7 @@ class Run(Generic[ConfigT]):
 
     def _registered(self, name: str) -> Artifact | None:
         """Return the artefact that this run registered before it was killed and resumed, if any."""
-        artifact = self.registry.find(self.stage, name, self.recipe) if self.config.resume else None
+        artifact = self.registry.find(self.stage, name, self.recipe, self.inputs) if self.config.resume else None
         return artifact if artifact and artifact.manifest.wandb_run_id == self.tracker.run_id else None
 
 
@@ -126,17 +130,21 @@ def stage_recipe(config: TrainingConfig, parents: Sequence[Artifact], data: dict
     return recipe_hash(config.recipe(), [p.hash for p in parents], data["fingerprint"])
 
 
-def find_finished(stage: str, config: TrainingConfig, recipe: str) -> Artifact | None:
-    """Return the registered artefact of a recipe, if there is one, and print that it is reused."""
-    artifact = Registry(config.registry).find(stage, config.name, recipe)
+def find_finished(stage: str, config: TrainingConfig, recipe: str, inputs: dict[str, str]) -> Artifact | None:
+    """Return the registered artefact of a recipe and its inputs, if there is one, and print that it is reused."""
+    registry = Registry(config.registry)
+    artifact = registry.find(stage, config.name, recipe, inputs)
     if artifact is not None:
         print(f"{stage}: {artifact.reference} has this recipe already, skipped", flush=True)
+    elif (other := registry.find(stage, config.name, recipe)) is not None:
+        names = " and ".join(changed_inputs(other.manifest, inputs))
+        print(f"{stage}: {other.reference} has this recipe, but {names} changed since; it is made again", flush=True)
     return artifact
 
 
 @contextmanager
 def open_run(
-    stage: str, config: ConfigT, parents: list[Artifact], data: dict[str, Any], recipe: str
+    stage: str, config: ConfigT, parents: list[Artifact], data: dict[str, Any], recipe: str, inputs: dict[str, str]
 ) -> Iterator[Run[ConfigT]]:
     """Seed, choose device and type, open the tracker, and yield the run; its folder is `output_dir/STAGE`.
 
@@ -155,7 +163,7 @@ def open_run(
     lock = exclusive(folder / ".lock", f"the run folder {folder}", wait=FREED_SECONDS)
     with lock if distributed.rank() == 0 else nullcontext():
         if distributed.rank() == 0:
-            _claim_checkpoints(folder / "checkpoints", config, parents, data)
+            _claim_checkpoints(folder / "checkpoints", config, parents, data, inputs)
             processes = f" in {distributed.size()} processes" if distributed.size() > 1 else ""
             print(f"{stage}: {config.name} on {compute}{processes}; data {data['rows']}; logs in {folder}", flush=True)
         distributed.wait()
@@ -178,7 +186,8 @@ def open_run(
             for parent in parents:
                 tracker.use_artifact(parent.reference, parent.hash, parent.path)
             tracker.use_data(config.dataset, data)
-            yield Run(stage, config, folder, Registry(config.registry), compute, tracker, parents, data, recipe, timer)
+            registry = Registry(config.registry)
+            yield Run(stage, config, folder, registry, compute, tracker, parents, data, recipe, inputs, timer)
 
 
 @contextmanager
@@ -204,14 +213,16 @@ def _quiet_libraries() -> None:
     datasets.disable_progress_bars()
 
 
-def _claim_checkpoints(folder: Path, config: TrainingConfig, parents: list[Artifact], data: dict[str, Any]) -> None:
+def _claim_checkpoints(
+    folder: Path, config: TrainingConfig, parents: list[Artifact], data: dict[str, Any], inputs: dict[str, str]
+) -> None:
     """Mark the folder as this run's, and move another run's checkpoints out of it.
 
     Raises:
-        UserError: with `resume`, the checkpoints there were made with other options, data or parents.
+        UserError: with `resume`, the checkpoints there were made with other options, data, parents or inputs.
     """
-    inputs = {"dataset": data["fingerprint"], **{parent.stage: parent.hash for parent in parents}}
-    made_of, mark = redact({**config.recipe(), **inputs}), folder / "made_of.json"
+    origins = {"dataset": data["fingerprint"], **{parent.stage: parent.hash for parent in parents}}
+    made_of, mark = redact({**config.recipe(), **origins}), folder / "made_of.json"
     if not config.resume:
         # The id goes first: killed between these lines, a resumed run must not take an earlier run's results for its own.
         (folder.parent / RUN_FILE).unlink(missing_ok=True)
@@ -222,14 +233,16 @@ def _claim_checkpoints(folder: Path, config: TrainingConfig, parents: list[Artif
     checkpoint.clear(folder)
     if mark.is_file() or checkpoint.latest(folder):
         recorded = read_object(mark, fix="start anew without --resume") if mark.is_file() else {}
-        if changed := sorted(k for k, v in made_of.items() if k not in recorded or recorded[k] != v):
+        changed = [k for k, v in made_of.items() if k not in recorded or recorded[k] != v]
+        earlier = section(recorded, INPUTS)  # without those that an older version did not record
+        if changed := sorted([*changed, *(name for name in inputs if earlier.get(name, inputs[name]) != inputs[name])]):
             raise UserError(
                 f"the checkpoints in {folder} were made with other options or inputs ({', '.join(changed)}); "
                 "use the same ones again, or start anew without --resume"
             )
         return
     folder.mkdir(exist_ok=True)
-    storage.write_text(mark, json.dumps(made_of, indent=2))
+    storage.write_text(mark, json.dumps({**made_of, INPUTS: inputs}, indent=2))
 
 
 def preflight(

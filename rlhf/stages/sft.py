@@ -30,6 +30,7 @@ from rlhf.models.adapters import direct_casting, lora_config, merged_adapter, sa
 from rlhf.models.base import context_length, load_base
 from rlhf.models.catalogue import pretrained, resolve_model
 from rlhf.models.heads import states_and_head
+from rlhf.models.inputs import model_inputs
 from rlhf.models.likelihood import mean_logprobs
 from rlhf.models.logprobs import sequence_logprobs
 from rlhf.models.responses import answer_prompts, answerable
@@ -60,12 +61,18 @@ def run(config: SFTConfig, *, reuse: bool = False, only_preflight: bool = False)
         config = dataclasses.replace(config, model_name_or_path=base_artifact.reference)  # this version, from here on
         parents = [base_artifact, *rewards]
     recipe = stage_recipe(config, parents, data)
-    if reuse and (artifact := find_finished("sft", config, recipe)):
+    inputs = model_inputs(
+        config.model_name_or_path,
+        config.registry,
+        revision=config.model_revision,
+        chat_template=config.chat_template,
+    )
+    if reuse and (artifact := find_finished("sft", config, recipe, inputs)):
         return artifact
 
     require_one_process("sft")
     data["overlap"] = overlap(sets, parents, registry)
-    with open_run("sft", config, parents, data, recipe) as run:
+    with open_run("sft", config, parents, data, recipe, inputs) as run:
         source: dict[str, Any] = {"revision": config.model_revision, "trust_remote_code": config.trust_remote_code}
         tokenizer = load_tokenizer(
             resolve_model(config.model_name_or_path, config.registry), chat_template=config.chat_template, **source

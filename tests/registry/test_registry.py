@@ -691,7 +691,7 @@ def test_cli_list(registry: Registry, capsys: pytest.CaptureFixture[str], monkey
 def test_cli_show(registry: Registry, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a field that is recorded but cannot be seen, and rich markup eating brackets."""
     sft, reward, _ = chain(registry)
-    publish(registry, "ppo", [sft, reward], metrics={"note": "[bold]x[/bold]"})
+    publish(registry, "ppo", [sft, reward], metrics={"note": "[bold]x[/bold]"}, inputs={"gold a:b": "ef"})
     assert exit_code(["show", "ppo/demo", "--registry", str(registry.root)], monkeypatch) == 0
     output = capsys.readouterr().out
     for field in dataclasses.fields(Manifest):

@@ -20,7 +20,7 @@ def test_only_the_first_process_leaves_logs(rank: int, tmp_path: Path, monkeypat
     monkeypatch.setattr(tempfile, "tempdir", str(passing))
     monkeypatch.setattr(distributed, "rank", lambda: rank)
     config = ppo_config(output_dir=str(tmp_path / "out"), registry=str(tmp_path / "registry"))
-    with open_run("ppo", config, [], {"fingerprint": "", "rows": {}}, "recipe") as run:
+    with open_run("ppo", config, [], {"fingerprint": "", "rows": {}}, "recipe", {}) as run:
         run.tracker.log({"objective/score": 1.0}, 1)
         assert (run.tracker.run_dir / "metrics.jsonl").is_file()
         assert (run.tracker.run_dir.parent == passing) == (rank > 0)

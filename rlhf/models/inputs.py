@@ -1,0 +1,94 @@
+"""Inputs of a run that lie outside the registry, known by the hashes of their files.
+
+These are base models, tokenizers, chat templates, and the source of reward and gold functions. A manifest and the mark beside
+the checkpoints record them, so that one that was swapped or edited is noticed by whatever comes later.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from transformers.utils import cached_file
+
+from rlhf.base.assets import cached_sha256
+from rlhf.base.errors import UserError
+from rlhf.base.functions import source_file
+from rlhf.base.storage import sha256_file
+from rlhf.models.catalogue import pretrained, resolve_model
+from rlhf.models.tokenization import template_text
+from rlhf.registry import Artifact, Registry, changed_inputs
+
+BASE, TOKENIZER, TEMPLATE = "base model", "tokenizer", "chat template"
+_MODEL_FILES = re.compile(r"(.*\.safetensors(\.index\.json)?|(generation_)?config\.json|.*\.py|.*\.gguf)")
+_TOKENIZER_FILES = re.compile(
+    r"(tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\..*|merges\.txt|.*\.model|chat_template.*|.*\.tiktoken)"
+)
+
+
+def model_inputs(
+    name_or_path: str, registry: str | Path, *, revision: str | None = None, chat_template: str | None = None
+) -> dict[str, str]:
+    """Return the hashes of a base model, its tokenizer and a chat template by their names.
+
+    A hub model is known by its commit. Empty for artefacts, whose manifests hold hashes, and for models that are not there:
+    loading those fails with a message of its own.
+    """
+    inputs = (
+        {} if chat_template is None else {TEMPLATE: hashlib.sha256(template_text(chat_template).encode()).hexdigest()}
+    )
+    if pretrained(name_or_path, registry):
+        return inputs
+    try:
+        config = cached_file(resolve_model(name_or_path, registry), "config.json", revision=revision)
+    except (OSError, ValueError):
+        return inputs
+    folder = Path(str(config)).parent
+    if folder.parent.name == "snapshots":
+        return {BASE: f"commit {folder.name}", TOKENIZER: f"commit {folder.name}", **inputs}
+    return {BASE: _hash_of(folder, _MODEL_FILES), TOKENIZER: _hash_of(folder, _TOKENIZER_FILES), **inputs}
+
+
+def _hash_of(folder: Path, names: re.Pattern[str]) -> str:
+    """Return one hash over the names and contents of a folder's files of these names."""
+    files = sorted(file for file in folder.iterdir() if names.fullmatch(file.name) and file.is_file())
+    lines = [f"{file.name} {cached_sha256(file)}\n" for file in files]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def function_inputs(role: str, references: Iterable[str | None]) -> dict[str, str]:
+    """Return the hashes of the files that functions named `package.module:name` stand in, by role and reference."""
+    files = {f"{role} {reference}": source_file(reference) for reference in references if reference}
+    return {name: sha256_file(file) for name, file in files.items() if file is not None}
+
+
+def require_same_base(artifact: Artifact, registry: str | Path) -> None:
+    """Raise `UserError` if the base model of an artefact is no longer the one that it was trained on."""
+    manifest = artifact.manifest
+    if BASE not in manifest.inputs or manifest.kind == "full":
+        return
+    current = model_inputs(manifest.base_model, registry, revision=manifest.base_model_revision)
+    if BASE in changed_inputs(manifest, current):
+        raise UserError(
+            f"{artifact.reference} was trained on another '{manifest.base_model}': its weights, config or code have changed "
+            f"since; restore them, or make {artifact.stage}/{artifact.name} again"
+        )
+
+
+def problem(artifact: Artifact, registry: Registry) -> str:
+    """Return what has changed outside the registry since an artefact was made, in one sentence; empty: nothing.
+
+    What is not on this machine cannot be compared, and an artefact that holds a whole model needs no base.
+    """
+    manifest = artifact.manifest
+    current: dict[str, str] = {}
+    if BASE in manifest.inputs and manifest.kind == "adapter":
+        current |= model_inputs(manifest.base_model, registry.root, revision=manifest.base_model_revision)
+    for name in manifest.inputs:
+        role, _, reference = name.partition(" ")
+        if role in ("reward", "gold") and ":" in reference:
+            current |= function_inputs(role, [reference])
+    names = changed_inputs(manifest, current)
+    return f"{' and '.join(names)} changed since it was made" if names else ""
