@@ -56,8 +56,24 @@ def _integer(digits: str) -> int:
     return int(digits)
 
 
-_DECODER = json.JSONDecoder(parse_int=_integer)
-_NAN_AS_NONE = json.JSONDecoder(parse_int=_integer, parse_constant=lambda _: None)
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        check_repeated(pairs)
+    return value
+
+
+def check_repeated(pairs: Iterable[tuple[str, Any]]) -> None:
+    """Raise `ValueError` for a name that stands twice with different values: a reader would take the last without a word."""
+    values: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in values and values[name] != value:
+            raise ValueError(f"`{name}` stands twice, with different values")
+        values[name] = value
+
+
+_DECODER = json.JSONDecoder(parse_int=_integer, object_pairs_hook=_object)
+_NAN_AS_NONE = json.JSONDecoder(parse_int=_integer, object_pairs_hook=_object, parse_constant=lambda _: None)
 
 
 def check_depth(value: Any) -> None:

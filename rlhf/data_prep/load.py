@@ -23,15 +23,18 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 from datasets import Dataset
 
+from rlhf.base import distributed
 from rlhf.base.errors import UserError, did_you_mean
 from rlhf.data_prep.formats.files import (
     Line,
@@ -43,9 +46,11 @@ from rlhf.data_prep.formats.files import (
     without_media,
 )
 from rlhf.data_prep.formats.readers import READERS, NoReader, Reading, SourceReader
+from rlhf.data_prep.formats.records import Record
 from rlhf.data_prep.formats.rows import Malformed, Row, Untrainable, prompt_key, show_value
 from rlhf.data_prep.prepare.folder import prepared_fingerprint
 from rlhf.data_prep.prepare.recipe import Source
+from rlhf.data_prep.ratings import merge
 from rlhf.data_prep.stage_rows import Kind, NotOfKind, stage_row
 from rlhf.registry import recipe_hash
 from rlhf.run.progress import progress
@@ -246,17 +251,27 @@ def _stage_rows(raw: _Raw, kind: Kind) -> tuple[list[Numbered], dict[str, list[i
         reader = SourceReader(Source(path=raw.source), lines)
     except NoReader as error:
         raise raw.none_of_kind(kind, error.columns) from error
+    rated: defaultdict[str, list[tuple[int, Record, Reading]]] = defaultdict(list)
     for reading in reader:
         line = reading.lines[0]
         columns |= reading.row.keys()
         try:
-            rows += [(line.number, row) for row in _rows_of(reading, kind)]
+            if kind == "comparisons" and _is_single(reading):
+                record = reading.records[0]
+                rated[prompt_key(record.prompt)].append((line.number, record, reading))
+            else:
+                rows += [(line.number, row) for row in _rows_of(reading, kind)]
         except NotOfKind:
             other_kinds.append(reading)
         except Untrainable as reason:
             dropped[str(reason)] += [each.number for each in reading.lines]
         except Malformed as error:
             raise _refusal(line, error) from error
+    for members in rated.values():
+        _add_compared(members, rows, dropped)
+    rows.sort(key=lambda numbered: numbered[0])
+    if raw.prepared is None and reader.unused:
+        _say(f"{raw.source}: not used: {reader.unused_columns()}")
     if other_kinds and not rows and not dropped:
         raise raw.none_of_kind(kind, columns)
     for reading in other_kinds:
@@ -264,6 +279,29 @@ def _stage_rows(raw: _Raw, kind: Kind) -> tuple[list[Numbered], dict[str, list[i
             raise _refusal(reading.lines[0], f"{kind} need {NEEDED[kind]}; this row has {', '.join(reading.row)}")
         dropped[f"nothing for {kind}"] += [each.number for each in reading.lines]
     return rows, dropped
+
+
+def _is_single(reading: Reading) -> bool:
+    """Return True for one answer that somebody rated: those of a prompt are compared."""
+    return [(len(r.responses), bool(r.raters)) for r in reading.records] == [(1, True)]
+
+
+def _add_compared(
+    members: list[tuple[int, Record, Reading]], rows: list[Numbered], dropped: dict[str, list[int]]
+) -> None:
+    """Add the rated answers to one prompt as a row, or count them as left out."""
+    numbers, records, readings = zip(*members, strict=True)
+    try:
+        rows.append((numbers[0], stage_row("comparisons", merge(records), readings[0].row, readings[0].reader)))
+    except Untrainable as reason:
+        dropped[str(reason)] += numbers
+
+
+@cache
+def _say(text: str) -> None:
+    """Print a line to the user, once in a process: a stage reads its data more than once."""
+    if distributed.rank() == 0:
+        print(text, file=sys.stderr, flush=True)
 
 
 def _rows_of(reading: Reading, kind: Kind) -> list[Row]:

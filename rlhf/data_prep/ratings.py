@@ -90,21 +90,24 @@ def merge(records: Sequence[Record]) -> Record:
 
     A rater who rated a response twice counts with the mean.
     """
-    responses = list(dict.fromkeys(response for record in records for response in record.responses))
+    wholes = list(dict.fromkeys(response for record in records for response in record.whole_responses))
+    places = {whole: (record, place) for record in records for place, whole in enumerate(record.whole_responses)}
+    parts = [record.parts[place] if record.parts else "" for record, place in map(places.__getitem__, wholes)]
     raters = list(dict.fromkeys(rater for record in records for rater in record.raters))
     ratings: dict[tuple[int, int], list[float]] = {}
     for record in records:
-        for response, row in zip(record.responses, record.rater_ratings, strict=True):
+        for response, row in zip(record.whole_responses, record.rater_ratings, strict=True):
             for rater, rating in zip(record.raters, row, strict=True):
                 if rating is not None:
-                    ratings.setdefault((responses.index(response), raters.index(rater)), []).append(rating)
+                    ratings.setdefault((wholes.index(response), raters.index(rater)), []).append(rating)
     matrix: list[list[float | None]] = [
-        [_mean(ratings[i, a]) if (i, a) in ratings else None for a in range(len(raters))] for i in range(len(responses))
+        [_mean(ratings[i, a]) if (i, a) in ratings else None for a in range(len(raters))] for i in range(len(wholes))
     ]
     confidences = [record.confidence for record in records if record.confidence is not None]
     return replace(
         records[0],
-        responses=responses,
+        responses=[record.responses[place] for record, place in map(places.__getitem__, wholes)],
+        parts=parts if any(parts) else [],
         ratings=mean_ratings(matrix),
         raters=raters,
         rater_ratings=matrix,

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from rlhf.data_prep.formats.columns import numbers_in, present, rater_ratings
 from rlhf.data_prep.formats.readers import Reader
 from rlhf.data_prep.formats.records import DEMONSTRATION, Record
-from rlhf.data_prep.formats.rows import Messages, Row, Untrainable
+from rlhf.data_prep.formats.rows import Row, Untrainable
 
 Kind = Literal["demonstrations", "comparisons", "prompts"]
 
@@ -29,6 +29,11 @@ _MADE_OF: dict[Kind, tuple[str, ...]] = {
     "comparisons": ("chosen", "rejected", "responses", "ratings", "ranks", "margin"),
     "prompts": ("messages",),
 }
+
+
+#: Reasons to leave out answers with labels.
+BAD_LABEL = "labelled false: a bad answer is no demonstration"
+ALONE = "labelled, and no other answer to its prompt to compare it with"
 
 
 class NotOfKind(Exception):
@@ -54,13 +59,13 @@ def stage_row(kind: Kind, record: Record, raw: Row, reader: Reader) -> Row:
 
 
 def _demonstration(record: Record, raw: Row, others: Row) -> Row:
-    if record.best is None and raw.get("messages") is not None:
+    if record.best is None and (raw.get("messages") or raw.get("conversations")) is not None:
         raise Untrainable("no assistant turn")
     if record.best is None:
         raise NotOfKind
     if not record.serves & DEMONSTRATION:
-        raise Untrainable("no response is rated above another")
-    return {"completion": _answer(record.best), **others}
+        raise Untrainable(BAD_LABEL if record.labelled else "no response is rated above another")
+    return {"completion": record.answer(record.best_place), **others}
 
 
 def _comparison(record: Record, raw: Row, others: Row) -> Row:
@@ -68,7 +73,7 @@ def _comparison(record: Record, raw: Row, others: Row) -> Row:
         raise NotOfKind
     count = len(record.responses)
     if count < 2:
-        raise Untrainable("fewer than two responses")
+        raise Untrainable(ALONE if record.labelled else "fewer than two responses")
     ratings = record.ratings
     if raw.get("rater_ratings"):
         lists = rater_ratings(raw, count)
@@ -82,7 +87,7 @@ def _comparison(record: Record, raw: Row, others: Row) -> Row:
     # Not finite where no rater is held out: no pair of them is ordered.
     if len(set(ratings)) == 1 and len(set(filter(math.isfinite, held_out))) < 2:
         raise Untrainable("all responses are rated the same")
-    return {"responses": [_answer(text) for text in record.responses], "ratings": ratings, **others}
+    return {"responses": [record.answer(place) for place in range(count)], "ratings": ratings, **others}
 
 
 def _halves(lists: list[list[float | None]]) -> Row:
@@ -106,10 +111,6 @@ _STAGES: dict[Kind, Callable[[Record, Row, Row], dict[str, Any]]] = {
     "comparisons": _comparison,
     "prompts": _prompt,
 }
-
-
-def _answer(text: str) -> Messages:
-    return [{"role": "assistant", "content": text}]
 
 
 def _mean(numbers: list[float]) -> float:

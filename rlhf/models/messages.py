@@ -14,7 +14,7 @@ PARTS = "parts_json"
 #: Parts that belong to the conversation: arguments of the chat template.
 OF_CONVERSATION = ("tools", "chat_template_kwargs")
 #: Names under which templates look for the reasoning before an answer.
-_REASONING = ("reasoning_content", "reasoning", "thinking")
+REASONING = ("reasoning_content", "reasoning", "thinking")
 
 
 def parts_of(message: Mapping[str, Any]) -> dict[str, Any]:
@@ -38,6 +38,6 @@ def template_arguments(messages: Sequence[Mapping[str, Any]]) -> tuple[list[dict
                 value = parts.pop(name)
                 arguments |= value if name == "chat_template_kwargs" else {name: value}
         reasoning = parts.pop("reasoning_content", None)
-        names = dict.fromkeys(_REASONING, reasoning) if reasoning else {}
+        names = dict.fromkeys(REASONING, reasoning) if reasoning else {}
         written.append({"role": message["role"], "content": message["content"], **parts, **names})
     return written, arguments

@@ -31,10 +31,10 @@ def demonstrations(count: int) -> list[dict[str, Any]]:
 
 
 def refused(build: Build, place: Path, *, match: str, **options: Any) -> None:
-    """The build must be refused with this line, and must leave no folder."""
+    """The build must be refused with this line, and must leave no folder; rows left out are kept beside its place."""
     with pytest.raises(UserError, match=match):
         build(None, Source(path=str(place)), **options)
-    left = [p.name for p in place.parents[1].iterdir() if p.name not in ("in", "cache")]
+    left = [p.name for p in place.parents[1].iterdir() if p.name not in ("in", "cache", "out.rejected.jsonl")]
     assert left == []
 
 
@@ -198,10 +198,13 @@ def test_mostly_malformed_is_refused(write_jsonl: Write, build_data: Build) -> N
     refused(
         build_data,
         file,
-        match=r"10 of 50 rows are malformed, more than max_rejected_share 0.1 allows; most often: not valid",
+        match=r"10 of 50 rows are malformed, more than max_rejected_share 0.1 allows; most often: not valid.*; "
+        r"the rows left out are in .*out.rejected.jsonl$",
     )
+    rejected = file.parents[1] / "out.rejected.jsonl"
+    assert len(rejected.read_text().splitlines()) == 10
     built = build_data(None, Source(path=str(file)), max_rejected_share=0.5, validation_share=0.3)
-    assert len(built.rejected) == 10
+    assert len(built.rejected) == 10 and not rejected.exists()
 
 
 def test_nothing_there(tmp_path: Path, build_data: Build) -> None:

@@ -266,8 +266,8 @@ def test_rows_without_a_lesson_are_dropped_and_counted(tmp_path: Path, kind: str
         ("demonstrations", answer([{"from": "gpt"}]), r"row 2: 'completion' must hold messages with the texts 'role'"),
         (
             "demonstrations",
-            {"prompt": [{"role": "human", "content": "p"}], "completion": "a"},
-            r"row 2: 'prompt' has a message of role 'human'",
+            {"prompt": [{"role": "humam", "content": "p"}], "completion": "a"},
+            r"row 2: 'prompt' has a message of role 'humam' \(did you mean 'human'\?\)",
         ),
         ("demonstrations", ["p"], r"row 2: must be an object with named columns, got list"),
         ("comparisons", ranked("ab", [1, 2]), r"row 2: 'responses' must be a list, got str 'ab'"),
@@ -290,7 +290,7 @@ def test_rows_without_a_lesson_are_dropped_and_counted(tmp_path: Path, kind: str
             ranked(["a", "b"], None),
             r"row 2: it has 'responses', but no 'ratings', 'ranks' or 'rater_ratings'",
         ),
-        ("comparisons", {**pair("a", "b"), "margin": "2"}, r"row 2: 'margin' must be a number, got str '2'"),
+        ("comparisons", {**pair("a", "b"), "margin": "much"}, r"row 2: 'margin' must be a number, got str 'much'"),
     ],
 )
 def test_wrong_types_name_file_and_row(tmp_path: Path, kind: str, row: Any, message: str) -> None:

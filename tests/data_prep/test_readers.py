@@ -143,6 +143,21 @@ SAMPLES: list[tuple[str, dict[str, Any], list[tuple[Any, list[str], list[float] 
     ),
     ("oasst_trees", tree(), OASST),
     (
+        "nectar",
+        {
+            "prompt": "\n\nHuman: Tea?\n\nAssistant: ", "turns": 1, "num_responses": 2, "source": ["lmsys"], "good_natured": True,
+            "answers": [
+                {"answer": "Please.", "model": "a", "rank": 2.0}, {"answer": " Tea is fine.", "model": "b", "rank": 1.0},
+            ],
+        },
+        [([user("Tea?")], ["Please.", "Tea is fine."], [-2.0, -1.0])],
+    ),
+    (
+        "helpsteer",
+        {"prompt": "Tea?", "response": "No.", "helpfulness": 1, "correctness": 2, "coherence": 4},
+        [([user("Tea?")], ["No."], [1.0])],
+    ),
+    (
         "pandalm",
         {
             "idx": 4, "motivation_app": "Grammarly", "cmp_key": "a_b", "instruction": "Shorten.", "input": "Tea is very hot.",
@@ -216,13 +231,13 @@ def test_stages_read_the_same_shapes(tmp_path: Path, name: str, row: dict[str, A
 
 
 def test_every_reader_has_a_sample() -> None:
-    """Catches: a reader that nobody tests. The flat form of OASST takes several rows and has a test of its own."""
-    assert {name for name, _, _ in SAMPLES} | {"oasst_messages"} == set(READERS)
+    """Catches: a reader that nobody tests. Those that take several rows have tests of their own."""
+    assert {name for name, _, _ in SAMPLES} | {"oasst_messages", "numbered"} == set(READERS)
 
 
 def test_what_people_said_is_kept() -> None:
     """Catches: workers, confidence, annotators and the ids by which splits are made, lost on the way."""
-    records = {name: read_row(READERS[name], row)[0] for name, row, _ in SAMPLES[:9]}
+    records = {name: read_row(READERS[name], row)[0] for name, row, _ in SAMPLES[:11]}
     tldr, panda, shp = records["tldr_comparisons"], records["pandalm"], records["shp"]
     assert (tldr.raters, tldr.rater_ratings, tldr.confidence, tldr.document) == (["w7"], [[0.0], [1.0]], 8.0, "t3_a1")
     assert panda.raters == ["annotator1", "annotator2", "annotator3"]
@@ -266,7 +281,6 @@ def test_a_deleted_message_is_no_answer() -> None:
     ("reader", "row", "error", "message"),
     [
         ("hh_rlhf", {"chosen": "\n\nHuman: a", "rejected": "\n\nHuman: a"}, Untrainable, "does not end with an answer"),
-        ("sharegpt", {"conversations": [{"from": "human", "value": "a"}]}, Untrainable, "no assistant turn"),
         (
             "sharegpt",
             {"conversations": [{"from": "gpt", "value": "a"}, {"from": "human", "value": "b"}, {"from": "gpt", "value": "c"}]},
@@ -277,7 +291,7 @@ def test_a_deleted_message_is_no_answer() -> None:
             Malformed, "roles out of order: turn 2 is of 'user', expected 'assistant'",
         ),
         ("messages", {"messages": [assistant("a")]}, Untrainable, "empty prompt"),
-        ("sharegpt", {"conversations": [{"from": "robot", "value": "a"}]}, Malformed, "a turn from 'robot'; known: human"),
+        ("sharegpt", {"conversations": [{"from": "robot", "value": "a"}]}, Malformed, "a message of role 'robot'; known: system"),
         (
             "tldr_comparisons", {"info": POST, "summaries": [{"text": "a"}, {"text": "b"}], "choice": 2},
             Malformed, "0 or 1, got int 2",

@@ -1,4 +1,8 @@
-"""Plain columns, in TRL's names or mapped to them: one row in, one record out."""
+"""Plain columns, in TRL's names or those of other trainers: one row in, one record out.
+
+A row is a prompt (with its system message, earlier turns and tools) and what is known of answers to it: a pair, a ranking, a
+rating, a label, or one answer as it should be. docs/data.md lists the names.
+"""
 
 from __future__ import annotations
 
@@ -17,102 +21,261 @@ from rlhf.data_prep.formats.rows import (
     at_last_answer,
     conversation,
     is_number,
-    prompt_and_answer,
+    is_transcript,
+    parsed,
     show_value,
+    without_answers,
 )
 from rlhf.data_prep.ratings import mean_ratings
+from rlhf.models.messages import OF_CONVERSATION, PARTS, parts_of, with_parts
 
-_COLUMNS = (
+#: Names of a column, ours first.
+_ANSWERS = ("completion", "response", "output")
+_CONVERSATIONS = ("messages", "conversations")
+_QUESTIONS = ("instruction", "question", "query", "input")
+_PAIRS = (
+    ("chosen", "rejected"),
+    ("response_chosen", "response_rejected"),
+    ("chosen_response", "rejected_response"),
+    ("preferred_output", "non_preferred_output"),
+)
+_LABELS = ("label", "kto_tag")
+_TRUE, _FALSE = ("true", "1", "1.0", "good", "desirable"), ("false", "0", "0.0", "bad", "undesirable")
+_MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+_EVIDENCE = (
     "prompt", "completion", "response", "rating", "rater", "chosen", "rejected", "responses", "ratings", "ranks",
     "rater_ratings", "messages",
 )  # fmt: skip
 
 
 def columns_evidence(row: Row) -> str | None:
-    """Return the plain columns of a row, or None: it has neither a prompt, nor a pair, nor messages."""
-    if not {"prompt", "messages"} & row.keys() and not {"chosen", "rejected"} <= row.keys():
+    """Return the plain columns of a row, or None: it has neither a prompt, nor a pair, nor messages, nor an answered question."""
+    asked = any(row.get(name) is not None for name in (*_QUESTIONS, *_CONVERSATIONS))
+    answered = any(row.get(name) is not None for name in _ANSWERS)
+    pair = next((pair for pair in _PAIRS if set(pair) <= row.keys()), ())
+    if not {"prompt", "messages"} & row.keys() and not pair and not (asked and answered):
         return None
-    return f"columns {', '.join(name for name in _COLUMNS if name in row)}"
+    named = (*_EVIDENCE, *_QUESTIONS, *_CONVERSATIONS, *_ANSWERS, *pair, *_LABELS)
+    return f"columns {', '.join(name for name in dict.fromkeys(named) if name in row)}"
 
 
 def messages_evidence(row: Row) -> str | None:
     """Return evidence that the messages are all there is to read: no answers stand beside them."""
-    others = ("completion", "response", "responses", "chosen", "rejected")
+    others = ("completion", "response", "responses", *(name for pair in _PAIRS for name in pair))
     alone = row.get("messages") is not None and all(row.get(name) is None for name in others)
     return "columns messages" if alone else None
 
 
 def read_columns(row: Row) -> Iterator[Record]:
-    """Yield the record that the columns allow: a ranking, a pair, a rated response, a demonstration, or a prompt."""
-    answer = next((name for name in ("completion", "response") if row.get(name) is not None), None)
-    if row.get("responses") is not None:
+    """Yield the record that the columns allow: a ranking, a pair, a rated or labelled answer, an answer, or a prompt."""
+    _check_usable(row)
+    answer = _first(row, _ANSWERS)
+    if _first(row, ("responses",)):
         yield _ranking(row)
-    elif row.get("chosen") is not None or row.get("rejected") is not None:
+    elif _first(row, [name for pair in _PAIRS for name in pair]):
         yield from read_pair(row)
-    elif row.get("rating") is not None and answer != "completion":
-        yield _rated_response(row)
+    elif answer != "completion" and _first(row, ("rating",)):
+        yield _rated_response(row, answer or "response")
     elif answer:
-        yield Record(prompt=_prompt(row), responses=[_response(row[answer], answer)], **_about(row))
-    elif row.get("messages") is not None:
-        yield from read_messages(row)
+        prompt = prompt_of(row)
+        yield Record(prompt=prompt, **answers(as_response(row[answer], answer)), **_judged(row), **about(row))
     else:
-        yield Record(prompt=_prompt(row), **_about(row))
+        yield _conversation(row)
+
+
+def _check_usable(row: Row) -> None:
+    plain = dict(row)
+    media = next((name for name in _MEDIA if plain.get(name)), None)
+    if media:
+        raise Untrainable(f"'{media}', which no stage can use")
+    if isinstance(plain.get("completions"), list) and isinstance(plain.get("labels"), list):
+        raise Malformed("'completions' with 'labels', one for each step (stepwise supervision), trains no stage here")
+
+
+def _conversation(row: Row) -> Record:
+    """Return the last answer of a conversation with all turns before it, or, without an answer, the turns as a prompt."""
+    name = _first(row, _CONVERSATIONS)
+    if name is None or _first(row, ("prompt",)):
+        return Record(prompt=_in_context(as_prompt(row.get("prompt")), row), **about(row))
+    messages = conversation(row[name], name)
+    if not any(message["role"] == "assistant" for message in messages):
+        return Record(prompt=_in_context(messages, row), **about(row))
+    prompt, answer = at_last_answer(messages)
+    return Record(prompt=_in_context(prompt, row), **answers(answer), **_judged(row), **about(row))
+
+
+# Pairs
 
 
 def read_pair(row: Row) -> Iterator[Record]:
     """Yield the comparison of `chosen` and `rejected`, rated apart by `margin`, or by 1 where there is none."""
-    missing = next((name for name in ("chosen", "rejected") if row.get(name) is None), None)
+    names = next(pair for pair in _PAIRS if _first(row, pair))
+    if names[0] == "chosen_response" and not _first(row, names[:1]):  # ms-swift: beside the answer itself
+        names = (_first(row, (*_ANSWERS, *_CONVERSATIONS)) or names[0], names[1])
+    missing = next((name for name in names if row.get(name) is None), None)
     if missing:
         raise Malformed(f"no '{missing}' for a pair; this row has {', '.join(row)}")
-    prompt, chosen = prompt_and_answer(row, "chosen")
-    other_prompt, rejected = prompt_and_answer(row, "rejected")
+    (prompt, chosen), (other_prompt, rejected) = (prompt_and_answer(row, name) for name in names)
     if prompt != other_prompt:
         raise Untrainable("chosen and rejected do not answer the same prompt")
     if chosen == rejected:
         raise Untrainable("chosen and rejected are the same")
-    texts, ratings = [chosen[0]["content"], rejected[0]["content"]], [_margin(row), 0.0]
-    rater = name_in(row, "rater")
+    rater, ratings = name_in(row, "rater"), [margin(row), 0.0]
     raters: dict[str, Any] = {"raters": [rater], "rater_ratings": [[r] for r in ratings]} if rater else {}
-    yield Record(prompt=_with_system(prompt, row), responses=texts, ratings=ratings, **raters, **_about(row))
+    yield Record(prompt=prompt, **answers(chosen, rejected), ratings=ratings, **raters, **about(row))
 
 
-def _margin(row: Row) -> float:
-    margin = row.get("margin")
-    if not is_number(margin):
-        raise Malformed(f"'margin' must be a number, got {show_value(margin)}")
-    if margin is not None and not (math.isfinite(margin) and margin > 0):
+def margin(row: Row) -> float:
+    """Return by how much the better answer of a row is rated above the other: its `margin`, or 1."""
+    margin = 1.0 if row.get("margin") in (None, "") else number_in(row, "margin", finite=False)
+    if not (math.isfinite(margin) and margin > 0):
         raise Untrainable("a margin that is not above 0 and finite")
-    return 1.0 if margin is None else float(margin)
+    return margin
 
 
-def read_messages(row: Row) -> Iterator[Record]:
-    """Yield the last answer of `messages` with all turns before it, or, without an answer, the turns as a prompt.
-
-    OpenAI's form: content may be a list of parts, of which the texts are taken, and `developer` is a system message.
-    """
-    turns = row.get("messages")
-    if isinstance(turns, list):
-        turns = [_plain_turn(turn) if isinstance(turn, dict) else turn for turn in turns]
-    messages = conversation(turns, "messages")
-    if not any(message["role"] == "assistant" for message in messages):
-        yield Record(prompt=_with_system(messages, row), **_about(row))
-        return
+def prompt_and_answer(row: Row, column: str) -> tuple[Messages, Messages]:
+    """Return prompt and answer of a preference: an answer beside its prompt, or a conversation that includes the prompt."""
+    value = row.get(column)
+    if isinstance(value, str) and not is_transcript(value):
+        if not has_prompt(row):
+            raise Malformed(f"'{column}' is an answer without its prompt; add a 'prompt' column")
+        # transcripts have a blank between "Assistant:" and the answer
+        return prompt_of(row), as_response(value.strip() if is_transcript(row.get("prompt")) else value, column)
+    messages = conversation(value, column)
+    if messages[-1]["role"] != "assistant":
+        raise Untrainable("the conversation does not end with an answer")
+    if messages[0]["role"] == "assistant":
+        return at_last_answer([*prompt_of(row), *messages])
     prompt, answer = at_last_answer(messages)
-    yield Record(prompt=_with_system(prompt, row), responses=[answer[0]["content"]], **_about(row))
+    if isinstance(row.get("prompt"), list) or (row.get("prompt") is None and _first(row, _CONVERSATIONS)):
+        prompt = _longer(prompt, _turns_of(row), column)
+    return _in_context(prompt, row), answer
 
 
-def _plain_turn(turn: Row) -> Row:
-    content = turn.get("content")
-    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-        content = "".join(text_in(part, "text") for part in content)
-    return {**turn, "content": content, "role": "system" if turn.get("role") == "developer" else turn.get("role")}
+def _longer(own: Messages, beside: Messages, column: str) -> Messages:
+    """Return the turns before an answer: its own, or those of the conversation beside it, of which its own are the end."""
+    turns, others = ([message for message in of if message["role"] != "system"] for of in (own, beside))
+    if others[-len(turns) :] == turns:
+        return beside if len(beside) > len(own) else own
+    if turns[: len(others)] != others and others[: len(turns)] != turns:
+        raise Untrainable(f"'{column}' does not belong to the conversation beside it")
+    return own
 
 
-def _rated_response(row: Row) -> Record:
+# Prompts
+
+
+def prompt_of(row: Row) -> Messages:
+    """Return the prompt of a row with its system message, its earlier turns and the tools that it may call."""
+    return _in_context(_turns_of(row), row)
+
+
+def has_prompt(row: Row) -> bool:
+    """Return True for a row with a question, or a conversation, to answer."""
+    return _first(row, ("prompt", *_QUESTIONS, *_CONVERSATIONS)) is not None
+
+
+def _turns_of(row: Row) -> Messages:
+    """Return the turns of the prompt: those of `prompt`, of an instruction with its input, or of a conversation."""
+    if _first(row, ("prompt",)) and not (_first(row, ("instruction",)) and _first(row, ("output",))):
+        return as_prompt(row["prompt"])
+    name = _first(row, _QUESTIONS)
+    conversation_name = _first(row, _CONVERSATIONS)
+    if name is None or (name == "input" and conversation_name is not None):
+        if conversation_name is None:
+            return as_prompt(row.get("prompt"))
+        return without_answers(conversation(row[conversation_name], conversation_name))
+    if isinstance(row[name], dict):  # OpenAI's preferences: {"input": {"messages": [...]}}
+        return prompt_of(row[name])
+    more = next((n for n in ("input", "context") if n != name and row.get(n)), None)
+    texts = [text_in(row, each).strip() for each in (name, more) if each]
+    return [{"role": "user", "content": "\n\n".join(text for text in texts if text)}]
+
+
+def _in_context(turns: Messages, row: Row) -> Messages:
+    """Return the turns after the row's system message and history, with its tools and arguments of the template."""
+    system, turns = (turns[:1], turns[1:]) if turns and turns[0]["role"] == "system" else ([], turns)
+    name = next((name for name in ("system", "system_prompt") if row.get(name)), None)
+    if name and system and system[0]["content"] != row[name]:
+        raise Malformed(f"'{name}' and the system message of the conversation differ")
+    if name and not system:
+        system = [{"role": "system", "content": text_in(row, name)}]
+    prompt = [*system, *_history(row), *turns]
+    parts = {name: value for name in OF_CONVERSATION if (value := _of_conversation(row, name))}
+    return [with_parts(prompt[0], {**parts_of(prompt[0]), **parts}), *prompt[1:]] if parts and prompt else prompt
+
+
+def _history(row: Row) -> Messages:
+    """Return the earlier turns: pairs of a question and its answer, or messages."""
+    history = row.get("history")
+    if not history:
+        return []
+    if isinstance(history, list) and all(isinstance(turn, dict) for turn in history):
+        return conversation(history, "history")
+    pairs = [tuple(turn) if isinstance(turn, list) else () for turn in history] if isinstance(history, list) else [()]
+    if not all(len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in pairs):
+        raise Malformed(f"'history' must be a list of [question, answer] or of messages, got {show_value(history)}")
+    roles = ("user", "assistant")
+    return [{"role": role, "content": text} for pair in pairs for role, text in zip(roles, pair, strict=True)]
+
+
+def _of_conversation(row: Row, name: str) -> Any:
+    """Return the tools of a row, or its arguments of the template; JSON in a text is read."""
+    value = row.get(name) or (row.get("functions") if name == "tools" else None)
+    if isinstance(value, str):
+        value = parsed(value, name) if value.strip() else None
+    if not value:
+        return None
+    if name != "tools":
+        if not isinstance(value, dict) or value.keys() & {"tokenize", "add_generation_prompt", "chat_template"}:
+            raise Malformed(f"'{name}' must be an object of the template's own arguments, got {show_value(value)}")
+        return {key: argument for key, argument in value.items() if argument is not None}
+    tools = value if isinstance(value, list) else [value]
+    tools = [parsed(tool, name) if isinstance(tool, str) else tool for tool in tools]
+    if not all(isinstance(tool, dict) for tool in tools):
+        raise Malformed(f"'tools' must be a list of functions, got {show_value(value)}")
+    return [
+        tool if "function" in tool else {"type": "function", "function": tool} for tool in map(_without_nulls, tools)
+    ]
+
+
+def _without_nulls(value: Any) -> Any:
+    """Return the value without nulls in objects: Arrow writes one for each name that another row has."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
+    return [_without_nulls(part) for part in value] if isinstance(value, list) else value
+
+
+# Ratings and labels
+
+
+def _judged(row: Row) -> dict[str, Any]:
+    """Return the label of an answer (good or bad) as fields of a record; none where the row has no label.
+
+    Raises:
+        Malformed: a label that is neither true nor false.
+        Untrainable: the label is missing.
+    """
+    name = next((name for name in _LABELS if name in row), None)
+    if name is None:
+        return {}
+    label = str(row.get(name)).strip().lower()
+    if label in ("none", ""):
+        raise Untrainable(f"no '{name}', which says whether the answer is good")
+    if label not in _TRUE + _FALSE:
+        raise Malformed(
+            f"'{name}' beside an answer must be true or false (a good or a bad answer), got {show_value(row.get(name))}; if "
+            f"it means something else, rename the column (in data.yaml, columns: {{topic: {name}}})"
+        )
+    rating = float(label in _TRUE)
+    rater = name_in(row, "rater") or "label"
+    return {"raters": [rater], "rater_ratings": [[rating]], "ratings": [rating], "labelled": True}
+
+
+def _rated_response(row: Row, answer: str) -> Record:
     rating, rater = number_in(row, "rating"), name_in(row, "rater") or "unnamed"
-    response = _response(row.get("response"), "response")
     judged: dict[str, Any] = {"raters": [rater], "rater_ratings": [[rating]], "ratings": [rating]}
-    return Record(prompt=_prompt(row), responses=[response], **judged, **_about(row))
+    return Record(prompt=prompt_of(row), **answers(as_response(row.get(answer), answer)), **judged, **about(row))
 
 
 def _ranking(row: Row) -> Record:
@@ -129,8 +292,8 @@ def _ranking(row: Row) -> Record:
         judged = {"ratings": [sign * number for number in numbers_in(row, name, len(values))], "ranked": sign < 0}
         if not all(map(math.isfinite, judged["ratings"])):
             raise Untrainable(f"{name} that are missing or not finite")
-    responses = [_response(value, f"responses[{i}]") for i, value in enumerate(values)]
-    return Record(prompt=_prompt(row), responses=responses, **judged, **_about(row))
+    given = answers(*(as_response(value, f"responses[{i}]") for i, value in enumerate(values)))
+    return Record(prompt=prompt_of(row), **given, **judged, **about(row))
 
 
 def _rated_by_several(row: Row, count: int) -> dict[str, Any]:
@@ -179,19 +342,20 @@ def numbers_in(row: Row, name: str, count: int) -> list[float]:
     return [math.nan if number is None else number for number in numbers]
 
 
-def _prompt(row: Row) -> Messages:
-    return _with_system(as_prompt(row.get("prompt")), row)
+def answers(*messages: Messages) -> dict[str, Any]:
+    """Return answers as fields of a record: their texts, and their parts where one has any."""
+    parts = [answer[0].get(PARTS) or "" for answer in messages]
+    return {"responses": [answer[0]["content"] for answer in messages], "parts": parts if any(parts) else []}
 
 
-def _with_system(prompt: Messages, row: Row) -> Messages:
-    return [{"role": "system", "content": text_in(row, "system")}, *prompt] if row.get("system") else prompt
+def _first(row: Row, names: Sequence[str]) -> str | None:
+    """Return the first of the columns that is there and not null."""
+    plain = dict(row)  # looking is not reading
+    return next((name for name in names if plain.get(name) is not None), None)
 
 
-def _response(value: Any, name: str) -> str:
-    return as_response(value, name)[0]["content"]
-
-
-def _about(row: Row) -> dict[str, Any]:
+def about(row: Row) -> dict[str, Any]:
+    """Return the fields of a record that splits and limits go by."""
     return {name: name_in(row, name) for name in ("id", "user", "document")}
 
 
@@ -203,14 +367,14 @@ def text_in(row: Row, name: str) -> str:
     return value
 
 
-def number_in(row: Row, name: str) -> float:
-    """Return the finite number in a column, also one that is written as text; raises `Malformed`."""
+def number_in(row: Row, name: str, *, finite: bool = True) -> float:
+    """Return the number in a column, also one that is written as text; raises `Malformed`, as for one that is not finite."""
     value = row.get(name)
     try:
         number = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
-        number = math.nan
-    if isinstance(value, bool) or not math.isfinite(number):
+        number = None
+    if isinstance(value, bool) or number is None or (finite and not math.isfinite(number)):
         raise Malformed(f"'{name}' must be a number, got {show_value(value)}")
     return number
 

@@ -12,7 +12,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -209,11 +209,20 @@ def _excerpt(raw: bytes) -> str:
     return raw[:EXCERPT].decode("utf-8", "backslashreplace").rstrip("\r\n")
 
 
+class _Object(dict[str, Any]):
+    """An object that refuses a name which stands twice with different values."""
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if name in self and self[name] != value:
+            raise ijson.JSONError(f"`{name}` stands twice in one object, with different values")
+        super().__setitem__(name, value)
+
+
 def _json_array_lines(file: Path, _: int) -> Iterator[Line]:
     number = 0
     with _open(file) as stream:
         try:
-            for value in ijson.items(stream, "item", use_float=True):
+            for value in ijson.items(stream, "item", use_float=True, map_type=_Object):
                 number += 1
                 yield Line(str(file), number, value)
         except (ijson.JSONError, UnicodeDecodeError) as error:
@@ -231,12 +240,19 @@ def _csv_lines(file: Path, max_row_bytes: int) -> Iterator[Line]:
         text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
         reader = csv.DictReader(text, delimiter="\t" if _suffix(file) == ".tsv" else ",", restkey="\0more")
         try:
+            _check_header(file, reader.fieldnames or ())
             for number, row in enumerate(reader, start=1):
                 yield _csv_line(str(file), number, row)
         except csv.Error as error:
             raise UserError(
                 f"{file} is not a readable CSV file: {error} (line {reader.line_num}); is a quote not closed?"
             ) from error
+
+
+def _check_header(file: Path, names: Sequence[str]) -> None:
+    twice = next((name for name in names if name and names.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"{file}: `{twice}` stands twice in the header; rename one of the two columns, or delete it")
 
 
 def _csv_line(file: str, number: int, row: dict[str, Any]) -> Line:

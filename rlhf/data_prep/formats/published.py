@@ -7,16 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from rlhf.data_prep.formats.columns import name_in, number_in, text_in
+from rlhf.data_prep.formats.columns import (
+    answers,
+    name_in,
+    number_in,
+    prompt_and_answer,
+    prompt_of,
+    read_columns,
+    text_in,
+)
 from rlhf.data_prep.formats.records import Record
 from rlhf.data_prep.formats.rows import (
+    Columns,
     Malformed,
     Messages,
     Row,
     Untrainable,
-    at_last_answer,
-    conversation,
-    prompt_and_answer,
     show_value,
 )
 
@@ -122,7 +128,7 @@ def ultrafeedback_binarized(row: Row) -> Iterator[Record]:
     _, rejected = prompt_and_answer(row, "rejected")
     yield Record(
         prompt=prompt,
-        responses=[chosen[0]["content"], rejected[0]["content"]],
+        **answers(chosen, rejected),
         ratings=[number_in(row, "score_chosen"), number_in(row, "score_rejected")],
         document=name_in(row, "prompt_id"),
     )
@@ -137,18 +143,13 @@ def pandalm(row: Row) -> Iterator[Record]:
     points = {0: (0.5, 0.5), 1: (1.0, 0.0), 2: (0.0, 1.0)}
     matrix: list[list[float | None]] = [[points[v][i] for v in verdicts] for i in (0, 1)]
     yield Record(
-        prompt=_instruction(row),
+        prompt=prompt_of(row),
         responses=[text_in(row, "response1"), text_in(row, "response2")],
         ratings=[sum(points[v][i] for v in verdicts) / len(verdicts) for i in (0, 1)],
         raters=names,
         rater_ratings=matrix,
         id=name_in(row, "idx"),
     )
-
-
-def _instruction(row: Row) -> Messages:
-    extra = text_in(row, "input").strip() if row.get("input") else ""
-    return _user("\n\n".join(part for part in (text_in(row, "instruction").strip(), extra) if part))
 
 
 # Trees
@@ -184,9 +185,15 @@ def _oasst_turn(node: Row, history: Messages, tree: str | None) -> Iterator[Reco
                 yield from _oasst_turn(follow_up, answered, tree)
 
 
+def _node(message: Row) -> Row:
+    node = Columns(message, message.used if isinstance(message, Columns) else None)
+    node["replies"] = []
+    return node
+
+
 def oasst_messages(row: Row) -> Iterator[Record]:
     """Yield the records of trees whose messages are rows; `parent_id` names the message that one answers."""
-    nodes = {str(message.get("message_id")): {**message, "replies": []} for message in row["rows"]}
+    nodes = {str(message.get("message_id")): _node(message) for message in row["rows"]}
     roots = []
     for node in nodes.values():
         parent = node.get("parent_id")
@@ -201,30 +208,35 @@ def oasst_messages(row: Row) -> Iterator[Record]:
             yield from _oasst_turn(root, [], name_in(root, "message_tree_id"))
 
 
-# Conversations and instructions
+# Rankings and ratings
+
+
+def nectar(row: Row) -> Iterator[Record]:
+    """Yield the answers to a prompt with their ranks."""
+    ranked = row["answers"]
+    if not isinstance(ranked, list) or not all(isinstance(answer, dict) for answer in ranked):
+        raise Malformed(f"'answers' must be a list of objects with answer and rank, got {show_value(ranked)}")
+    yield Record(
+        prompt=prompt_of(row),
+        responses=[text_in(answer, "answer").strip() for answer in ranked],
+        ratings=[-number_in(answer, "rank") for answer in ranked],
+        ranked=True,
+    )
+
+
+def helpsteer(row: Row) -> Iterator[Record]:
+    """Yield a response with its helpfulness; all of a prompt are put together."""
+    rating = number_in(row, "helpfulness")
+    yield Record(
+        prompt=prompt_of(row),
+        responses=[text_in(row, "response")],
+        ratings=[rating],
+        raters=["helpfulness"],
+        rater_ratings=[[rating]],
+    )
 
 
 def alpaca(row: Row) -> Iterator[Record]:
-    """Yield an instruction, its input below it, and the output."""
-    yield Record(prompt=_instruction(row), responses=[text_in(row, "output")])
-
-
-_SHAREGPT_ROLES = {
-    **dict.fromkeys(("human", "user"), "user"),
-    **dict.fromkeys(("gpt", "chatgpt", "assistant", "bing", "bard"), "assistant"),
-    "system": "system",
-    "tool": "tool",
-}
-
-
-def sharegpt(row: Row) -> Iterator[Record]:
-    """Yield the last answer of a conversation with all turns before it."""
-    turns = row.get("conversations")
-    if not isinstance(turns, list) or not all(isinstance(t, dict) for t in turns):
-        raise Malformed(f"'conversations' must be a list of objects, got {show_value(turns)}")
-    unknown = next((t.get("from") for t in turns if t.get("from") not in _SHAREGPT_ROLES), None)
-    if unknown is not None:
-        raise Malformed(f"'conversations' has a turn from '{unknown}'; known: {', '.join(_SHAREGPT_ROLES)}")
-    messages = [{"role": _SHAREGPT_ROLES[t["from"]], "content": text_in(t, "value")} for t in turns]
-    prompt, answer = at_last_answer(conversation(messages, "conversations"))
-    yield Record(prompt=prompt, responses=[answer[0]["content"]], id=name_in(row, "id"))
+    """Yield an instruction, its input below it, and the output; a label or a worse answer beside it counts."""
+    text_in(row, "output")
+    yield from read_columns(row)

@@ -6,20 +6,23 @@ A reader is named, or chosen by its evidence in the first rows: published shapes
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rlhf.base.errors import UserError, did_you_mean
-from rlhf.data_prep.formats import published
-from rlhf.data_prep.formats.columns import columns_evidence, messages_evidence, read_columns, read_messages, read_pair
+from rlhf.data_prep.formats import numbered, published
+from rlhf.data_prep.formats.columns import columns_evidence, messages_evidence, read_columns, read_pair
 from rlhf.data_prep.formats.files import Line
 from rlhf.data_prep.formats.records import Record
-from rlhf.data_prep.formats.rows import Malformed, Row, Untrainable, is_transcript, show_value
+from rlhf.data_prep.formats.rows import Columns, Malformed, Row, Untrainable, is_transcript, show_value
 from rlhf.data_prep.prepare.recipe import Source
 
 #: Rows at the beginning of a source by which its reader is chosen; most of them must show the reader's evidence.
 ROWS_LOOKED_AT = 20
+#: Rows at the beginning of a source from which a reader learns what its labels mean.
+ROWS_LEARNT_FROM = 1000
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class Reader:
     """Replaces the evidence of the needed columns."""
     gather: str | None = None
     """Column by whose value neighbouring rows are read together; `read` gets `{"rows": [...]}`."""
+    learn: Callable[[Sequence[Row]], Callable[[Row], Iterable[Record]]] | None = None
+    """Makes `read` from the first rows, where one row alone does not show what its columns mean."""
 
     def evidence(self, row: Row) -> str | None:
         """Return the reason to take a row for one of this shape, or None."""
@@ -46,6 +51,12 @@ def _transcripts(row: Row) -> str | None:
     if all(is_transcript(row.get(name)) for name in ("chosen", "rejected")):
         return "chosen and rejected are 'Human: ... Assistant: ...' transcripts"
     return None
+
+
+def _ranked_answers(row: Row) -> str | None:
+    answers = row.get("answers")
+    ranked = isinstance(answers, list) and answers and all(isinstance(a, dict) and "rank" in a for a in answers)
+    return "columns prompt, answers (with ranks)" if ranked and "prompt" in row else None
 
 
 def _tree(row: Row) -> str | None:
@@ -69,11 +80,21 @@ READERS: dict[str, Reader] = {
         published.oasst_messages,
         gather="message_tree_id",
     ),
+    "nectar": Reader(("prompt", "answers"), published.nectar, _ranked_answers),
+    "helpsteer": Reader(("prompt", "response", "helpfulness"), published.helpsteer),
     "pandalm": Reader(("instruction", "response1", "response2", "annotator1"), published.pandalm),
+    "numbered": Reader((), read_columns, numbered.evidence, learn=numbered.learn),
     "alpaca": Reader(("instruction", "output"), published.alpaca),
-    "sharegpt": Reader(("conversations",), published.sharegpt),
-    "messages": Reader(("messages",), read_messages, messages_evidence),
+    "sharegpt": Reader(("conversations",), read_columns),
+    "messages": Reader(("messages",), read_columns, messages_evidence),
     "columns": Reader((), read_columns, columns_evidence),
+}
+
+
+#: Columns of documented formats that no stage here can use, and what they are.
+_HINTS = {
+    "segments": "texts with masks of their own, Axolotl's input_output: give messages, whose last answer is trained",
+    "text": "plain text is read by python -m rlhf.stages.pretrain",
 }
 
 
@@ -82,8 +103,9 @@ class NoReader(UserError):
 
     def __init__(self, source: Source, columns: Sequence[str]) -> None:
         self.columns = columns
+        hint = next((f" ({text})" for name, text in _HINTS.items() if name in columns), "")
         super().__init__(
-            f"source {source.name}: no reader knows rows with the columns {', '.join(columns) or 'none'}; name one with "
+            f"source {source.name}: no reader knows rows with the columns {', '.join(columns) or 'none'}{hint}; name one with "
             f"reader: ({', '.join(READERS)}), or rename columns with columns: {{prompt: THEIRS, completion: THEIRS, ...}}"
         )
 
@@ -115,33 +137,55 @@ class SourceReader:
         rest = iter(lines)
         first = list(itertools.islice(rest, ROWS_LOOKED_AT))
         self.source = source
-        self.name, self.evidence = choose_reader(source, _mapped_rows(first, source))
+        values = _mapped_rows(first, source)
+        self.name, self.evidence = choose_reader(source, values)
+        self.unused: Counter[str] = Counter()
+        """Rows by column that holds something and was not read, as far as the reading went."""
+        reader = READERS[self.name]
+        if reader.learn:
+            first += itertools.islice(rest, ROWS_LEARNT_FROM - len(first))
+            rows = [row for row in _mapped_rows(first, source) if isinstance(row, dict)]
+            try:
+                reader = replace(reader, read=reader.learn(rows))
+            except UserError as error:
+                raise UserError(f"source {source.name}: {error}") from error
+        self._reader = reader
         self._lines = itertools.chain(first, rest)
 
     def __iter__(self) -> Iterator[Reading]:
-        for lines in _gathered(self._lines, READERS[self.name].gather):
+        for lines in _gathered(self._lines, self._reader.gather):
             yield self._read(lines)
 
+    def unused_columns(self) -> str:
+        """Return the names of columns that hold something and were not read, with the rows that have them."""
+        return ", ".join(f"{name} ({count:,} rows)" for name, count in sorted(self.unused.items()))
+
     def _read(self, lines: list[Line]) -> Reading:
-        reader, row = READERS[self.name], Row()
+        reader, rows = self._reader, list[Columns]()
         try:
             if lines[0].problem:
                 raise Malformed(lines[0].problem)
             values = [mapped(line.value, self.source.column_map) for line in lines]
-            if reader.gather:
-                return Reading(lines, reader, row, read_row(reader, {"rows": values}))
-            if isinstance(values[0], dict):
-                row = values[0]
-                reader = self._reader_of(row)
-            return Reading(lines, reader, row, read_row(reader, values[0]))
+            rows = [Columns(value) for value in values if isinstance(value, dict)]
+            if not reader.gather:
+                reader = self._reader_of(values[0])
+            whole = {"rows": rows or values} if reader.gather else rows[0] if rows else values[0]
+            records = read_row(reader, whole)
+            self.unused.update(name for row in rows for name in row.unused())
+            return Reading(lines, reader, Row() if reader.gather else rows[0], records)
         except (Malformed, Untrainable) as error:
-            return Reading(lines, reader, row, [], error)
+            return Reading(lines, reader, rows[0] if rows and not reader.gather else Row(), [], error)
+        except numbered.Contradiction as error:
+            raise UserError(f"{lines[0].file}, row {lines[0].number}: {error}, unlike the rows before it") from error
 
-    def _reader_of(self, row: Row) -> Reader:
-        reader = READERS[self.name]
-        if self.source.reader != "auto" or columns_evidence(row) is None:
+    def _reader_of(self, row: Any) -> Reader:
+        reader = self._reader
+        if self.source.reader != "auto" or not isinstance(row, dict) or columns_evidence(row) is None:
             return reader
-        return READERS["columns"] if any(row.get(name) is None for name in reader.needs) else reader
+        fits = all(row.get(name) is not None for name in reader.needs) and not (
+            reader.learn and not reader.evidence(row)
+        )
+        return reader if fits else READERS["columns"]
 
 
 def _mapped_rows(lines: Sequence[Line], source: Source) -> list[Any]:
@@ -228,9 +272,10 @@ def read_row(reader: Reader, row: Any) -> list[Record]:
         raise Malformed(f"no column '{missing}'; this row has {', '.join(map(str, row)) or 'none'}")
     records = list(reader.read(row))
     for record in records:
-        if any(not response.strip() for response in record.responses):
+        if any(not response.strip() for response in record.whole_responses):
             raise Untrainable("empty response")
-        rated = set(zip(record.responses, record.ratings, strict=True)) if record.ratings else set()
-        if len(rated) > len(set(record.responses)):
+        responses = record.whole_responses
+        rated = set(zip(responses, record.ratings, strict=True)) if record.ratings else set()
+        if len(rated) > len(set(responses)):
             raise Untrainable("the same response is rated twice, differently")
     return records

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from rlhf.data_prep.formats.rows import Malformed, Messages, Untrainable, check_turns
+from rlhf.models.messages import PARTS
 
 #: Bits of `Record.serves`.
 DEMONSTRATION, COMPARISON, PROMPT = 1, 2, 4
@@ -23,10 +24,14 @@ class Record:
     """The turns up to the answer."""
     responses: list[str] = field(default_factory=list)
     """(R,) texts that could be the answer."""
+    parts: list[str] = field(default_factory=list)
+    """(R,) parts of each response beyond its text, as `rlhf.models.messages` holds them; empty where none has any."""
     ratings: list[float] | None = None
     """(R,) higher is better, or None."""
     ranked: bool = False
     """The ratings are ranks with the sign turned: only their order means something."""
+    labelled: bool = False
+    """The ratings are labels, 1 good and 0 bad, each of which means something alone."""
     raters: list[str] = field(default_factory=list)
     """(A,) names of the raters; empty where nobody is named."""
     rater_ratings: list[list[float | None]] = field(default_factory=list)
@@ -74,16 +79,34 @@ class Record:
 
     @property
     def best(self) -> str | None:
-        """Highest-rated response, the first of equals; None where there is no response."""
-        if not self.responses:
-            return None
-        return self.responses[0 if self.ratings is None else self.ratings.index(max(self.ratings))]
+        """Text of the highest-rated response, the first of equals; None where there is no response."""
+        return self.answer(self.best_place)[0]["content"] if self.responses else None
+
+    @property
+    def best_place(self) -> int:
+        """Place of the highest-rated response, the first of equals."""
+        return 0 if self.ratings is None else self.ratings.index(max(self.ratings))
+
+    def answer(self, place: int) -> Messages:
+        """Return a response as one assistant message."""
+        message = {"role": "assistant", "content": self.responses[place]}
+        return [{**message, PARTS: self.parts[place]} if self.parts and self.parts[place] else message]
+
+    @property
+    def whole_responses(self) -> list[str]:
+        """(R,) texts of the responses with their parts, for comparing."""
+        return [
+            text + part for text, part in zip(self.responses, self.parts or [""] * len(self.responses), strict=True)
+        ]
 
     @property
     def serves(self) -> int:
         """Bits of the kinds that the record could become."""
         compared = self.ratings is not None and len(set(self.ratings)) > 1
-        good = bool(self.responses) and (self.ratings is None or compared)  # equal ratings name no good response
+        # equal ratings name no good response, labels do
+        good = bool(self.responses) and (
+            self.ratings is None or (max(self.ratings) > 0.5 if self.labelled else compared)
+        )
         return PROMPT | (DEMONSTRATION if good else 0) | (COMPARISON if compared else 0)
 
 

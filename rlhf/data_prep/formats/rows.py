@@ -8,13 +8,61 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlhf.base.errors import did_you_mean
+from rlhf.base.json_files import decode
+from rlhf.models.messages import PARTS, REASONING, parts_of, with_parts
 
 Row = dict[str, Any]
 Messages = list[dict[str, str]]
 
-ROLES = ("system", "user", "assistant", "tool")
+#: Roles by their names in the formats of other trainers.
+_ROLE_OF = {
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(
+        ("assistant", "gpt", "chatgpt", "bing", "bard", "model", "function_call", "tool_call"), "assistant"
+    ),
+    **dict.fromkeys(("tool", "function", "observation", "tool_response"), "tool"),
+}
+#: Turns whose text is a call in JSON.
+_CALL_ROLES = ("function_call", "tool_call")
+TEXT_KEYS = ("content", "value", "parts")
+#: Keys of a message, beside role and text, that the template is given.
+KEPT_PARTS = (PARTS, "tool_calls", "function_call", *REASONING, "tool_call_id", "name")
+#: Keys of an answer that say whether it is trained: OpenAI's, Axolotl's, ms-swift's.
+TRAINED_FLAGS = ("weight", "train", "training", "loss")
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _SPACE = re.compile(r"\s+")
+
+_MESSAGE_KEYS = {"role", "from", *TEXT_KEYS, *KEPT_PARTS, *TRAINED_FLAGS}
+
+
+class Columns(Row):
+    """A row that notes which of its columns are read: the others are named as not used."""
+
+    def __init__(self, row: Mapping[str, Any], used: set[str] | None = None) -> None:
+        super().__init__(row)
+        self.used = set[str]() if used is None else used
+
+    def __getitem__(self, name: str) -> Any:
+        self.used.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:  # type: ignore[override]
+        """Return a column, noted as read."""
+        self.used.add(name)
+        return super().get(name, default)
+
+    def unused(self) -> set[str]:
+        """Return the columns that hold something and were not read, keys of messages as `messages.KEY`."""
+        rest = {name for name, value in self.items() if name not in self.used and value not in (None, "", [], {})}
+        return rest | {f"{name}.{key}" for name in self.used & self.keys() for key in _unread_keys(dict(self)[name])}
+
+
+def _unread_keys(value: Any) -> set[str]:
+    """Return the keys of messages that are not read."""
+    turns = [value] if isinstance(value, dict) else value if isinstance(value, list) else []
+    messages = [turn for turn in turns if isinstance(turn, dict) and ({"role", "from"} & turn.keys())]
+    return {key for turn in messages for key, part in turn.items() if key not in _MESSAGE_KEYS and part is not None}
 
 
 class Untrainable(Exception):
@@ -37,23 +85,7 @@ def prompt_key(prompt: Sequence[Mapping[str, str]]) -> str:
 
     Prompts that differ only in case, white space, the width of letters or in roles have one key.
     """
-    return comparable("\n".join(message["content"] for message in prompt))
-
-
-def prompt_and_answer(row: Row, column: str) -> tuple[Messages, Messages]:
-    """Return prompt and answer of a preference: an answer beside `prompt`, or a conversation that includes its prompt."""
-    value, prompt = row.get(column), row.get("prompt")
-    if isinstance(value, str) and not is_transcript(value):
-        if prompt is None:
-            raise Malformed(f"'{column}' is an answer without its prompt; add a 'prompt' column")
-        # transcripts have a blank between "Assistant:" and the answer
-        return as_prompt(prompt), as_response(value.strip() if is_transcript(prompt) else value, column)
-    messages = conversation(value, column)
-    if messages[0]["role"] == "assistant" and prompt is not None:
-        messages = as_prompt(prompt) + messages
-    if messages[-1]["role"] != "assistant":
-        raise Untrainable("the conversation does not end with an answer")
-    return at_last_answer(messages)
+    return comparable("\n".join(message["content"] + (message.get(PARTS) or "") for message in prompt))
 
 
 def at_last_answer(messages: Messages) -> tuple[Messages, Messages]:
@@ -68,7 +100,11 @@ def as_prompt(value: Any, name: str = "prompt") -> Messages:
     """Return a prompt as messages, without answers after it."""
     if isinstance(value, str) and not is_transcript(value):
         return _checked_prompt([{"role": "user", "content": value}])
-    messages = conversation(value, name)
+    return without_answers(conversation(value, name))
+
+
+def without_answers(messages: Messages) -> Messages:
+    """Return the messages less the answers after the last turn of the user."""
     while messages and messages[-1]["role"] == "assistant":
         messages = messages[:-1]
     return _checked_prompt(messages)
@@ -93,30 +129,111 @@ def _checked_prompt(messages: Messages) -> Messages:
 
 
 def _checked_response(messages: Messages) -> Messages:
-    if not messages[0]["content"].strip():
+    if not messages[0]["content"].strip() and not parts_of(messages[0]):
         raise Untrainable("empty response")
     return messages
 
 
 def conversation(value: Any, name: str) -> Messages:
-    """Return the roles and texts of a transcript or a list of messages; raises `Malformed` for other values."""
+    """Return the messages of a transcript, of a list of messages in OpenAI's or ShareGPT's keys, or of one message.
+
+    Tool calls and reasoning stay with their messages, as `rlhf.models.messages` holds them. Turns after the last answer that
+    may be trained (`weight`, `train` and the like say which) are left out.
+
+    Raises:
+        Malformed: another value.
+        Untrainable: no message, no answer that may be trained, or parts that no stage can use.
+    """
     if isinstance(value, str) and is_transcript(value):
         return transcript(value)
-    if not isinstance(value, list):
+    turns = [value] if isinstance(value, dict) else value
+    if not isinstance(turns, list):
         raise Malformed(f"'{name}' must be a string or a list of {{role, content}} messages, got {show_value(value)}")
-    messages = []
-    for message in value:
-        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            raise Malformed(
-                f"'{name}' must hold messages with the texts 'role' and 'content', got {show_value(message)}"
-            )
-        if message["role"] not in ROLES:
-            near = did_you_mean(message["role"], ROLES)
-            raise Malformed(f"'{name}' has a message of role '{message['role']}'{near}; known: {', '.join(ROLES)}")
-        messages.append({"role": message["role"], "content": message["content"]})
+    messages = [_message(turn, name) for turn in turns]
     if not messages:
         raise Untrainable("empty conversation")
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    trained = [i for i in answers if _is_trained(turns[i])]
+    if answers and not trained:
+        raise Untrainable("no answer whose weight is above 0")
+    if answers and trained[-1] != answers[-1]:
+        messages = messages[: trained[-1] + 1]
     return messages
+
+
+def _message(turn: Any, name: str) -> dict[str, str]:
+    if not isinstance(turn, dict):
+        raise Malformed(f"'{name}' must hold messages with the texts 'role' and 'content', got {show_value(turn)}")
+    theirs = turn.get("role", turn.get("from"))
+    role = _ROLE_OF.get(theirs) if isinstance(theirs, str) else None
+    parts = {key: turn[key] for key in KEPT_PARTS if turn.get(key)}
+    content = next((turn[key] for key in TEXT_KEYS if turn.get(key) is not None), None)
+    if role is None and isinstance(theirs, str):
+        near = did_you_mean(theirs, _ROLE_OF)
+        raise Malformed(f"'{name}' has a message of role '{theirs}'{near}; known: {', '.join(_ROLE_OF)}")
+    if isinstance(content, list):
+        content = _joined(content, parts)
+    if theirs in _CALL_ROLES and isinstance(content, str):
+        parts["tool_calls"], content = parsed(content, theirs), ""
+    if parts.get("function_call"):
+        parts["tool_calls"] = parts.pop("function_call")
+    if content is None and parts.get("tool_calls"):
+        content = ""
+    if role is None or not isinstance(content, str):
+        raise Malformed(f"'{name}' must hold messages with the texts 'role' and 'content', got {show_value(turn)}")
+    return with_parts({"role": role, "content": content}, _as_template_parts(parts))
+
+
+def _as_template_parts(parts: Row) -> Row:
+    """Return parts under the names that templates know; arguments of calls as objects, which OpenAI writes as texts."""
+    parts = {**parsed(parts.pop(PARTS), PARTS), **parts} if PARTS in parts else parts
+    reasoning = [parts.pop(key) for key in REASONING if key in parts]
+    if reasoning:
+        parts["reasoning_content"] = reasoning[0]
+    if calls := parts.get("tool_calls"):
+        parts["tool_calls"] = [_call(call) for call in (calls if isinstance(calls, list) else [calls])]
+    return parts
+
+
+def _call(call: Any) -> Row:
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise Malformed(f"a tool call must be an object with a function's name, got {show_value(call)}")
+    arguments = function.get("arguments")
+    if isinstance(arguments, str) and arguments.strip():
+        arguments = parsed(arguments, "arguments")
+    about = {"id": call["id"]} if call.get("id") else {}
+    return {**about, "type": "function", "function": {"name": function["name"], "arguments": arguments or {}}}
+
+
+def parsed(text: Any, name: str) -> Any:
+    """Return the value of a JSON text; raises `Malformed`."""
+    try:
+        return decode(text)
+    except (TypeError, ValueError):
+        raise Malformed(f"'{name}' must be JSON, got {show_value(text)}") from None
+
+
+def _joined(content: list[Any], parts: Row) -> str:
+    """Return the texts of a list of parts; reasoning among them is added to `parts`."""
+    texts = []
+    for part in content:
+        kind = part.get("type", "text") if isinstance(part, dict) else "text"
+        text = part if isinstance(part, str) else part.get(kind) if isinstance(part, dict) else None
+        if kind not in ("text", "thinking") or not isinstance(text, str):
+            raise Untrainable(f"a message with a part of type '{kind}', which no stage can use")
+        if kind == "thinking":
+            parts["thinking"] = text
+        else:
+            texts.append(text)
+    return "".join(texts)
+
+
+def _is_trained(turn: Row) -> bool:
+    flags = {key: turn[key] for key in TRAINED_FLAGS if turn.get(key) is not None}
+    if any(flag not in (0, 1) for flag in flags.values()):
+        raise Malformed(f"a message's weight must be 0 or 1, got {show_value(flags)}")
+    return all(flags.values())
 
 
 def is_transcript(value: Any) -> bool:

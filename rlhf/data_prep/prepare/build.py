@@ -42,6 +42,8 @@ from rlhf.data_prep.prepare.staged import Staged, stage
 from rlhf.data_prep.prepare.tally import Tally
 from rlhf.data_prep.prepare.write import write_sets
 from rlhf.data_prep.ratings import by_split, clear_pairs, merge, resolve
+from rlhf.data_prep.stage_rows import BAD_LABEL
+from rlhf.models.tokenization import TemplateRefusal
 from rlhf.run.progress import Progress
 
 #: Fewest rows of a source that are refused for their share of malformed ones; of fewer, one slip would be too many.
@@ -64,7 +66,16 @@ def prepare_sources(config: DataConfig) -> Path:
         reports = [SourceReport(source, hashes) for source, hashes in zip(config.sources, files, strict=True)]
         scratch = partial / ".work"
         scratch.mkdir()
-        card = _build(config, recipe, reports, partial, scratch, folder.with_name(f"{folder.name}.leaks.jsonl"))
+        rejected = folder.with_name(f"{folder.name}.rejected.jsonl")
+        try:
+            card = _build(config, recipe, reports, partial, scratch, folder.with_name(f"{folder.name}.leaks.jsonl"))
+        except UserError as error:
+            file = partial / "rejected.jsonl"
+            if not (file.is_file() and file.stat().st_size):
+                raise
+            file.replace(rejected)
+            raise UserError(f"{error}; the rows left out are in {rejected}") from error
+        rejected.unlink(missing_ok=True)  # of an earlier try
         shutil.rmtree(scratch)
         return card
 
@@ -143,6 +154,7 @@ def _read_one(config: DataConfig, report: SourceReport, tally: Tally) -> Iterato
     reader = SourceReader(source, read_source(source, int(config.max_row_megabytes * 1e6)))
     report.reader, report.evidence = reader.name, reader.evidence
     print(f"data: {source.name} is read as {report.reader}: {report.evidence}", file=sys.stderr)
+    report.unused = reader.unused
     for reading in reader:
         report.rows += len(reading.lines)
         first = reading.lines[0]
@@ -153,6 +165,8 @@ def _read_one(config: DataConfig, report: SourceReport, tally: Tally) -> Iterato
             for line in reading.lines:
                 reason, file = str(reading.error), Path(line.file).name
                 tally.rejected("read", reason, file, line.number, line.value or line.raw)
+    if reader.unused:
+        print(f"data: {source.name}: not used: {reader.unused_columns()}", file=sys.stderr)
 
 
 def _cleaned(record: Record, config: DataConfig, lengths: Lengths | None, tally: Tally) -> Record | None:
@@ -161,7 +175,7 @@ def _cleaned(record: Record, config: DataConfig, lengths: Lengths | None, tally:
         cleaned = clean(record, config, tally)
         _check_unicode(cleaned)
         return lengths.limit(cleaned, tally) if lengths else cleaned
-    except (Dropped, Malformed, Untrainable) as error:
+    except (Dropped, Malformed, Untrainable, TemplateRefusal) as error:
         tally.dropped("clean", str(error), record)
         return None
 
@@ -211,8 +225,29 @@ def _merged(plan: Plan, config: DataConfig) -> Iterator[tuple[Record, int]]:
         whole = merge([record, *(staged.record(member) for member in members[1:])]) if len(members) > 1 else record
         if len(members) > 1:
             plan.tally.changed("merge raters", f"{record.place}: {len(whole.raters)} raters of {len(members)} rows")
-        for part in _divided(whole, config):
+        for part in _labelled(whole, plan.tally) if whole.labelled else _divided(whole, config):
             yield part, number
+
+
+def _labelled(record: Record, tally: Tally) -> Iterator[Record]:
+    """Yield the answers of one prompt that people called good or bad: as a comparison, and each good one by itself.
+
+    Bad answers without a good one are counted; their prompt stays.
+    """
+    ratings = record.ratings or []
+    named = replace(record, raters=[], rater_ratings=[]) if record.raters == ["label"] else record
+    good = [place for place, rating in enumerate(ratings) if rating > 0.5]
+    if len(set(ratings)) > 1 or good:
+        yield named
+    for place in good[1:]:  # the first is the best of the record
+        parts = [record.parts[place]] if record.parts else []
+        alone = replace(
+            named, responses=[record.responses[place]], parts=parts, ratings=[1.0], raters=[], rater_ratings=[]
+        )
+        yield alone
+    if not good:
+        tally.dropped("labels", BAD_LABEL, record)
+        yield replace(named, responses=[], parts=[], ratings=None, raters=[], rater_ratings=[], labelled=False)
 
 
 def _rated_groups(plan: Plan) -> dict[int, list[int]]:
@@ -238,5 +273,12 @@ def _divided(record: Record, config: DataConfig) -> Iterator[Record]:
     yield from (part for part in resolved if part.ratings is not None)
     if config.split_by == "rater" or all(part.ratings is None for part in resolved):
         yield replace(
-            record, responses=[], ratings=None, raters=[], rater_ratings=[], ratings_held_out=None, confidence=None
+            record,
+            responses=[],
+            parts=[],
+            ratings=None,
+            raters=[],
+            rater_ratings=[],
+            ratings_held_out=None,
+            confidence=None,
         )

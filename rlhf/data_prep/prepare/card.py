@@ -6,7 +6,6 @@ import hashlib
 import importlib.metadata
 import json
 import unicodedata
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,7 +37,8 @@ class SourceReport:
     rows: int = 0
     malformed: int = 0
     records: int = 0
-    kinds: Counter[str] = field(default_factory=Counter)
+    unused: Mapping[str, int] = field(default_factory=dict)
+    """Rows by column that holds something and is not used."""
 
 
 def versions() -> dict[str, str]:
@@ -120,6 +120,7 @@ def _source(report: SourceReport) -> dict[str, Any]:
         "rows": report.rows,
         "malformed": report.malformed,
         "records": report.records,
+        "unused_columns": dict(sorted(report.unused.items())),
         "files": report.files,
     }
 
@@ -155,6 +156,7 @@ def render(card: Mapping[str, Any]) -> str:
         "",
         *table(["source", "licence", "read as", "rows", "malformed", "records", "sha256"], _source_rows(card)),
         "",
+        *_unused_lines(card),
         f"{card['rows_read']:,} rows read, {card['records']:,} records made, {card['records_used']:,} used.",
         "",
         "## Sets",
@@ -191,6 +193,13 @@ def _source_rows(card: Mapping[str, Any]) -> Iterator[list[str]]:
         hashes = ", ".join(digest[:16] for digest in source["files"].values()) or f"hub {source.get('hub')}"
         counts = [f"{source[name]:,}" for name in ("rows", "malformed", "records")]
         yield [source["name"], source["licence"], f"{source['reader']} ({source['evidence']})", *counts, hashes]
+
+
+def _unused_lines(card: Mapping[str, Any]) -> Iterator[str]:
+    for source in card["sources"]:
+        if source["unused_columns"]:
+            counts = ", ".join(f"{name} ({count:,} rows)" for name, count in source["unused_columns"].items())
+            yield from (f"Columns of {source['name']} that are not used: {counts}.", "")
 
 
 def _set_rows(card: Mapping[str, Any]) -> Iterator[list[str]]:

@@ -135,9 +135,10 @@ def check_template(record: Record) -> Record:
 
 def check_empty(record: Record) -> Record:
     """Return the record less responses without content; raise `Dropped` where too few are left."""
-    if all(has_content(text) for text in record.responses):
+    full = [has_content(text) for text in record.whole_responses]
+    if all(full):
         return record
-    return without_responses(record, [has_content(text) for text in record.responses], "empty or template-only answer")
+    return without_responses(record, full, "empty or template-only answer")
 
 
 def has_content(text: str) -> bool:
@@ -161,6 +162,7 @@ def without_responses(record: Record, keep: Sequence[bool], reason: str) -> Reco
     return replace(
         record,
         responses=select(record.responses),
+        parts=select(record.parts),
         ratings=select(record.ratings),
         rater_ratings=select(record.rater_ratings),
         ratings_held_out=select(record.ratings_held_out),

@@ -11,7 +11,8 @@ from rlhf.data_prep.prepare.clean import Dropped, without_responses
 from rlhf.data_prep.prepare.recipe import Options
 from rlhf.data_prep.prepare.tally import Tally
 from rlhf.models.catalogue import resolve_model
-from rlhf.models.tokenization import encode_prompt, encode_response, load_tokenizer
+from rlhf.models.messages import PARTS
+from rlhf.models.tokenization import check_written, encode_prompt, encode_response, load_tokenizer
 
 
 class Lengths:
@@ -26,9 +27,9 @@ class Lengths:
         """Return the tokens of a prompt, template and answer header included."""
         return len(encode_prompt(self.tokenizer, prompt))
 
-    def response_length(self, prompt: Messages, response: str) -> int:
+    def response_length(self, prompt: Messages, response: Messages) -> int:
         """Return the tokens of a response, stop token included."""
-        return len(encode_response(self.tokenizer, prompt, [{"role": "assistant", "content": response}]))
+        return len(encode_response(self.tokenizer, prompt, response))
 
     def limit(self, record: Record, tally: Tally) -> Record:
         """Return the record within the limits of the recipe.
@@ -37,8 +38,10 @@ class Lengths:
             Dropped: it is too long and the rule is to drop it, or nothing of it fits.
         """
         o = self.options
+        for answer in map(record.answer, range(len(record.responses))):
+            check_written(self.tokenizer, [*record.prompt, *answer])
         if o.max_prompt_length is not None and self.prompt_length(record.prompt) > o.max_prompt_length:
-            if o.long_prompts == "drop":
+            if o.long_prompts == "drop" or any(PARTS in message for message in record.prompt):
                 raise Dropped(f"prompt of more than {o.max_prompt_length} tokens")
             record = replace(record, prompt=self._cut_prompt(record.prompt, o.max_prompt_length, o.long_prompts))
             tally.changed("prompt length", f"{record.place}: {o.long_prompts}")
@@ -47,15 +50,21 @@ class Lengths:
         return record
 
     def _limit_responses(self, record: Record, limit: int, tally: Tally) -> Record:
-        fits = [self.response_length(record.prompt, response) <= limit for response in record.responses]
+        fits = [
+            self.response_length(record.prompt, record.answer(place)) <= limit for place in range(len(record.responses))
+        ]
         if all(fits):
             return record
-        if self.options.long_responses == "drop":
+        if self.options.long_responses == "drop" or record.parts:
             return without_responses(record, fits, f"response of more than {limit} tokens")
         side = self.options.long_responses
 
         def cut(response: str) -> str:
-            return self._cut(response, side, lambda text: self.response_length(record.prompt, text) <= limit)
+            return self._cut(
+                response,
+                side,
+                lambda text: self.response_length(record.prompt, [{"role": "assistant", "content": text}]) <= limit,
+            )
 
         tally.changed("response length", f"{record.place}: {side}")
         return replace(record, responses=[r if ok else cut(r) for r, ok in zip(record.responses, fits, strict=True)])

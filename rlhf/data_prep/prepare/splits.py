@@ -248,9 +248,7 @@ def check_sizes(plan: Plan) -> None:
     """Raise `UserError` for a kind with rows for training and none for validation, or the reverse: its stage could not run."""
     sets = plan.sets()
     if not any(len(rows) for rows in sets.values()):
-        raise UserError(
-            "no row is left: every one was rejected or dropped (rejected.jsonl of the last try is not kept)"
-        )
+        raise UserError(f"no row is left: {plan.tally.reasons()}")
     for kind in KINDS:
         sizes = {split: len(sets[f"{kind}/{split}"]) for split in SPLITS}
         if sum(sizes.values()) and not (sizes["train"] and sizes["validation"]):

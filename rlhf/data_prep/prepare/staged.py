@@ -19,14 +19,17 @@ from rlhf.data_prep.formats.records import Record, ranks_of
 from rlhf.data_prep.formats.rows import comparable, prompt_key
 from rlhf.data_prep.hashes import hash64
 from rlhf.data_prep.prepare.recipe import SPLITS
+from rlhf.models.messages import PARTS
 
 _TEXT, _NUMBER = Value("string"), Value("float64")
 _FEATURES = Features(
     {
-        "prompt": List({"role": _TEXT, "content": _TEXT}),
+        "prompt": List({"role": _TEXT, "content": _TEXT, PARTS: _TEXT}),
         "responses": List(_TEXT),
+        "parts": List(_TEXT),
         "ratings": List(_NUMBER),
         "ranked": Value("bool"),
+        "labelled": Value("bool"),
         "raters": List(_TEXT),
         "rater_ratings": List(List(_NUMBER)),
         "ratings_held_out": List(_NUMBER),
@@ -63,6 +66,8 @@ class Staged:
     """(N,) int8: number of the split where a rater has set it, else -1."""
     raters: np.ndarray
     """(N,) int32, raters that are named."""
+    has_parts: bool = False
+    """Some message has parts beyond role and content."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -81,7 +86,8 @@ class Staged:
 
 def to_record(row: dict[str, Any]) -> Record:
     """Return a staged row as a record."""
-    return Record(**{k: v for k, v in row.items() if k not in ("prompt_key", "answer_key")})
+    prompt = [{k: v for k, v in message.items() if v is not None} for message in row["prompt"]]
+    return Record(**{**{k: v for k, v in row.items() if k not in ("prompt_key", "answer_key")}, "prompt": prompt})
 
 
 def stage(
@@ -100,9 +106,10 @@ def stage(
     """
     hashes = {name: array("Q") for name in HASHES}
     bits, source, split, raters = array("B"), array("i"), array("b"), array("i")
+    has_parts = False
     with ArrowWriter(features=_FEATURES, path=str(file), writer_batch_size=1000) as writer:
         for record, number in records:
-            prompt, answer = prompt_key(record.prompt), comparable("\n".join(record.responses))
+            prompt, answer = prompt_key(record.prompt), comparable("\n".join(record.whole_responses))
             writer.write({**_as_row(record), "prompt_key": prompt, "answer_key": answer})
             for name, value in _hashes(record, prompt, number, prefix_length).items():
                 hashes[name].append(value)
@@ -110,6 +117,7 @@ def stage(
             source.append(number)
             split.append(SPLITS.index(record.split) if record.split else -1)
             raters.append(len(record.raters))
+            has_parts = has_parts or bool(record.parts) or any(PARTS in message for message in record.prompt)
         writer.finalize()
     if len(source):
         rows = Dataset.from_file(str(file))
@@ -122,6 +130,7 @@ def stage(
         source=np.array(source, dtype=np.int32),
         split=np.array(split, dtype=np.int8),
         raters=np.array(raters, dtype=np.int32),
+        has_parts=has_parts,
     )
 
 
@@ -130,7 +139,7 @@ def _as_row(record: Record) -> dict[str, Any]:
 
 
 def _hashes(record: Record, prompt: str, source: int, prefix_length: int | None) -> dict[str, int]:
-    responses = [comparable(response) for response in record.responses]
+    responses = [comparable(response) for response in record.whole_responses]
     ranks = map(str, ranks_of(record.ratings)) if record.ratings is not None else [""] * len(responses)
     raters = [
         f"{rater}={list(ratings)}"

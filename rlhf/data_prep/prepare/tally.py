@@ -73,6 +73,11 @@ class Tally:
         whole = {"note": note, **data} if note else data
         self.rejected(step, reason, record.file, record.row, whole, f"{_short(record.last_turn)[:80]} {note}".strip())
 
+    def reasons(self) -> str:
+        """Return the reasons to leave rows out with their counts, the most frequent first."""
+        total = sum((drops.counts for drops in self.drops.values()), Counter[str]())
+        return "; ".join(f"{reason}: {count:,}" for reason, count in total.most_common())
+
     def as_dict(self) -> dict[str, dict[str, Any]]:
         """Return `{step: {"changed", "examples", "dropped": {reason: {"count", "examples"}}}}`."""
         return {

@@ -17,16 +17,17 @@ import pyarrow.parquet as pq
 from datasets import Features, List, Value
 
 from rlhf.data_prep.formats.records import Record, ranks_of
-from rlhf.data_prep.formats.rows import Messages
 from rlhf.data_prep.hashes import units
 from rlhf.data_prep.prepare.lengths import Lengths
 from rlhf.data_prep.prepare.plan import Plan
 from rlhf.data_prep.prepare.recipe import DataConfig
 from rlhf.data_prep.ratings import clear_pairs, halves
+from rlhf.models.messages import PARTS
 
 _BATCH = 1000
 _TEXT, NUMBER = Value("string"), Value("float64")
 MESSAGES = List({"role": _TEXT, "content": _TEXT})
+MESSAGES_WITH_PARTS = List({"role": _TEXT, "content": _TEXT, PARTS: _TEXT})
 _ABOUT = {"source": _TEXT, "id": _TEXT}
 _SCHEMAS: dict[str, dict[str, Any]] = {
     "demonstrations": {"messages": MESSAGES, **_ABOUT},
@@ -86,17 +87,34 @@ def write_sets(plan: Plan, config: DataConfig, folder: Path, lengths: Lengths | 
         kind, split = name.split("/")
         if kind in kinds and (len(rows) or split != "test"):
             order = np.argsort(units(plan.staged.hashes["content"][rows], config.seed, "order"), kind="stable")
-            written[name] = _write(folder / f"{name}.parquet", plan.staged.records(rows[order]), kind, config, lengths)
+            schema = _schema(kind, config, plan.staged.has_parts)
+            written[name] = _write(
+                folder / f"{name}.parquet", plan.staged.records(rows[order]), kind, schema, config, lengths
+            )
     return written
 
 
-def _write(file: Path, records: Iterator[Record], kind: str, config: DataConfig, lengths: Lengths | None) -> Written:
-    file.parent.mkdir(exist_ok=True)
-    form = config.comparison_form if kind == "comparisons" else kind
+def _form(kind: str, config: DataConfig) -> str:
+    return config.comparison_form if kind == "comparisons" else kind
+
+
+def _schema(kind: str, config: DataConfig, has_parts: bool) -> pa.Schema:
+    """Return the columns of a kind; messages have a column of parts only where some message has any."""
+    form = _form(kind, config)
     columns = dict(_SCHEMAS[form])
     if form == "rankings" and config.held_out_raters > 0:
         columns |= _HELD_OUT
-    schema = Features(columns).arrow_schema
+    if has_parts:
+        wide = [(MESSAGES, MESSAGES_WITH_PARTS), (List(MESSAGES), List(MESSAGES_WITH_PARTS))]
+        columns = {name: next((to for of, to in wide if of == column), column) for name, column in columns.items()}
+    return Features(columns).arrow_schema
+
+
+def _write(
+    file: Path, records: Iterator[Record], kind: str, schema: pa.Schema, config: DataConfig, lengths: Lengths | None
+) -> Written:
+    file.parent.mkdir(exist_ok=True)
+    form = _form(kind, config)
     result = Written()
     with pq.ParquetWriter(file, schema) as writer:
         batch: list[dict[str, Any]] = []
@@ -104,7 +122,7 @@ def _write(file: Path, records: Iterator[Record], kind: str, config: DataConfig,
             _note(result, record, kind, lengths)
             for row in _ROWS[form](record, config):
                 result.rows += 1
-                result.digest.update(json.dumps({k: row[k] for k in columns}, sort_keys=True).encode() + b"\n")
+                result.digest.update(json.dumps({k: row[k] for k in schema.names}, sort_keys=True).encode() + b"\n")
                 batch.append(row)
             if len(batch) >= _BATCH:
                 writer.write_table(pa.Table.from_pylist(batch, schema=schema))
@@ -118,17 +136,13 @@ def _note(result: Written, record: Record, kind: str, lengths: Lengths | None) -
     result.measure("prompt_characters", sum(len(message["content"]) for message in record.prompt))
     if lengths:
         result.measure("prompt_tokens", lengths.prompt_length(record.prompt))
-    responses = {"demonstrations": [str(record.best)], "comparisons": record.responses}.get(kind, [])
+    places = {"demonstrations": [record.best_place], "comparisons": range(len(record.responses))}.get(kind, [])
     if kind == "comparisons":
-        result.responses[len(responses)] += 1
-    for response in responses:
-        result.measure("response_characters", len(response))
+        result.responses[len(places)] += 1
+    for place in places:
+        result.measure("response_characters", len(record.responses[place]))
         if lengths:
-            result.measure("response_tokens", lengths.response_length(record.prompt, response))
-
-
-def _answer(text: str | None) -> Messages:
-    return [{"role": "assistant", "content": str(text)}]
+            result.measure("response_tokens", lengths.response_length(record.prompt, record.answer(place)))
 
 
 def _about(record: Record) -> dict[str, Any]:
@@ -136,7 +150,7 @@ def _about(record: Record) -> dict[str, Any]:
 
 
 def _demonstration(record: Record, _: DataConfig) -> Iterator[dict[str, Any]]:
-    yield {"messages": [*record.prompt, *_answer(record.best)], **_about(record)}
+    yield {"messages": [*record.prompt, *record.answer(record.best_place)], **_about(record)}
 
 
 def _ranking(record: Record, config: DataConfig) -> Iterator[dict[str, Any]]:
@@ -152,7 +166,7 @@ def _ranking(record: Record, config: DataConfig) -> Iterator[dict[str, Any]]:
 
     yield {
         "prompt": record.prompt,
-        "responses": [_answer(response) for response in record.responses],
+        "responses": [record.answer(place) for place in range(len(record.responses))],
         "ratings": None if record.ranked else record.ratings,
         "ranks": ranks_of(record.ratings),
         **of(trained_on),
@@ -167,8 +181,8 @@ def _pairs(record: Record, config: DataConfig) -> Iterator[dict[str, Any]]:
     for better, worse in clear_pairs(record, config.preference_rule, config.min_difference):
         yield {
             "prompt": record.prompt,
-            "chosen": _answer(record.responses[better]),
-            "rejected": _answer(record.responses[worse]),
+            "chosen": record.answer(better),
+            "rejected": record.answer(worse),
             "margin": ratings[better] - ratings[worse],
             "raters": record.raters,
             "confidence": record.confidence,
