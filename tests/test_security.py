@@ -17,6 +17,7 @@ import transformers.dynamic_module_utils
 from reward.test_sources import endpoint, save_classifier  # noqa: F401
 from toys import Call
 
+from rlhf.base import http
 from rlhf.base.errors import UserError
 from rlhf.config import SFTConfig
 from rlhf.models.base import load_base
@@ -24,7 +25,6 @@ from rlhf.models.compute import Compute
 from rlhf.registry import PICKLE_SUFFIXES
 from rlhf.report.card_page import write_card_page
 from rlhf.report.run_page import write_report
-from rlhf.reward import sources
 from rlhf.reward.sources import ClassifierReward
 
 CPU = Compute(torch.device("cpu"), torch.float32)
@@ -209,7 +209,7 @@ def test_secrets_stay_in_the_process(
     """Catches: a key in a manifest, a log, a report, a W&B run or an error, from where it goes wherever those are shown."""
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(sources, "_RETRIES", 0)
+    monkeypatch.setattr(http, "WAITS", ())
     url, asked = endpoint([{"scores": [0.5, 1.0]}])
     url = url.replace("://", "://me:5ecre7-word@") + "?token=5ecre7-query"
     shutil.copytree(finished[0], tmp_path / "registry")

@@ -28,6 +28,7 @@ from rlhf.ppo import functional as F
 from rlhf.ppo.rollout import SamplingOptions, respond
 from rlhf.registry import Artifact
 from rlhf.reward.sources import Responses, Source
+from rlhf.run import checkpoint
 from rlhf.run.progress import Progress
 
 
@@ -43,6 +44,8 @@ def opened(
     Raises:
         UserError: the policy's files are broken or made for another model.
     """
+    if candidate.folder is not None:
+        checkpoint.verify(candidate.folder)  # a snapshot; artefacts have been verified
     if candidate.sft is not None and candidate.sft.hash == reference.hash:
         models = SharedModels.finished(base, candidate.folder, compute)
         try:

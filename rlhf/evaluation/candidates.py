@@ -255,8 +255,6 @@ def _read_run(folder: Path, registry: Registry) -> _Run:
     }
     if not whole:
         raise UserError(f"no snapshots in {folder / 'checkpoints'}; PPO takes them with --snapshot_steps N")
-    for path in whole.values():
-        checkpoint.verify(path)
     sft = _by_hash(registry, origin.sft)
     reward = _by_hash(registry, made_of["reward"]).reference if "reward" in made_of else others[0]
     return _Run(folder.resolve().parent.name, whole, sft, reward, origin)

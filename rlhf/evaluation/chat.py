@@ -17,12 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import requests
-
 from rlhf.base.errors import UserError
-from rlhf.base.json_files import decode, read_jsonl
+from rlhf.base.http import HttpError, post_json
+from rlhf.base.json_files import read_jsonl
 from rlhf.base.redaction import redact
-from rlhf.reward.sources import patient_session
 from rlhf.run.progress import Progress
 
 INSTRUCTIONS = (
@@ -118,7 +116,6 @@ class ChatJudge:
         distinct = {_digest(request): request for request in missing}
         self.cache.parent.mkdir(parents=True, exist_ok=True)
         with (
-            patient_session() as session,
             Progress(len(distinct), "judge", unit="request") as bar,
             self.cache.open("a", encoding="utf-8") as file,
             ThreadPoolExecutor(self.parallel) as pool,  # last, so that it is closed first: its requests still write
@@ -127,7 +124,7 @@ class ChatJudge:
                 file.write("\n")  # half a line of a run that was killed
 
             def ask(key: str, request: dict[str, Any]) -> None:
-                row = {"key": key, **self._ask(session, request)}
+                row = {"key": key, **self._ask(request)}
                 with self._lock:
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
                     file.flush()
@@ -143,26 +140,18 @@ class ChatJudge:
                 for one in running:
                     one.cancel()
 
-    def _ask(self, session: requests.Session, request: dict[str, Any]) -> dict[str, Any]:
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         key = os.environ.get(_KEY)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         try:
-            answer = session.post(
-                f"{self.url}/chat/completions",
-                json=request,
-                headers=headers,
-                timeout=self.timeout,
-                allow_redirects=False,
-            )
-            if answer.status_code in (401, 403):
-                problem = f"is not accepted: set {_KEY}" if key is None else f"in {_KEY} is not accepted"
-                raise UserError(f"the key {problem} (judge {redact(self.url)}, {answer.status_code})")
-            answer.raise_for_status()
-            body = decode(answer.content)
+            body = post_json(f"{self.url}/chat/completions", request, timeout=self.timeout, headers=headers)
             reply = str(body["choices"][0]["message"]["content"])
             usage = body.get("usage") or {}
             tokens = [int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")]
-        except (requests.RequestException, KeyError, IndexError, TypeError, ValueError) as error:
+        except (HttpError, KeyError, IndexError, TypeError, ValueError) as error:
+            if isinstance(error, HttpError) and error.status in (401, 403):
+                problem = f"is not accepted: set {_KEY}" if key is None else f"in {_KEY} is not accepted"
+                raise UserError(f"the key {problem} (judge {redact(self.url)}, {error.status})") from error
             reason = " ".join(redact(str(error)).split())[:300]
             raise UserError(
                 f"the judge {redact(self.url)} gave no verdict: {reason}; its replies so far are saved in {self.cache}: "

@@ -26,7 +26,7 @@ from rlhf.ppo.metrics import Totals, sample_rows
 from rlhf.ppo.rollout import Environment, SamplingOptions, collect
 from rlhf.ppo.state import TRAINED, Order, Outputs, TrainingState
 from rlhf.ppo.types import Rollout
-from rlhf.reward.sources import RewardError
+from rlhf.reward.functions import RewardError
 from rlhf.run.progress import Progress
 
 #: Distance from 1 that the first ratios of a rollout may have: rounding of log-probabilities by the compute type.

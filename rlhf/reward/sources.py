@@ -8,26 +8,22 @@ with `matches` and `open`; to add one, write its class and put it into `KINDS`.
 from __future__ import annotations
 
 import abc
-import math
 import re
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
-import requests
 import torch
-from requests.adapters import HTTPAdapter
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import cached_file
-from urllib3.util import Retry
 
 from rlhf.base import distributed
 from rlhf.base.errors import UserError, require
 from rlhf.base.functions import load_function
-from rlhf.base.json_files import decode, read_object
+from rlhf.base.http import HttpError, post_json
+from rlhf.base.json_files import read_object
 from rlhf.config import REGISTERED_REWARD, ComputeConfig, PPOConfig
 from rlhf.models.base import context_length
 from rlhf.models.compute import Compute
@@ -37,14 +33,8 @@ from rlhf.models.roles import RoleModels
 from rlhf.models.sequences import Sequences
 from rlhf.models.tokenization import Message, encode_prompt, encode_response, last_user_text
 from rlhf.registry import Manifest, Registry
+from rlhf.reward.functions import RewardError, ScoringFunction, checked_scores
 from rlhf.reward.scorer import Scorer, open_scorer
-
-#: Times that a request is repeated, with waits of 0.5, 1 and 2 seconds between.
-_RETRIES = 3
-
-
-class RewardError(UserError):
-    """A source gave no usable scores."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,13 +208,14 @@ class FunctionReward(Kind):
     """`package.module:function(prompts, responses, **columns) -> list[float]`.
 
     prompts: the conversations that were answered (lists of messages); responses: texts; columns: the other columns of the
-    data, one value for each response. All are lists of the same length.
+    data that the function takes, one value for each response; a column of the name `prompts` or `responses` gets an
+    underscore at its end. All are lists of the same length.
     """
 
     NAMES = r"[\w.]+:\w+"
 
     def __init__(self, reference: str) -> None:
-        self.reference, self.function = reference, load_function(reference)
+        self.function = ScoringFunction(reference)
 
     @classmethod
     def check(cls, name: str, registry: Registry) -> None:
@@ -244,26 +235,19 @@ class FunctionReward(Kind):
 
     def __call__(self, responses: Responses) -> Tensor:
         names = {name for row in responses.rows for name in row} - {"prompt"}
-        columns = {name: [row.get(name) for row in responses.rows] for name in sorted(names)}
+        columns = {
+            f"{name}_" if name in ("prompts", "responses") else name: [row.get(name) for row in responses.rows]
+            for name in sorted(names)
+        }
         prompts = [row["prompt"] for row in responses.rows]
-        return self._call(len(responses.texts), prompts, list(responses.texts), **columns)
-
-    def _call(self, count: int, *arguments: Any, **columns: Any) -> Tensor:
-        try:
-            scores = self.function(*arguments, **columns)
-        except Exception as error:  # whatever a user's code may raise
-            frame = traceback.extract_tb(error.__traceback__)[-1]
-            raise RewardError(
-                f"{self.reference} failed at {frame.filename}:{frame.lineno}: {type(error).__name__}: {error}"
-            ) from error
-        return _checked(scores, count, self.reference)
+        return self.function(len(responses.texts), prompts, list(responses.texts), **columns)
 
 
 class GoldSource(FunctionReward):
     """`package.module:function(responses) -> list[float]`: an independent judge, which gets the texts alone."""
 
     def __call__(self, responses: Responses) -> Tensor:
-        return self._call(len(responses.texts), list(responses.texts))
+        return self.function(len(responses.texts), list(responses.texts))
 
 
 class ClassifierReward(Kind, ModelSource):
@@ -346,14 +330,13 @@ def _exported(name_or_path: str) -> tuple[float, float] | None:
 class EndpointReward(Kind):
     """An HTTP endpoint: POST {"prompts": [...], "responses": [...]} as JSON, answered by {"scores": [...]}.
 
-    Requests that fail to connect, time out or answer 429 or 5xx are repeated a few times.
+    Requests that fail to connect or answer 429 or 5xx are repeated a few times, within the one time limit.
     """
 
     NAMES = r"https?://.*"
 
     def __init__(self, url: str, batch_size: int, timeout: float) -> None:
         self.url, self.batch_size, self.timeout = url, batch_size, timeout
-        self.session = patient_session()
 
     @classmethod
     def open(cls, name: str, opening: Opening) -> Source:
@@ -370,38 +353,11 @@ class EndpointReward(Kind):
             last = min(first + self.batch_size, len(prompts))
             payload = {"prompts": prompts[first:last], "responses": responses.texts[first:last]}
             try:
-                answer = self.session.post(self.url, json=payload, timeout=self.timeout)
-                answer.raise_for_status()
-                scores = decode(answer.content)["scores"]
-            except (requests.RequestException, KeyError, TypeError, ValueError) as error:
-                raise RewardError(
-                    f"reward endpoint {self.url} gave no scores: {' '.join(str(error).split())[:300]}"
-                ) from error
-            parts.append(_checked(scores, last - first, self.url))
+                scores = post_json(self.url, payload, timeout=self.timeout)["scores"]
+            except (HttpError, KeyError, TypeError) as error:
+                raise RewardError(f"reward endpoint {self.url} gave no scores: {error}") from error
+            parts.append(checked_scores(scores, last - first, self.url))
         return torch.cat(parts)
-
-
-def patient_session() -> requests.Session:
-    """Return a session that repeats requests that fail to connect, time out or answer 429 or 5xx, `_RETRIES` times."""
-    session = requests.Session()
-    retry = Retry(_RETRIES, backoff_factor=0.5, status_forcelist=(429, 500, 502, 503, 504), allowed_methods=None)
-    session.mount("http://", HTTPAdapter(max_retries=retry))
-    session.mount("https://", HTTPAdapter(max_retries=retry))
-    return session
-
-
-def _checked(scores: Any, count: int, source: str) -> Tensor:
-    """Return scores as a tensor (count,); raise `RewardError` unless they are one finite number for each response."""
-    if not isinstance(scores, (Sequence, Tensor)) and not hasattr(scores, "tolist"):
-        raise RewardError(f"{source} must give a list of {count} numbers, got {type(scores).__name__}")
-    values = scores.tolist() if hasattr(scores, "tolist") else list(scores)
-    if isinstance(scores, str) or not isinstance(values, list) or len(values) != count:
-        got = f"{len(values)}" if isinstance(values, list) else type(values).__name__
-        raise RewardError(f"{source} must give {count} scores, one for each response; got {got}")
-    for number, value in enumerate(values, start=1):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise RewardError(f"{source} gave {value!r} for response {number} of {count}; a score is a finite number")
-    return torch.tensor(values, dtype=torch.float32)
 
 
 # The table of kinds

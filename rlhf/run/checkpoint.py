@@ -203,7 +203,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _damaged(path: Path, error: Exception) -> UserError:
-    return UserError(f"checkpoint {path} cannot be read ({error}); delete it to resume from the one before")
+    return UserError(f"{path} cannot be read ({error}); delete it to resume from the one before")
 
 
 def pack_generators() -> tuple[dict[str, Tensor], dict[str, Any]]:

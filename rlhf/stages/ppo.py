@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.base import distributed
 from rlhf.base.errors import UserError, require, run_command
-from rlhf.base.functions import GoldFunction, load_function
+from rlhf.base.functions import GoldFunction
 from rlhf.config import PPOConfig, is_registered_reward, parse_config
 from rlhf.data_prep.corpus import Blocks, load_text
 from rlhf.data_prep.load import Loaded, load_rows
@@ -37,6 +37,7 @@ from rlhf.ppo.rollout import Environment, SamplingOptions
 from rlhf.ppo.state import Outputs
 from rlhf.ppo.trainer import PPOTrainer
 from rlhf.registry import Artifact, Registry
+from rlhf.reward.functions import load_gold
 from rlhf.reward.scorer import open_scorer
 from rlhf.reward.sources import AdapterReward, ModelReward, Reward, kind_of, open_sources, source_inputs
 from rlhf.run.memory import check_rollout_fits
@@ -62,7 +63,7 @@ def run(config: PPOConfig, *, reuse: bool = False, only_preflight: bool = False)
         return artifact
 
     data["overlap"] = overlap(sets, [policy, *rewards], registry)
-    gold = load_function(config.gold) if config.gold else None  # raises now and not after the training
+    gold = load_gold(config.gold) if config.gold else None  # raises now and not after the training
     with open_run("ppo", config, [policy, *rewards], data, recipe, inputs) as run:
         tokenizer = load_tokenizer(str(policy.path))
         sets = writable_sets(sets, tokenizer, run.data)

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from registry.test_registry import FIELDS
+from safetensors.torch import save_file
 
 from rlhf.base.errors import UserError
 from rlhf.config import EvaluationConfig
@@ -22,7 +24,7 @@ def publish(registry: Registry, stage: str, name: str, parents: Sequence[Artifac
     config = {"dataset": "none", "reward": ["reward/a"], "ptx_coef": 0.0, **fields.pop("config", {})}
 
     def write(folder: Path) -> None:
-        (folder / "adapter_model.safetensors").write_bytes(f"{stage}{name}".encode())
+        save_file({"a": torch.tensor([*f"{stage}{name}".encode()])}, folder / "adapter_model.safetensors")
 
     return registry.publish(stage, name, write, parents=parents, **{**FIELDS, **fields, "config": config})
 

@@ -243,7 +243,10 @@ def test_a_broken_snapshot_does_not_cost_the_rest(world: World, folder: Path, tm
     found = run(options(world, tmp_path / "out", "--runs", tmp_path / "snaps", "--best_of", 0))
     assert [p["update"] for p in found["frontier"]["points"] if p["run"]] == [1, 3, 4]
     (mark,) = found["marks"]
-    assert "snapshot snaps:2 left out" in mark and "holds no adapter" in mark
+    assert (
+        "snapshot snaps:2 left out" in mark
+        and "the sha256 of adapter_model.safetensors is not the one in checksums.json" in mark
+    )
     assert found["best_of_n"] is None and found["frontier"]["recommended"] is None, "no gold, no recommendation"
 
 

@@ -16,6 +16,7 @@ import torch
 from toys import Call, build_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
 
+from rlhf.base import http
 from rlhf.base.errors import UserError
 from rlhf.models.compute import Compute
 from rlhf.models.sequences import Sequences
@@ -179,7 +180,7 @@ def test_endpoint_without_scores_is_named(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Catches: an error page taken for scores, and endless retries."""
-    monkeypatch.setattr(sources, "_RETRIES", 1)
+    monkeypatch.setattr(http, "WAITS", (0.1,))
     url, seen = endpoint(answers)
     with pytest.raises(RewardError, match=complaint):
         EndpointReward(url, 16, 10.0)(responses())
@@ -188,7 +189,7 @@ def test_endpoint_without_scores_is_named(
 
 def test_dead_endpoint_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches: a traceback of the network library."""
-    monkeypatch.setattr(sources, "_RETRIES", 1)
+    monkeypatch.setattr(http, "WAITS", (0.1,))
     with pytest.raises(RewardError, match=r"reward endpoint http://127\.0\.0\.1:9/ gave no scores"):
         EndpointReward("http://127.0.0.1:9/", 16, 1.0)(responses())
 

@@ -16,7 +16,7 @@ import torch
 from datasets import Dataset
 
 from rlhf.base.errors import run_command
-from rlhf.base.functions import GoldFunction, load_function
+from rlhf.base.functions import load_function
 from rlhf.base.intervals import Array
 from rlhf.config import RewardCardConfig, parse_config
 from rlhf.data_prep.load import load_rows
@@ -32,6 +32,7 @@ from rlhf.models.compute import Compute
 from rlhf.models.tokenization import last_user_text, load_tokenizer
 from rlhf.registry import Registry
 from rlhf.report.card_page import write_card_page
+from rlhf.reward.functions import load_gold
 from rlhf.reward.rankings import Encoded, encode_rankings
 from rlhf.reward.scorer import Scorer, open_scorer
 from rlhf.run.tracker import Tracker
@@ -133,8 +134,7 @@ def _compare(rivals: Mapping[str, Array], scores: Array, pairs: RatedPairs, seed
 def _gold(gold: str | None, texts: Sequence[str]) -> Array | None:
     if gold is None:
         return None
-    function: GoldFunction = load_function(gold)
-    return np.array(function(list(texts)), dtype=float)
+    return np.array(load_gold(gold)(texts), dtype=float)
 
 
 def _probe(scorer: Scorer, rows: Dataset, scores: Array, judged: Judged, count: int, max_length: int) -> list[Card]:
