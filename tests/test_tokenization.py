@@ -17,7 +17,7 @@ from rlhf.models.sequences import pad
 from rlhf.models.tokenization import (
     TEMPLATES,
     TemplateRefusal,
-    check_written,
+    check_texts,
     decode_response,
     encode_prompt,
     encode_response,
@@ -118,7 +118,7 @@ def test_template_that_changes_the_prompt(saved: Callable[..., str]) -> None:
     the labels would then start at the wrong token."""
     template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
     tokenizer = load_tokenizer(saved(chat_template=template))
-    with pytest.raises(UserError, match="give another --chat_template"):
+    with pytest.raises(UserError, match=r"differently when an answer follows: '2Write one .*' in place of '1Write one"):
         encode_response(tokenizer, PROMPT, ANSWER)
 
 
@@ -282,13 +282,13 @@ def test_parts_that_the_template_writes_or_not(
     turns = [*PROMPT, *ANSWER, *PROMPT, *ANSWER]
     turns[at] = with_parts(turns[at], {name: value})
     tokenizer.chat_template = WRITES_PARTS
-    check_written(tokenizer, turns)
+    check_texts(tokenizer, turns[:3], [turns[3:]])
     tokenizer.chat_template = TEMPLATES["chatml"]
     if writes:
         with pytest.raises(TemplateRefusal, match=f"^the chat template does not write '{name}'$"):
-            check_written(tokenizer, turns)
+            check_texts(tokenizer, turns[:3], [turns[3:]])
     else:
-        check_written(tokenizer, turns)
+        check_texts(tokenizer, turns[:3], [turns[3:]])
 
 
 def test_a_call_is_part_of_the_answer(toy_tokenizer: PreTrainedTokenizerFast) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +26,28 @@ class SFTConfig(TrainingLength, StageConfig):
             not (self.new_tokens and self.learn_tokens),
             "new tokens come from new_tokens or learn_tokens; leave out one of them",
         )
+        require(
+            self.template_date is None or is_date(self.template_date),
+            f"template_date must be a date like 2026-01-31, got '{self.template_date}'",
+        )
 
     def recipe(self) -> dict[str, Any]:
         """Return the options that decide the result, with the tokens of the file `new_tokens`."""
         tokens = read_new_tokens(self.new_tokens) if self.new_tokens else []
-        return {**super().recipe(), "added_tokens": tokens}
+        options = super().recipe()
+        if self.template_date is None:  # the day of the training is no choice
+            del options["template_date"]
+        return {**options, "added_tokens": tokens}
 
     model_name_or_path: str = option(
         "base model: hub name, folder, pypi:smollm2-135m-instruct, or pretrain/NAME of the registry"
     )
     model_revision: str | None = option("revision of a hub model", None)
     chat_template: str | None = option("chat template: 'chatml', 'plain' or a file; default: the model's own", None)
+    template_date: str | None = option(
+        "date, as YYYY-MM-DD, for a chat template that writes today's; default: the day of the training, for all later stages",
+        None,
+    )
     trust_remote_code: bool = option("run code that comes with a hub model", False)
     new_tokens: str | None = option(
         "text file of tokens to add to the vocabulary, one per line; their embeddings start from the mean of their pieces and "
@@ -54,6 +66,14 @@ class SFTConfig(TrainingLength, StageConfig):
     )
     selection_samples: int = option("answers to held-out prompts sampled at each evaluation for selection_reward", 64)
     response_length: int = option("longest answer sampled for selection_reward, tokens", 48)
+
+
+def is_date(text: str) -> bool:
+    """Return whether a text is a date as YYYY-MM-DD."""
+    try:
+        return date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
 
 
 def read_new_tokens(file: str) -> list[str]:

@@ -72,7 +72,9 @@ def show(config: ShowConfig, *, colour: bool = False) -> Iterator[str]:
     Raises:
         UserError: no data, or a row whose trained tokens do not read as its answer.
     """
-    tokenizer = load_tokenizer(resolve_model(config.tokenizer, config.registry), chat_template=config.chat_template)
+    tokenizer = load_tokenizer(
+        resolve_model(config.tokenizer, config.registry), chat_template=config.chat_template, untrained=True
+    )
     for kind in KINDS if Path(config.dataset).is_dir() else KINDS[:1]:
         if Path(config.dataset).is_dir() and not (Path(config.dataset) / kind).is_dir():
             continue

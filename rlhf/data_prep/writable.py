@@ -10,24 +10,42 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.base.errors import UserError
 from rlhf.data_prep.load import NAMED_ROWS, Loaded
-from rlhf.models.tokenization import TemplateRefusal, check_written
+from rlhf.models.tokenization import TemplateChange, TemplateRefusal, check_header, check_texts
+
+
+class TextsChanged(UserError):
+    """The chat template changes texts, from a row of a file on."""
+
+    def __init__(self, source: str, number: int, change: TemplateChange, rows: int, total: int) -> None:
+        self.number = number
+        super().__init__(
+            f"{source}, row {number}: {change}; so from this row on, in {rows} of {total} rows; give another --chat_template, "
+            "or leave these rows out"
+        )
 
 
 def writable(data: Loaded, tokenizer: PreTrainedTokenizerBase) -> tuple[Loaded, dict[str, list[int]]]:
     """Return the rows that the chat template can write, and the others: reason -> line or row numbers.
 
     Raises:
-        UserError: it can write none.
+        TextsChanged: it writes other texts than the rows have.
+        UserError: it can write none, or leaves the header of answers to the policy.
     """
     refused: defaultdict[str, list[int]] = defaultdict(list)
+    changed: list[tuple[int, TemplateChange]] = []
     places: list[int] = []
     for place, (number, row) in enumerate(zip(data.numbers, data.rows, strict=True)):
         try:
-            for conversation in conversations(row):
-                check_written(tokenizer, conversation)
+            check_texts(tokenizer, row["prompt"], answers(row))
+            if not places:
+                check_header(tokenizer, row["prompt"])
             places.append(place)
         except TemplateRefusal as refusal:
             refused[str(refusal)].append(number)
+        except TemplateChange as change:
+            changed.append((number, change))
+    if changed:
+        raise TextsChanged(data.source, *min(changed, key=lambda each: each[0]), len(changed), len(data.rows))
     if not refused:
         return data, {}
     if not places:
@@ -35,7 +53,8 @@ def writable(data: Loaded, tokenizer: PreTrainedTokenizerBase) -> tuple[Loaded, 
         raise UserError(f"the chat template can write none of the {len(data.rows)} rows ({counts})")
     for reason, numbers in refused.items():
         first = ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
-        print(f"{len(numbers)} rows are left out: {reason} (rows {first} of {data.source})", flush=True)
+        rows = f"row {first}" if len(numbers) == 1 else f"{len(numbers)} rows, {first}"
+        print(f"left out: {reason} ({rows} of {data.source})", flush=True)
     written = replace(
         data,
         rows=data.rows.select(places),
@@ -46,7 +65,6 @@ def writable(data: Loaded, tokenizer: PreTrainedTokenizerBase) -> tuple[Loaded, 
     return written, dict(refused)
 
 
-def conversations(row: Any) -> list[list[dict[str, str]]]:
-    """Return the prompt of a stage's row with each of its answers, or alone."""
-    answers = [row["completion"]] if row.get("completion") else row.get("responses") or [[]]
-    return [[*row["prompt"], *answer] for answer in answers]
+def answers(row: Any) -> list[list[dict[str, str]]]:
+    """Return the answers of a stage's row; none of a prompt."""
+    return [row["completion"]] if row.get("completion") else list(row.get("responses") or [])

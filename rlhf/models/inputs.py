@@ -18,7 +18,7 @@ from rlhf.base.errors import UserError
 from rlhf.base.functions import source_file
 from rlhf.base.storage import sha256_file
 from rlhf.models.catalogue import pretrained, resolve_model
-from rlhf.models.tokenization import template_text
+from rlhf.models.templates import template_text
 from rlhf.registry import Artifact, Registry, changed_inputs
 
 BASE, TOKENIZER, TEMPLATE = "base model", "tokenizer", "chat template"

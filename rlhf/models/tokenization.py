@@ -9,39 +9,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import date
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from rlhf.base.errors import UserError, did_you_mean
+from rlhf.base.errors import UserError
 from rlhf.base.json_files import decode
 from rlhf.models.messages import parts_of, template_arguments, with_parts
+from rlhf.models.templates import TEMPLATES, template_text, with_date, writes_date, writing_bos
 
 Message = Mapping[str, str]
 
-#: Templates for models without one, or whose own adds an unwanted system prompt.
-TEMPLATES = {
-    "chatml": (
-        "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
-        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-    ),
-    # For models pretrained here: their vocabulary has no tokens for turns, so words mark them.
-    "dialogue": (
-        "{% for message in messages %}{{ message['role'] + ': ' + message['content'] }}"
-        "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
-    ),
-    # For base models: contents follow each other, with the stop token after the answer (TL;DR style).
-    "plain": (
-        "{% for message in messages %}{{ message['content'] }}"
-        "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
-    ),
-}
 #: Ends a document in pretraining, and a response in later stages.
 END_OF_TEXT = "<|endoftext|>"
 #: Rows of a data set whose encoding a stage checks before it trains.
@@ -56,28 +40,45 @@ _PAD_CANDIDATES = (
 )
 #: Parts of a message that an answer depends on; others, such as the id of a call, templates may leave out.
 _NEEDED_PARTS = ("tools", "tool_calls", "reasoning_content")
+#: What a model may write itself before an answer: marks, as `<think>`, and names in them, as `to=user<|message|>`.
+_OWN_MARKS = re.compile(r"(\s*[\w=]*<[^<>]*>)*\s*")
+_END_OF_THINKING = "</think>"
+#: Stands in for a text, to see what the template writes around it.
+_PROBE = "\u2460text\u2461"
 
 
 class TemplateRefusal(UserError):
     """The chat template cannot write a conversation, or a part of it; the text is the reason under which it is counted."""
 
 
+class TemplateChange(UserError):
+    """The chat template writes another text than a conversation has."""
+
+
 def load_tokenizer(
-    folder: str, *, chat_template: str | None = None, revision: str | None = None, trust_remote_code: bool = False
+    folder: str,
+    *,
+    chat_template: str | None = None,
+    untrained: bool = False,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> PreTrainedTokenizerBase:
     """Load a tokenizer with a pad token of its own, a chat template and padding on the left.
 
     Args:
         folder: local folder or hub name.
         chat_template: name in `TEMPLATES`, path of a Jinja file, or None for the tokenizer's own.
+        untrained: no stage has been trained with the tokenizer yet, so its own template may be mended, too.
 
     Raises:
-        UserError: there is no tokenizer, or it lacks a stop token, a chat template or a spare token for padding.
+        UserError: there is no tokenizer, it lacks a stop token, a chat template or a spare token for padding, or the
+            template cannot be parsed.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(f"no tokenizer at '{folder}': {str(error).splitlines()[0]}") from error
+    own_writes_bos = tokenizer.chat_template is not None and _writes_one_bos(tokenizer)
     if chat_template is not None:
         tokenizer.chat_template = template_text(chat_template)
     if tokenizer.chat_template is None:
@@ -88,20 +89,68 @@ def load_tokenizer(
         raise UserError(
             f"the tokenizer of '{folder}' has no stop token (eos_token); set one in its tokenizer_config.json"
         )
+    _check_syntax(tokenizer, chat_template or f"of '{folder}'")
+    if chat_template is not None or untrained:
+        _change_template(tokenizer, lambda text: text.removeprefix("\ufeff"))
+        if (own_writes_bos or _adds_bos(tokenizer)) and not _writes_bos(tokenizer):
+            _change_template(tokenizer, writing_bos)
     _set_pad_token(tokenizer, folder)
     tokenizer.padding_side = "left"
     return tokenizer
 
 
-def template_text(name: str) -> str:
-    """Return the Jinja text of a template's name in `TEMPLATES` or of a file."""
-    if name in TEMPLATES:
-        return TEMPLATES[name]
-    if Path(name).is_file():
-        return Path(name).read_text(encoding="utf-8")
-    raise UserError(
-        f"no chat template '{name}'{did_you_mean(name, TEMPLATES)}: give a file or one of {sorted(TEMPLATES)}"
-    )
+def freeze_date(tokenizer: PreTrainedTokenizerBase, day: date) -> bool:
+    """Make a template that writes today's date write this day from now on; return whether it writes dates."""
+    if not any(map(writes_date, _templates(tokenizer).values())):
+        return False
+    _change_template(tokenizer, lambda text: with_date(text, day) if writes_date(text) else text)
+    return True
+
+
+def _templates(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """Return the templates by name; a tokenizer may have one for tools beside its default."""
+    template: Any = tokenizer.chat_template
+    return dict(template) if isinstance(template, dict) else {"default": str(template)}
+
+
+def _change_template(tokenizer: PreTrainedTokenizerBase, change: Callable[[str], str]) -> None:
+    changed = {name: change(text) for name, text in _templates(tokenizer).items()}
+    tokenizer.chat_template = changed if isinstance(tokenizer.chat_template, dict) else changed["default"]  # type: ignore[assignment]
+
+
+def _check_syntax(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    for text in _templates(tokenizer).values():
+        try:
+            tokenizer.apply_chat_template([{"role": "user", "content": ""}], chat_template=text, tokenize=False)
+        except TemplateSyntaxError as error:
+            raise UserError(f"the chat template {name} has an error in line {error.lineno}: {error.message}") from error
+        except Exception:  # a conversation that it refuses; rows are checked one by one
+            continue
+
+
+def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether the tokenizer itself begins texts with its BOS token."""
+    return tokenizer.bos_token is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+
+
+def _writes_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether the template begins with the BOS token."""
+    bos = tokenizer.bos_token
+    try:
+        text = _render(tokenizer, [{"role": "user", "content": _PROBE}], answer_header=True)
+    except TemplateRefusal:
+        return False
+    return bos is not None and text.lstrip().startswith(bos)
+
+
+def _writes_one_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether the template begins with a BOS token that does not stand before each turn, as some marks do."""
+    turns = [{"role": role, "content": _PROBE} for role in ("user", "assistant", "user")]
+    try:
+        text = _render(tokenizer, turns, answer_header=True)
+    except TemplateRefusal:
+        return False
+    return _writes_bos(tokenizer) and text.count(str(tokenizer.bos_token)) == 1
 
 
 def _set_pad_token(tokenizer: PreTrainedTokenizerBase, folder: str) -> None:
@@ -141,30 +190,103 @@ def encode_response(
     Text that the template writes after the stop token (often a line break) belongs to the next turn and is left out.
 
     Raises:
-        UserError: the template writes the prompt differently when an answer follows.
+        TemplateChange: the template writes the prompt differently when an answer follows.
     """
-    head = _render(tokenizer, prompt, answer_header=True)
-    whole = _render(tokenizer, [*prompt, *response], answer_header=False)
-    if not whole.startswith(head):
-        raise UserError(
-            "the chat template writes the prompt differently when an answer follows; give another --chat_template"
-        )
-    tail = whole[len(head) :]
+    tail = _tail(tokenizer, _render(tokenizer, prompt, answer_header=True), prompt, response)
     stop = str(tokenizer.eos_token)
-    tail = tail[: tail.rindex(stop)] if stop in tail else tail
-    while (bare := tail.rstrip()).endswith(stop):  # data that was exported with its end marker
-        tail = bare.removesuffix(stop)
+    tail = _without_stops(tail[: tail.rindex(stop)] if stop in tail else tail, stop)
     return [*tokenizer(tail, add_special_tokens=False)["input_ids"], int(tokenizer.eos_token_id)]
 
 
-def check_written(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> None:
-    """Raise `TemplateRefusal` where the chat template cannot write a conversation with all its parts.
+def _tail(tokenizer: PreTrainedTokenizerBase, head: str, prompt: Sequence[Message], response: Sequence[Message]) -> str:
+    """Return what the template writes after the prompt's text, where an answer follows."""
+    whole = _render(tokenizer, [*prompt, *response], answer_header=False)
+    if not whole.startswith(head):
+        same = next(i for i in range(len(head)) if head[i] != whole[i : i + 1])
+        raise TemplateChange(
+            "the chat template writes the prompt differently when an answer follows: "
+            f"{_shortened(whole[same:])} in place of {_shortened(head[same:])}"
+        )
+    return whole[len(head) :]
 
-    A part is written if the text changes without it. Templates may leave out the reasoning of earlier turns: it has to be
-    written where its turn is the last.
+
+def check_texts(
+    tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message], answers: Sequence[Sequence[Message]]
+) -> None:
+    """Check that the chat template writes a prompt, and each of its answers, with all their texts and parts.
+
+    White space may differ. Templates may leave out the reasoning of earlier turns.
+
+    Raises:
+        TemplateRefusal: it cannot write the conversation or a part of it, or an answer holds the stop token in its middle.
+        TemplateChange: a text is another in what it writes, or the prompt begins with two BOS tokens.
     """
-    _render(tokenizer, messages, answer_header=messages[-1]["role"] != "assistant")
+    head, bos, stop = _render(tokenizer, prompt, answer_header=True), tokenizer.bos_token, str(tokenizer.eos_token)
+    if bos and bos != stop and head.startswith(2 * bos):
+        raise TemplateChange(
+            f"the prompt begins with two {bos}: the chat template writes one, and the text holds another"
+        )
+    _check_parts(tokenizer, prompt)
+    _require_texts(head, "", prompt)
+    for answer in answers:
+        tail = _tail(tokenizer, head, prompt, answer)
+        _check_parts(tokenizer, [*prompt, *answer], after=len(prompt))
+        _require_texts(tail, head, answer)
+        if any(stop in _without_stops(message["content"], stop) for message in answer[-1:]):
+            raise TemplateRefusal(f"the answer holds the stop token {stop} in its middle")
+
+
+def _require_texts(text: str, head: str, messages: Sequence[Message]) -> None:
+    """Raise `TemplateChange` unless all contents stand in what the template has written.
+
+    Args:
+        head: what it wrote before, if the messages are an answer, which may begin there: with `<think>`.
+    """
+    written = _joined(text)
     for number, message in enumerate(messages, start=1):
+        content = message["content"]
+        bare = _joined(content)
+        is_last_answer = bool(head) and number == len(messages)
+        if bare in written or (is_last_answer and bare in _joined(head)[1 - len(bare) :] + written):
+            continue
+        shorter = content.rpartition(_END_OF_THINKING)[2] if message["role"] == "assistant" else content
+        as_json = json.dumps(content, ensure_ascii=False)[1:-1]  # as results of tools are written
+        if not is_last_answer and any(_joined(text) in written for text in (shorter, as_json)):
+            continue
+        name = "answer" if head else f"text of {message['role']}"
+        raise TemplateChange(
+            f"the chat template changes the {name} {_shortened(content)}: it writes {_shortened(text)}"
+        )
+
+
+def check_header(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message]) -> None:
+    """Raise `UserError` if the template leaves the answer's header out of the prompt, so that it would be trained.
+
+    Formats without a header write nothing between a prompt and its answer. Reasoning models write marks there by themselves.
+    """
+    head = _render(tokenizer, prompt, answer_header=True)
+    try:
+        tail = _tail(tokenizer, head, prompt, [{"role": "assistant", "content": _PROBE}])
+    except (
+        TemplateChange
+    ):  # it begins the reasoning of an answer, and this one has none; answers are checked by themselves
+        return
+    between = tail.partition(_PROBE)[0].strip()
+    has_header = head != _render(tokenizer, prompt, answer_header=False)
+    own_marks = has_header and _OWN_MARKS.fullmatch(between) and "assistant" not in between.lower()
+    if between and not own_marks:
+        raise UserError(
+            f"the chat template writes {between!r} between the prompt and the answer, which would be trained and sampled: it has "
+            "to write this after the prompt if add_generation_prompt is set; mend it, or give another --chat_template"
+        )
+
+
+def _check_parts(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], after: int = 0) -> None:
+    """Raise `TemplateRefusal` where the template does not write a part of the messages beyond the first few.
+
+    A part is written if the text changes without it. The reasoning has to be written where its turn is the last.
+    """
+    for number, message in enumerate(messages[after:], start=after + 1):
         parts = parts_of(message)
         for name in parts.keys() & set(_NEEDED_PARTS):
             bare = with_parts(message, {key: value for key, value in parts.items() if key != name})
@@ -183,10 +305,11 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, 
         return str(
             tokenizer.apply_chat_template(written, add_generation_prompt=answer_header, tokenize=False, **arguments)
         )
-    except (TemplateError, TypeError) as error:  # roles or parts that it refuses, or an error in it
-        roles = ", ".join(message["role"] for message in messages)
+    except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        # Roles or parts that it refuses, or an error in it.
+        roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
         raise TemplateRefusal(
-            f"the chat template cannot write a conversation of {roles}: {error}; leave these out, or give another --chat_template"
+            f"the chat template cannot write a conversation of {roles}: {error}; another --chat_template may"
         ) from error
 
 
@@ -233,9 +356,7 @@ def check_encoding(
         raise UserError(
             f"the answer must end in one stop token and hold no other; it holds {len(ends)}: {_show(tokenizer, tail)}"
         )
-    answer = "".join(message["content"] for message in response)
-    while answer.rstrip().endswith(str(tokenizer.eos_token)):
-        answer = answer.rstrip().removesuffix(str(tokenizer.eos_token))
+    answer = _without_stops("".join(message["content"] for message in response), str(tokenizer.eos_token))
     decoded = str(tokenizer.decode(tail[:-1], skip_special_tokens=False))
     if _bare(answer) not in _bare(decoded):
         raise UserError(
@@ -251,9 +372,24 @@ def check_rows(tokenizer: PreTrainedTokenizerBase, rows: Iterable[tuple[Sequence
         check_encoding(tokenizer, prompt, answer)
 
 
+def _without_stops(text: str, stop: str) -> str:
+    """Return a text less the stop tokens that it ends in: data that was exported with its end marker."""
+    while (bare := text.rstrip()).endswith(stop):
+        text = bare.removesuffix(stop)
+    return text
+
+
+def _joined(text: str) -> str:
+    return "".join(text.split())
+
+
+def _shortened(text: str) -> str:
+    return repr(text if len(text) <= 60 else text[:57] + "...")
+
+
 def _bare(text: str) -> str:
     """Strip a text of what templates and tokenizers may change: white space, and compatible forms of a character."""
-    return "".join(unicodedata.normalize("NFKC", text).split())
+    return _joined(unicodedata.normalize("NFKC", text))
 
 
 def _show(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:

@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rlhf.base.errors import UserError
-from rlhf.models.tokenization import END_OF_TEXT, template_text
+from rlhf.models.templates import template_text
+from rlhf.models.tokenization import END_OF_TEXT
 
 #: Least number of uses of a learned token in the training text: with fewer, its embedding is noise.
 MIN_USES = 4

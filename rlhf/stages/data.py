@@ -12,7 +12,7 @@ from rlhf.data_prep.formats.rows import prompt_key
 from rlhf.data_prep.load import NAMED_ROWS, Loaded, joint_fingerprint, load_rows
 from rlhf.data_prep.overlap import TrainingPrompts
 from rlhf.data_prep.stage_rows import Kind
-from rlhf.data_prep.writable import writable
+from rlhf.data_prep.writable import TextsChanged, writable
 from rlhf.models.tokenization import encode_prompt, encode_response
 from rlhf.registry import Artifact, Registry
 
@@ -43,12 +43,23 @@ def describe_data(sets: dict[str, Loaded]) -> dict[str, Any]:
 def writable_sets(
     sets: dict[str, Loaded], tokenizer: PreTrainedTokenizerBase, data: dict[str, Any]
 ) -> dict[str, Loaded]:
-    """Return the sets less rows that the chat template cannot write, which are added to `describe_data`'s result."""
+    """Return the sets less rows that the chat template cannot write, which are added to `describe_data`'s result.
+
+    Raises:
+        TextsChanged: it changes texts; the sets may be parts of one file, so the first row of all is named.
+    """
     written = dict(sets)
+    changes: list[TextsChanged] = []
     for name, loaded in sets.items():
         if "prompt" in loaded.rows.column_names:
-            written[name], refused = writable(loaded, tokenizer)
-            add_dropped(data, name, refused)
+            try:
+                written[name], refused = writable(loaded, tokenizer)
+            except TextsChanged as change:
+                changes.append(change)
+            else:
+                add_dropped(data, name, refused)
+    if changes:
+        raise min(changes, key=lambda change: change.number)
     return written
 
 

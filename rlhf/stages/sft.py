@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 from trl import SFTConfig as TrlSFTConfig
 from trl import SFTTrainer
 
+from rlhf.base import storage
 from rlhf.base.errors import require, run_command
 from rlhf.config import SFTConfig, parse_config, read_new_tokens
 from rlhf.data_prep.load import Loaded
@@ -34,7 +36,7 @@ from rlhf.models.inputs import model_inputs
 from rlhf.models.likelihood import mean_logprobs
 from rlhf.models.logprobs import sequence_logprobs
 from rlhf.models.responses import answer_prompts, answerable
-from rlhf.models.tokenization import check_rows, encode_prompt, load_tokenizer
+from rlhf.models.tokenization import check_rows, encode_prompt, freeze_date, load_tokenizer
 from rlhf.models.vocabulary import add_tokens, grow_embeddings, learn_tokens
 from rlhf.registry import Artifact, Registry
 from rlhf.reward.scorer import open_scorer
@@ -46,6 +48,8 @@ from rlhf.stages.trainer import SortedStepSampler, train, trainer_arguments
 
 #: Name of the reward model's score among the figures of an evaluation.
 SELECTION_METRIC = "eval_score"
+#: Holds the date that the chat template writes.
+DATE_FILE = "template_date"
 #: Held-out loss in nats a character, stop tokens included: it compares models of different vocabularies.
 PER_CHARACTER = "eval_loss_per_character"
 
@@ -75,8 +79,12 @@ def run(config: SFTConfig, *, reuse: bool = False, only_preflight: bool = False)
     with open_run("sft", config, parents, data, recipe, inputs) as run:
         source: dict[str, Any] = {"revision": config.model_revision, "trust_remote_code": config.trust_remote_code}
         tokenizer = load_tokenizer(
-            resolve_model(config.model_name_or_path, config.registry), chat_template=config.chat_template, **source
+            resolve_model(config.model_name_or_path, config.registry),
+            chat_template=config.chat_template,
+            untrained=True,
+            **source,
         )
+        freeze_template_date(run, tokenizer)
         sets = writable_sets(sets, tokenizer, run.data)
         base = load_base(config.model_name_or_path, config, run.compute, **source)
         new_rows = extend_vocabulary(config, tokenizer, base, sets["train"])
@@ -111,6 +119,20 @@ def run(config: SFTConfig, *, reuse: bool = False, only_preflight: bool = False)
 def data_sets(config: SFTConfig) -> dict[str, Loaded]:
     """Return everything that the stage reads, by split."""
     return load_splits(config.dataset, "demonstrations")
+
+
+def freeze_template_date(run: Run[SFTConfig], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make a template that writes today's date write that of the training, and record it in the run's options.
+
+    A resumed run takes the date at which it began, from a file beside its checkpoints.
+    """
+    config, file = run.config, run.folder / "checkpoints" / DATE_FILE
+    earlier = file.read_text(encoding="utf-8") if config.resume and file.is_file() else None
+    day = config.template_date or earlier or date.today().isoformat()
+    if freeze_date(tokenizer, date.fromisoformat(day)):
+        storage.write_text(file, day)
+        run.config = dataclasses.replace(config, template_date=day)
+        print(f"sft: the chat template writes the date, which is {day} from here on", flush=True)
 
 
 def extend_vocabulary(

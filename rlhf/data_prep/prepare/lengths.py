@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from rlhf.base.errors import UserError
 from rlhf.data_prep.formats.records import Record
 from rlhf.data_prep.formats.rows import Messages
 from rlhf.data_prep.prepare.clean import Dropped, without_responses
@@ -12,7 +13,7 @@ from rlhf.data_prep.prepare.recipe import Options
 from rlhf.data_prep.prepare.tally import Tally
 from rlhf.models.catalogue import resolve_model
 from rlhf.models.messages import PARTS
-from rlhf.models.tokenization import check_written, encode_prompt, encode_response, load_tokenizer
+from rlhf.models.tokenization import TemplateChange, check_texts, encode_prompt, encode_response, load_tokenizer
 
 
 class Lengths:
@@ -21,7 +22,9 @@ class Lengths:
     def __init__(self, options: Options) -> None:
         assert options.tokenizer is not None
         self.options = options
-        self.tokenizer: Any = load_tokenizer(resolve_model(options.tokenizer), chat_template=options.chat_template)
+        self.tokenizer: Any = load_tokenizer(
+            resolve_model(options.tokenizer), chat_template=options.chat_template, untrained=True
+        )
 
     def prompt_length(self, prompt: Messages) -> int:
         """Return the tokens of a prompt, template and answer header included."""
@@ -36,10 +39,13 @@ class Lengths:
 
         Raises:
             Dropped: it is too long and the rule is to drop it, or nothing of it fits.
+            UserError: the chat template changes its texts.
         """
         o = self.options
-        for answer in map(record.answer, range(len(record.responses))):
-            check_written(self.tokenizer, [*record.prompt, *answer])
+        try:
+            check_texts(self.tokenizer, record.prompt, [*map(record.answer, range(len(record.responses)))])
+        except TemplateChange as change:
+            raise UserError(f"{record.place}: {change}; give another chat_template, or leave such rows out") from change
         if o.max_prompt_length is not None and self.prompt_length(record.prompt) > o.max_prompt_length:
             if o.long_prompts == "drop" or any(PARTS in message for message in record.prompt):
                 raise Dropped(f"prompt of more than {o.max_prompt_length} tokens")
