@@ -15,6 +15,7 @@ import json
 import re
 import shlex
 import shutil
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -122,6 +123,19 @@ class Registry:
                 ) from error
             raise
         return Artifact(target, manifest)
+
+    def require_writable(self, stage: str, name: str) -> None:
+        """Raise `UserError` unless STAGE/NAME can be registered here; called before a training, not after it."""
+        folder = (self.root / Reference(stage, name).stage / name).absolute()
+        existing = next(path for path in (folder, *folder.parents) if path.exists())
+        try:
+            with tempfile.TemporaryDirectory(dir=existing, prefix=".partial-"):
+                pass
+        except OSError as error:
+            raise UserError(
+                f"{stage}/{name} could not be registered: {storage.reason(error)} ({existing}); make the folder writable, or "
+                "give another with --registry"
+            ) from error
 
     def get(
         self, reference: str | Reference, *, expect_stage: str | None = None, verify_parents: bool = True

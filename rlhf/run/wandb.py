@@ -1,4 +1,8 @@
-"""The copy of a run in Weights & Biases, which may fail: whatever W&B does, the training goes on after one warning."""
+"""The copy of a run in Weights & Biases, which may fail: whatever W&B does, the training goes on after one warning.
+
+All that talks to W&B runs in a thread of its own, in order: a server that stalls holds up nothing but the end of the run, and
+that for a bounded time.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,12 @@ import json
 import logging
 import netrc
 import os
+import queue
 import re
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -27,7 +32,10 @@ INIT_TIMEOUT_SECONDS = 30.0
 """Time that a start waits for the W&B server before the run is kept offline instead."""
 
 FINISH_TIMEOUT_SECONDS = 300.0
-"""Time that the end of a run waits for its last uploads."""
+"""Time that the end of a run waits for what is still to be sent: W&B itself would retry for days."""
+
+MAX_WAITING = 10_000
+"""Calls that wait for W&B at most; beyond it, lines reach the local files only."""
 
 
 def resolve_wandb_mode(mode: str) -> str:
@@ -109,29 +117,38 @@ class WandbRun:
         self._table: Any = None
         self._warned = False
         self._owns_data_dir = False
+        self._calls: queue.Queue[tuple[str, Callable[[], None]] | None] = queue.Queue(MAX_WAITING)
+        self._thread: threading.Thread | None = None
 
     def log_table(self, name: str, rows: Sequence[Mapping[str, Any]], step: int) -> None:
         """Send rows as a table of their own, with the columns of the first; the caller keeps the local record."""
-        if self._run is None or not rows:
+        if not rows:
             return
-        with self._survives(f"log the table {name}"):
+        columns: list[str | int] = list(rows[0])
+        data = [[row.get(str(column)) for column in columns] for row in rows]
+
+        def send() -> None:
             import wandb
 
-            columns: list[str | int] = list(rows[0])
-            data = [[row.get(str(column)) for column in columns] for row in rows]
             self._run.log({name: wandb.Table(columns=columns, data=data, allow_mixed_types=True)}, step=int(step))
+
+        self._later(f"log the table {name}", send)
 
     def log_scatter(
         self, name: str, rows: Sequence[Mapping[str, float]], x: str, y: str, title: str, step: int
     ) -> None:
         """Send a panel with a point a row; the caller keeps the local record."""
-        if self._run is None or not rows:
+        if not rows:
             return
-        with self._survives(f"log the panel {name}"):
+        data = [[row[x], row[y]] for row in rows]
+
+        def send() -> None:
             import wandb
 
-            table = wandb.Table(columns=[x, y], data=[[row[x], row[y]] for row in rows])
+            table = wandb.Table(columns=[x, y], data=data)
             self._run.log({name: wandb.plot.scatter(table, x, y, title=title)}, step=int(step))
+
+        self._later(f"log the panel {name}", send)
 
     def use_artifact(self, reference: str, hash: str, path: str | Path | None = None) -> None:
         """Record that this run starts from an artefact, e.g. `sft/demo@2`.
@@ -141,24 +158,25 @@ class WandbRun:
                 meet at one version of the lineage graph, in whatever order they are synced. Without it the graph has no edge.
         """
         self.inputs[reference] = hash
-        if self._run is None:
-            return
-        with self._survives(f"record the input {reference}"):
-            self._run.config.update({"inputs": dict(self.inputs)}, allow_val_change=True)
+        inputs = dict(self.inputs)
+
+        def send() -> None:
+            self._run.config.update({"inputs": inputs}, allow_val_change=True)
             if path is not None:
                 self._add_input(_model_artifact(reference, path, {"hash": hash}), split_reference(reference)[2])
+
+        self._later(f"record the input {reference}", send)
 
     def use_data(self, dataset: str, data: Mapping[str, Any]) -> None:
         """Record the data that this run reads: the `data` of its manifest. The rows themselves stay where they are.
 
         The artifact holds the fingerprints, so that two runs meet at one version exactly if they read the same rows.
         """
-        if self._run is None:
-            return
-        with self._survives("record the data"):
+        content = {key: data[key] for key in ("fingerprint", "prepared", "rows") if key in data}
+
+        def send() -> None:
             import wandb
 
-            content = {key: data[key] for key in ("fingerprint", "prepared", "rows") if key in data}
             self._run.config.update({"data": content}, allow_val_change=True)
             place = "-".join(part for part in Path(dataset).parts[-2:] if part != "/")
             _, name, _ = split_reference(f"data-{redact(place)}-{self.stage}")
@@ -166,6 +184,8 @@ class WandbRun:
             with artifact.new_file("data.json", encoding="utf-8") as file:
                 json.dump(content, file, indent=2, sort_keys=True)
             self._add_input(artifact, "")
+
+        self._later("record the data", send)
 
     def _add_input(self, artifact: Any, alias: str) -> None:
         """Add an edge into this run to the lineage graph.
@@ -185,53 +205,56 @@ class WandbRun:
         Only the files' names and checksums are sent (a W&B reference): the registry already keeps the weights, and an upload
         would make every run pay for a second copy.
         """
-        if self._run is None:
-            return
-        with self._survives(f"record the artifact {reference}"):
-            artifact = _model_artifact(reference, path, {"inputs": self.inputs, **redact(metadata)})
+        about = {"inputs": dict(self.inputs), **redact(metadata)}
+
+        def send() -> None:
             version = split_reference(reference)[2]
-            self._run.log_artifact(artifact, aliases=[version] if version else None)
+            self._run.log_artifact(_model_artifact(reference, path, about), aliases=[version] if version else None)
+
+        self._later(f"record the artifact {reference}", send)
 
     def alert(self, title: str, text: str, severity: Literal["warning", "critical"]) -> None:
         """Send an alert, which W&B mails or posts as the user has set there."""
-        if self._run is None:
-            return
-        with self._survives("send an alert"):
-            levels = {"warning": "WARN", "critical": "ERROR"}
-            self._run.alert(title=title, text=text, level=levels[severity])
+        level = {"warning": "WARN", "critical": "ERROR"}[severity]
+        self._later("send an alert", lambda: self._run.alert(title=title, text=text, level=level))
 
     def finish(self, exit_code: int = 0) -> None:
-        """End the W&B run; a second call does nothing."""
-        run, self._run = self._run, None
-        if run is not None:
-            with self._survives("finish the run"):
-                _finish(run, exit_code)
+        """End the W&B run, once all that was logged is sent or `FINISH_TIMEOUT_SECONDS` are over; a second call does nothing."""
+        self._later("finish the run", lambda: self._run.finish(exit_code=exit_code))
+        if self._thread is not None:
+            with suppress(queue.Full):
+                self._calls.put_nowait(None)
+            self._thread.join(FINISH_TIMEOUT_SECONDS)
+            if self._thread.is_alive():
+                self._warn(f"W&B is still uploading after {FINISH_TIMEOUT_SECONDS:.0f} s; `wandb sync` sends the rest")
+            self._thread = None
+        self._run = None
         if self._owns_data_dir:
             os.environ.pop("WANDB_DATA_DIR", None)
             self._owns_data_dir = False
 
     def _send_metrics(self, figures: Mapping[str, float], step: int) -> None:
-        if self._run is None:
-            return
-        with self._survives("log metrics"):
-            self._run.log({**figures, metrics.UPDATES: step}, step=step)
+        line = {**figures, metrics.UPDATES: step}
+        self._later("log metrics", lambda: self._run.log(line, step=step))
 
     def _send_samples(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
-        if self._run is None:
-            return
-        with self._survives("log samples"):
+        copies = [dict(row) for row in rows]
+
+        def send() -> None:
             import wandb
 
             if self._table is None:
                 # INCREMENTAL sends only the rows that are new; the default mode freezes a table after its first log.
-                columns: list[str | int] = ["step", *(column for column in rows[0] if column != "step")]
+                columns: list[str | int] = ["step", *(column for column in copies[0] if column != "step")]
                 self._table = wandb.Table(columns=columns, log_mode="INCREMENTAL", allow_mixed_types=True)
-            for row in rows:
+            for row in copies:
                 self._table.add_data(step, *(row.get(column) for column in self._table.columns[1:]))
             self._run.log({f"{self.stage}/samples": self._table}, step=step)
 
+        self._later("log samples", send)
+
     def _start(self) -> None:
-        """Open the W&B run; one that cannot be online is kept offline, where `wandb sync` can find it later."""
+        """Begin to open the W&B run; one that cannot be online is kept offline, where `wandb sync` can find it later."""
         if self.wandb_mode == "disabled":
             return
         if "WANDB_DATA_DIR" not in os.environ:
@@ -239,24 +262,26 @@ class WandbRun:
             # loses long before somebody syncs an offline run.
             os.environ["WANDB_DATA_DIR"] = str(self.run_dir / "wandb")
             self._owns_data_dir = True
+        self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
+        self._thread.start()
+
+    def _open(self) -> None:
         if self.wandb_mode == "online" and not has_wandb_key():
             self._warn("W&B has no key (run `wandb login` or set WANDB_API_KEY); the run is kept offline")
             self.wandb_mode = "offline"
         if self.wandb_mode == "online":
-            with self._survives("reach the server; the run is kept offline"):
-                _knock()
-                self._run = self._init("online")
+            self._try("reach the server; the run is kept offline", self._connect)
             if self._run is None:
                 self.wandb_mode = "offline"
-                with self._survives("stop its service"):  # which still holds the run id of the failed attempt
-                    import wandb
-
-                    wandb.teardown(exit_code=1)
+                self._try("stop its service", _teardown)  # which still holds the run id of the failed attempt
         if self._run is None:
-            with self._survives("start"):
-                self._run = self._init("offline")
+            self._try("start", lambda: self._init("offline"))
 
-    def _init(self, mode: Literal["online", "offline"]) -> Any:
+    def _connect(self) -> None:
+        _knock()
+        self._init("online")
+
+    def _init(self, mode: Literal["online", "offline"]) -> None:
         import wandb
 
         # This one silences the notices that belong to no run, such as the checksum counter of artifacts.
@@ -285,13 +310,28 @@ class WandbRun:
             run.define_metric(axis, hidden=True)
         for family, axis in metrics.axes().items():
             run.define_metric(family, step_metric=axis)
-        return run
+        self._run = run
 
-    @contextmanager
-    def _survives(self, action: str) -> Iterator[None]:
-        """Turn any exception into a warning: nothing that W&B does may end a training run."""
+    def _later(self, action: str, call: Callable[[], None]) -> None:
+        """Let the thread make a call once those before it are done; without a thread there is no W&B run."""
+        if self._thread is None:
+            return
         try:
-            yield
+            self._calls.put_nowait((action, call))
+        except queue.Full:
+            self._warn(f"W&B could not {action} (it has not taken the {MAX_WAITING:,} calls before)")
+
+    def _work(self) -> None:
+        """Open the run, and make the calls in the order in which they come, until there is None."""
+        self._open()
+        while (item := self._calls.get()) is not None:
+            if self._run is not None:
+                self._try(*item)
+
+    def _try(self, action: str, call: Callable[[], object]) -> None:
+        """Make a call and turn any exception into a warning: nothing that W&B does may end a training run."""
+        try:
+            call()
         except Exception as error:
             reason = " ".join(redact(f"{type(error).__name__}: {error}").split())[:300]
             self._warn(f"W&B could not {action} ({reason})")
@@ -311,6 +351,12 @@ def _knock() -> None:
         requests.head(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai", timeout=INIT_TIMEOUT_SECONDS)
 
 
+def _teardown() -> None:
+    import wandb
+
+    wandb.teardown(exit_code=1)
+
+
 def _model_artifact(reference: str, path: str | Path, metadata: Mapping[str, Any]) -> Any:
     """Return a W&B artifact for a folder of the registry, by reference: its digest is that of the files, wherever they are."""
     import wandb
@@ -319,22 +365,3 @@ def _model_artifact(reference: str, path: str | Path, metadata: Mapping[str, Any
     artifact = wandb.Artifact(name, type=artifact_type, metadata={"reference": reference, **metadata})
     artifact.add_reference(Path(path).absolute().as_uri())
     return artifact
-
-
-def _finish(run: Any, exit_code: int) -> None:
-    """Give the uploads `FINISH_TIMEOUT_SECONDS`: W&B itself would retry for days against a server that is gone."""
-    errors: list[Exception] = []
-
-    def finish() -> None:
-        try:
-            run.finish(exit_code=exit_code)
-        except Exception as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=finish, name="wandb-finish", daemon=True)
-    thread.start()
-    thread.join(FINISH_TIMEOUT_SECONDS)
-    if thread.is_alive():
-        raise TimeoutError(f"still uploading after {FINISH_TIMEOUT_SECONDS:.0f} s; `wandb sync` sends the rest")
-    if errors:
-        raise errors[0]

@@ -31,7 +31,7 @@ from rlhf.doctor.preflight.check import Check, require_all
 from rlhf.doctor.preflight.context import PreflightContext
 from rlhf.models.compute import Compute
 from rlhf.models.tokenization import stop_token_ids, tokenizer_hashes
-from rlhf.registry import MANIFEST, Artifact, Reference, Registry, changed_inputs, recipe_hash
+from rlhf.registry import MANIFEST, Artifact, Registry, changed_inputs, recipe_hash
 from rlhf.run import checkpoint, memory, terminal
 from rlhf.run.timing import PhaseTimer
 from rlhf.run.tracker import RUN_FILE, Tracker
@@ -152,7 +152,7 @@ def open_run(
         UserError: the name cannot be registered, an option is wrong, or `resume` is set and the checkpoints in the folder
             were made with other options or inputs, or another process is running in the folder.
     """
-    Reference(stage, config.name)  # raises now and not after the training
+    Registry(config.registry).require_writable(stage, config.name)  # raises now and not after the training
     actions(config.doctor)  # raises now and not at the first finding
     _quiet_libraries()
     distributed.start()

@@ -299,25 +299,57 @@ def test_a_silent_server_leaves_an_offline_run(
         modes: list[str] = []
         monkeypatch.setattr(wandb, "init", lambda mode, **_: (modes.append(mode), BrokenRun())[1])
         start = time.monotonic()
-        with make(tmp_path, wandb_mode="online") as tracker:
-            assert tracker.wandb_mode == "offline" and modes == ["offline"]
+        tracker = make(tmp_path, wandb_mode="online")
+        with tracker:
+            pass
+        assert tracker.wandb_mode == "offline" and modes == ["offline"]
         assert time.monotonic() - start < 20
     assert len([r for r in caplog.records if r.name == wandb_module.logger.name and r.levelno >= logging.WARNING]) == 1
 
 
-def test_a_server_that_dies_does_not_hold_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bug: training is done, but the process waits for hours to upload to a server that is gone."""
+class StalledRun:
+    """A W&B run that was accepted, and of which every call takes half a minute from then on."""
 
-    class HangingRun:
-        def finish(self, exit_code: int) -> None:
-            time.sleep(30)
+    def define_metric(self, *_: Any, **__: Any) -> None:
+        pass
 
+    def __getattr__(self, name: str) -> Any:
+        time.sleep(30)
+
+
+def test_a_server_that_stalls_does_not_hold_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Bug: a server that accepts the run and then says nothing, before whose answer the first update does not begin; or training
+    that is done while the process waits for hours to upload."""
     monkeypatch.setattr(wandb_module, "FINISH_TIMEOUT_SECONDS", 0.1)
-    tracker = make(tmp_path)
-    with tracker:
-        tracker._run = HangingRun()
-        start = time.monotonic()
+    monkeypatch.setattr(wandb, "init", lambda **_: StalledRun())
+    start = time.monotonic()
+    with make(tmp_path, wandb_mode="offline") as tracker:
+        tracker.use_artifact("sft/demo@1", "abc", tmp_path)
+        tracker.use_data("data", {"fingerprint": "ef"})
+        tracker.log({"sft/loss": 1.0}, 1)
+        tracker.log_samples([{"prompt": "p"}], 1)
+        tracker.log_artifact("sft/demo@2", tmp_path, {})
     assert time.monotonic() - start < 5
+    assert len(rows_of(tmp_path / "metrics.jsonl")) == len(rows_of(tmp_path / "samples.jsonl")) == 1
+    warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert len(warnings) == 1 and "still uploading" in warnings[0] and "wandb sync" in warnings[0]
+
+
+def test_calls_that_wait_for_wandb_are_few(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Bug: memory that fills with lines for a server that takes none."""
+    monkeypatch.setattr(wandb_module, "FINISH_TIMEOUT_SECONDS", 0.1)
+    monkeypatch.setattr(wandb_module, "MAX_WAITING", 3)
+    monkeypatch.setattr(wandb, "init", lambda **_: StalledRun())
+    with make(tmp_path, wandb_mode="offline") as tracker:
+        for step in range(10):
+            tracker.log({"sft/loss": 1.0}, step)
+        assert tracker._calls.qsize() <= 3
+    assert len(rows_of(tmp_path / "metrics.jsonl")) == 10
+    assert "has not taken the 3 calls before" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -452,8 +484,19 @@ def test_phases_add_up_and_see_the_peak_of_their_own_block() -> None:
 def test_a_table_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A card's tables that never reach W&B, or rows whose cells are in another column."""
     sent: dict[str, Any] = {}
+
+    class Run:
+        def define_metric(self, *_: Any, **__: Any) -> None:
+            pass
+
+        def finish(self, exit_code: int) -> None:
+            pass
+
+        def log(self, content: dict[str, Any], step: int) -> None:
+            sent.update(content, step=step)
+
+    monkeypatch.setattr(wandb, "init", lambda **_: Run())
     with make(tmp_path, wandb_mode="offline") as tracker:
-        monkeypatch.setattr(tracker._run, "log", lambda content, step: sent.update(content, step=step))
         tracker.log_table("card/probes", [{"name": "thanks", "gain": 0.5}, {"gain": -1.0, "name": "filler"}], 7)
         tracker.log_table("card/flags", [], 7)
     assert set(sent) == {"card/probes", "step"} and sent["step"] == 7, "an empty table has no columns"
@@ -467,11 +510,19 @@ def test_a_table_without_wandb_is_no_error(tmp_path: Path) -> None:
         tracker.log_table("card/flags", [{"name": "coin"}], 0)
 
 
-def test_alerts_reach_wandb_and_cannot_end_a_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_alerts_reach_wandb_and_cannot_end_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """A critical finding sent as a mere warning, an alert without its text, and a run that ends because an alert failed."""
     sent: list[tuple[str, str, str]] = []
 
     class Run:
+        def define_metric(self, *_: Any, **__: Any) -> None:
+            pass
+
+        def finish(self, exit_code: int) -> None:
+            pass
+
         def alert(self, title: str, text: str, level: str) -> None:
             sent.append((title, text, level))
             if title == "third":
@@ -479,12 +530,11 @@ def test_alerts_reach_wandb_and_cannot_end_a_run(tmp_path: Path, caplog: pytest.
 
     with make(tmp_path) as tracker:
         tracker.alert("none", "nobody listens", "warning")
-        tracker._run = Run()
+    monkeypatch.setattr(wandb, "init", lambda **_: Run())
+    with caplog.at_level(logging.WARNING), make(tmp_path, wandb_mode="offline") as tracker:
         tracker.alert("first", "it bends", "warning")
         tracker.alert("second", "it breaks", "critical")
-        with caplog.at_level(logging.WARNING):
-            tracker.alert("third", "it is gone", "critical")
-        tracker._run = None
+        tracker.alert("third", "it is gone", "critical")
     levels = ["WARN", "ERROR", "ERROR"]
     assert sent == list(zip(("first", "second", "third"), ("it bends", "it breaks", "it is gone"), levels, strict=True))
     assert "could not send an alert" in caplog.text

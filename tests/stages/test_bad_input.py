@@ -398,6 +398,16 @@ def test_no_space_for_a_checkpoint(full: Place, stage: str) -> None:
     Registry(full.registry).get(f"{stage}/toy@2")
 
 
+@pytest.mark.parametrize("kind", ["read-only", "a file"])
+def test_a_registry_that_takes_nothing_is_found_before_the_training(place: Place, tmp_path: Path, kind: str) -> None:
+    """Catches: hours of training whose result has no place."""
+    (tmp_path / "file").touch()
+    registry = Path("/sys") if kind == "read-only" else tmp_path / "file"
+    complaint = place.refused("sft", "--registry", registry)
+    assert "sft/toy could not be registered" in complaint and "--registry" in complaint
+    assert not (place.output / "sft" / "metrics.jsonl").exists()
+
+
 def test_no_space_in_the_registry(full: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """The checkpoint fits and the artefact does not: nothing may be registered."""
 
