@@ -45,7 +45,7 @@ from rlhf.data_prep.formats.files import (
     read_file,
     without_media,
 )
-from rlhf.data_prep.formats.readers import READERS, NoReader, Reading, SourceReader
+from rlhf.data_prep.formats.readers import READERS, NoReader, Reading, SourceReader, mapped
 from rlhf.data_prep.formats.records import Record
 from rlhf.data_prep.formats.rows import Malformed, Row, Untrainable, prompt_key, show_value
 from rlhf.data_prep.prepare.folder import prepared_fingerprint
@@ -117,10 +117,10 @@ class _Raw:
     in_folder_of_kind: bool = False
     """The file is KIND/SPLIT.*, so its rows are meant to be of this kind."""
 
-    def none_of_kind(self, kind: Kind, columns: Iterable[str]) -> UserError:
+    def none_of_kind(self, kind: Kind, columns: Iterable[str], hint: str = "") -> UserError:
         """Return the error for rows none of which is of this kind."""
         error = UserError if self.in_folder_of_kind else NoneOfKind
-        return error(f"{self.source} has columns {', '.join(sorted(columns))}; {kind} need {NEEDED[kind]}")
+        return error(f"{self.source} has columns {', '.join(sorted(columns))}; {kind} need {NEEDED[kind]}{hint}")
 
 
 def load_rows(path: str | Path, split: str, *, kind: Kind) -> Loaded:
@@ -145,15 +145,16 @@ def load_rows(path: str | Path, split: str, *, kind: Kind) -> Loaded:
     rows, dropped = _stage_rows(raw, kind)
     if kind == "comparisons":
         rows = _without_contradictions(rows, dropped)
+    counts = {reason: len(numbers) for reason, numbers in dropped.items()}
+    reasons = "; ".join(f"{reason}: {count}" for reason, count in counts.items())
     if rows and not raw.has_split:
         rows = _hash_split(rows, split)
         if not rows:
+            left_out = f" among the {kind} ({reasons})" if reasons else ""
             raise UserError(
-                f"{raw.source} has a single prompt, too few to hold some out; give a folder with train and validation"
+                f"{raw.source} has a single prompt{left_out}, too few to hold some out; give a folder with train and validation"
             )
-    counts = {reason: len(numbers) for reason, numbers in dropped.items()}
     if not rows:
-        reasons = "; ".join(f"{reason}: {count}" for reason, count in counts.items())
         raise UserError(f"no row of {raw.source} can be used as {kind} ({reasons})")
     digest = hashlib.sha256()
     for _, row in rows:
@@ -211,7 +212,7 @@ def _read_file(file: Path) -> list[Line]:
         raise UserError(f"cannot read {file}: its name must end in one of {', '.join(_SUFFIXES)}")
     lines = list(read_file(file))
     for line in lines:
-        if line.problem or not isinstance(line.value, dict):
+        if line.problem or not isinstance(mapped(line.value, {}), dict):
             problem = line.problem or f"must be an object with named columns, got {show_value(line.value)}"
             raise _refusal(line, problem)
     return lines
@@ -250,13 +251,13 @@ def _stage_rows(raw: _Raw, kind: Kind) -> tuple[list[Numbered], dict[str, list[i
     try:
         reader = SourceReader(Source(path=raw.source), lines)
     except NoReader as error:
-        raise raw.none_of_kind(kind, error.columns) from error
+        raise raw.none_of_kind(kind, error.columns, error.hint) from error
     rated: defaultdict[str, list[tuple[int, Record, Reading]]] = defaultdict(list)
     for reading in reader:
         line = reading.lines[0]
         columns |= reading.row.keys()
         try:
-            if kind == "comparisons" and _is_single(reading):
+            if kind != "prompts" and _is_single(reading, kind):
                 record = reading.records[0]
                 rated[prompt_key(record.prompt)].append((line.number, record, reading))
             else:
@@ -268,7 +269,7 @@ def _stage_rows(raw: _Raw, kind: Kind) -> tuple[list[Numbered], dict[str, list[i
         except Malformed as error:
             raise _refusal(line, error) from error
     for members in rated.values():
-        _add_compared(members, rows, dropped)
+        _add_compared(kind, members, rows, dropped)
     rows.sort(key=lambda numbered: numbered[0])
     if raw.prepared is None and reader.unused:
         _say(f"{raw.source}: not used: {reader.unused_columns()}")
@@ -281,18 +282,19 @@ def _stage_rows(raw: _Raw, kind: Kind) -> tuple[list[Numbered], dict[str, list[i
     return rows, dropped
 
 
-def _is_single(reading: Reading) -> bool:
-    """Return True for one answer that somebody rated: those of a prompt are compared."""
-    return [(len(r.responses), bool(r.raters)) for r in reading.records] == [(1, True)]
+def _is_single(reading: Reading, kind: Kind) -> bool:
+    """Return True for one answer that somebody rated: those of a prompt are compared. A label counts alone for SFT."""
+    rated = [record for record in reading.records if len(record.responses) == 1 and record.raters]
+    return len(rated) == 1 and not (kind == "demonstrations" and rated[0].labelled)
 
 
 def _add_compared(
-    members: list[tuple[int, Record, Reading]], rows: list[Numbered], dropped: dict[str, list[int]]
+    kind: Kind, members: list[tuple[int, Record, Reading]], rows: list[Numbered], dropped: dict[str, list[int]]
 ) -> None:
     """Add the rated answers to one prompt as a row, or count them as left out."""
     numbers, records, readings = zip(*members, strict=True)
     try:
-        rows.append((numbers[0], stage_row("comparisons", merge(records), readings[0].row, readings[0].reader)))
+        rows.append((numbers[0], stage_row(kind, merge(records), readings[0].row, readings[0].reader)))
     except Untrainable as reason:
         dropped[str(reason)] += numbers
 

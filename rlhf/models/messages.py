@@ -28,8 +28,14 @@ def with_parts(message: Mapping[str, str], parts: Mapping[str, Any]) -> dict[str
     return {**plain, PARTS: json.dumps(parts, sort_keys=True, ensure_ascii=False)} if parts else plain
 
 
-def template_arguments(messages: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Return messages and further arguments of `apply_chat_template`."""
+def template_arguments(
+    messages: Sequence[Mapping[str, Any]], *, calls_as_text: bool = False
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Return messages and further arguments of `apply_chat_template`.
+
+    Args:
+        calls_as_text: write the arguments of tool calls as JSON texts, which some templates join to other texts.
+    """
     written, arguments = [], dict[str, Any]()
     for message in messages:
         parts = parts_of(message)
@@ -39,5 +45,7 @@ def template_arguments(messages: Sequence[Mapping[str, Any]]) -> tuple[list[dict
                 arguments |= value if name == "chat_template_kwargs" else {name: value}
         reasoning = parts.pop("reasoning_content", None)
         names = dict.fromkeys(REASONING, reasoning) if reasoning else {}
+        for call in parts.get("tool_calls", []) if calls_as_text else []:
+            call["function"]["arguments"] = json.dumps(call["function"]["arguments"], ensure_ascii=False)
         written.append({"role": message["role"], "content": message["content"], **parts, **names})
     return written, arguments

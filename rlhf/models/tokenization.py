@@ -299,14 +299,19 @@ def _check_parts(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]
                 raise TemplateRefusal(f"the chat template does not write '{name}'")
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, answer_header: bool) -> str:
-    written, arguments = template_arguments(messages)
+def _render(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, answer_header: bool, calls_as_text: bool = False
+) -> str:
+    has_calls = any("tool_calls" in parts_of(message) for message in messages)
+    written, arguments = template_arguments(messages, calls_as_text=calls_as_text)
     try:
         return str(
             tokenizer.apply_chat_template(written, add_generation_prompt=answer_header, tokenize=False, **arguments)
         )
     except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
         # Roles or parts that it refuses, or an error in it.
+        if has_calls and not calls_as_text:  # some join the arguments of a call to other texts
+            return _render(tokenizer, messages, answer_header=answer_header, calls_as_text=True)
         roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
         raise TemplateRefusal(
             f"the chat template cannot write a conversation of {roles}: {error}; another --chat_template may"

@@ -384,7 +384,8 @@ def test_missing_column_says_which_exist(write_jsonl: Callable[..., Path], build
     ):
         build_data(None, source)
     with pytest.raises(
-        UserError, match=r"no reader knows rows with the columns question, answer; name one with reader"
+        UserError,
+        match=r"no reader knows rows with the columns question, answer \(if the answers .*\); name one with reader",
     ):
         build_data(None, Source(path=source.path))
     with pytest.raises(UserError, match=r"no column 'text' \(for prompt\); this row has question, answer"):

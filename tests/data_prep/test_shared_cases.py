@@ -6,6 +6,7 @@ tests of this room make inputs of the same kinds themselves.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -114,12 +115,13 @@ def test_parts_reach_the_template(
         assert len(rows) == 200
         for row in rows:
             assert any(part in parts_of(message) for message in [*row["prompt"], *row["completion"]])
-    toy_tokenizer.chat_template = TEMPLATES["chatml"]
+    tokenizer = copy.deepcopy(toy_tokenizer)
+    tokenizer.chat_template = TEMPLATES["chatml"]
     loaded = load_rows(CASES / name, "train", kind="demonstrations")
     with pytest.raises(
         UserError, match=rf"can write none of the \d+ rows \(the chat template does not write '{part}': \d+\)"
     ):
-        writable(loaded, toy_tokenizer)
+        writable(loaded, tokenizer)
 
 
 def test_a_repeated_column_is_refused(build_data: Callable[..., Built]) -> None:

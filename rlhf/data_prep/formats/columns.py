@@ -37,6 +37,7 @@ _PAIRS = (
     ("chosen", "rejected"),
     ("response_chosen", "response_rejected"),
     ("chosen_response", "rejected_response"),
+    ("chosen_messages", "rejected_messages"),
     ("preferred_output", "non_preferred_output"),
 )
 _LABELS = ("label", "kto_tag")

@@ -210,12 +210,21 @@ def _excerpt(raw: bytes) -> str:
 
 
 class _Object(dict[str, Any]):
-    """An object that refuses a name which stands twice with different values."""
+    """An object that notes a name which stands twice with different values; raising there would confuse the parser."""
+
+    repeated = ""
 
     def __setitem__(self, name: str, value: Any) -> None:
         if name in self and self[name] != value:
-            raise ijson.JSONError(f"`{name}` stands twice in one object, with different values")
+            self.repeated = f"`{name}` stands twice, with different values"
         super().__setitem__(name, value)
+
+
+def _repeated(value: Any) -> str:
+    """Return the note of an object, or of one inside it; empty where there is none."""
+    if isinstance(value, _Object):
+        return value.repeated or next(filter(None, map(_repeated, value.values())), "")
+    return next(filter(None, map(_repeated, value)), "") if isinstance(value, list) else ""
 
 
 def _json_array_lines(file: Path, _: int) -> Iterator[Line]:
@@ -224,7 +233,10 @@ def _json_array_lines(file: Path, _: int) -> Iterator[Line]:
         try:
             for value in ijson.items(stream, "item", use_float=True, map_type=_Object):
                 number += 1
-                yield Line(str(file), number, value)
+                problem = _repeated(value)
+                yield Line(
+                    str(file), number, None if problem else value, problem, "" if not problem else str(value)[:EXCERPT]
+                )
         except (ijson.JSONError, UnicodeDecodeError) as error:
             reason = " ".join(str(error).split())[:120]
             raise UserError(

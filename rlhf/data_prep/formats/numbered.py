@@ -154,7 +154,7 @@ def sides_of(labels: set[str], pair: tuple[str, str], column: str) -> Sides:
     }
     numbers = {label for label in labels if label.lstrip("-").isdigit()}
     names = labels - numbers - {*_TIES, ""}
-    if not numbers and names and names <= by_name.keys():
+    if not numbers and names <= by_name.keys():
         return by_name
     if not names and (sides := _sides_of_numbers(numbers, suffixes, column)):
         return sides

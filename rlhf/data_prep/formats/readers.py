@@ -16,7 +16,7 @@ from rlhf.data_prep.formats import numbered, published
 from rlhf.data_prep.formats.columns import columns_evidence, messages_evidence, read_columns, read_pair
 from rlhf.data_prep.formats.files import Line
 from rlhf.data_prep.formats.records import Record
-from rlhf.data_prep.formats.rows import Columns, Malformed, Row, Untrainable, is_transcript, show_value
+from rlhf.data_prep.formats.rows import Columns, Malformed, Row, Untrainable, is_message, is_transcript, show_value
 from rlhf.data_prep.prepare.recipe import Source
 
 #: Rows at the beginning of a source by which its reader is chosen; most of them must show the reader's evidence.
@@ -95,6 +95,7 @@ READERS: dict[str, Reader] = {
 _HINTS = {
     "segments": "texts with masks of their own, Axolotl's input_output: give messages, whose last answer is trained",
     "text": "plain text is read by python -m rlhf.stages.pretrain",
+    "answer": "if the answers are to be imitated: columns: {prompt: question, completion: answer} in data.yaml",
 }
 
 
@@ -103,7 +104,7 @@ class NoReader(UserError):
 
     def __init__(self, source: Source, columns: Sequence[str]) -> None:
         self.columns = columns
-        hint = next((f" ({text})" for name, text in _HINTS.items() if name in columns), "")
+        self.hint = hint = next((f" ({text})" for name, text in _HINTS.items() if name in columns), "")
         super().__init__(
             f"source {source.name}: no reader knows rows with the columns {', '.join(columns) or 'none'}{hint}; name one with "
             f"reader: ({', '.join(READERS)}), or rename columns with columns: {{prompt: THEIRS, completion: THEIRS, ...}}"
@@ -247,9 +248,13 @@ def choose_reader(source: Source, first: Sequence[Any]) -> tuple[str, str]:
 def mapped(row: Any, column_map: dict[str, str]) -> Any:
     """Return the row with our names for columns; `info.id` reaches into an object. Columns that are not named stay.
 
+    A list of messages is a row with the column `messages`.
+
     Raises:
         Malformed: a column that the map names is missing.
     """
+    if isinstance(row, list) and row and all(map(is_message, row)):
+        row = {"messages": row}
     if not column_map or not isinstance(row, dict):
         return row
     renamed = {}

@@ -28,8 +28,8 @@ _CALL_ROLES = ("function_call", "tool_call")
 TEXT_KEYS = ("content", "value", "parts")
 #: Keys of a message, beside role and text, that the template is given.
 KEPT_PARTS = (PARTS, "tool_calls", "function_call", *REASONING, "tool_call_id", "name")
-#: Keys of an answer that say whether it is trained: OpenAI's, Axolotl's, ms-swift's.
-TRAINED_FLAGS = ("weight", "train", "training", "loss")
+#: Keys of an answer that say whether it is trained: OpenAI's, LLaMA-Factory's, Axolotl's, ms-swift's.
+TRAINED_FLAGS = ("weight", "loss_weight", "train", "training", "loss")
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _SPACE = re.compile(r"\s+")
 
@@ -61,8 +61,12 @@ class Columns(Row):
 def _unread_keys(value: Any) -> set[str]:
     """Return the keys of messages that are not read."""
     turns = [value] if isinstance(value, dict) else value if isinstance(value, list) else []
-    messages = [turn for turn in turns if isinstance(turn, dict) and ({"role", "from"} & turn.keys())]
-    return {key for turn in messages for key, part in turn.items() if key not in _MESSAGE_KEYS and part is not None}
+    return {
+        key
+        for turn in filter(is_message, turns)
+        for key, part in turn.items()
+        if key not in _MESSAGE_KEYS and part is not None
+    }
 
 
 class Untrainable(Exception):
@@ -164,7 +168,7 @@ def conversation(value: Any, name: str) -> Messages:
 def _message(turn: Any, name: str) -> dict[str, str]:
     if not isinstance(turn, dict):
         raise Malformed(f"'{name}' must hold messages with the texts 'role' and 'content', got {show_value(turn)}")
-    theirs = turn.get("role", turn.get("from"))
+    theirs = turn.get("role") or turn.get("from")
     role = _ROLE_OF.get(theirs) if isinstance(theirs, str) else None
     parts = {key: turn[key] for key in KEPT_PARTS if turn.get(key)}
     content = next((turn[key] for key in TEXT_KEYS if turn.get(key) is not None), None)
@@ -206,6 +210,11 @@ def _call(call: Any) -> Row:
     return {**about, "type": "function", "function": {"name": function["name"], "arguments": arguments or {}}}
 
 
+def is_message(value: Any) -> bool:
+    """Return True for an object with a role."""
+    return isinstance(value, dict) and bool({"role", "from"} & value.keys())
+
+
 def parsed(text: Any, name: str) -> Any:
     """Return the value of a JSON text; raises `Malformed`."""
     try:
@@ -215,17 +224,20 @@ def parsed(text: Any, name: str) -> Any:
 
 
 def _joined(content: list[Any], parts: Row) -> str:
-    """Return the texts of a list of parts; reasoning among them is added to `parts`."""
+    """Return the texts of a list of parts; reasoning and calls among them are added to `parts`."""
     texts = []
     for part in content:
-        kind = part.get("type", "text") if isinstance(part, dict) else "text"
-        text = part if isinstance(part, str) else part.get(kind) if isinstance(part, dict) else None
-        if kind not in ("text", "thinking") or not isinstance(text, str):
-            raise Untrainable(f"a message with a part of type '{kind}', which no stage can use")
-        if kind == "thinking":
-            parts["thinking"] = text
+        part = {"text": part} if isinstance(part, str) else part
+        kind = part.get("type", "text") if isinstance(part, dict) else "?"
+        value = part.get(kind, part.get("value")) if isinstance(part, dict) else None
+        if kind == "text" and isinstance(value, str):
+            texts.append(value)
+        elif kind in REASONING and isinstance(value, str):
+            parts["reasoning"] = value
+        elif kind == "tool_call" and isinstance(value, str):
+            parts["tool_calls"] = [*parts.get("tool_calls", []), parsed(value, kind)]
         else:
-            texts.append(text)
+            raise Untrainable(f"a message with a part of type '{kind}', which no stage can use")
     return "".join(texts)
 
 

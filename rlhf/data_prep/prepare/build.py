@@ -246,7 +246,7 @@ def _labelled(record: Record, tally: Tally) -> Iterator[Record]:
         )
         yield alone
     if not good:
-        tally.dropped("labels", BAD_LABEL, record)
+        tally.dropped("labels", BAD_LABEL, record, "its prompt stays")
         yield replace(named, responses=[], parts=[], ratings=None, raters=[], rater_ratings=[], labelled=False)
 
 

@@ -252,6 +252,10 @@ def check_sizes(plan: Plan) -> None:
     for kind in KINDS:
         sizes = {split: len(sets[f"{kind}/{split}"]) for split in SPLITS}
         if sum(sizes.values()) and not (sizes["train"] and sizes["validation"]):
+            rows = np.concatenate([sets[f"{kind}/{split}"] for split in SPLITS])
+            if kind == "comparisons" and all(record.labelled for record in plan.staged.records(rows)):
+                plan.take_out(rows, kind, "labels", "too few prompts with good and bad answers for comparisons")
+                continue
             missing = "train" if not sizes["train"] else "validation"
             raise UserError(
                 f"no {kind} for {missing} ({', '.join(f'{split} {count}' for split, count in sizes.items())}): "
