@@ -72,11 +72,48 @@ def test_mending(mend: Callable[[str], str], before: str, after: str) -> None:
         ("AKIAIOSFODNN7EXAMPLE", "[KEY]"),
         ("-----BEGIN RSA PRIVATE KEY-----\nabc\n-----END RSA PRIVATE KEY-----!", "[KEY]!"),
         ("task-abcdefghijklmnopqrstuvwxyz", "task-abcdefghijklmnopqrstuvwxyz"),
+        ("class sk-toggleable__label-arrow", "class sk-toggleable__label-arrow"),
+        ("by UnionPay 6212345678900000003 I paid", "by UnionPay [CARD] I paid"),
+        ("Il est au 01 42 68 53 00 demain", "Il est au [PHONE] demain"),
+        ("Büro: 030/901820, (089) 2345678", "Büro: [PHONE], [PHONE]"),
+        ("dial 0044 20 7031 3000 or +4915112345678", "dial [PHONE] or [PHONE]"),
+        ("my mobile is 612345678", "my mobile is [PHONE]"),
+        ("(+33 1 42 68 53 00) is ours", "([PHONE]) is ours"),
     ],
 )
 def test_personal_data(before: str, after: str) -> None:
     """Catches: personal data that stays, and numbers, times, versions and words that are taken for it."""
     assert replace_personal_data(before) == after
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "612345678", "9508735610", "6212345678900000003", "the product is 6503253000 exactly", "821091117+4908374100427",
+        "98172488 + 98172488 = 196344976", "650-253-0000 = x", "uint32_t h = 2166136261u; /* 32 bits */",
+        "call `dial(+4915112345678)` or\n```\nphone 650-253-0000 at 93.184.216.34\n```", "x = np.arange(6) + 98172488",
+        "See section 2.3.1.1 and table 10.4.2.7.", "Chrome/120.0.6099.71", "upgrade V8 from 4.5.103.24 to 4.5.103.35",
+        "RFC 7540 8.1.2.4 says", "std::vector and dead::beef and [1::2]", "ISSN 0377-0427", "ISBN 978-3-16-148410-0",
+        "Adv. Comp. 5 (1996) 329-359", "Boston, MA 02110-1301", "0391 0301;;;;N;GREEK", "2023-01-15 or 15.01.2023 10",
+        "a million: 1 234 567 890", "pi is 3.14159265358979", "md5 9e107d9d372bb6826bd81d3542a419d6",
+    ],
+)  # fmt: skip
+def test_numbers_that_are_nobodys(text: str) -> None:
+    """Catches: code, sums, versions, sections, dates, postcodes and whole numeric answers that are taken for personal data."""
+    assert replace_personal_data(text) == text
+
+
+def test_the_card_shows_each_kind_by_its_form(build_data: Build) -> None:
+    """Catches: a reader of the card who cannot see what was replaced, or who sees the number itself."""
+    dirty = {
+        "prompt": "Who sold the old violin?",
+        "completion": "Jane: jane@example.org or +49 30 901820, at 8.8.8.8 too.",
+    }
+    built = build_data(rows(dirty), validation_share=0.3, stages="shared")
+    assert built.card["steps"]["personal"]["examples"] == [
+        "rows.jsonl, row 41: ne: [EMAIL] or +## ## ###### -> [PHONE]",
+        "rows.jsonl, row 41: Jane: ####@#######.### -> [EMAIL]",
+    ]
 
 
 @pytest.mark.parametrize(

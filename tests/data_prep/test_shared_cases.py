@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rlhf.base.errors import UserError
 from rlhf.data_prep.load import load_rows
+from rlhf.data_prep.prepare.personal import replace_personal_data
 from rlhf.data_prep.prepare.recipe import Source
 from rlhf.data_prep.writable import writable
 from rlhf.models.messages import parts_of
@@ -133,3 +134,9 @@ def test_a_repeated_column_is_refused(build_data: Callable[..., Built]) -> None:
     ):
         with pytest.raises(UserError, match=r"repeated_column.csv: `chosen` stands twice in the header"):
             read()
+
+
+def test_numbers_that_are_no_phone() -> None:
+    """Catches: constants, sums, sections and whole numeric answers replaced by [PHONE] or [IP]."""
+    for row in raw_rows("numbers_that_are_no_phone.jsonl"):
+        assert {name: replace_personal_data(text) for name, text in row.items()} == row

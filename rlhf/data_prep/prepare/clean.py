@@ -16,7 +16,7 @@ from typing import Any
 import ftfy
 
 from rlhf.data_prep.formats.records import Record
-from rlhf.data_prep.prepare.personal import replace_personal_data
+from rlhf.data_prep.prepare.personal import CODE, replace_personal_data, replacements
 from rlhf.data_prep.prepare.recipe import CLEANING_STEPS, Options
 from rlhf.data_prep.prepare.tally import Tally
 
@@ -40,7 +40,6 @@ _TAG = re.compile(
     re.IGNORECASE,
 )
 _HIDDEN = re.compile(r"<(script|style)\b.*?</\1\s*>|<!--.*?-->", re.IGNORECASE | re.DOTALL)
-_FENCE = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]+`)", re.DOTALL)
 _WIDE = {code: code - 0xFEE0 for code in (*range(0xFF10, 0xFF1A), *range(0xFF21, 0xFF3B), *range(0xFF41, 0xFF5B))}
 _WIDE[0x3000] = 0x20
 _HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\U00020000-\U0003134f]")
@@ -79,7 +78,7 @@ def strip_html(text: str) -> str:
     """Return the text without the usual tags, entities resolved; code between backticks stays as it is."""
     if "<" not in text and "&" not in text:
         return text
-    parts = _FENCE.split(text)
+    parts = CODE.split(text)
     return "".join(part if i % 2 else _strip_tags(part) for i, part in enumerate(parts))
 
 
@@ -191,21 +190,24 @@ def _mended(record: Record, step: str, tally: Tally) -> Record:
     mend = MENDING[step]
     texts = _texts(record)
     mended = [mend(text) for text in texts]
-    first = next((pair for pair in zip(texts, mended, strict=True) if pair[0] != pair[1]), None)
-    if first is None:
+    if mended == texts:
         return record
-    tally.changed(step, f"{record.place}: {_difference(*first, step)}")
+    tally.changed(
+        step, {kind: f"{record.place}: {example}" for kind, example in _examples(step, texts, mended).items()}
+    )
     turns = len(record.prompt)
     prompt = [{**m, "content": text} for m, text in zip(record.prompt, mended[:turns], strict=True)]
     return replace(record, prompt=prompt, responses=mended[turns:])
 
 
-def _difference(old: str, new: str, step: str) -> str:
-    """Return the first place where two texts differ, with a little around it, less personal data."""
+def _examples(step: str, texts: Sequence[str], mended: Sequence[str]) -> dict[str, str]:
+    """Return the first change of each kind, with a little around it; personal data are shown by their form."""
+    if step == "personal":
+        return {of.mark: str(of) for text in reversed(texts) for of in reversed(replacements(text)[1])}
+    old, new = next(pair for pair in zip(texts, mended, strict=True) if pair[0] != pair[1])
     at = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
     start = max(0, at - 15)
-    original = "" if step == "personal" else f"{old[start : at + 25]!r}"
-    return f"{original} -> {new[start : at + 25]!r}"
+    return {step: f"{old[start : at + 25]!r} -> {new[start : at + 25]!r}"}
 
 
 def check_language(record: Record, languages: Sequence[str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -41,8 +41,10 @@ class Tally:
     """Counts of one build. Every row that is left out is written to `rejected.jsonl` the moment it is counted."""
 
     def __init__(self, rejected: Path) -> None:
-        self.changes = Counts(_public)
+        self.changes: Counter[str] = Counter()
         """By step."""
+        self.examples: defaultdict[str, Counts] = defaultdict(lambda: Counts(_public))
+        """By kind of change, for each step."""
         self.drops: defaultdict[str, Counts] = defaultdict(lambda: Counts(_public))
         """By reason, for each step."""
         self._file = rejected.open("w", encoding="utf-8", errors="backslashreplace")
@@ -55,9 +57,11 @@ class Tally:
     ) -> None:
         self._file.close()
 
-    def changed(self, step: str, example: str) -> None:
-        """Count a row that a step changed."""
-        self.changes.add(step, example)
+    def changed(self, step: str, examples: str | Mapping[str, str]) -> None:
+        """Count a row that a step changed, with an example, or one of each kind of change."""
+        self.changes[step] += 1
+        for kind, example in ({"": examples} if isinstance(examples, str) else examples).items():
+            self.examples[step].add(kind, example)
 
     def rejected(self, step: str, reason: str, file: str, row: int, data: Any, example: str | None = None) -> None:
         """Count a row, or a record of one, that is left out, and write it to the file."""
@@ -82,11 +86,11 @@ class Tally:
         """Return `{step: {"changed", "examples", "dropped": {reason: {"count", "examples"}}}}`."""
         return {
             step: {
-                "changed": self.changes.counts[step],
-                "examples": self.changes.examples[step],
+                "changed": self.changes[step],
+                "examples": [example for of in self.examples[step].examples.values() for example in of],
                 "dropped": dict(sorted(self.drops[step].as_dict().items())),
             }
-            for step in dict.fromkeys([*self.changes.counts, *self.drops])
+            for step in dict.fromkeys([*self.changes, *self.drops])
         }
 
 
