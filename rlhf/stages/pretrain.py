@@ -36,7 +36,7 @@ from rlhf.registry import Artifact
 from rlhf.run.resumable import ResumableTrainer
 from rlhf.stages.data import describe_data
 from rlhf.stages.run import Run, find_finished, open_run, require_checks, require_one_process, stage_recipe
-from rlhf.stages.trainer import train, trainer_arguments
+from rlhf.stages.trainer import on_one_device, train, trainer_arguments
 
 
 def run(config: PretrainConfig, *, reuse: bool = False, only_preflight: bool = False) -> Artifact | None:
@@ -136,7 +136,7 @@ def make_trainer(
     return PretrainTrainer(
         run,
         model=model.to(run.compute.device),
-        args=arguments,
+        args=on_one_device(arguments),
         data_collator=lambda rows: {"input_ids": torch.tensor(rows)},
         train_dataset=FullBlocks(blocks.tokens, blocks.length),
         eval_dataset=held_out_blocks(run, tokenizer, sets["validation"], limit=config.max_eval_samples),

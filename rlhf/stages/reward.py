@@ -36,7 +36,7 @@ from rlhf.models.inputs import function_inputs
 from rlhf.models.reward_model import load_reward_model, save_reward_model, trainable_reward_model
 from rlhf.models.tokenization import load_tokenizer
 from rlhf.registry import Artifact, Registry
-from rlhf.reward.parity import PARITY_TEXTS, require_parity
+from rlhf.reward.parity import PARITY_TEXTS, digests, require_parity, require_same_tensors
 from rlhf.reward.ranking import Objective, RankingCollator, RankingTrainer
 from rlhf.reward.rankings import Encoded, encode_rankings
 from rlhf.reward.scorer import Scorer
@@ -44,7 +44,7 @@ from rlhf.run import checkpoint
 from rlhf.stages.data import add_dropped, describe_data, load_splits, overlap, writable_sets
 from rlhf.stages.normalization import NormalizingRows, normalization, normalizing_data, normalizing_rows
 from rlhf.stages.run import Run, find_finished, open_run, preflight, require_one_process, stage_recipe
-from rlhf.stages.trainer import train, trainer_arguments
+from rlhf.stages.trainer import on_one_device, train, trainer_arguments
 
 #: Beginning of the name of the folder that holds the trained model until it is registered.
 SCRATCH = ".trained-"
@@ -102,11 +102,11 @@ def run(config: RewardConfig, *, reuse: bool = False, only_preflight: bool = Fal
         preflight(run, examine, tokenizer, sets)
         if figures_of_policy is None:
             return None
-        raw_scores = train_and_save(run, model, trainer, policy, prepared, Path(scratch))
+        raw_scores, tensors = train_and_save(run, model, trainer, policy, prepared, Path(scratch))
         steps = trainer.state.global_step
         del base, model, trainer, examine  # the saved model takes their place in memory
         gc.collect()
-        return judge_and_publish(run, policy, prepared, figures_of_policy, Path(scratch), raw_scores, steps)
+        return judge_and_publish(run, policy, prepared, figures_of_policy, Path(scratch), raw_scores, tensors, steps)
 
 
 def data_sets(config: RewardConfig) -> dict[str, Loaded]:
@@ -169,7 +169,7 @@ def make_trainer(run: Run[RewardConfig], model: Any, prepared: Prepared) -> Rank
     pad_token_id, held_out = int(prepared.tokenizer.pad_token_id), prepared.validation.rows
     return RankingTrainer(
         model=model,
-        args=TrlRewardConfig(**trainer_arguments(run), prediction_loss_only=True),
+        args=on_one_device(TrlRewardConfig(**trainer_arguments(run), prediction_loss_only=True)),
         data_collator=RankingCollator(pad_token_id, weight_by_agreement=config.weight_by_agreement),
         train_dataset=prepared.training.rows,
         eval_dataset=held_out.select(range(min(len(held_out), config.max_eval_samples))),
@@ -191,8 +191,8 @@ def train_and_save(
     policy: Artifact,
     prepared: Prepared,
     folder: Path,
-) -> Tensor:
-    """Train the model and save it; return its raw scores of `prepared.texts`."""
+) -> tuple[Tensor, dict[str, str]]:
+    """Train the model and save it; return its raw scores of `prepared.texts`, and the digests of its tensors."""
     with direct_casting(model, run.compute):
         train(trainer, run)
     scorer = Scorer(model, prepared.tokenizer, run.compute, run.config.per_device_eval_batch_size)
@@ -202,7 +202,7 @@ def train_and_save(
         if storage.is_failure(error):
             raise checkpoint.not_written(folder, error) from error
         raise
-    return scorer.raw(prepared.texts)
+    return scorer.raw(prepared.texts), digests(model)
 
 
 def judge_and_publish(
@@ -212,6 +212,7 @@ def judge_and_publish(
     figures_of_policy: tuple[PolicyEvidence, NormalizingRows],
     saved: Path,
     raw_scores: Tensor,
+    tensors: dict[str, str],
     steps: int,
 ) -> Artifact:
     """Load the saved model, compare it with the trained one, normalise and judge it, and register its files."""
@@ -219,6 +220,7 @@ def judge_and_publish(
     with run.timer.phase("evaluate"):
         model = load_reward_model(saved, policy, config, run.compute, int(prepared.tokenizer.pad_token_id))
         scorer = Scorer(model, prepared.tokenizer, run.compute, config.per_device_eval_batch_size)
+        require_same_tensors(tensors, model)
         difference = require_parity(raw_scores, scorer, prepared.texts)
         scorer.mean, scorer.std = normalization(config, scorer, zero.rows)
         card, rows = make_card(

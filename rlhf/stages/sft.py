@@ -44,7 +44,7 @@ from rlhf.reward.sources import scores_of_texts
 from rlhf.run.resumable import ResumableTrainer
 from rlhf.stages.data import add_dropped, describe_data, encode_demonstrations, load_splits, overlap, writable_sets
 from rlhf.stages.run import Run, find_finished, open_run, preflight, require_one_process, stage_recipe
-from rlhf.stages.trainer import SortedStepSampler, train, trainer_arguments
+from rlhf.stages.trainer import SortedStepSampler, on_one_device, train, trainer_arguments
 
 #: Name of the reward model's score among the figures of an evaluation.
 SELECTION_METRIC = "eval_score"
@@ -168,15 +168,16 @@ def make_trainer(
     evaluated, held_out_dropped = tokenize(held_out, tokenizer, longest, limit=config.max_eval_samples)
     add_dropped(run.data, "train", dropped)
     add_dropped(run.data, "validation", held_out_dropped)
+    arguments = TrlSFTConfig(
+        **trainer_arguments(run),
+        dataset_kwargs={"skip_prepare_dataset": True},
+        load_best_model_at_end=True,
+        metric_for_best_model=SELECTION_METRIC if rewards else "eval_loss",
+        greater_is_better=bool(rewards),
+    )
     return AnswerTrainer(
         model=model,
-        args=TrlSFTConfig(
-            **trainer_arguments(run),
-            dataset_kwargs={"skip_prepare_dataset": True},
-            load_best_model_at_end=True,
-            metric_for_best_model=SELECTION_METRIC if rewards else "eval_loss",
-            greater_is_better=bool(rewards),
-        ),
+        args=on_one_device(arguments),
         train_dataset=training,
         eval_dataset=evaluated,
         processing_class=tokenizer,

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.data import Sampler
-from transformers import PrinterCallback, TrainerCallback, TrainerState
+from transformers import PrinterCallback, TrainerCallback, TrainerState, TrainingArguments
 
 from rlhf.base.interrupt import StopRequest
 from rlhf.doctor.live import DoctorCallback, LiveDoctor
@@ -17,6 +17,8 @@ from rlhf.run import checkpoint, optim
 from rlhf.run.callbacks import MetricsCallback, ProgressCallback
 from rlhf.run.resumable import STATE_FILE
 from rlhf.stages.run import Run
+
+Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
 
 def trainer_arguments(run: Run[Any]) -> dict[str, Any]:
@@ -55,6 +57,12 @@ def trainer_arguments(run: Run[Any]) -> dict[str, Any]:
         "remove_unused_columns": False,
         "dataloader_pin_memory": run.compute.device.type == "cuda",
     }
+
+
+def on_one_device(arguments: Arguments) -> Arguments:
+    """Return the arguments, held to one device: with several visible, transformers would split each batch over them."""
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # reading n_gpu looks for devices, once
+    return arguments
 
 
 def train(trainer: Any, run: Run[Any]) -> None:

@@ -20,7 +20,7 @@ from rlhf.models.compute import Compute
 from rlhf.models.packing import pack_rows
 from rlhf.models.reward_model import read_reward_adapter
 from rlhf.models.tokenization import load_tokenizer
-from rlhf.reward.parity import REORDERED, deviation, require_parity
+from rlhf.reward.parity import REORDERED, deviation, digests, require_parity, require_same_tensors
 from rlhf.reward.scorer import Scorer
 
 COMPUTE = Compute(torch.device("cpu"), torch.float64)
@@ -130,3 +130,57 @@ def test_scores_are_normalised_once(tmp_path: Path, tokenizer: PreTrainedTokeniz
     torch.testing.assert_close(normalised(token_rows()), (raw - 0.5) / 2.0)
     torch.testing.assert_close(normalised.raw(token_rows()), raw)
     assert raw.std() > 0.01, "scores that are all alike would hide a wrong scale"
+
+
+class _Rounded(nn.Module):
+    """A sound model whose scores move with the shape of the batch, as bf16 does to scores that nearly cancel."""
+
+    def __init__(self, model: nn.Module, noise: float) -> None:
+        super().__init__()
+        self.model, self.noise = model, noise
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **kwargs: Any) -> Any:
+        output = self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        if len(input_ids) == 1 or input_ids.shape[1] > 9:
+            output.logits = output.logits + self.noise
+        return output
+
+
+def test_rounding_by_batch_warns_in_bf16_and_stops_in_fp32(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A sound reward model accused after a few updates, or a fault of batches that float32 shows let pass."""
+    model = reward_model("llama", tmp_path, ppo_config())
+    rows = token_rows()
+    for dtype in (torch.bfloat16, torch.float32):
+        compute = Compute(torch.device("cpu"), dtype)
+        rounded = Scorer(_Rounded(model, 1.0), tokenizer, compute, 5)
+        trained = rounded.raw(rows)
+        if dtype == torch.bfloat16:
+            assert require_parity(trained, rounded, rows) > REORDERED[dtype]
+            assert "so coarse is bf16" in capsys.readouterr().err
+            with pytest.raises(UserError, match="scored together"):
+                require_parity(trained + 0.1 * trained.abs().max(), rounded, rows)
+        else:
+            with pytest.raises(UserError, match="scored alone"):
+                require_parity(trained, rounded, rows)
+
+
+@pytest.mark.parametrize("lost", ["score", "lora_B", "one bit"])
+def test_a_lost_tensor_stops(lost: str, tmp_path: Path) -> None:
+    """A head made anew, an adapter of zeros or one changed value, in a model that hardly learned: no score shows it."""
+    model = reward_model("gpt2", tmp_path, ppo_config())
+    trained = digests(model)
+    require_same_tensors(trained, model)
+    part = "score" if lost == "score" else "lora_B"
+    tensor = next(p for n, p in model.named_parameters() if part in n and "original_module" not in n)
+    with torch.no_grad():
+        if lost == "one bit":
+            tensor.view(-1)[0] = torch.nextafter(tensor.view(-1)[0], tensor.new_tensor(9.0))
+        else:
+            tensor.copy_(torch.randn_like(tensor))
+    with pytest.raises(UserError, match=f"1 of {len(trained)} tensors differ") as error:
+        require_same_tensors(trained, model)
+    assert part in str(error.value)
+    with pytest.raises(UserError, match="tensors differ"):
+        require_same_tensors({**trained, "base_model.model.gone": ""}, model)
