@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -119,7 +120,7 @@ def read_object(file: Path, *, fix: str = _FIX, nan_as_none: bool = False) -> di
         OSError: the file cannot be opened.
         UserError: no JSON object, or beyond a limit.
     """
-    return parse_object(_read_bytes(file), file, fix=fix, nan_as_none=nan_as_none)
+    return parse_object(read_bytes(file), file, fix=fix, nan_as_none=nan_as_none)
 
 
 def read_object_or_none(file: Path) -> dict[str, Any] | None:
@@ -132,11 +133,13 @@ def read_object_or_none(file: Path) -> dict[str, Any] | None:
 
 def read_value(file: Path) -> Any:
     """Return the JSON value in a file; raises `OSError`, or `ValueError` like `decode`."""
-    return decode(_read_bytes(file))
+    return decode(read_bytes(file))
 
 
-def _read_bytes(file: Path) -> bytes:
-    """Return a file's bytes, one more than `MAX_BYTES` at most."""
+def read_bytes(file: Path) -> bytes:
+    """Return a file's bytes, one more than `MAX_BYTES` at most; raises `OSError`, also for pipes, which may never end."""
+    if not file.is_file() and file.exists():
+        raise OSError(errno.EINVAL, "Not a plain file", str(file))
     with file.open("rb") as stream:
         return stream.read(MAX_BYTES + 1)
 

@@ -13,13 +13,38 @@ _SECRET_NAME = re.compile(
     re.I,
 )
 _SECRET_VARIABLE = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD)$")
+_NAME = (
+    r"(?:[\w.-]{0,60}[_.-])?(?:api[_-]?key|access[_-]?key(?:[_-]id)?|private[_-]?key|secret(?:[_-]access)?(?:[_-]key)?"
+    r"|passw(?:or)?d|pwd|authorization|credentials?|(?:access|auth|api|hf|bearer|refresh|session|id)[_-]?token)"
+)
+_PARAMETER = (
+    r"x-amz-[\w-]+|[\w.-]{0,60}(?:key|token|secret|password|passwd|pwd|signature|sig|auth|access|code|credential|jwt|session)"
+    r"[\w-]{0,60}"
+)
+_QUOTED = r"'[^'\n]*'|\"[^\"\n]*\""
 # Secrets in a text, and their replacements.
 _SECRET_TEXTS = [
-    (re.compile(r"://[^/\s@]+@"), "://***@"),
-    (re.compile(r"([?&][\w-]*(?:key|token|secret|password|passwd|signature|sig|auth)=)[^&\s#'\",;)]+", re.I), r"\1***"),
-    (re.compile(r"((?:api_?key|(?:access|auth|hf)_token|secret|password|passwd)=)[^&\s'\",;)]+", re.I), r"\1***"),
-    (re.compile(r"\b(bearer +)[\w.~+/=-]{12,}", re.I), r"\1***"),
-    (re.compile(r"\b(hf_|wandb_v\d_|sk-|gh[a-z]_|github_pat_)[\w-]{16,}"), r"\1***"),
+    # user:password@host, with a scheme and without
+    (re.compile(r"://[^/\s?#]+@"), "://***@"),
+    (re.compile(r"\b(?!mailto:)[\w.-]{1,100}:[^\s/:@]+(?:@[^\s/@]+)*@(?=[\w-]+(?:\.|(?::\d+)?(?:/|$|\s)))"), "***@"),
+    # ?token=...
+    (re.compile(rf"([?&](?:{_PARAMETER})=)[^&\s#'\",;)]+", re.I), r"\1***"),
+    # Authorization: Bearer ...
+    (re.compile(r"(?i:\b(bearer|basic)) +(?=[\w.~+/=-]*(?:[0-9=]|[a-z][A-Z]))[\w.~+/=-]{8,}"), r"\1 ***"),
+    # api_key: ..., 'api_key': '...', API_KEY=...
+    (
+        re.compile(
+            rf"(?<![\w-])(['\"]?{_NAME}['\"]?\s*[:=]\s*)(?!['\"]?(?:bearer|basic)\b)(?:{_QUOTED}|['\"]?[^\s'\",;)}}\]&]+)",
+            re.I,
+        ),
+        r"\1***",
+    ),
+    (re.compile(rf"(?<![\w-])(['\"]token['\"]\s*:\s*)(?:{_QUOTED})", re.I), r"\1***"),
+    # formats of known services
+    (re.compile(r"\b(hf_|wandb_v\d_|sk-|gh[a-z]_|github_pat_|glpat-|xox[a-z]-|npm_|pypi-)[\w-]{16,}"), r"\1***"),
+    (re.compile(r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b|\bAIza[\w-]{35}"), "***"),
+    (re.compile(r"\beyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]*"), "***"),
+    (re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.S), "***"),
 ]
 
 

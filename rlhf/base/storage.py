@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import re
 import shutil
+import stat
+import time
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
+
+from rlhf.base.errors import UserError
+
+STALE_SECONDS = 24 * 3600
+"""Age after which a `.partial-*` folder is deleted: its writer was killed, as none pauses for a day."""
+_PARTIAL = re.compile(r"\.partial-[0-9a-f]{8}")
 
 
 def sync(*paths: Path) -> None:
@@ -31,6 +43,44 @@ def write_text(file: Path, text: str) -> None:
     sync(partial)
     partial.replace(file)
     sync(file.parent)
+
+
+def copy_plain_files(source: Path, target: Path) -> None:
+    """Copy a folder to a new one, except hidden files.
+
+    Raises:
+        UserError: it holds a link, a pipe or a device: a copy would contain what they lead to, or never end.
+    """
+    for path in (source, *source.rglob("*")):
+        if not_plain(path):
+            raise UserError(f"{path} is a link, a pipe or a device, which no artefact holds; it is not copied")
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns(".*"))
+
+
+def not_plain(path: Path) -> bool:
+    """Return True for anything but a file or folder of its own; what is not there counts as plain."""
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+@contextlib.contextmanager
+def partial_folder(parent: Path) -> Iterator[Path]:
+    """Context that yields a path for a new folder in `parent`, to be filled and renamed; what is left of it is removed.
+
+    Folders of killed processes are removed, too, once they are `STALE_SECONDS` old.
+    """
+    for leftover in parent.glob(".partial-*"):
+        with contextlib.suppress(FileNotFoundError):  # another process has just renamed it
+            if _PARTIAL.fullmatch(leftover.name) and time.time() - leftover.stat().st_mtime > STALE_SECONDS:
+                shutil.rmtree(leftover, ignore_errors=True)
+    partial = parent / f".partial-{uuid.uuid4().hex[:8]}"
+    try:
+        yield partial
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def is_failure(error: BaseException) -> bool:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf.base.errors import UserError, did_you_mean
-from rlhf.base.json_files import decode
+from rlhf.base.json_files import decode, read_bytes
 
 STAGES = ("data", "pretrain", "sft", "reward", "ppo")
 MANIFEST = "manifest.json"
@@ -175,7 +175,7 @@ def read_manifest(folder: Path) -> Manifest:
         OSError: it cannot be read.
     """
     # Not read_text, which turns a carriage return into a newline and so hides a changed byte.
-    return Manifest.from_json((folder / MANIFEST).read_bytes().decode(errors="replace"), folder / MANIFEST)
+    return Manifest.from_json(read_bytes(folder / MANIFEST).decode(errors="replace"), folder / MANIFEST)
 
 
 def changed_inputs(manifest: Manifest, current: Mapping[str, str]) -> list[str]:

@@ -15,9 +15,6 @@ import json
 import re
 import shlex
 import shutil
-import tempfile
-import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -47,8 +44,6 @@ from rlhf.registry.manifest import (
 from rlhf.registry.verify import altered, file_problem, hash_new_files
 
 TAGS = "tags.json"
-STALE_SECONDS = 24 * 3600
-"""Age after which a `.partial-*` folder is deleted: its writer was killed, as none pauses for a day."""
 _VERSION_FOLDER = re.compile(r"v([1-9][0-9]{0,8})")
 _TAG = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,49}")
 
@@ -98,24 +93,22 @@ class Registry:
             **{key: plain(value, key) for key, value in fields.items()},
         )
         folder = self.root / stage / name
-        partial = folder / f".partial-{uuid.uuid4().hex[:8]}"
         try:
-            partial.mkdir(parents=True)
-            _remove_stale(folder)
-            write(partial)
-            files = hash_new_files(partial)
-            with self._lock():
-                for parent in parents:
-                    if not (parent.path / MANIFEST).exists():
-                        raise UserError(f"{parent.reference} was deleted while {stage}/{name} was made from it")
-                version = max(_version_folders(folder), default=0) + 1
-                manifest = dataclasses.replace(draft, version=version, files=files)
-                (partial / MANIFEST).write_bytes(manifest.to_json().encode())
-                storage.sync(partial / MANIFEST, *_folders(partial))
-                target = partial.rename(folder / f"v{version}")
-                storage.sync(folder, folder.parent, self.root, self.root.absolute().parent)
-        except BaseException as error:  # Ctrl-C and SIGTERM too
-            shutil.rmtree(partial, ignore_errors=True)
+            with storage.partial_folder(folder) as partial:
+                partial.mkdir(parents=True)
+                write(partial)
+                files = hash_new_files(partial)
+                with self._lock():
+                    for parent in parents:
+                        if not (parent.path / MANIFEST).exists():
+                            raise UserError(f"{parent.reference} was deleted while {stage}/{name} was made from it")
+                    version = max(_version_folders(folder), default=0) + 1
+                    manifest = dataclasses.replace(draft, version=version, files=files)
+                    (partial / MANIFEST).write_bytes(manifest.to_json().encode())
+                    storage.sync(partial / MANIFEST, *_folders(partial))
+                    target = partial.rename(folder / f"v{version}")
+                    storage.sync(folder, folder.parent, self.root, self.root.absolute().parent)
+        except Exception as error:
             if storage.is_failure(error):
                 raise UserError(
                     f"cannot register {stage}/{name}: {storage.reason(error)} ({folder}, {storage.free(folder)}), "
@@ -129,8 +122,8 @@ class Registry:
         folder = (self.root / Reference(stage, name).stage / name).absolute()
         existing = next(path for path in (folder, *folder.parents) if path.exists())
         try:
-            with tempfile.TemporaryDirectory(dir=existing, prefix=".partial-"):
-                pass
+            with storage.partial_folder(existing) as partial:
+                partial.mkdir()
         except OSError as error:
             raise UserError(
                 f"{stage}/{name} could not be registered: {storage.reason(error)} ({existing}); make the folder writable, or "
@@ -262,10 +255,20 @@ class Registry:
             try:
                 (folder / MANIFEST).unlink()  # first, so that an interrupted deletion leaves no version
                 # The empty folder stays, so that no later version gets the number.
-                for path in folder.iterdir():
-                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+                _empty(folder)
             except OSError as error:
                 raise UserError(f"cannot delete {reference}: {storage.reason(error)} ({error.filename})") from error
+
+    def clean(self) -> None:
+        """Remove what killed processes left of versions that they were writing or deleting."""
+        for name in self._folders_of_names():
+            with storage.partial_folder(name):
+                pass
+            for number in _version_folders(name):
+                folder = name / f"v{number}"
+                if not (folder / MANIFEST).exists():
+                    with self._lock():
+                        _empty(folder)
 
     def _lock(self) -> AbstractContextManager[None]:
         """Return the lock for adding and deleting versions."""
@@ -327,9 +330,12 @@ class Registry:
                 ) from error
         seen.add(artifact.reference)
 
+    def _folders_of_names(self) -> Sequence[Path]:
+        return [folder for s in STAGES for folder in _subfolders(self.root / s) if NAME.fullmatch(folder.name)]
+
     def _names(self) -> Sequence[str]:
         """Return `STAGE/NAME` of all artefacts with a complete version."""
-        names = [Reference(s, f.name) for s in STAGES for f in _subfolders(self.root / s) if NAME.fullmatch(f.name)]
+        names = [Reference(folder.parent.name, folder.name) for folder in self._folders_of_names()]
         return [str(reference) for reference in names if self.versions(reference.stage, reference.name)]
 
     def _missing(self, reference: Reference, versions: Sequence[int]) -> str:
@@ -350,14 +356,9 @@ class Registry:
         return f"python -m rlhf.stages.{reference.stage} --name {reference.name}{place}"
 
 
-def _remove_stale(folder: Path) -> None:
-    for path in folder.glob(".partial-*"):
-        try:
-            stale = time.time() - path.stat().st_mtime > STALE_SECONDS
-        except FileNotFoundError:  # another process has just published it
-            continue
-        if stale:
-            shutil.rmtree(path, ignore_errors=True)
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _subfolders(folder: Path) -> list[Path]:

@@ -60,6 +60,11 @@ def _require_finite(file: Path) -> None:
 def file_problem(artifact: Artifact) -> str:
     """Return the first problem of an artefact's files, or an empty string."""
     listed = artifact.manifest.files
+    for path in (artifact.path, *artifact.path.rglob("*")):
+        if storage.not_plain(path):
+            return (
+                f"{path.relative_to(artifact.path)} is a link, a pipe or a device, which no artefact holds (remove it)"
+            )
     for relative, expected in listed.items():
         path = artifact.path / relative
         if path.suffix.lower() not in ALLOWED_SUFFIXES or Path(relative).is_absolute() or ".." in Path(relative).parts:

@@ -10,8 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import shutil
-import uuid
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import GenerationConfig
 
+from rlhf.base import storage
 from rlhf.base.errors import UserError
 from rlhf.base.json_files import decode, read_object
 from rlhf.models.adapters import ADAPTER_FILE
@@ -53,8 +52,7 @@ def export(registry: Registry, artifact: Artifact, folder: Path, form: Form = "m
         raise UserError(f"{folder} is not empty; give another folder")
     if form == "adapter":
         check_adapter(registry, artifact)
-    partial = folder.absolute().with_name(f".partial-{uuid.uuid4().hex[:8]}")
-    try:
+    with storage.partial_folder(folder.absolute().parent) as partial:
         partial.mkdir(parents=True)
         if form == "adapter":
             _write_adapter(registry, artifact, partial)
@@ -66,8 +64,6 @@ def export(registry: Registry, artifact: Artifact, folder: Path, form: Form = "m
         if folder.exists():
             folder.rmdir()
         return partial.rename(folder.absolute())
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write_merged(registry: Registry, artifact: Artifact, folder: Path, dtype: torch.dtype) -> None:

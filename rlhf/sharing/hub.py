@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import abc
 import shutil
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,7 +61,7 @@ class FolderPlace(Place):
         install(self.registry, artifact.path, artifact)
 
     def take(self, reference: Reference, folder: Path) -> None:
-        shutil.copytree(self.registry.root / path_of(reference), folder)
+        storage.copy_plain_files(self.registry.root / path_of(reference), folder)
 
     def names(self, stage: str) -> list[str]:
         return sorted({f"{r.stage}/{r.name}" for r in self.registry.references() if r.stage == stage})
@@ -259,36 +258,32 @@ def _pull_exactly(registry: Registry, reference: Reference, place: Place) -> lis
                 "--registry"
             )
         return []
-    folder = registry.root / reference.stage / reference.name / f".partial-{uuid.uuid4().hex[:8]}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    parent = registry.root / reference.stage / reference.name
+    parent.mkdir(parents=True, exist_ok=True)
+    with storage.partial_folder(parent) as folder:
         place.take(reference, folder)
         artifact = Artifact(folder, read_manifest(folder))
         if artifact.reference != str(reference):
             raise UserError(f"the place has {artifact.reference} in the folder of {reference}")
         references = []
-        for parent in artifact.manifest.parents:
-            references += _pull_exactly(registry, parent.reference, place)
-            if registry.read(parent.reference).hash != parent.hash:
+        for line in artifact.manifest.parents:
+            references += _pull_exactly(registry, line.reference, place)
+            if registry.read(line.reference).hash != line.hash:
                 raise UserError(
-                    f"{reference} was made from another {parent.reference} (hash {parent.hash[:12]}) than the place has; "
+                    f"{reference} was made from another {line.reference} (hash {line.hash[:12]}) than the place has; "
                     "ask its owner to push it again"
                 )
         install(registry, folder, artifact)
         return [*references, artifact.reference]
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def install(registry: Registry, source: Path, artifact: Artifact) -> None:
     """Copy a version into a registry: beside its place, checked and synced, then renamed into it."""
     target = registry.root / path_of(artifact)
-    partial = target.with_name(f".partial-{uuid.uuid4().hex[:8]}")
-    try:
-        shutil.copytree(source, partial, ignore=shutil.ignore_patterns(".*"))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with storage.partial_folder(target.parent) as partial:
+        storage.copy_plain_files(source, partial)
         check_files(Artifact(partial, artifact.manifest))
         storage.sync(partial, *partial.rglob("*"))
         partial.rename(target)
         storage.sync(target.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

@@ -124,6 +124,8 @@ def prune(registry: Registry, arguments: argparse.Namespace, console: Console) -
     if arguments.name is not None and arguments.name not in names:
         near = did_you_mean(arguments.name, names)
         raise UserError(f"no artefact '{arguments.name}' in registry {registry.root}{near}; give STAGE/NAME")
+    if arguments.yes:
+        registry.clean()
     doomed = prunable(registry, [arguments.name] if arguments.name else names, arguments.keep)
     verb, total = "deleted" if arguments.yes else "would delete", 0.0
     for artifact in doomed:

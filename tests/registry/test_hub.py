@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -182,3 +184,27 @@ def test_bad_places_and_silent_servers_are_one_line(
     api.list_repo_files.side_effect = ConnectionError("no route to host")
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: api)
     assert "no route to host" in complaint("hf:me/models")
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_links_and_pipes_are_not_copied(registry: Registry, tmp_path: Path, kind: str) -> None:
+    """A place that hands out the user's own files through a link, or a pipe on which a pull waits for ever."""
+    elsewhere = Registry(tmp_path / "elsewhere")
+    file = publish(elsewhere).path / "adapter_config.json"
+    file.rename(tmp_path / "secret.json")
+    file.symlink_to(tmp_path / "secret.json") if kind == "link" else os.mkfifo(file)
+    with pytest.raises(UserError, match=r"adapter_config\.json is a link, a pipe or a device"):
+        pull(registry, "sft/demo", FolderPlace(elsewhere.root))
+    assert registry.versions("sft", "demo") == [] and not list(registry.root.rglob(".partial-*"))
+
+
+def test_what_a_killed_copy_left_is_removed(registry: Registry, tmp_path: Path) -> None:
+    """Folders of killed pushes, pulls and exports that fill the disk, because nothing ever removes them."""
+    place = tmp_path / "place"
+    leftovers = [folder / "sft" / "demo" / ".partial-0123abcd" for folder in (registry.root, place)]
+    publish(registry)
+    for leftover in leftovers:
+        leftover.mkdir(parents=True)
+        os.utime(leftover, (time.time() - 25 * 3600,) * 2)
+    push(registry, publish(registry), FolderPlace(place))
+    assert not any(leftover.exists() for leftover in leftovers)

@@ -263,7 +263,7 @@ def test_empty_artefact_is_refused(registry: Registry) -> None:
 def test_stale_partial_folders(registry: Registry) -> None:
     """Catches leftovers of a killed process kept for ever, or a running neighbour's folder being deleted."""
     folder = publish(registry).path.parent
-    old, running = folder / ".partial-old", folder / ".partial-running"
+    old, running = folder / ".partial-0123abcd", folder / ".partial-4567abcd"
     for partial in (old, running):
         partial.mkdir()
         (partial / "adapter_config.json").write_text("{}")
@@ -271,6 +271,29 @@ def test_stale_partial_folders(registry: Registry) -> None:
     assert registry.versions("sft", "demo") == [1] and [a.version for a in registry.list()] == [1]
     assert publish(registry).version == 2
     assert not old.exists() and running.exists()
+
+
+def test_what_is_no_plain_file_is_refused(registry: Registry, tmp_path: Path) -> None:
+    """Catches a link to a file elsewhere, which may change or be secret, and a pipe that is read for ever."""
+    for kind in ("linked file", "linked folder", "pipe", "linked version", "manifest"):
+        made = publish(registry)
+        file = made.path / "adapter_config.json"
+        if kind == "linked file":
+            file.rename(tmp_path / f"{kind}.json")
+            file.symlink_to(tmp_path / f"{kind}.json")
+        elif kind == "linked folder":
+            (made.path / "extra").rename(tmp_path / kind)
+            (made.path / "extra").symlink_to(tmp_path / kind)
+        elif kind == "linked version":
+            made.path.rename(tmp_path / kind)
+            made.path.symlink_to(tmp_path / kind)
+        else:
+            pipe = file if kind == "pipe" else made.path / "manifest.json"
+            pipe.unlink()
+            os.mkfifo(pipe)
+        complaint = "Not a plain file" if kind == "manifest" else "is a link, a pipe or a device"
+        with pytest.raises(UserError, match=complaint):
+            registry.get("sft/demo")
 
 
 def test_half_written_version_is_ignored(registry: Registry) -> None:

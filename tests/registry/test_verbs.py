@@ -130,6 +130,16 @@ def test_prune_spares_what_is_needed(registry: Registry, verb: Verb) -> None:
     assert "from 1" in verb("prune", "--keep", "0").complaint
 
 
+def test_prune_ends_a_deletion_that_was_killed(registry: Registry, verb: Verb) -> None:
+    """Weights without a manifest, which no list shows and nothing removes."""
+    half, whole = publish(registry), publish(registry)
+    (half.path / "manifest.json").unlink()
+    assert verb("prune").code == 0 and len(list(half.path.iterdir())) > 0, "a dry run deletes nothing"
+    assert verb("prune", "--yes").code == 0
+    assert list(half.path.iterdir()) == [] and registry.get("sft/demo") == whole
+    assert publish(registry).version == 3, "its number is not used again"
+
+
 def test_prune_takes_a_chain_from_its_end(registry: Registry, verb: Verb) -> None:
     """Parents that go before their children leave, for a moment or for ever, children that cannot be loaded."""
     old = chain(registry)
