@@ -23,6 +23,7 @@ from rlhf.models.tokenization import (
     TemplateRefusal,
     check_header,
     check_texts,
+    closing_text,
     encode_prompt,
     encode_response,
     freeze_date,
@@ -149,6 +150,23 @@ def test_headers_of_answers(tokenizer: PreTrainedTokenizerFast, name: str) -> No
     else:
         with pytest.raises(UserError, match="between the prompt and the answer"):
             writable(loaded([([USER], ANSWER)] * 2), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("template", "closing"),
+    [
+        (chatml(), ""),
+        (chatml().replace("<|im_end|>", "<|eot|>"), "<|eot|>"),
+        (chatml().replace("<|im_end|>", "<s>"), ""),  # a token, though not the stop token
+        (chatml().replace("<|im_end|>", "<|eot|>{{ eos_token }}"), "<|eot|>"),
+        (TEMPLATES["dialogue"], ""),
+        (TEMPLATES["plain"], ""),
+    ],
+)
+def test_marks_that_are_text(tokenizer: PreTrainedTokenizerFast, template: str, closing: str) -> None:
+    """ChatML on a model without its tokens: every sampled answer ends in `<|im_end|>`, letter by letter."""
+    tokenizer.chat_template = template
+    assert closing_text(tokenizer) == closing
 
 
 # Texts

@@ -282,6 +282,22 @@ def check_header(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message]) 
         )
 
 
+def closing_text(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return what the template writes between an answer and the stop token, if the vocabulary has no tokens of its own for it.
+
+    Such a mark is trained as text, and sampled answers show it.
+    """
+    prompt, answer = [{"role": "user", "content": _PROBE}], [{"role": "assistant", "content": _PROBE}]
+    try:
+        tail = _tail(tokenizer, _render(tokenizer, prompt, answer_header=True), prompt, answer)
+    except (TemplateChange, TemplateRefusal):
+        return ""
+    closing = tail.rpartition(_PROBE)[2].partition(str(tokenizer.eos_token))[0].strip()
+    tokens = tokenizer(closing, add_special_tokens=False)["input_ids"]
+    added = set(tokenizer.get_added_vocab().values())
+    return "" if added.intersection(tokens) else closing
+
+
 def _check_parts(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], after: int = 0) -> None:
     """Raise `TemplateRefusal` where the template does not write a part of the messages beyond the first few.
 

@@ -36,7 +36,7 @@ from rlhf.models.inputs import model_inputs
 from rlhf.models.likelihood import mean_logprobs
 from rlhf.models.logprobs import sequence_logprobs
 from rlhf.models.responses import answer_prompts, answerable
-from rlhf.models.tokenization import check_rows, encode_prompt, freeze_date, load_tokenizer
+from rlhf.models.tokenization import check_rows, closing_text, encode_prompt, freeze_date, load_tokenizer
 from rlhf.models.vocabulary import add_tokens, grow_embeddings, learn_tokens
 from rlhf.registry import Artifact, Registry
 from rlhf.reward.scorer import open_scorer
@@ -86,6 +86,12 @@ def run(config: SFTConfig, *, reuse: bool = False, only_preflight: bool = False)
         )
         freeze_template_date(run, tokenizer)
         sets = writable_sets(sets, tokenizer, run.data)
+        if mark := closing_text(tokenizer):
+            print(
+                f"sft: the template ends answers with {mark!r}, which is no token of this model but text: sampled answers will "
+                "show it; --chat_template plain writes none",
+                flush=True,
+            )
         base = load_base(config.model_name_or_path, config, run.compute, **source)
         new_rows = extend_vocabulary(config, tokenizer, base, sets["train"])
         model = with_adapter(base, lora_config(config, "CAUSAL_LM", new_tokens=new_rows))
