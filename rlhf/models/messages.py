@@ -7,7 +7,7 @@ What belongs to the whole conversation (`tools`, `chat_template_kwargs`) stands 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 PARTS = "parts_json"
@@ -49,3 +49,16 @@ def template_arguments(
             call["function"]["arguments"] = json.dumps(call["function"]["arguments"], ensure_ascii=False)
         written.append({"role": message["role"], "content": message["content"], **parts, **names})
     return written, arguments
+
+
+def map_texts(parts: str, change: Callable[[str], str]) -> str:
+    """Return parts, as JSON, with each text in them changed."""
+
+    def changed(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: changed(part) for key, part in value.items()}
+        if isinstance(value, list):
+            return [changed(part) for part in value]
+        return change(value) if isinstance(value, str) else value
+
+    return json.dumps(changed(json.loads(parts)), sort_keys=True, ensure_ascii=False) if parts else parts

@@ -119,6 +119,12 @@ FORMS: list[tuple[str, dict[str, Any], list[dict[str, str]], list[str], list[flo
         "TRL implicit prompt", {"chosen": [*LATER, assistant("Yes.")], "rejected": [*LATER, assistant("No.")], "margin": "2.5"},
         LATER, ["Yes.", "No."], MARGIN,
     ),
+    ("flags", {"prompt": "Tea?", "response": "No.", "thumbs_up": False}, ASKED, ["No."], [0.0]),
+    ("JSON in a text", {"messages": json.dumps([*ASKED, assistant("Yes.")])}, ASKED, ["Yes."], None),
+    (
+        "capitals", {"prompt": "Tea?", "Response A": "Yes.", "Response B": "No.", "winner": "B"},
+        ASKED, ["Yes.", "No."], [0.0, 1.0],
+    ),
     ("TRL unpaired", {"prompt": "Tea?", "completion": "No.", "label": "0"}, ASKED, ["No."], [0.0]),
     (
         "OpenAI preferences",
@@ -196,6 +202,7 @@ def test_documented_forms(
         ({"messages": ASKED, "chosen": [user("Else"), assistant("a")], "rejected": "b"}, Untrainable, "does not belong to"),
         ({"prompt": "Tea?", "response_a": "a", "response_b": "b", "winner": "tie"}, Untrainable, "no preference: a tie"),
         ({"prompt": "Tea?", "output_1": "a", "output_2": "b", "preference": 1.3}, UserError, "does not show whether output_1"),
+        ({"prompt": "Tea?", "reply_x": "a", "reply_y": "b", "winner": "x"}, Malformed, "'winner' compares answers that are not"),
         ({"segments": [{"label": True, "text": "a"}]}, UserError, "Axolotl's input_output"),
         ({"text": "a"}, UserError, "plain text is read by python -m rlhf.stages.pretrain"),
     ],
@@ -348,6 +355,25 @@ def test_tools_and_calls_of_every_dialect() -> None:
     for name in ("reasoning_content", "reasoning", "thinking"):
         reading, _ = read({"messages": [*ASKED, {**assistant("Yes."), name: "It is cold."}]})
         assert json.loads(reading.records[0].parts[0]) == {"reasoning_content": "It is cold."}
+
+
+def test_parts_are_cleaned_too(build_data: Callable[..., Built]) -> None:
+    """Catches: an address in the reasoning that is trained on, or a call that is no longer JSON after cleaning."""
+    call = {"name": "mail", "arguments": {"to": "ann@example.org"}}
+    rows = [
+        {
+            "messages": [
+                user(text(i)),
+                {**assistant(text(i + 500)), "thinking": "ann@example.org?", "tool_calls": [call]},
+            ]
+        }
+        for i in range(30)
+    ]
+    built = build_data(rows, validation_share=0.3, stages="shared")
+    parts = [parts_of(row["messages"][-1]) for row in built.rows("demonstrations")]
+    assert {part["reasoning_content"] for part in parts} == {"[EMAIL]?"} and len(parts) == 30
+    assert parts[0]["tool_calls"][0]["function"]["arguments"] == {"to": "[EMAIL]"}
+    assert built.card["steps"]["personal"]["changed"] == 30
 
 
 def test_a_name_that_stands_twice(tmp_path: Path) -> None:

@@ -41,6 +41,10 @@ _PAIRS = (
     ("preferred_output", "non_preferred_output"),
 )
 _LABELS = ("label", "kto_tag")
+#: Labels where they hold true or false, and columns of their own otherwise.
+_FLAGS = ("desirable", "is_desirable", "good", "is_good", "accepted", "thumbs_up", "preferred", "chosen")
+#: Columns that compare answers under names which no reader knows.
+_VERDICTS = ("better", "winner", "preference", "preferred_response", "overall_preference")
 _TRUE, _FALSE = ("true", "1", "1.0", "good", "desirable"), ("false", "0", "0.0", "bad", "undesirable")
 _MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 _EVIDENCE = (
@@ -73,15 +77,24 @@ def read_columns(row: Row) -> Iterator[Record]:
     answer = _first(row, _ANSWERS)
     if _first(row, ("responses",)):
         yield _ranking(row)
-    elif _first(row, [name for pair in _PAIRS for name in pair]):
+    elif _first(row, [name for pair in _PAIRS for name in pair if not isinstance(dict(row).get(name), bool)]):
         yield from read_pair(row)
     elif answer != "completion" and _first(row, ("rating",)):
         yield _rated_response(row, answer or "response")
     elif answer:
         prompt = prompt_of(row)
-        yield Record(prompt=prompt, **answers(as_response(row[answer], answer)), **_judged(row), **about(row))
+        yield Record(prompt=prompt, **answers(_reasoned(row, answer)), **_judged(row), **about(row))
     else:
         yield _conversation(row)
+
+
+def _reasoned(row: Row, answer: str) -> Messages:
+    """Return an answer with the reasoning that stands beside it."""
+    (message,) = as_response(row[answer], answer)
+    name = _first(row, ("reasoning_content", "thinking"))
+    if name is None or not text_in(row, name).strip():
+        return [message]
+    return [with_parts(message, {**parts_of(message), "reasoning_content": row[name]})]
 
 
 def _check_usable(row: Row) -> None:
@@ -91,6 +104,12 @@ def _check_usable(row: Row) -> None:
         raise Untrainable(f"'{media}', which no stage can use")
     if isinstance(plain.get("completions"), list) and isinstance(plain.get("labels"), list):
         raise Malformed("'completions' with 'labels', one for each step (stepwise supervision), trains no stage here")
+    verdict = next((name for name in plain if name.startswith(_VERDICTS) and plain[name] is not None), None)
+    if verdict:
+        raise Malformed(
+            f"'{verdict}' compares answers that are not known by their names; rename them, in data.yaml, to response_0 and "
+            "response_1 after its labels (or rename it, if it means something else)"
+        )
 
 
 def _conversation(row: Row) -> Record:
@@ -209,6 +228,8 @@ def _in_context(turns: Messages, row: Row) -> Messages:
 def _history(row: Row) -> Messages:
     """Return the earlier turns: pairs of a question and its answer, or messages."""
     history = row.get("history")
+    if isinstance(history, str) and history.startswith("["):
+        history = parsed(history, "history")
     if not history:
         return []
     if isinstance(history, list) and all(isinstance(turn, dict) for turn in history):
@@ -257,7 +278,8 @@ def _judged(row: Row) -> dict[str, Any]:
         Malformed: a label that is neither true nor false.
         Untrainable: the label is missing.
     """
-    name = next((name for name in _LABELS if name in row), None)
+    flags = (name for name in _FLAGS if isinstance(dict(row).get(name), bool))
+    name = next((name for name in _LABELS if name in row), None) or next(flags, None)
     if name is None:
         return {}
     label = str(row.get(name)).strip().lower()

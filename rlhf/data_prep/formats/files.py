@@ -297,6 +297,7 @@ def csv_cell(name: str, value: str) -> Any:
 def _parquet_lines(file: Path, _: int) -> Iterator[Line]:
     try:
         with pq.ParquetFile(file, memory_map=True) as parquet:
+            _check_header(file, parquet.schema_arrow.names)
             yield from _numbered(file, parquet.iter_batches(batch_size=_BATCH))
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
         raise UserError(f"{file} is not a readable Parquet file: {str(error).splitlines()[0]}") from error

@@ -16,7 +16,7 @@ from rlhf.data_prep.formats.records import Record
 from rlhf.data_prep.formats.rows import Malformed, Row, Untrainable, show_value
 
 _NUMBERED = re.compile(
-    r"(response|answer|output|completion|candidate|reply|generation|summary|conversation)[ _-]?(\w+)"
+    r"(response|answer|output|completion|candidate|reply|generation|summary|conversation)[ _-]?(\w+)", re.IGNORECASE
 )
 _SUFFIXES = (("0", "1"), ("1", "2"), ("a", "b"), ("A", "B"), ("j", "k"))
 _LABELS = (
@@ -36,7 +36,7 @@ def pair_in(row: Row) -> tuple[str, str] | None:
     stems: dict[str, dict[str, str]] = {}
     for name in row:
         if match := _NUMBERED.fullmatch(str(name)):
-            stems.setdefault(match[1], {})[match[2]] = name
+            stems.setdefault(match[1].lower(), {})[match[2]] = name
     for names in stems.values():
         suffixes = [suffix for suffix in names if suffix.isdigit() or len(suffix) == 1]
         pair = next((pair for pair in _SUFFIXES if sorted(pair) == sorted(suffixes)), None)

@@ -150,6 +150,8 @@ def conversation(value: Any, name: str) -> Messages:
     """
     if isinstance(value, str) and is_transcript(value):
         return transcript(value)
+    if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
+        value = parsed(value, name)
     turns = [value] if isinstance(value, dict) else value
     if not isinstance(turns, list):
         raise Malformed(f"'{name}' must be a string or a list of {{role, content}} messages, got {show_value(value)}")

@@ -19,6 +19,7 @@ from rlhf.data_prep.formats.records import Record
 from rlhf.data_prep.prepare.personal import CODE, replace_personal_data, replacements
 from rlhf.data_prep.prepare.recipe import CLEANING_STEPS, Options
 from rlhf.data_prep.prepare.tally import Tally
+from rlhf.models.messages import PARTS, map_texts
 
 _FTFY = ftfy.TextFixerConfig(
     unescape_html=False,
@@ -188,16 +189,20 @@ def clean(record: Record, options: Options, tally: Tally) -> Record:
 
 def _mended(record: Record, step: str, tally: Tally) -> Record:
     mend = MENDING[step]
-    texts = _texts(record)
-    mended = [mend(text) for text in texts]
-    if mended == texts:
+    texts, parts = _texts(record), [*(message.get(PARTS, "") for message in record.prompt), *record.parts]
+    mended, mended_parts = [mend(text) for text in texts], [map_texts(part, mend) for part in parts]
+    old, new = [*texts, *parts], [*mended, *mended_parts]
+    if old == new:
         return record
     tally.changed(
-        step, {kind: f"{record.place}: {example}" for kind, example in _examples(step, texts, mended).items()}
+        step, {kind: f"{record.place}: {example}" for kind, example in _examples(step, old, new).items()}
     )
     turns = len(record.prompt)
-    prompt = [{**m, "content": text} for m, text in zip(record.prompt, mended[:turns], strict=True)]
-    return replace(record, prompt=prompt, responses=mended[turns:])
+    prompt = [
+        {**message, "content": text, **({PARTS: part} if part else {})}
+        for message, text, part in zip(record.prompt, mended[:turns], mended_parts[:turns], strict=True)
+    ]
+    return replace(record, prompt=prompt, responses=mended[turns:], parts=mended_parts[turns:])
 
 
 def _examples(step: str, texts: Sequence[str], mended: Sequence[str]) -> dict[str, str]:
