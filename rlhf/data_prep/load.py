@@ -154,6 +154,8 @@ def load_rows(path: str | Path, split: str, *, kind: Kind) -> Loaded:
             raise UserError(
                 f"{raw.source} has a single prompt{left_out}, too few to hold some out; give a folder with train and validation"
             )
+    if reasons and rows:
+        _say(f"{raw.source}: left out of the {kind}: {reasons}")
     if not rows:
         raise UserError(f"no row of {raw.source} can be used as {kind} ({reasons})")
     digest = hashlib.sha256()

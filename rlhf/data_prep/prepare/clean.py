@@ -194,9 +194,7 @@ def _mended(record: Record, step: str, tally: Tally) -> Record:
     old, new = [*texts, *parts], [*mended, *mended_parts]
     if old == new:
         return record
-    tally.changed(
-        step, {kind: f"{record.place}: {example}" for kind, example in _examples(step, old, new).items()}
-    )
+    tally.changed(step, {kind: f"{record.place}: {example}" for kind, example in _examples(step, old, new).items()})
     turns = len(record.prompt)
     prompt = [
         {**message, "content": text, **({PARTS: part} if part else {})}
