@@ -87,7 +87,7 @@ def read_new_tokens(file: str) -> list[str]:
         siblings = [str(p) for p in place.parent.glob("*")]
         raise UserError(f"no file {file} with new tokens{did_you_mean(file, siblings)}")
     try:
-        tokens = place.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        tokens = place.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
     except UnicodeDecodeError as error:
         raise UserError(
             f"{file} is not UTF-8 (byte {error.start + 1}); new tokens are plain text, one a line"

@@ -40,6 +40,15 @@ class NotOfKind(Exception):
     """Raised for a record that has nothing of a kind: no answer, or no ratings."""
 
 
+def check_unicode(record: Record) -> None:
+    """Raise `Untrainable` for a record with half of a surrogate pair, which no tokenizer reads."""
+    try:
+        for text in (*(message["content"] for message in record.prompt), *record.responses):
+            text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise Untrainable("holds half of a surrogate pair; the step encoding would replace it") from None
+
+
 def stage_row(kind: Kind, record: Record, raw: Row, reader: Reader) -> Row:
     """Return the row of a stage.
 
@@ -51,6 +60,7 @@ def stage_row(kind: Kind, record: Record, raw: Row, reader: Reader) -> Row:
         Untrainable: the stage can learn nothing from it.
         Malformed: another column of wrong type.
     """
+    check_unicode(record)
     used = {"prompt", *_MADE_OF[kind], *reader.needs}
     if kind == "prompts" and raw.get("prompt") is None and raw.get("messages") is None:
         used |= {"chosen", "rejected"}  # conversations that hold the prompt

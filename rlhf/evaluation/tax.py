@@ -34,7 +34,7 @@ def text_windows(tokenizer: PreTrainedTokenizerBase, file: Path, context: int = 
         UserError: no such file, or nothing in it.
     """
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the plain text {file}: {error}") from error
     rows = [tokenizer(part.strip())["input_ids"] for part in text.split("\n\n") if part.strip()]

@@ -124,7 +124,7 @@ def _prompts(config: GenerateConfig) -> list[Row]:
 
 def _lines(file: Path) -> list[str]:
     try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").split("\n")]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the prompts {file}: {error}") from error
     if not any(lines):

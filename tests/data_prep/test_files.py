@@ -20,6 +20,7 @@ from rlhf.base.errors import UserError
 from rlhf.data_prep import Source
 from rlhf.data_prep.formats import files
 from rlhf.data_prep.formats.files import read_file
+from rlhf.data_prep.load import load_rows
 
 Build = Callable[..., Built]
 Write = Callable[..., Path]
@@ -251,3 +252,24 @@ def test_on_the_command_line(tmp_path: Path, write_jsonl: Write) -> None:
     wrong = subprocess.run(command, capture_output=True, text=True)
     assert wrong.returncode == 2 and wrong.stderr == f"error: {file} is empty: it holds no rows\n"
     assert Built(tmp_path / "out").card["records"] == 40, "the data of before is still there"
+
+
+def test_half_a_surrogate_pair_straight_into_a_stage(tmp_path: Path) -> None:
+    """Catches: a traceback of the tokenizer in a stage that reads the raw file, where data preparation counts the row."""
+    file = tmp_path / "rows.jsonl"
+    good = [json.dumps({"prompt": f"question {i}", "completion": f"answer {i}"}) for i in range(40)]
+    file.write_text("\n".join([*good, '{"prompt": "half \\ud83d of one", "completion": "yes"}']))
+    reason = "holds half of a surrogate pair; the step encoding would replace it"
+    for kind in ("demonstrations", "prompts"):
+        loaded = [load_rows(file, split, kind=kind) for split in ("train", "validation")]  # type: ignore[arg-type]
+        assert sum(len(of.rows) for of in loaded) == 40 and loaded[0].dropped == {reason: 1}
+
+
+@pytest.mark.parametrize("name", ["utf-16", "utf-16-be", "utf-32"])
+def test_wide_encodings_are_named(tmp_path: Path, name: str) -> None:
+    """Catches: "not UTF-8" for each row of a file that a spreadsheet wrote."""
+    file = tmp_path / "rows.jsonl"
+    mark = "\ufeff" if name.endswith("be") else ""
+    file.write_bytes((mark + '{"prompt": "a"}\n').encode(name))
+    with pytest.raises(UserError, match=f"is {name[:6].upper()}, not UTF-8; convert it: iconv"):
+        list(read_file(file))

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf.generation.chat_model import open_model
 from rlhf.generation.config import GenerationConfig
+from rlhf.generation.generate import _lines
 from rlhf.models.base import load_base
 from rlhf.models.compute import Compute
 from rlhf.models.registered import merged_model
@@ -201,3 +202,10 @@ def test_figures_of_a_check(place: list[str], call: Caller, tmp_path: Path) -> N
 def test_bad_input_is_one_line(words: list[str], message: str, place: list[str], call: Caller) -> None:
     """A traceback, or an answer to something else."""
     assert message in call(MODULE, *words, *place).complaint
+
+
+def test_a_line_of_prompts_ends_at_a_newline_only(tmp_path: Path) -> None:
+    """Catches: a prompt cut at U+2028 or a form feed, and a byte order mark in the first one."""
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\ufeffone\u2028two\x0cthree\u0085four\r\nfive\n".encode())
+    assert _lines(file) == ["one\u2028two\x0cthree\u0085four", "five"]

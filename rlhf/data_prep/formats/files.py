@@ -139,6 +139,8 @@ def read_file(file: Path, max_row_bytes: int = LONGEST_ROW) -> Iterator[Line]:
     """Yield the rows of one file; raises like `read_source`."""
     first = _identity(file)
     suffix, number = _suffix(file), 0
+    if suffix in TEXT_SUFFIXES:
+        _refuse_wide(file)
     readers = {".csv": _csv_lines, ".tsv": _csv_lines, ".parquet": _parquet_lines, ".arrow": _arrow_lines}
     read = readers.get(suffix, _json_array_lines if suffix == ".json" and _is_array(file) else _json_lines)
     try:
@@ -171,6 +173,18 @@ def _open(file: Path) -> Iterator[IO[bytes]]:
                 yield unpacked  # type: ignore[misc]
         else:
             yield raw
+
+
+def _refuse_wide(file: Path) -> None:
+    """Raise `UserError` for a file that begins with the mark of UTF-16 or UTF-32, as spreadsheets write it."""
+    with _open(file) as stream:
+        try:
+            head = stream.read(4)
+        except (EOFError, OSError, zlib.error):
+            return  # reported when it is read
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)):
+        name = "UTF-32" if head in (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE) else "UTF-16"
+        raise UserError(f"{file} is {name}, not UTF-8; convert it: iconv -f {name} -t UTF-8 {file.name} > NEW")
 
 
 def _is_array(file: Path) -> bool:

@@ -42,7 +42,7 @@ from rlhf.data_prep.prepare.staged import Staged, stage
 from rlhf.data_prep.prepare.tally import Tally
 from rlhf.data_prep.prepare.write import write_sets
 from rlhf.data_prep.ratings import by_split, clear_pairs, merge, resolve
-from rlhf.data_prep.stage_rows import BAD_LABEL
+from rlhf.data_prep.stage_rows import BAD_LABEL, check_unicode
 from rlhf.models.tokenization import TemplateRefusal
 from rlhf.run.progress import Progress
 
@@ -173,19 +173,11 @@ def _cleaned(record: Record, config: DataConfig, lengths: Lengths | None, tally:
     """Return the record after cleaning and length limits, or None: it is dropped and counted."""
     try:
         cleaned = clean(record, config, tally)
-        _check_unicode(cleaned)
+        check_unicode(cleaned)
         return lengths.limit(cleaned, tally) if lengths else cleaned
     except (Dropped, Malformed, Untrainable, TemplateRefusal) as error:
         tally.dropped("clean", str(error), record)
         return None
-
-
-def _check_unicode(record: Record) -> None:
-    try:
-        for text in (*(message["content"] for message in record.prompt), *record.responses):
-            text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise Malformed("holds half of a surrogate pair; the step encoding would replace it") from None
 
 
 def _serves(record: Record, config: DataConfig, source: int) -> int:
