@@ -22,6 +22,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from rlhf.base.errors import UserError
 from rlhf.base.json_files import decode
 from rlhf.models.messages import parts_of, template_arguments, with_parts
+from rlhf.models.template_trial import try_templates
 from rlhf.models.templates import TEMPLATES, template_text, with_date, writes_date, writing_bos
 
 Message = Mapping[str, str]
@@ -78,9 +79,12 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(folder, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(f"no tokenizer at '{folder}': {str(error).splitlines()[0]}") from error
+    if tokenizer.chat_template is not None:
+        try_templates(_templates(tokenizer).values(), f"'{folder}'")
     own_writes_bos = tokenizer.chat_template is not None and _writes_one_bos(tokenizer)
     if chat_template is not None:
         tokenizer.chat_template = template_text(chat_template)
+        try_templates([tokenizer.chat_template], chat_template)
     if tokenizer.chat_template is None:
         raise UserError(
             f"the tokenizer of '{folder}' has no chat template; give one of {sorted(TEMPLATES)} with --chat_template"

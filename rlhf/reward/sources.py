@@ -31,6 +31,7 @@ from rlhf.models.inputs import function_inputs, model_inputs
 from rlhf.models.registered import MANIFESTS
 from rlhf.models.roles import RoleModels
 from rlhf.models.sequences import Sequences
+from rlhf.models.template_trial import try_templates
 from rlhf.models.tokenization import Message, encode_prompt, encode_response, last_user_text
 from rlhf.registry import Manifest, Registry
 from rlhf.reward.functions import RewardError, ScoringFunction, checked_scores
@@ -264,6 +265,8 @@ class ClassifierReward(Kind, ModelSource):
         try:
             # Without this argument transformers asks at the terminal whether to run a model's code.
             self.tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+            if isinstance(self.tokenizer.chat_template, str):
+                try_templates([self.tokenizer.chat_template], name_or_path)
             model = AutoModelForSequenceClassification.from_pretrained(
                 name_or_path, dtype=compute.dtype, use_safetensors=True, trust_remote_code=False
             )
