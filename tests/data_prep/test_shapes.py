@@ -203,6 +203,7 @@ def test_documented_forms(
         ({"prompt": "Tea?", "response_a": "a", "response_b": "b", "winner": "tie"}, Untrainable, "no preference: a tie"),
         ({"prompt": "Tea?", "output_1": "a", "output_2": "b", "preference": 1.3}, UserError, "does not show whether output_1"),
         ({"prompt": "Tea?", "reply_x": "a", "reply_y": "b", "winner": "x"}, Malformed, "'winner' compares answers that are not"),
+        ({"prompt": "p", "answer1": "a", "answer2": "b", "answer3": "c", "label": 2}, Malformed, "a label beside 3 numbered"),
         ({"segments": [{"label": True, "text": "a"}]}, UserError, "Axolotl's input_output"),
         ({"text": "a"}, UserError, "plain text is read by python -m rlhf.stages.pretrain"),
     ],

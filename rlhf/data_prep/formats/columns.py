@@ -7,6 +7,7 @@ rating, a label, or one answer as it should be. docs/data.md lists the names.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -43,6 +44,7 @@ _PAIRS = (
 _LABELS = ("label", "kto_tag")
 #: Labels where they hold true or false, and columns of their own otherwise.
 _FLAGS = ("desirable", "is_desirable", "good", "is_good", "accepted", "thumbs_up", "preferred", "chosen")
+_NUMBERED = re.compile(r"(response|answer|output|completion)[ _-]?(\d+|[a-z])", re.IGNORECASE)
 #: Columns that compare answers under names which no reader knows.
 _VERDICTS = ("better", "winner", "preference", "preferred_response", "overall_preference")
 _TRUE, _FALSE = ("true", "1", "1.0", "good", "desirable"), ("false", "0", "0.0", "bad", "undesirable")
@@ -104,6 +106,11 @@ def _check_usable(row: Row) -> None:
         raise Untrainable(f"'{media}', which no stage can use")
     if isinstance(plain.get("completions"), list) and isinstance(plain.get("labels"), list):
         raise Malformed("'completions' with 'labels', one for each step (stepwise supervision), trains no stage here")
+    several = [name for name in plain if _NUMBERED.fullmatch(name)]
+    if len(several) > 2 and any(plain.get(name) is not None for name in _LABELS):
+        raise Malformed(
+            f"a label beside {len(several)} numbered answers: give them as 'responses' with 'ratings' or 'ranks'"
+        )
     verdict = next((name for name in plain if name.startswith(_VERDICTS) and plain[name] is not None), None)
     if verdict:
         raise Malformed(
