@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from types import TracebackType
 
+from rlhf.base import screen
 from rlhf.base.redaction import redact
 
 
@@ -27,14 +28,16 @@ def run_command(main: Callable[[], object]) -> None:
     """Run a command-line entry point and turn errors into exit codes.
 
     `UserError` and full disks print one line and exit with 2, Ctrl-C with 130, and a closed pipe (`| head`) silently
-    with 141. SIGTERM raises `SystemExit(143)`, so that `finally` blocks run. Secrets are removed from printed errors.
+    with 141. SIGTERM raises `SystemExit(143)`, so that `finally` blocks run. Secrets are removed from printed errors,
+    and control characters from all that is printed.
     """
     sys.excepthook = _print_redacted
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         try:
-            main()
+            with screen.clean_output():
+                main()
         finally:
             _flush()
     except UserError as error:
@@ -59,12 +62,13 @@ def _flush() -> None:
 
 
 def _print_error(message: str) -> int:
-    print(f"error: {redact(' '.join(message.split()))}", file=sys.stderr)
+    print(f"error: {screen.printable(redact(' '.join(message.split())))}", file=sys.stderr)
     return 2
 
 
 def _print_redacted(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    print(redact("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
+    text = redact("".join(traceback.format_exception(kind, error, trace)))
+    print(screen.printable(text), end="", file=sys.stderr)
 
 
 def require(condition: bool, message: str) -> None:

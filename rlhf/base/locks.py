@@ -54,6 +54,8 @@ def exclusive(file: Path, name: str, *, wait: float = 600.0) -> Iterator[None]:
             holder.write_text(json.dumps(_this_process()), encoding="utf-8")
         yield
     finally:
+        with contextlib.suppress(OSError):
+            holder.unlink(missing_ok=True)
         lock.release()
 
 

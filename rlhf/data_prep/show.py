@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from rlhf.base import screen
 from rlhf.base.errors import UserError, require
 from rlhf.config import option, parse_config, read_yaml
 from rlhf.data_prep.load import load_rows
@@ -44,7 +45,7 @@ def main(argv: Sequence[str]) -> None:
     """Run the command line."""
     config = parse_config(ShowConfig, _arguments(list(argv)))
     for line in show(config, colour=sys.stdout.isatty()):
-        print(line)
+        print(line, file=screen.raw(sys.stdout))  # lines hold no control characters but the colours
 
 
 def _arguments(argv: list[str]) -> list[str]:
@@ -89,16 +90,17 @@ def _show_row(tokenizer: Any, row: Any, kind: str, colour: bool) -> Iterator[str
     opening, closing = _MARKS[colour]
     if kind == "prompts":
         ids = encode_prompt(tokenizer, row["prompt"])
-        yield f"{tokenizer.decode(ids)}"
+        yield screen.printable(tokenizer.decode(ids))
         yield f"   ({len(ids)} tokens, the policy continues from here)"
         return
     answers = [row["completion"]] if kind == "demonstrations" else row["responses"]
     for number, answer in enumerate(answers):
         head, tail = check_encoding(tokenizer, row["prompt"], answer)
-        shown = f"{opening}{tokenizer.decode(tail)}{closing}"
+        before, trained = (screen.printable(tokenizer.decode(tokens)) for tokens in (head, tail))
+        shown = f"{opening}{trained}{closing}"
         if kind == "demonstrations":
-            yield f"{tokenizer.decode(head)}{shown}"
+            yield f"{before}{shown}"
             yield f"   ({len(head)} tokens of prompt without loss, {len(tail)} trained)"
         else:
-            yield f"{tokenizer.decode(head) if number == 0 else ''}{shown}"
+            yield f"{before if number == 0 else ''}{shown}"
             yield f"   (rating {row['ratings'][number]:g}; {len(head) + len(tail)} tokens are scored, at the last one)"

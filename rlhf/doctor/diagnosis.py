@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rlhf.base import screen
 from rlhf.base.cli import Parser
 from rlhf.base.errors import UserError, did_you_mean
 from rlhf.base.json_files import read_jsonl, read_object_or_none
@@ -103,11 +104,10 @@ def find_run(run: str, registry: str) -> Path:
 
 def print_diagnoses(diagnoses: Sequence[Diagnosis]) -> None:
     """Print a table of each stage's findings: check, updates, evidence, cause and remedy."""
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    console = Console()
+    console = screen.console()
     for diagnosis in diagnoses:
         if not diagnosis.findings:
             console.print(

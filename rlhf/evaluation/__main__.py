@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from rlhf.base import screen
 from rlhf.base.errors import run_command
 from rlhf.config import EvaluationConfig, parse_config
 from rlhf.evaluation.compare import run
@@ -23,10 +24,9 @@ SHOWN = {
 
 def print_evaluation(result: dict[str, Any]) -> None:
     """Print the main figures, warnings first."""
-    from rich.console import Console
     from rich.table import Column, Table
 
-    console = Console(highlight=False)
+    console = screen.console(highlight=False)
     for mark in [*result["marks"], *(f"{m['name']}: {mark}" for m in result["models"] for mark in m["marks"])]:
         console.print(f"! {mark}", markup=False)
     checks = [name for name in result["models"][0]["figures"] if name.startswith("check/")]

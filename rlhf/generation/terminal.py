@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
+from rlhf.base import screen
 from rlhf.base.errors import UserError
 from rlhf.generation.chat_model import ChatModel
 from rlhf.models.responses import Answer, single_answers
@@ -80,18 +81,20 @@ def answer_view(names: Sequence[str]) -> Iterator[Show]:
         yield from _side_by_side(names)
         return
     current: int | None = None
+    # A program gets the very text of the answers.
+    output = sys.stdout if sys.stdout.isatty() else screen.raw(sys.stdout)
 
     def show(number: int, text: str) -> None:
         nonlocal current
         if len(names) > 1 and number != current:
-            print(("\n" if current is not None else "") + f"[{names[number]}]")
+            print(("\n" if current is not None else "") + f"[{names[number]}]", file=output)
         current = number
-        print(text, end="", flush=True)
+        print(text, end="", file=output, flush=True)
 
     try:
         yield show
     finally:
-        print(flush=True)
+        print(file=output, flush=True)
 
 
 def _side_by_side(names: Sequence[str]) -> Iterator[Show]:
@@ -106,7 +109,7 @@ def _side_by_side(names: Sequence[str]) -> Iterator[Show]:
         page.add_row(*map(Text, texts))
         return page
 
-    with Live(table(), auto_refresh=False, vertical_overflow="visible") as live:
+    with Live(table(), console=screen.console(), auto_refresh=False, vertical_overflow="visible") as live:
 
         def show(number: int, text: str) -> None:
             texts[number] += text

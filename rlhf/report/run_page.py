@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf.base import screen
 from rlhf.base.errors import UserError
 from rlhf.base.json_files import finite_number, section
 from rlhf.report.card_page import card_section
@@ -82,7 +83,6 @@ def _missing(run: RunFolder) -> list[str]:
 
 def print_results(results: Results) -> None:
     """Print the closing table on the terminal: each stage beside what it is to be compared with."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title="Results", title_justify="left", caption_justify="left", show_edge=False, pad_edge=False)
@@ -93,7 +93,7 @@ def print_results(results: Results) -> None:
     seconds, memory = finite_number(results.get("total_seconds")), finite_number(results.get("peak_rss_gb"))
     total = f"{format_seconds(seconds)} in all" if seconds is not None else ""
     table.caption = ", ".join(filter(None, (total, f"{memory:.1f} GB of memory" if memory is not None else "")))
-    Console().print(table)
+    screen.console().print(table)
 
 
 def _table_rows(results: Results) -> list[tuple[str, str, str, str]]:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from rlhf.base import screen
 from rlhf.run import metrics
 
 if TYPE_CHECKING:
@@ -115,16 +116,15 @@ def view(title: str, console: Console | None = None) -> Iterator[LiveView | None
     if console is None and not is_terminal():
         yield None
         return
-    from rich.console import Console as RichConsole
     from rich.live import Live
 
     _open = LiveView(title)
     # Output that is sent to a file stays out of the terminal.
-    screen = Live(
-        _open, console=console or RichConsole(stderr=True), refresh_per_second=4, redirect_stdout=sys.stdout.isatty()
+    live = Live(
+        _open, console=console or screen.console(stderr=True), refresh_per_second=4, redirect_stdout=sys.stdout.isatty()
     )
     try:
-        with screen:
+        with live:
             yield _open
     finally:
         _open = None

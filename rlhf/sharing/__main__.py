@@ -8,8 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
+from rlhf.base import screen
 from rlhf.base.cli import Parser
 from rlhf.base.errors import run_command
 from rlhf.base.functions import load_function
@@ -106,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Command line; `verify` raises `UserError` for a broken artefact, so that the exit code is 2."""
     arguments = build_parser().parse_args(argv)
     # In a file or pipe, lines are not cut to the width of a terminal.
-    console = Console(width=None if sys.stdout.isatty() else 240, markup=False, highlight=False)
+    console = screen.console(width=None if sys.stdout.isatty() else 240, markup=False, highlight=False)
     arguments.run(Registry(arguments.registry), arguments, console)
 
 

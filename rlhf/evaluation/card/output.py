@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf.base import screen
 from rlhf.run.tracker import Tracker
 
 Card = dict[str, Any]
@@ -82,10 +83,9 @@ def accuracy_rows(card: Card) -> list[dict[str, Any]]:
 
 def print_card(card: Card) -> None:
     """Print the card, its verdict first."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
+    console = screen.console(highlight=False)
     console.print(card["verdict"], style="bold", markup=False)
     for flag in card["flags"]:
         console.print(f"! {flag['message']}", markup=False)
