@@ -12,8 +12,8 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from toys import FAMILIES, build_model
-from transformers import AutoModelForCausalLM, GraniteConfig, LlamaConfig, PreTrainedModel
+from toys import BENT, FAMILIES, build_bent, build_model
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from rlhf.base.errors import UserError
@@ -468,27 +468,20 @@ def test_cuda_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         Compute.choose(ppo_config(device="cuda"))
 
 
-def test_a_model_that_scales_its_logits_is_refused() -> None:
+@pytest.mark.parametrize("family", BENT)
+def test_logits_of_hidden_states_are_those_of_the_model(family: str) -> None:
     """Catches: log-probabilities of a distribution that the model does not sample from (Granite divides its logits)."""
-    settings: dict[str, Any] = {
-        "vocab_size": VOCAB,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "initializer_range": 0.2,
-        "pad_token_id": 0,
-    }
     compute = Compute(torch.device("cpu"), torch.float32)
-    for scaling in (1.0, 8.0):
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(GraniteConfig(**settings, logits_scaling=scaling))
-        if scaling == 1.0:
-            SharedModels(model, lora_config(ppo_config(), "CAUSAL_LM"), compute)
-        else:
-            with pytest.raises(UserError, match="changes its logits"):
-                SharedModels(model, lora_config(ppo_config(), "CAUSAL_LM"), compute)
+    model = build_bent(family, VOCAB)
+    ids = torch.arange(5, 21).view(2, 8)
+    expected = model(input_ids=ids).logits
+    models = SharedModels(model, lora_config(ppo_config(), "CAUSAL_LM"), compute)
+    states = models.hidden(ids, torch.ones_like(ids))
+    torch.testing.assert_close(
+        models.logits(states[:, 3:].flatten(0, 1)), expected[:, 3:].flatten(0, 1), rtol=0, atol=1e-5
+    )
+    (gradient,) = torch.autograd.grad(models.logits(states[0]).square().sum(), states)
+    assert bool(gradient[0].any()) and not bool(gradient[1].any())
 
 
 # ---- quantised bases ------------------------------------------------------------------------------------------------

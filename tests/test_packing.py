@@ -9,7 +9,7 @@ import torch
 from toys import FAMILIES, build_model
 
 from rlhf.models import packing
-from rlhf.models.heads import backbone
+from rlhf.models.anatomy import backbone
 from rlhf.models.packing import common_prefix, pack_rows
 from rlhf.models.sequences import prompt_batches
 

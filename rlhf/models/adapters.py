@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -23,7 +23,9 @@ from rlhf.base import storage
 from rlhf.base.errors import UserError
 from rlhf.base.json_files import read_object
 from rlhf.config import StageConfig
+from rlhf.models.anatomy import anatomy
 from rlhf.models.compute import Compute
+from rlhf.models.heads import ScalarHead
 
 ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -57,6 +59,92 @@ def lora_config(
     )
 
 
+def fitted(model: PreTrainedModel, config: LoraConfig) -> LoraConfig:
+    """Return the config of an adapter on all linear layers with what a causal model needs besides.
+
+    Fused experts are parameters of three dimensions, which peft adapts by name. Linear layers after the backbone, and those
+    whose weights are read without calling the layer, get no adapter.
+
+    Raises:
+        UserError: the model has fused experts, and the config has what peft cannot give them.
+    """
+    if config.target_modules != "all-linear":
+        return config
+    experts = fused_experts(model)
+    for option, value in (("lora_dropout", config.lora_dropout), ("use_dora", config.use_dora)):
+        if experts and value:
+            raise UserError(
+                f"the experts of {type(model).__name__} are fused, and peft adapts those without {option}; leave it out"
+            )
+    trunk, output = f"{anatomy(model).trunk}.", model.get_output_embeddings()
+    after = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and module is not output
+        and not name.startswith(trunk)
+        and ".lora_" not in name
+    }
+    config = copy.copy(config)
+    excluded = after | anatomy(model).unused
+    if experts:
+        config.target_parameters = sorted({_target_name(name) for name in experts})
+        excluded |= _lost_by_peft(model, config)
+    if excluded:
+        config.exclude_modules = sorted({".".join(name.split(".")[-2:]) for name in excluded})
+    return config
+
+
+def _lost_by_peft(model: PreTrainedModel, config: LoraConfig) -> set[str]:
+    """Return the layers whose adapters peft saves but does not load: it renames layers that are called like old experts."""
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        twin: Any = get_peft_model(cast(Any, type(model))(copy.deepcopy(model.config)), copy.deepcopy(config))
+    state = get_peft_model_state_dict(twin, save_embedding_layers=False)
+    missing = cast(Any, set_peft_model_state_dict(twin, state)).missing_keys
+    return {key.removeprefix("base_model.model.").partition(".lora_")[0] for key in missing if ".lora_" in key}
+
+
+def fused_experts(model: PreTrainedModel) -> list[str]:
+    """Return the names of parameters that hold the weights of all experts of a layer, (experts, ..., ...)."""
+    settings = vars(model.config.get_text_config())
+    counts = {value for name, value in settings.items() if "expert" in name and type(value) is int}
+    return [
+        f"{name}.{own}"
+        for name, module in model.named_modules()
+        if not type(module).__module__.startswith("torch.") and not isinstance(module, LoraLayer)
+        for own, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3 and len(parameter) in counts and min(parameter.shape) > 1
+    ]
+
+
+def matrices_without_adapter(model: nn.Module) -> list[str]:
+    """Return the names of the weight matrices without an adapter, numbers as `*`; embeddings and heads are not meant."""
+    adapted = {id(adapted_weight(layer)) for layer in lora_layers(model).values()}
+    outputs = {id(m.get_output_embeddings()) for m in model.modules() if isinstance(m, PreTrainedModel)}
+    names = dict[str, None]()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding | ScalarHead) or id(module) in outputs or ".lora_" in name:
+            continue
+        for own, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() > 1 and id(parameter) not in adapted:
+                shown = re.sub(r"^(peft\.)?base_model\.model\.|\.base_layer", "", f"{name}.{own}")
+                names[re.sub(r"\.\d+\.", ".*.", shown)] = None
+    return list(names)
+
+
+def _target_name(name: str) -> str:
+    """Return the end of a parameter's name by which peft finds it: one word, as peft names them itself, if it tells enough."""
+    words = name.split(".")
+    return words[-1] if words[-1] != "weight" else ".".join(words[-2:])
+
+
+def adapted_weight(layer: LoraLayer) -> nn.Parameter:
+    """Return the weight of the base that an adapter is added to."""
+    if isinstance(layer, ParamWrapper):
+        return cast(nn.Parameter, layer.get_param())
+    return cast(nn.Parameter, layer.get_base_layer().weight)
+
+
 def token_rows(model: PreTrainedModel, tokens: Sequence[int]) -> dict[str, list[int]]:
     """Return the tokens' rows by name of embedding layer; an output layer counts if its weights are its own.
 
@@ -85,15 +173,23 @@ def with_adapter(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
         for name, parameter in adapted.named_parameters():
             if "trainable_tokens_delta" in name:  # peft leaves only these in the base's type
                 parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+            if ".modules_to_save." in name and ".score." not in name:  # any `classifier`, as some routers are called
+                parameter.requires_grad_(False)
         return cast(PeftModel, adapted)
     except ValueError as error:
-        raise UserError(
-            f"lora_target_modules {config.target_modules} are not in {type(model).__name__}; use all-linear, or its layer names"
-        ) from error
+        raise UserError(f"{type(model).__name__} cannot have the adapter: {str(error).splitlines()[0]}") from error
 
 
 def _is_names(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) and _LAYER_NAME.fullmatch(name) for name in value)
+
+
+def _is_sizes_by_parameter(value: Any) -> bool:
+    """Return True for sizes by the patterns that peft makes of the names of fused experts, and for none."""
+    names = [key.removeprefix(r".*\.") for key in value] if isinstance(value, dict) else None
+    return value is None or (
+        _is_names(names) and all(type(size) in (int, float) and size > 0 for size in value.values())
+    )
 
 
 def _is_rows(value: Any) -> bool:
@@ -112,6 +208,9 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     "lora_dropout": lambda value: type(value) in (int, float) and 0 <= value < 1,
     "target_modules": lambda value: value == "all-linear" or _is_names(value),
     "target_parameters": lambda value: value is None or _is_names(value),
+    "exclude_modules": lambda value: value is None or _is_names(value),
+    "rank_pattern": lambda value: _is_sizes_by_parameter(value),
+    "alpha_pattern": lambda value: _is_sizes_by_parameter(value),
     "modules_to_save": lambda value: value is None or _is_names(value),
     "trainable_token_indices": lambda value: value is None or _is_rows(value) or _is_rows_by_name(value),
     "fan_in_fan_out": lambda value: type(value) is bool,
@@ -200,6 +299,9 @@ def save_adapter(model: PeftModel, folder: Path, *, adapter: str, base_model: st
     """
     # By default peft saves both whole embeddings wherever the vocabulary is not the base model's.
     state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    for name, parameter in model.named_parameters():  # peft leaves out layers that are called as another adapter
+        if match := re.fullmatch(rf"(.*\.lora_[AB])\.{adapter}\.weight", name):
+            state.setdefault(f"{match[1]}.weight", parameter)
     save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, folder / ADAPTER_FILE)
     config: Any = model.peft_config[adapter]
     saved = copy.copy(config)
@@ -228,7 +330,7 @@ def added_to_base(layers: Sequence[LoraLayer], adapter: str) -> Iterator[None]:
     originals: list[tuple[nn.Parameter, Tensor]] = []
     try:
         for layer in layers:
-            weight = cast(nn.Parameter, layer.get_base_layer().weight)
+            weight = adapted_weight(layer)
             delta = cast(Any, layer).get_delta_weight(adapter)
             originals.append((weight, weight.data))
             weight.data = (weight.data + delta).to(weight.dtype)

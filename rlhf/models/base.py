@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, P
 from rlhf.base.errors import UserError
 from rlhf.config import ComputeConfig
 from rlhf.models.adapters import attach_adapter, read_adapter_config
+from rlhf.models.anatomy import anatomy
 from rlhf.models.catalogue import resolve_model
 from rlhf.models.compute import Compute
 from rlhf.models.inputs import require_same_base
@@ -22,6 +24,9 @@ from rlhf.models.packing import pack_rows
 from rlhf.models.tokenization import load_tokenizer
 from rlhf.models.vocabulary import fit_embeddings
 from rlhf.registry import Artifact
+
+#: Classes of models for which the notice of eager attention was printed.
+_EAGER: set[type] = set()
 
 
 def load_base(
@@ -40,16 +45,17 @@ def load_base(
     Raises:
         UserError: the model cannot be loaded.
     """
+    load = partial(
+        AutoModelForCausalLM.from_pretrained,
+        resolve_model(name_or_path, config.registry),
+        revision=revision,
+        dtype=compute.dtype,
+        quantization_config=_quantization(config, compute),
+        trust_remote_code=trust_remote_code,
+        use_safetensors=True,  # a pickle can run code
+    )
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            resolve_model(name_or_path, config.registry),
-            revision=revision,
-            dtype=compute.dtype,
-            attn_implementation="sdpa" if config.attn_implementation == "auto" else config.attn_implementation,
-            quantization_config=_quantization(config, compute),
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,  # a pickle can run code
-        )
+        model = load_with_attention(load, config)
     except (OSError, ValueError) as error:
         allow = "; if you have read it and trust it: --trust_remote_code true" if "custom code" in str(error) else ""
         raise UserError(f"cannot load the model '{name_or_path}': {str(error).splitlines()[0]}{allow}") from error
@@ -58,10 +64,30 @@ def load_base(
             # bitsandbytes would repack 4-bit weights for a CPU kernel that has no backward pass: gradients silently wrong.
             cast(Any, module).support_avx512bf16_for_cpu = False
     model.config.use_cache = True
+    model.config.get_text_config().output_router_logits = False  # no stage has a loss on them
     if config.quantization == "none":
         cast(nn.Module, model).to(compute.device)
+    anatomy(model)  # raises now for a model that would train wrongly
     if config.attn_implementation == "auto" and not pack_rows(model):
         print(f"{type(model).__name__} cannot be packed: padding and shared prefixes of prompts cost time")
+    return model
+
+
+def load_with_attention(load: Callable[..., PreTrainedModel], config: ComputeConfig) -> PreTrainedModel:
+    """Return what `load(attn_implementation=...)` returns; `auto` is sdpa, or eager for models that have no other."""
+    if config.attn_implementation != "auto":
+        return load(attn_implementation=config.attn_implementation)
+    try:
+        return load(attn_implementation="sdpa")
+    except ValueError as error:
+        if "scaled_dot_product_attention" not in str(error):
+            raise
+    model = load(attn_implementation="eager")
+    if type(model) not in _EAGER:
+        _EAGER.add(type(model))
+        print(
+            f"{type(model).__name__} has no sdpa attention: it is computed eagerly, which takes more memory", flush=True
+        )
     return model
 
 

@@ -64,6 +64,11 @@ def resolve_model(name_or_path: str, registry: str | Path = "registry") -> str:
     return str(base_model(name_or_path)) if name_or_path.startswith(MODEL_PREFIX) else name_or_path
 
 
+def recorded_name(name_or_path: str) -> str:
+    """Return the name by which later stages find a model from any folder: absolute for a folder, others unchanged."""
+    return str(Path(name_or_path).absolute()) if Path(name_or_path).is_dir() else name_or_path
+
+
 def base_model(name: str) -> Path:
     """Return the transformers folder of a base model from PyPI, e.g. `pypi:smollm2-135m-instruct`.
 

@@ -17,7 +17,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from rlhf.models.heads import backbone
+from rlhf.models.anatomy import backbone, head, hidden_states, probe_ids, same_numbers, takes
 from rlhf.models.packing import common_prefix
 
 #: The width of a static cache is a multiple of this many tokens.
@@ -26,35 +26,66 @@ _WIDTH_STEP = 64
 _ORDERED_AT_MOST = 2_000_000_000
 
 
-def last_logits(
-    model: PreTrainedModel, input_ids: Tensor, attention: Tensor, position_ids: Tensor, cache: Any
-) -> Tensor:
+#: A backbone, and the head that maps its states to logits.
+Parts = tuple[Callable[..., Any], Callable[[Tensor], Tensor]]
+
+
+def parts(model: PreTrainedModel) -> Parts:
+    """Return the model's backbone and head, to be called with the arguments of `last_logits`."""
+    trunk: Any = backbone(model)
+    if takes(trunk, "position_ids"):
+        return trunk, head(model)
+    return lambda position_ids, **arguments: trunk(**arguments), head(model)
+
+
+def last_logits(model: Parts, input_ids: Tensor, attention: Tensor, position_ids: Tensor, cache: Any) -> Tensor:
     """Return next-token logits (B, V) after the last column, and append all columns to the cache."""
-    hidden = backbone(model)(
+    trunk, to_logits = model
+    hidden = trunk(
         input_ids=input_ids, attention_mask=attention, position_ids=position_ids, past_key_values=cache, use_cache=True
     ).last_hidden_state
     # Flat: from a strided slice the head's product would copy the embedding matrix for every row.
-    return model.get_output_embeddings()(hidden[:, -1].contiguous())
+    return to_logits(hidden[:, -1].contiguous())
 
 
-def prefill(model: PreTrainedModel, prompts: Tensor, mask: Tensor, cache: DynamicCache) -> tuple[Tensor, Tensor]:
+@torch.no_grad()
+def cache_is_sound(model: PreTrainedModel, *, share: bool) -> bool:
+    """Return True if logits over a cache, after left padding, equal those of a plain pass; `share` as in `prefill`."""
+    ids, cache = probe_ids(model, 2, 8), DynamicCache(config=model.config)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[0, :3] = False
+    ids[1, :2] = ids[0, 3:5]  # a shared prefix: padding then stands between it and what follows
+    expected = head(model)(hidden_states(model, ids, mask)[:, -1])
+    try:
+        _, attention = prefill(model, ids[:, :-1], mask[:, :-1], cache, share=share)
+        attention = nn.functional.pad(attention, (0, 1), value=1)
+        logits = last_logits(parts(model), ids[:, -1:], attention, mask.sum(dim=1, keepdim=True) - 1, cache)
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):
+        return False
+    return same_numbers(model, logits, expected)
+
+
+def prefill(
+    model: PreTrainedModel, prompts: Tensor, mask: Tensor, cache: DynamicCache, *, share: bool
+) -> tuple[Tensor, Tensor]:
     """Fill the cache with the prompts; return their logits (B, V), and the mask (B, columns) of the cache.
 
-    A prefix that all prompts share is computed once, and so is a prompt that gets several responses.
+    A prompt that gets several responses is computed once, and so is a prefix that all prompts `share`. Padding then stands
+    between it and shorter prompts' remainders, which spoils distances that are counted in columns of the cache.
     """
-    first, copy_of = _distinct(prompts, mask)
+    whole, (first, copy_of) = parts(model), _distinct(prompts, mask)
     prompts, mask = prompts[first], mask[first]
-    shared, positions = common_prefix(prompts, mask), mask.long().cumsum(dim=1) - 1
+    shared, positions = common_prefix(prompts, mask) if share else 0, mask.long().cumsum(dim=1) - 1
     rest = mask & (positions >= shared)
     if shared:
         prefix = prompts[0][mask[0]][:shared][None]
-        last_logits(model, prefix, torch.ones_like(prefix), torch.arange(shared, device=mask.device)[None], cache)
+        last_logits(whole, prefix, torch.ones_like(prefix), torch.arange(shared, device=mask.device)[None], cache)
         cache.batch_repeat_interleave(len(prompts))
         # Prompts end in the last column, and so do their remainders.
         width = int(rest.sum(dim=1).max())
         prompts, rest, positions = prompts[:, -width:], rest[:, -width:], positions[:, -width:]
     attention = torch.cat([rest.new_ones(len(prompts), shared), rest], dim=1).long()
-    logits = last_logits(model, prompts, attention, positions.clamp_min(0), cache)
+    logits = last_logits(whole, prompts, attention, positions.clamp_min(0), cache)
     if len(first) < len(copy_of):
         cache.batch_select_indices(copy_of)
     return logits[copy_of], attention[copy_of]

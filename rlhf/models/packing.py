@@ -20,9 +20,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.masking_utils import sdpa_mask
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from rlhf.models.heads import backbone
+from rlhf.models.anatomy import as_output, backbone, probe_ids, run_backbone, takes
 
 #: Name of this attention among transformers' implementations.
 PACKED = "packed"
@@ -104,18 +103,20 @@ def pack_rows(model: PreTrainedModel) -> bool:
     (attention that is not of transformers' interface, or more than a masked softmax).
     """
     trunk: Any = backbone(model)
-    if not hasattr(trunk, "_forward_padded"):
-        trunk._forward_padded = trunk.forward
-        trunk.forward = types.MethodType(_forward, trunk)
     library = model.config._attn_implementation
     if library == PACKED:
         return True
-    model.set_attn_implementation("eager")
-    expected = _probe(model)
+    if not takes(trunk, "position_ids"):
+        return False
+    if not hasattr(trunk, "_forward_padded"):
+        trunk._forward_padded = trunk.forward
+        trunk.forward = types.MethodType(_forward, trunk)
     try:
+        model.set_attn_implementation("eager")
+        expected = _probe(model)
         model.set_attn_implementation(PACKED)
         error = (_probe(model) - expected).norm() / expected.norm()
-    except (TypeError, ValueError, RuntimeError, NotImplementedError):
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError):
         error = torch.tensor(torch.inf)
     fits = bool(error < (0.05 if model.dtype == torch.bfloat16 else 1e-3))
     if not fits:
@@ -126,14 +127,11 @@ def pack_rows(model: PreTrainedModel) -> bool:
 @torch.no_grad()
 def _probe(model: PreTrainedModel) -> Tensor:
     """Return hidden states of the real tokens of two short rows that share a prefix."""
-    vocabulary = int(model.config.get_text_config().vocab_size)
-    # From the middle of the vocabulary: special tokens at its ends have activations that bf16 rounds badly.
-    ids = torch.linspace(0.25, 0.75, 14, device=model.device).mul(vocabulary).long().view(2, 7)
+    ids = probe_ids(model, 2, 7)
     ids[1, :4] = ids[0, :4]
     mask = torch.ones_like(ids)
     mask[1, 6] = 0
-    output = backbone(model)(input_ids=ids, attention_mask=mask, use_cache=False)
-    return output.last_hidden_state[mask.bool()].float()
+    return run_backbone(model, ids, mask)[mask.bool()].float()
 
 
 def _forward(
@@ -167,7 +165,7 @@ def _forward(
         layout=layout,
     ).last_hidden_state[0]
     padded = hidden[layout.target.flatten()].view(*input_ids.shape, -1)
-    return BaseModelOutputWithPast(last_hidden_state=padded)
+    return as_output(padded)
 
 
 def packed_attention(

@@ -20,7 +20,7 @@ MANIFESTS = "rlhf_manifests.json"
 def merged_model(registry: Registry, artifact: Artifact) -> PreTrainedModel:
     """Load an artefact as one plain model in float32 on the CPU: causal, or with a score head."""
     compute = Compute(torch.device("cpu"), torch.float32)
-    config = ComputeConfig(registry=str(registry.root), device="cpu", dtype="float32", attn_implementation="sdpa")
+    config = ComputeConfig(registry=str(registry.root), device="cpu", dtype="float32", attn_implementation="eager")
     if artifact.stage != "reward":
         return causal_model(registry, artifact, config, compute)
     pad = artifact.manifest.pad_token_id

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,16 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import PreTrainedModel
 
 from rlhf.base.errors import UserError
 from rlhf.config import ComputeConfig, RewardConfig
-from rlhf.models.adapters import ADAPTER_FILE, attach_adapter, lora_config, save_adapter, with_adapter
-from rlhf.models.base import load_policy
+from rlhf.models.adapters import ADAPTER_FILE, attach_adapter, fitted, lora_config, save_adapter, with_adapter
+from rlhf.models.anatomy import anatomy, train_all
+from rlhf.models.base import load_policy, load_with_attention
+from rlhf.models.classifiers import fresh_classifier, open_classifier
 from rlhf.models.compute import Compute
-from rlhf.models.heads import ScalarHead, backbone
+from rlhf.models.heads import ScalarHead
 from rlhf.models.packing import pack_rows
 from rlhf.registry import Artifact
 
@@ -32,10 +35,10 @@ def sequence_classifier(causal: PreTrainedModel, pad_token_id: int, *, seed: int
         k: v for k, v in causal.config.to_dict().items() if k not in ("quantization_config", "id2label", "label2id")
     }
     config = type(causal.config).from_dict({**settings, "num_labels": 1, "pad_token_id": pad_token_id})
-    with torch.device("meta"):
-        classifier = AutoModelForSequenceClassification.from_config(config)
-    setattr(classifier, classifier.base_model_prefix, backbone(causal))
-    width = classifier.score.in_features
+    width = anatomy(causal).width
+    classifier = fresh_classifier(config, causal)
+    trunk = anatomy(causal).trunk.partition(".")[0]
+    setattr(classifier, trunk, getattr(causal, trunk))
     head = ScalarHead(width, bias=False, dtype=torch.promote_types(causal.dtype, torch.float32))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -54,9 +57,9 @@ def trainable_reward_model(
     """
     if config.finetuning == "lora":
         classifier = sequence_classifier(base, pad_token_id, seed=config.seed)
-        return with_adapter(classifier, lora_config(config, "SEQ_CLS"))
+        return with_adapter(classifier, fitted(base, lora_config(config, "SEQ_CLS")))
     whole: Any = nn.Module.to(base, torch.promote_types(base.dtype, torch.float32))
-    return sequence_classifier(whole, pad_token_id, seed=config.seed).requires_grad_(True)
+    return train_all(sequence_classifier(whole, pad_token_id, seed=config.seed), anatomy(base))
 
 
 def save_reward_model(model: PreTrainedModel | PeftModel, folder: Path, *, base_model: str) -> None:
@@ -84,11 +87,8 @@ def load_reward_model(
 
 def _load_whole_reward_model(folder: Path, config: ComputeConfig, compute: Compute) -> PreTrainedModel:
     dtype = torch.promote_types(compute.dtype, torch.float32)
-    attention = "sdpa" if config.attn_implementation == "auto" else config.attn_implementation
     try:
-        model: Any = AutoModelForSequenceClassification.from_pretrained(
-            folder, dtype=dtype, attn_implementation=attention, use_safetensors=True, trust_remote_code=False
-        )
+        model: Any = load_with_attention(partial(open_classifier, folder, dtype=dtype), config)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load the reward model in {folder}: {str(error).splitlines()[0]}") from error
     head = ScalarHead(model.score.in_features, bias=False, dtype=dtype)
@@ -110,4 +110,5 @@ def read_reward_adapter(folder: Path) -> tuple[dict[str, Tensor], Tensor]:
     if _SCORE_KEY not in state:
         raise UserError(f"{folder} holds no score head ({_SCORE_KEY}); train the reward model again")
     head = state.pop(_SCORE_KEY)
-    return state, head
+    # peft also keeps a copy of whatever is called `classifier`, which is frozen here: some routers are.
+    return {name: tensor for name, tensor in state.items() if ".classifier." not in name or ".lora_" in name}, head

@@ -27,12 +27,14 @@ from rlhf.models.adapters import (
     ADAPTER_FILE,
     added_to_base,
     direct_casting,
+    fitted,
     lora_layers,
     read_adapter_config,
     save_adapter,
 )
+from rlhf.models.anatomy import anatomy, head, hidden_states
 from rlhf.models.compute import Compute
-from rlhf.models.heads import ScalarHead, backbone, check_plain_head
+from rlhf.models.heads import ScalarHead
 from rlhf.models.reward_model import read_reward_adapter
 
 Role = Literal["policy", "value", "reward", "reference"]
@@ -47,9 +49,8 @@ class RoleModels(nn.Module, abc.ABC):
 
     def __init__(self, base: PreTrainedModel, compute: Compute, *, shared_trunk: bool) -> None:
         super().__init__()
-        check_plain_head(base)
         self.compute, self.shared_trunk = compute, shared_trunk
-        width, head_dtype = base.config.hidden_size, torch.promote_types(compute.dtype, torch.float32)
+        width, head_dtype = anatomy(base).width, torch.promote_types(compute.dtype, torch.float32)
         self.reward_head = ScalarHead(width, bias=False, dtype=head_dtype).requires_grad_(False)
         self.value_head = ScalarHead(width, bias=True, dtype=head_dtype)
         self.reward_mean, self.reward_std = 0.0, 1.0
@@ -151,17 +152,13 @@ class RoleModels(nn.Module, abc.ABC):
 
     def hidden(self, input_ids: Tensor, mask: Tensor) -> Tensor:
         """Return the current role's last hidden states (B, T, d); positions count real tokens only."""
-        position_ids = (mask.long().cumsum(dim=1) - 1).clamp_min(0)
         with self.compute.autocast(), direct_casting(self, self.compute):
-            output = backbone(self.causal)(
-                input_ids=input_ids, attention_mask=mask.long(), position_ids=position_ids, use_cache=False
-            )
-        return output.last_hidden_state
+            return hidden_states(self.causal, input_ids, mask)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return next-token logits (N, V) of hidden states (N, d): flat, so that the product copies nothing."""
         with self.compute.autocast():
-            return self.causal.get_output_embeddings()(hidden)
+            return head(self.causal)(hidden)
 
     def values(self, hidden: Tensor) -> Tensor:
         """Return values (N,) of hidden states (N, d), in fp32 or better."""
@@ -191,7 +188,7 @@ class SharedModels(RoleModels):
         super().__init__(base, compute, shared_trunk=shared_trunk)
         self.offload = offload
         base.requires_grad_(False)
-        self.peft = cast(PeftModel, get_peft_model(base, policy, adapter_name="policy"))
+        self.peft = cast(PeftModel, get_peft_model(base, fitted(base, policy), adapter_name="policy"))
         if not offload:
             self.to(compute.device)
         self._disable_dropout()
@@ -240,6 +237,10 @@ class SharedModels(RoleModels):
                 r=saved.r,
                 lora_alpha=saved.lora_alpha,
                 target_modules=saved.target_modules,
+                target_parameters=saved.target_parameters,
+                exclude_modules=saved.exclude_modules,
+                rank_pattern=saved.rank_pattern,
+                alpha_pattern=saved.alpha_pattern,
                 use_rslora=saved.use_rslora,
                 use_dora=saved.use_dora,
                 task_type="CAUSAL_LM",
@@ -252,7 +253,7 @@ class SharedModels(RoleModels):
         return head
 
     def _add_fresh_value_trunk(self, config: LoraConfig) -> None:
-        self.peft.add_adapter("value", copy.deepcopy(config))
+        self.peft.add_adapter("value", fitted(self.causal, copy.deepcopy(config)))
 
     def merged_reward(self) -> PreTrainedModel:
         """Return the base with the reward adapter merged in. These models cannot be used afterwards."""
@@ -315,7 +316,7 @@ def _set_adapter(peft: PeftModel, adapter: str, state: dict[str, Tensor], folder
         result: Any = set_peft_model_state_dict(peft, state, adapter_name=adapter)
     except (ValueError, RuntimeError) as error:
         raise other_model(folder, error) from error
-    wrong = [*result.unexpected_keys, *(key for key in result.missing_keys if f".{adapter}." in key)]
+    wrong = [*result.unexpected_keys, *(key for key in result.missing_keys if _is_adapter(key, adapter))]
     if wrong:
         raise UserError(f"{folder} was made for another model: {wrong[0]} is on one side only")
 

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, cast
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +31,17 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
-from rlhf.models.decoding import compiled_step, last_logits, ordered_weights, prefill, static_cache
-from rlhf.models.heads import has_plain_head
+from rlhf.models.anatomy import anatomy, probe_ids, same_numbers
+from rlhf.models.decoding import (
+    cache_is_sound,
+    cache_layers,
+    compiled_step,
+    last_logits,
+    ordered_weights,
+    parts,
+    prefill,
+    static_cache,
+)
 
 #: How responses are computed: `loop`, with a growing cache; `compiled`, with a static cache and torch.compile (CUDA
 #: graphs on a GPU); transformers' `generate`; `auto` is `loop`, or `generate` where the loop does not fit the model.
@@ -48,6 +57,9 @@ _CHECK_EVERY = {"cpu": 1, "cuda": 8}
 _SMALLEST_SHARE = 8
 #: Models for which the notice of `generate` was printed.
 _NOTIFIED: WeakSet[PreTrainedModel] = WeakSet()
+#: Results of `cache_is_sound` and of `_generates_over_cache`.
+_SOUND_CACHE: WeakKeyDictionary[PreTrainedModel, dict[bool, bool]] = WeakKeyDictionary()
+_SOUND_GENERATE: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,9 +199,11 @@ def _loop(
     """Sample token by token over the model's cache; finished rows leave the batch."""
     device, check_every = prompts.device, _CHECK_EVERY.get(prompts.device.type, 8)
     cache: Any = DynamicCache(config=model.config)
-    logits, attention = prefill(model, prompts, prompt_mask, cache)  # not compiled: each batch has a width of its own
+    share = _shares_prefix(model, cache, prompts.shape[1] + buffer.length)
+    # Not compiled: each batch has a width of its own.
+    logits, attention = prefill(model, prompts, prompt_mask, cache, share=share)
     column = attention.shape[1]  # of the next token in the cache
-    step: Callable[..., Tensor] = last_logits
+    whole, step = parts(model), cast(Callable[..., Tensor], last_logits)
     width, static, smallest = column + buffer.length, None, None
     if compiled:
         step, smallest = compiled_step(), max(len(prompts) // _SMALLEST_SHARE, 1)
@@ -215,7 +229,7 @@ def _loop(
         attention[:, column] = 1
         column += 1
         seen = attention if compiled else attention[:, :column]
-        logits = step(model, tokens[:, None], seen, position, cache)
+        logits = step(whole, tokens[:, None], seen, position, cache)
         position = position + 1
 
 
@@ -242,8 +256,8 @@ def _best_sampler(model: PreTrainedModel) -> Literal["loop", "generate"]:
     if model not in _NOTIFIED:
         _NOTIFIED.add(model)
         print(
-            f"{type(model).__name__} keeps more than keys and values of its tokens, or changes its logits after the output "
-            "embedding: it is sampled through transformers' generate, which is slower",
+            f"{type(model).__name__} keeps more than keys and values of its tokens: it is sampled through transformers' "
+            "generate, which is slower",
             file=sys.stderr,  # standard output is for answers
             flush=True,
         )
@@ -253,52 +267,93 @@ def _best_sampler(model: PreTrainedModel) -> Literal["loop", "generate"]:
 def fits_loop(model: PreTrainedModel, *, compiled: bool = False) -> bool:
     """Return True if the loop can sample from the model.
 
-    It needs a cache of plain keys and values, one entry a token, and logits that are just the head's of the last hidden
-    states. Compiled, keys and values also have to keep their places: no sliding window.
+    It needs a cache of plain keys and values, one entry a token, with which logits are those of a plain pass. Compiled, the
+    head has to be a plain product, and keys and values have to keep their places: no sliding window.
     """
-    if model._is_stateful or not hasattr(model, model.base_model_prefix):
+    if model._is_stateful or (compiled and not anatomy(model).plain_head):
         return False
     layers = DynamicCache(config=model.config).layers
     plain = all(isinstance(layer, DynamicLayer) and not (compiled and layer.is_sliding) for layer in layers)
-    return plain and has_plain_head(model)
+    return plain and (_sound_cache(model, share=True) or _sound_cache(model, share=False))
+
+
+def _sound_cache(model: PreTrainedModel, *, share: bool) -> bool:
+    known = _SOUND_CACHE.setdefault(model, {})
+    if share not in known:
+        known[share] = anatomy(model).reads_padding and cache_is_sound(model, share=share)
+    return known[share]
+
+
+def _shares_prefix(model: PreTrainedModel, cache: DynamicCache, width: int) -> bool:
+    """Return True if a shared prefix may be computed once: windows, too, are counted in columns of the cache."""
+    windows = [layer.sliding_window for layer in cache_layers(cache) if layer.is_sliding]
+    return _sound_cache(model, share=True) and all(width <= window for window in windows)
 
 
 def _generate(model: PreTrainedModel, prompts: Tensor, prompt_mask: Tensor, buffer: ResponseBuffer) -> None:
-    """Sample through transformers' `generate`, which works for any causal model and is slower."""
-    own = model.generation_config
+    """Sample through transformers' `generate`, which works for any causal model and is slower.
+
+    Prompts of one length are sampled together where the model does not read padding rightly.
+    """
+    own, lengths = model.generation_config, prompt_mask.sum(dim=1)
     # Whatever a call leaves open comes from the model's own generation config, which may cut or bend the distribution.
     model.generation_config = GenerationConfig()
     try:
-        cast(Any, model).generate(
-            inputs=prompts,
-            attention_mask=prompt_mask.long(),
-            generation_config=GenerationConfig(
-                max_new_tokens=buffer.length, do_sample=False, pad_token_id=buffer.pad_token_id
-            ),
-            logits_processor=LogitsProcessorList([_BufferTokens(buffer, prompts.shape[1])]),
-            stopping_criteria=StoppingCriteriaList([_AllStopped(buffer)]),
-        )
+        use_cache = _generates_over_cache(model)
+        for length in [None] if anatomy(model).reads_padding else lengths.unique().tolist():
+            rows = (
+                torch.arange(len(prompts), device=prompts.device)
+                if length is None
+                else (lengths == length).nonzero()[:, 0]
+            )
+            ids = prompts[rows, prompts.shape[1] - length :] if length else prompts
+            cast(Any, model).generate(
+                inputs=ids,
+                attention_mask=torch.ones_like(ids) if length else prompt_mask.long(),
+                generation_config=GenerationConfig(
+                    max_new_tokens=buffer.length, do_sample=False, pad_token_id=buffer.pad_token_id, use_cache=use_cache
+                ),
+                logits_processor=LogitsProcessorList([_BufferTokens(buffer, rows, ids.shape[1])]),
+                stopping_criteria=StoppingCriteriaList([_AllStopped(buffer, rows)]),
+            )
     finally:
         model.generation_config = own
+
+
+def _generates_over_cache(model: PreTrainedModel) -> bool:
+    """Return True if `generate`'s logits over its cache are those of a plain pass."""
+    if model not in _SOUND_GENERATE:
+        ids = probe_ids(model, 1, 5)
+        settings = GenerationConfig(
+            max_new_tokens=3, do_sample=False, pad_token_id=0, output_logits=True, return_dict_in_generate=True
+        )
+        try:
+            output = cast(Any, model).generate(
+                inputs=ids, attention_mask=torch.ones_like(ids), generation_config=settings
+            )
+            expected = model(input_ids=output.sequences[:, :-1], use_cache=False).logits[:, -3:]
+            _SOUND_GENERATE[model] = same_numbers(model, torch.stack(output.logits, dim=1), expected)
+        except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):
+            _SOUND_GENERATE[model] = False
+    return _SOUND_GENERATE[model]
 
 
 class _BufferTokens(LogitsProcessor):
     """Leaves `generate`'s greedy search one token to choose: the one that the buffer draws."""
 
-    def __init__(self, buffer: ResponseBuffer, prompt_length: int) -> None:
-        self.buffer, self.prompt_length = buffer, prompt_length
+    def __init__(self, buffer: ResponseBuffer, rows: Tensor, prompt_length: int) -> None:
+        self.buffer, self.rows, self.prompt_length = buffer, rows, prompt_length
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
-        rows = torch.arange(len(input_ids), device=input_ids.device)
-        tokens = self.buffer.draw(input_ids.shape[1] - self.prompt_length, scores, rows)
+        tokens = self.buffer.draw(input_ids.shape[1] - self.prompt_length, scores, self.rows)
         return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)
 
 
 class _AllStopped(StoppingCriteria):
     """Ends `generate` once all responses have ended."""
 
-    def __init__(self, buffer: ResponseBuffer) -> None:
-        self.buffer = buffer
+    def __init__(self, buffer: ResponseBuffer, rows: Tensor) -> None:
+        self.buffer, self.rows = buffer, rows
 
     def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
-        return self.buffer.stopped
+        return self.buffer.stopped[self.rows]

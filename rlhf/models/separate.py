@@ -15,11 +15,12 @@ from typing import Any, cast
 import torch
 from peft import LoraConfig
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import PreTrainedModel
 
 from rlhf.models.adapters import ADAPTER_FILE
+from rlhf.models.anatomy import anatomy, train_all
+from rlhf.models.classifiers import open_classifier
 from rlhf.models.compute import Compute
-from rlhf.models.heads import backbone, check_plain_head
 from rlhf.models.roles import Role, RoleModels, SharedModels, other_model
 
 
@@ -30,7 +31,9 @@ class SeparateModels(RoleModels):
         super().__init__(base, compute, shared_trunk=shared_trunk)
         self.saved_dtype = base.dtype
         reference: Any = nn.Module.to(base, torch.promote_types(base.dtype, torch.float32)).requires_grad_(False)
-        self.models = nn.ModuleDict({"reference": reference, "policy": copy.deepcopy(reference).requires_grad_(True)})
+        self.models = nn.ModuleDict(
+            {"reference": reference, "policy": train_all(copy.deepcopy(reference), anatomy(base))}
+        )
         self._ready()
 
     @property
@@ -58,7 +61,7 @@ class SeparateModels(RoleModels):
         reward, head = load(self._model("reference"), folder)
         self.models["reward"] = reward.requires_grad_(False)
         if not self.shared_trunk:
-            self.models["value"] = copy.deepcopy(reward).requires_grad_(True)
+            self.models["value"] = train_all(copy.deepcopy(reward), anatomy(reward))
         return head
 
     def _with_reward_adapter(self, base: PreTrainedModel, folder: Path) -> tuple[PreTrainedModel, Tensor]:
@@ -67,10 +70,11 @@ class SeparateModels(RoleModels):
         return adapted.merged_reward(), adapted.reward_head.weight.detach().clone()
 
     def _add_fresh_value_trunk(self, config: LoraConfig) -> None:
-        self.models["value"] = copy.deepcopy(self.models["reference"]).requires_grad_(True)
+        self.models["value"] = train_all(copy.deepcopy(self._model("reference")), anatomy(self._model("reference")))
 
     def _trunk_parameters(self, role: Role) -> dict[str, nn.Parameter]:
-        return {f"{role}.{name}": p for name, p in self.models[role].named_parameters()}
+        cut_off = anatomy(self._model(role)).cut_off
+        return {f"{role}.{name}": p for name, p in self.models[role].named_parameters() if name not in cut_off}
 
     def _ready(self) -> None:
         self.to(self.compute.device)
@@ -82,19 +86,16 @@ class FinishedPair(SeparateModels):
 
     def __init__(self, policy: PreTrainedModel, reference: PreTrainedModel, compute: Compute) -> None:
         RoleModels.__init__(self, reference, compute, shared_trunk=True)
-        check_plain_head(policy)
         self.models = nn.ModuleDict({"reference": reference, "policy": policy}).requires_grad_(False)
         self._ready()
 
 
 def _with_reward_backbone(base: PreTrainedModel, folder: Path) -> tuple[PreTrainedModel, Tensor]:
     """Return a copy of the base with the backbone of a whole reward model, and that model's head."""
-    saved: Any = AutoModelForSequenceClassification.from_pretrained(
-        folder, dtype=base.dtype, use_safetensors=True, trust_remote_code=False
-    )
-    reward = copy.deepcopy(base)
+    saved: Any = open_classifier(folder, dtype=base.dtype)
+    reward, trunk = copy.deepcopy(base), anatomy(base).trunk.partition(".")[0]
     try:
-        backbone(reward).load_state_dict(backbone(saved).state_dict())
+        getattr(reward, trunk).load_state_dict(getattr(saved, trunk).state_dict())
     except RuntimeError as error:
         raise other_model(folder, error) from error
     return reward, saved.score.weight.detach()

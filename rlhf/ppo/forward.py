@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from rlhf.models.anatomy import head_parameters
 from rlhf.models.logprobs import gather_logprobs, log_distribution, position_chunks, sequence_logprobs
 from rlhf.models.roles import Role, RoleModels
 from rlhf.models.sequences import Sequences
@@ -74,7 +75,7 @@ def _logprobs(models: RoleModels, states: Tensor, batch: Sequences, temperature:
     def logprobs(states: Tensor, tokens: Tensor) -> Tensor:
         return sequence_logprobs(models.logits(states), tokens, temperature=temperature)
 
-    frozen = not any(parameter.requires_grad for parameter in models.causal.get_output_embeddings().parameters())
+    frozen = not any(parameter.requires_grad for parameter in head_parameters(models.causal))
     compute = partial(_Rowwise.apply, logprobs) if frozen and states.requires_grad else logprobs
     if models.training and not frozen:  # gradient_checkpointing
         compute = partial(checkpoint, logprobs, use_reentrant=False)

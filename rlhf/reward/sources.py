@@ -16,7 +16,7 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoTokenizer
 from transformers.utils import cached_file
 
 from rlhf.base import distributed
@@ -26,6 +26,7 @@ from rlhf.base.http import HttpError, post_json
 from rlhf.base.json_files import read_object
 from rlhf.config import REGISTERED_REWARD, ComputeConfig, PPOConfig
 from rlhf.models.base import context_length
+from rlhf.models.classifiers import open_classifier
 from rlhf.models.compute import Compute
 from rlhf.models.inputs import function_inputs, model_inputs
 from rlhf.models.registered import MANIFESTS
@@ -267,9 +268,7 @@ class ClassifierReward(Kind, ModelSource):
             self.tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
             if isinstance(self.tokenizer.chat_template, str):
                 try_templates([self.tokenizer.chat_template], name_or_path)
-            model = AutoModelForSequenceClassification.from_pretrained(
-                name_or_path, dtype=compute.dtype, use_safetensors=True, trust_remote_code=False
-            )
+            model = open_classifier(name_or_path, dtype=compute.dtype)
         except (OSError, ValueError) as error:
             raise UserError(
                 f"no reward source '{name_or_path}': it is no reward/NAME, no URL, no package.module:function, and no "

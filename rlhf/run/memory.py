@@ -52,8 +52,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 def cache_bytes(causal: PreTrainedModel, tokens: int) -> int:
     """Return the bytes of the keys and values of `tokens` tokens, in all layers."""
     config = causal.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    query_heads = getattr(config, "num_attention_heads", None)
+    if type(query_heads) is not int:  # no attention, or layers of several kinds
+        return 0
+    heads, width = getattr(config, "num_key_value_heads", None), getattr(config, "head_dim", None)
+    heads = heads if type(heads) is int else query_heads
+    width = width if type(width) is int else config.hidden_size // query_heads
     return 2 * config.num_hidden_layers * heads * width * causal.dtype.itemsize * tokens
 
 

@@ -99,6 +99,8 @@ def check_adapter(registry: Registry, artifact: Artifact) -> None:
             raise UserError(
                 f"{part.reference} has tokens that its base model does not have; export it with --form merged"
             )
+        if _adapter_config(part).get("rank_pattern"):
+            raise UserError(f"{part.reference} has fused experts with ranks of their own; export it with --form merged")
         if _adapter_config(part).get("use_dora"):
             raise UserError(f"{part.reference} uses DoRA, whose adapters cannot be added; export it with --form merged")
 
@@ -122,7 +124,10 @@ def _write_adapter(registry: Registry, artifact: Artifact, folder: Path) -> None
         "lora_alpha": rank,  # a scale of 1: each part's own is in its B
         "use_rslora": False,
         "base_model_name_or_path": artifact.manifest.base_model,
-        "target_modules": sorted(set().union(*(config["target_modules"] for config in configs))),
+        **{
+            name: sorted(set().union(*(config[name] for config in configs if config.get(name)))) or None
+            for name in ("target_modules", "target_parameters", "exclude_modules")
+        },
     }
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     save_file(_stacked([load_file(part.path / ADAPTER_FILE) for part in parts], configs), folder / ADAPTER_FILE)
@@ -132,7 +137,8 @@ def _stacked(states: list[dict[str, Tensor]], configs: list[dict[str, Any]]) -> 
     """Return the matrices of one adapter that equals the sum of several.
 
     All A (r, in) are stacked, and all B (out, r) scaled and placed side by side. A layer that an adapter lacks gets zeros.
-    Other tensors (a score head) are copied from the last adapter that has them.
+    Other tensors (a score head) are copied from the last adapter that has them. For E fused experts peft has A (E * r, in),
+    expert by expert, and B (out, r * E), in which the expert changes fastest.
     """
     stacked: dict[str, Tensor] = {}
     for key in dict.fromkeys(key for state in states for key in state):
@@ -141,12 +147,17 @@ def _stacked(states: list[dict[str, Tensor]], configs: list[dict[str, Any]]) -> 
             continue
         down = ".lora_A." in key
         parts = []
+        example, rank = next(
+            (other[key], config["r"]) for other, config in zip(states, configs, strict=True) if key in other
+        )
+        experts = example.shape[0 if down else 1] // rank
         for state, config in zip(states, configs, strict=True):
-            example = next(other[key] for other in states if key in other)
-            shape = (config["r"], example.shape[1]) if down else (example.shape[0], config["r"])
+            size = experts * config["r"]
+            shape = (size, example.shape[1]) if down else (example.shape[0], size)
             part = state[key] if key in state else torch.zeros(shape, dtype=example.dtype)
-            parts.append(part if down else part * _scale(config))
-        stacked[key] = torch.cat(parts, dim=0 if down else 1).contiguous()
+            parts.append(part.view(experts, config["r"], -1) if down else part * _scale(config))
+        together = torch.cat(parts, dim=1)
+        stacked[key] = (together.flatten(0, 1) if down else together).contiguous()
     return stacked
 
 

@@ -28,9 +28,17 @@ from rlhf.doctor.preflight.context import pick_short_rows
 from rlhf.doctor.preflight.supervised import sft as check_sft
 from rlhf.doctor.probe import ROWS as PROBE_ROWS
 from rlhf.doctor.probe import Probe
-from rlhf.models.adapters import direct_casting, lora_config, merged_adapter, save_adapter, token_rows, with_adapter
+from rlhf.models.adapters import (
+    direct_casting,
+    fitted,
+    lora_config,
+    merged_adapter,
+    save_adapter,
+    token_rows,
+    with_adapter,
+)
 from rlhf.models.base import context_length, load_base
-from rlhf.models.catalogue import pretrained, resolve_model
+from rlhf.models.catalogue import pretrained, recorded_name, resolve_model
 from rlhf.models.heads import states_and_head
 from rlhf.models.inputs import model_inputs
 from rlhf.models.likelihood import mean_logprobs
@@ -94,7 +102,7 @@ def run(config: SFTConfig, *, reuse: bool = False, only_preflight: bool = False)
             )
         base = load_base(config.model_name_or_path, config, run.compute, **source)
         new_rows = extend_vocabulary(config, tokenizer, base, sets["train"])
-        model = with_adapter(base, lora_config(config, "CAUSAL_LM", new_tokens=new_rows))
+        model = with_adapter(base, fitted(base, lora_config(config, "CAUSAL_LM", new_tokens=new_rows)))
         trainer = make_trainer(run, model, tokenizer, sets, rewards)
         preflight(run, partial(check_sft, trainer=trainer), tokenizer, sets)
         if only_preflight:
@@ -103,14 +111,16 @@ def run(config: SFTConfig, *, reuse: bool = False, only_preflight: bool = False)
             train(trainer, run)
             probe = make_probe(trainer, run, int(tokenizer.pad_token_id))
 
+        base_model = recorded_name(config.model_name_or_path)
+
         def write(folder: Path) -> None:
-            save_adapter(model, folder, adapter="default", base_model=config.model_name_or_path)
+            save_adapter(model, folder, adapter="default", base_model=base_model)
             if probe is not None:
                 probe.save(folder)
 
         return run.publish(
             write,
-            base_model=config.model_name_or_path,
+            base_model=base_model,
             base_model_revision=config.model_revision,
             tokenizer=tokenizer,
             metrics={

@@ -12,7 +12,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from rlhf.base import storage
 from rlhf.config import TrainingConfig
 from rlhf.doctor.preflight.check import Check
-from rlhf.models.adapters import lora_layers
+from rlhf.models.adapters import fused_experts, lora_layers, matrices_without_adapter
 from rlhf.models.compute import Compute
 from rlhf.run.optim import MIN_8BIT_SIZE, forget_overrides
 
@@ -103,10 +103,12 @@ def check_trainable(model: nn.Module, intended: Mapping[str, nn.Parameter], prob
     faults += [f"{_names(extra)} trained without being meant to"] if extra else []
     faults += list(problems) + ([] if intended else ["nothing trains"])
     numbers = sum(parameter.numel() for parameter in actual.values())
+    frozen_rest = matrices_without_adapter(model) if lora_layers(model) else []
+    rest = f"; no adapter, frozen: {_names(frozen_rest)}" if frozen_rest else ""
     return Check(
         name="trainable parameters",
         passed=not faults,
-        measured="; ".join(faults) or f"{len(actual)} tensors, {numbers:,} numbers, as intended",
+        measured="; ".join(faults) or f"{len(actual)} tensors, {numbers:,} numbers, as intended{rest}",
         cause="requires_grad was changed after the adapters were made, or lora_target_modules names no layer",
         fix="name layers that the model has in lora_target_modules, or all-linear; undo changes of requires_grad",
     )
@@ -127,23 +129,35 @@ def layers_without_adapter(model: nn.Module, targets: Sequence[str], heads: Iter
             if not any(name == target or name.endswith(f".{target}") for name in adapted)
         ]
     exempt = {id(part) for head in heads if head is not None for part in head.modules()}
+    config = next(iter(cast(Any, model).peft_config.values()))
+    excluded = tuple(config.exclude_modules or ())
+    # Beside fused experts peft takes the names of their former layers for those, so layers of such a name cannot be adapted.
+    reachable = {name.rpartition(".")[2] for name in config.target_modules} if config.target_parameters else None
     bare = [
         name
         for name, module in model.named_modules()
         if isinstance(module, (nn.Linear, Conv1D)) and id(module) not in exempt
-        if not name.endswith(".base_layer") and ".lora_" not in name
+        if not name.endswith((".base_layer", *excluded)) and ".lora_" not in name
+        if reachable is None or name.rpartition(".")[2] in reachable
     ]
+    experts = [
+        name
+        for name in fused_experts(cast(Any, model))
+        if not name.endswith(tuple(config.target_parameters or ()) or "\0")
+    ]
+    bare += experts
     return [f"{_names(bare)} without an adapter"] if bare else []
 
 
 def check_gradients(model: nn.Module, intended: Mapping[str, nn.Parameter]) -> Check:
     """Check that a backward pass reached each of the intended parameters and no other.
 
-    Experts that no token was sent to have no gradient, nor have input embeddings of new tokens that the rows do not hold.
+    Experts that no token was sent to have no gradient, nor have routers that chose without a doubt, nor input embeddings of
+    new tokens that the rows do not hold.
     """
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     unreached = [name for name in intended if name not in gradients or not bool(gradients[name].any())]
-    unreached = [name for name in unreached if ".experts." not in name and ".trainable_tokens_delta." not in name]
+    unreached = [name for name in unreached if not re.search(r"\.(experts|router|gate|trainable_tokens_delta)\.", name)]
     broken = [name for name, gradient in gradients.items() if not bool(torch.isfinite(gradient).all())]
     stray = [name for name in gradients if name not in intended]
     faults = [f"none at {_names(unreached)}"] if unreached else []
@@ -297,9 +311,14 @@ def check_optimizer(
     )
 
 
-def parameters_matching(model: nn.Module, pattern: str) -> dict[str, nn.Parameter]:
-    """Return the parameters whose names match a regular expression somewhere."""
-    return {name: parameter for name, parameter in model.named_parameters() if re.search(pattern, name)}
+def parameters_matching(model: nn.Module, pattern: str, *, without: Iterable[str] = ()) -> dict[str, nn.Parameter]:
+    """Return the parameters whose names match a regular expression somewhere, and do not end as some others."""
+    ends = tuple(without)
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if re.search(pattern, name) and not name.endswith(ends)
+    }
 
 
 def _largest(difference: Tensor) -> float:

@@ -38,6 +38,7 @@ from rlhf.doctor.preflight.supervised import batch_independence_check
 from rlhf.doctor.preflight.text import check_rollout
 from rlhf.doctor.probe import read_probe
 from rlhf.models.adapters import read_adapter
+from rlhf.models.anatomy import anatomy, backbone, head_parameters
 from rlhf.models.roles import RoleModels, SharedModels
 from rlhf.models.separate import SeparateModels
 from rlhf.models.sequences import Sequences, pad
@@ -67,7 +68,8 @@ _FULL = r"^models\.(policy|value)\.|^value_head\."
 def ppo(context: PreflightContext, trainer: PPOTrainer) -> list[Check]:
     """Return every check of a PPO run; `trainer` is its trainer before the first update, and before it resumes."""
     models = trainer.models
-    intended = parameters_matching(models, _FULL if cast(PPOConfig, context.config).finetuning == "full" else _LORA)
+    full = cast(PPOConfig, context.config).finetuning == "full"
+    intended = parameters_matching(models, _FULL if full else _LORA, without=anatomy(models.causal).cut_off)
     with preserve_state(models, context.compute.device):
         with models.role("reference"):
             policy_checks = check_policy(context, models.causal)
@@ -177,8 +179,7 @@ def _without_gradient(trainer: PPOTrainer) -> set[int]:
     if isinstance(models, SharedModels) or models.shared_trunk:
         return set()
     with models.role("value"):
-        head, embedding = models.causal.get_output_embeddings(), models.causal.get_input_embeddings()
-        return {id(p) for p in head.parameters()} - {id(p) for p in embedding.parameters()}
+        return {id(p) for p in head_parameters(models.causal)} - {id(p) for p in backbone(models.causal).parameters()}
 
 
 @torch.no_grad()

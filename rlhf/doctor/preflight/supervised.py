@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -30,10 +31,11 @@ from rlhf.doctor.preflight.models import (
 from rlhf.doctor.preflight.room import ActivationMeter, check_disk, check_memory
 from rlhf.doctor.preflight.text import check_labels, check_rankings, fitting_pairs
 from rlhf.models.adapters import direct_casting, merged_adapter, read_adapter, save_adapter
+from rlhf.models.anatomy import anatomy
 from rlhf.models.base import context_length
 from rlhf.models.heads import ScalarHead
 from rlhf.reward.parity import deviation, scores_in_other_batches
-from rlhf.reward.ranking import ordered_pairs
+from rlhf.reward.ranking import RankingTrainer, ordered_pairs
 from rlhf.reward.scorer import Scorer
 
 #: Rows whose labels are checked.
@@ -99,7 +101,7 @@ def reward(context: PreflightContext, trainer: Any, policy: PreTrainedModel) -> 
         ids = [tokens for row in short for tokens in row["input_ids"]]
         batch = trainer.data_collator(short)
         pairs = ordered_pairs(batch["ratings"], batch["prompt"], min_difference=config.min_rating_difference)
-        intended = parameters_matching(model, f"{_ADAPTER}|{_HEAD}" if lora else ".")
+        intended = parameters_matching(model, f"{_ADAPTER}|{_HEAD}" if lora else ".", without=anatomy(policy).cut_off)
         problems = layers_without_adapter(model, config.lora_target_modules, [classifier.score]) if lora else []
         trainable = check_trainable(model, intended, problems)
         with noise_in_zeros(intended):
@@ -170,6 +172,9 @@ def _check_gradients(
     """Check the gradients of the run's own loss on a few rows; returns also the bytes kept for its backward pass."""
     model, rehearsal = trainer.model, copy.copy(trainer)
     rehearsal._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}  # the run's own start empty
+    if isinstance(rehearsal, RankingTrainer) and not rehearsal.objective.center_rewards_coefficient:
+        # Differences of scores leave no gradient at what shifts all of them, as the bias of a last norm does.
+        rehearsal.objective = dataclasses.replace(rehearsal.objective, center_rewards_coefficient=0.01)
     model.train()
     if context.config.gradient_checkpointing:  # as the trainer does when it starts
         model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
