@@ -74,7 +74,10 @@ def generic_class(causal: type[PreTrainedModel]) -> type[PreTrainedModel]:
             super().__init__(config)
             self.trunk: str = config.scored_trunk
             root = self.trunk.partition(".")[0]
-            setattr(self, root, getattr(causal(config), root))
+            backbone = getattr(causal(config), root)
+            for part in (*backbone.modules(), *backbone.buffers()):  # or loading would leave buffers that no file holds
+                vars(part).pop("_is_hf_initialized", None)
+            setattr(self, root, backbone)
             self.score = nn.Linear(config.scored_width, 1, bias=False)
             self.post_init()
 

@@ -52,12 +52,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 def cache_bytes(causal: PreTrainedModel, tokens: int) -> int:
     """Return the bytes of the keys and values of `tokens` tokens, in all layers."""
     config = causal.config.get_text_config()
-    query_heads = getattr(config, "num_attention_heads", None)
-    if type(query_heads) is not int:  # no attention, or layers of several kinds
+    sizes = {name: value for name, value in config.to_dict().items() if type(value) is int}
+    if not (query_heads := getattr(config, "num_attention_heads", None)):  # no attention
         return 0
-    heads, width = getattr(config, "num_key_value_heads", None), getattr(config, "head_dim", None)
-    heads = heads if type(heads) is int else query_heads
-    width = width if type(width) is int else config.hidden_size // query_heads
+    heads = sizes.get("num_key_value_heads") or query_heads
+    width = sizes.get("head_dim") or config.hidden_size // query_heads
     return 2 * config.num_hidden_layers * heads * width * causal.dtype.itemsize * tokens
 
 
