@@ -516,7 +516,7 @@ def sft_artifact(tmp_path: Path) -> Any:
     fill_adapters(adapted, 1, scale=0.3)
     (tmp_path / "sft").mkdir()
     save_adapter(adapted, tmp_path / "sft", adapter="default", base_model=str(tmp_path / "base"))
-    manifest = SimpleNamespace(base_model=str(tmp_path / "base"), base_model_revision=None)
+    manifest = SimpleNamespace(base_model=str(tmp_path / "base"), base_model_revision=None, inputs={})
     return SimpleNamespace(path=tmp_path / "sft", manifest=manifest, adapted=adapted.eval())
 
 

@@ -64,7 +64,8 @@ def load_base(
             # bitsandbytes would repack 4-bit weights for a CPU kernel that has no backward pass: gradients silently wrong.
             cast(Any, module).support_avx512bf16_for_cpu = False
     model.config.use_cache = True
-    model.config.get_text_config().output_router_logits = False  # no stage has a loss on them
+    if getattr(model.config.get_text_config(), "output_router_logits", False):
+        model.config.get_text_config().output_router_logits = False  # no stage has a loss on them
     if config.quantization == "none":
         cast(nn.Module, model).to(compute.device)
     anatomy(model)  # raises now for a model that would train wrongly
