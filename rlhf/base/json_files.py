@@ -74,7 +74,20 @@ def check_repeated(pairs: Iterable[tuple[str, Any]]) -> None:
 
 
 _DECODER = json.JSONDecoder(parse_int=_integer, object_pairs_hook=_object)
-_NAN_AS_NONE = json.JSONDecoder(parse_int=_integer, object_pairs_hook=_object, parse_constant=lambda _: None)
+_NAN_AS_NONE = json.JSONDecoder(
+    parse_int=_integer,
+    parse_float=lambda digits: number if math.isfinite(number := float(digits)) else None,  # 1e999 is infinite
+    parse_constant=lambda _: None,
+    object_pairs_hook=_object,
+)
+
+
+def check_characters(value: Any) -> None:
+    """Raise `ValueError` for half a surrogate pair in a text, which no file, page or terminal can be given."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("a text with half a character (a lone surrogate)") from error
 
 
 def check_depth(value: Any) -> None:
@@ -102,6 +115,7 @@ def parse_object(text: str | bytes, source: object, *, fix: str = _FIX, nan_as_n
     """Return the JSON object of a text; `UserError` names the source, the reason and the fix."""
     try:
         value = decode(text, nan_as_none=nan_as_none)
+        check_characters(value)
     except ValueError as error:
         raise UserError(f"{source} is not readable as JSON ({error}); {fix}") from error
     if not isinstance(value, dict):
@@ -165,6 +179,8 @@ def read_jsonl(file: Path) -> tuple[list[dict[str, Any]], int]:
 def _row(line: bytes) -> dict[str, Any] | None:
     try:
         value = decode(line.decode("utf-8", "replace"), nan_as_none=True)
+        if b"\\u" in line:
+            check_characters(value)
     except ValueError:
         return None
     return value if isinstance(value, dict) else None

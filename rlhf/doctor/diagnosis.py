@@ -13,10 +13,12 @@ from pathlib import Path
 from rlhf.base import screen
 from rlhf.base.cli import Parser
 from rlhf.base.errors import UserError, did_you_mean
-from rlhf.base.json_files import read_jsonl, read_object_or_none
+from rlhf.base.json_files import read_object_or_none
+from rlhf.base.reading import FolderReader
 from rlhf.doctor.health.findings import CHECKS, Finding, replay
-from rlhf.doctor.health.history import SAMPLES_READ, History
+from rlhf.doctor.health.history import SAMPLES_READ, ComparisonRow, History, SampleRow, Settings
 from rlhf.registry import Registry
+from rlhf.run.metrics import LogRow
 
 #: Stages that leave logs.
 STAGES = ("pretrain", "sft", "reward", "ppo")
@@ -32,6 +34,8 @@ class Diagnosis:
     """Checks of this stage."""
     findings: list[Finding]
     """Causes before symptoms."""
+    left_out: list[str]
+    """A line for each file that could not be read as a whole."""
 
 
 def diagnose(run: Path) -> list[Diagnosis]:
@@ -56,32 +60,35 @@ def diagnose(run: Path) -> list[Diagnosis]:
             updates=len(history.steps),
             checks=sum(history.stage in check.stages for check in CHECKS),
             findings=replay(history),
+            left_out=history.left_out,
         )
         for history in map(read_history, logs)
     ]
 
 
 def read_history(folder: Path) -> History:
-    """Return the log of a stage's folder; the names of its figures decide the stage.
+    """Return the log of a stage's folder as far as it can be read; the names of its figures decide the stage.
 
     Raises:
         UserError: the log holds no figures.
     """
-    rows = read_jsonl(folder / "metrics.jsonl")[0]
+    reader = FolderReader(folder)
+    rows = reader.read_rows("metrics.jsonl", LogRow)
     kinds = {name.partition("/")[0] for row in rows for name in row}
     stage = next((stage for stage in STAGES if stage in kinds), None)
     if stage is None:
         raise UserError(
             f"{folder / 'metrics.jsonl'} holds no figures of a stage; it may have ended before its first update"
         )
-    samples, comparison = folder / "samples.jsonl", folder / "comparison.jsonl"
-    return History(
+    history = History(
         stage,
         rows,
-        settings=read_object_or_none(folder / "checkpoints" / "made_of.json"),
-        samples=read_jsonl(samples)[0][:SAMPLES_READ] if samples.is_file() else [],
-        comparison=read_jsonl(comparison)[0] if comparison.is_file() else [],
+        settings=reader.read_object("checkpoints/made_of.json", Settings),
+        samples=reader.read_rows("samples.jsonl", SampleRow, expected=False)[:SAMPLES_READ],
+        comparison=reader.read_rows("comparison.jsonl", ComparisonRow, expected=False),
     )
+    history.left_out = [f"{stage}/{problem}" for problem in reader.problems]
+    return history
 
 
 def find_run(run: str, registry: str) -> Path:
@@ -93,7 +100,7 @@ def find_run(run: str, registry: str) -> Path:
     if Path(run).is_dir() or run.partition("/")[0] not in STAGES:
         return Path(run)
     artifact = Registry(registry).read(run)
-    folder = Path(str(artifact.manifest.config["output_dir"])) / artifact.manifest.stage
+    folder = Path(str(artifact.option("output_dir"))) / artifact.manifest.stage
     record = read_object_or_none(folder / "tracking.json")
     if record is None:
         raise UserError(f"{artifact.reference} was made in {folder}, which holds no log any more")
@@ -109,6 +116,8 @@ def print_diagnoses(diagnoses: Sequence[Diagnosis]) -> None:
 
     console = screen.console()
     for diagnosis in diagnoses:
+        for line in diagnosis.left_out:
+            console.print(line, markup=False, highlight=False)
         if not diagnosis.findings:
             console.print(
                 f"{diagnosis.stage}: {diagnosis.checks} checks on {diagnosis.updates} logged updates, nothing found"

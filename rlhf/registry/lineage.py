@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rlhf.base.json_files import entries, section
 from rlhf.registry.manifest import Artifact, Reference
 from rlhf.registry.store import Lineage, Registry
 
@@ -40,7 +41,7 @@ def _sections(artifact: Artifact) -> dict[str, dict[str, Any]]:
     places = ("registry", "output_dir", "resume")
     model = ("kind", "base_model", "base_model_revision", "tokenizer_hash", "chat_template_hash", "pad_token_id")
     metrics = {name: value for name, value in m.metrics.items() if name != "phases"}
-    phases = {f"seconds of {p['phase']}": p["seconds"] for p in m.metrics.get("phases", [])}
+    phases = {f"seconds of {p['phase']}": p["seconds"] for p in entries(m.metrics, "phases")}
     return {
         "parents": {parent.stage: f"{parent.reference} {parent.hash[:12]}" for parent in m.parents},
         "data": dict(_flat(m.data)),
@@ -119,11 +120,11 @@ def exact(artifact: Artifact) -> Reference:
 def data_lines(artifact: Artifact) -> list[str]:
     """Return a line for each data set and base model that an artefact was made from."""
     m = artifact.manifest
-    rows = ", ".join(f"{name} {count:,}" for name, count in m.data.get("rows", {}).items())
+    rows = ", ".join(f"{name} {count:,}" for name, count in section(m.data, "rows").items())
     lines = (
         [f"data {m.config['dataset']}  {str(m.data.get('fingerprint'))[:12]}  {rows}"] if "dataset" in m.config else []
     )
-    lines += [f"prepared data  {fingerprint[:12]}" for fingerprint in set(m.data.get("prepared", {}).values())]
+    lines += [f"prepared data  {fingerprint[:12]}" for fingerprint in set(section(m.data, "prepared").values())]
     if not any(parent.stage in ("pretrain", "sft") for parent in m.parents):
         lines.append(f"base model {m.base_model}" + (f" at {m.base_model_revision}" if m.base_model_revision else ""))
     return lines

@@ -13,10 +13,11 @@ import subprocess
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Required, TypedDict
 
 from rlhf.base.errors import UserError, did_you_mean
-from rlhf.base.json_files import decode, read_bytes
+from rlhf.base.json_files import parse_object, read_bytes
+from rlhf.base.reading import fit
 
 STAGES = ("data", "pretrain", "sft", "reward", "ppo")
 MANIFEST = "manifest.json"
@@ -49,6 +50,8 @@ class Reference:
                 f"'{self.name}' is not a name for an artefact; use up to 100 letters, digits and . _ -, "
                 "starting with a letter or digit, e.g. demo"
             )
+        if self.version is not None and self.version < 1:
+            raise UserError(f"{self} has no version that can be; they start at 1")
 
     def __str__(self) -> str:
         return f"{self.stage}/{self.name}" + (f"@{self.version}" if self.version is not None else "")
@@ -79,6 +82,47 @@ class Parent:
     def reference(self) -> Reference:
         """Reference of the parent in the registry."""
         return Reference(self.stage, self.name, self.version)
+
+
+class Overlap(TypedDict, total=False):
+    """Held-out prompts that were trained on."""
+
+    held_out: int
+    in_training: dict[str, int]
+
+
+class Data(TypedDict, total=False):
+    """What is read of a manifest's `data`."""
+
+    fingerprint: str
+    prepared: dict[str, str]
+    rows: dict[str, int]
+    overlap: Overlap
+
+
+class Options(TypedDict, total=False):
+    """What is read of a manifest's `config`."""
+
+    dataset: str
+    output_dir: str
+    quantization: str
+    reward: list[str] | str
+
+
+class Phase(TypedDict, total=False):
+    """A part of a run, with its cost."""
+
+    stage: str
+    phase: Required[str]
+    seconds: Required[float]
+    peak_rss_gb: float
+    peak_cuda_gb: float
+
+
+class Figures(TypedDict, total=False):
+    """What is read of a manifest's `metrics`, beside the figures by name."""
+
+    phases: list[Phase]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,9 +157,9 @@ class Manifest:
     """Mean raw score on the demonstrations, subtracted from every score; None unless a reward model."""
     reward_std: float | None = None
     """Standard deviation of raw scores, which divides every score; None unless a reward model."""
-    data: dict[str, Any]
+    data: Annotated[dict[str, Any], Data]
     """`fingerprint` of the data, fingerprints of its data cards (`prepared`), counts of used and of dropped rows."""
-    config: dict[str, Any]
+    config: Annotated[dict[str, Any], Options]
     """The stage's resolved options: defaults, file and command line."""
     inputs: dict[str, str] = field(default_factory=dict)
     """Hashes of what lies outside the registry by name: base model, tokenizer, chat template, source of functions."""
@@ -123,7 +167,7 @@ class Manifest:
     """`recipe_hash` of options, parents and data; equal recipes give equal artefacts."""
     code_commit: str | None
     """git commit of the code, with `-dirty` for changed files; None outside a checkout."""
-    metrics: dict[str, Any]
+    metrics: Annotated[dict[str, Any], Figures]
     """Final figures of the stage by metric name; None for those that were not finite."""
     wandb_run_id: str | None = None
     """Id of the W&B run; None without one."""
@@ -146,22 +190,22 @@ class Manifest:
         Raises:
             UserError: the text was altered, or has the fields of another version of this package.
         """
-        try:
-            values = decode(text)
-        except ValueError as error:
-            raise UserError(f"{source} is corrupt: {error}") from error
-        if not isinstance(values, dict):
-            raise UserError(f"{source} is corrupt: it is not a JSON object")
+        values = parse_object(text, source, fix="it is corrupt")
         fields = {k: v for k, v in values.items() if k != "checksum"}
         names = [one.name for one in dataclasses.fields(cls)]
         problems = [f"unknown field '{k}'" for k in fields if k not in names]
         problems += [f"no field '{k}'" for k in (*names, "checksum") if k not in values and k != "inputs"]
         if problems:
             raise UserError(f"{source} is corrupt, or was written by another version of rlhf: {', '.join(problems)}")
+        if problems := fit(fields, cls)[1]:
+            raise UserError(f"{source} is corrupt: {problems[0]}")
+        manifest = cls(**{**fields, "parents": [Parent(**parent) for parent in fields["parents"]]})
         try:
-            manifest = cls(**{**fields, "parents": [Parent(**parent) for parent in fields["parents"]]})
-        except TypeError as error:
-            raise UserError(f"{source} is corrupt: its parents have other fields") from error
+            Reference(manifest.stage, manifest.name, manifest.version)
+            for parent in manifest.parents:
+                Reference(parent.stage, parent.name, parent.version)
+        except UserError as error:
+            raise UserError(f"{source} is corrupt: {error}") from error
         if manifest.to_json() != text:
             raise UserError(f"{source} is corrupt: it differs from its own checksum")
         return manifest
@@ -272,6 +316,12 @@ class Artifact:
     def hash(self) -> str:
         """sha256 of manifest.json, which its children record."""
         return _sha256(self.manifest.to_json())
+
+    def option(self, name: str) -> Any:
+        """Return an option that the artefact was made with; `UserError` for one that its manifest does not record."""
+        if name not in self.manifest.config:
+            raise UserError(f"{self.path / MANIFEST} does not record the option {name}; make {self.reference} again")
+        return self.manifest.config[name]
 
     @property
     def stage(self) -> str:

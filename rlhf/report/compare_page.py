@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rlhf.base.errors import UserError
-from rlhf.report import charts, compare_tables, frontier
+from rlhf.report import charts, compare_tables, frontier, kinds
 from rlhf.report.compare_lineage import draw_lineage, lineage
 from rlhf.report.compare_samples import evaluation_samples, run_samples
 from rlhf.report.page import diagnoses, write_page
@@ -36,7 +36,7 @@ def write_comparison(folders: Sequence[Path], file: Path, *, registry: Path | No
     runs = [run for run in all_folders if run.is_run]
     evaluations = [run for run in all_folders if run.evaluation]
     for evaluation in evaluations:
-        evaluation.evaluated = evaluation.read_rows("samples.jsonl")
+        evaluation.evaluated = evaluation.read_rows("samples.jsonl", kinds.Sample)
     marks = comparability(runs)
     if marks and not force:
         raise UserError(f"{marks[0]}; --force compares them and marks the page")

@@ -7,11 +7,14 @@ import gzip
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlhf.base.errors import UserError
 from rlhf.doctor.diagnosis import Diagnosis, diagnose
 from rlhf.report import figures
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 
 def write_page(file: Path, template: str, *, plotted: bool, **content: Any) -> Path:
@@ -21,6 +24,14 @@ def write_page(file: Path, template: str, *, plotted: bool, **content: Any) -> P
         plotted: put plotly.js in, which is most of the page's size.
         content: variables of the template.
     """
+    page = _environment().get_template(template).render(plotly=_plotly_gzip_base64() if plotted else "", **content)
+    partial = file.with_suffix(".partial")
+    partial.write_text(page, encoding="utf-8")
+    return partial.replace(file)
+
+
+@cache
+def _environment() -> Environment:
     from jinja2 import Environment, PackageLoader
 
     # autoescape is what keeps a <script> in a model's answer from running; no value is ever marked safe
@@ -28,10 +39,7 @@ def write_page(file: Path, template: str, *, plotted: bool, **content: Any) -> P
         loader=PackageLoader("rlhf.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters.update(text=figures.number, score=figures.score, duration=figures.duration)
-    page = environment.get_template(template).render(plotly=_plotly_gzip_base64() if plotted else "", **content)
-    partial = file.with_suffix(".partial")
-    partial.write_text(page, encoding="utf-8")
-    return partial.replace(file)
+    return environment
 
 
 @cache

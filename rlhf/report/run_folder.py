@@ -10,17 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.base.errors import UserError, did_you_mean
-from rlhf.base.json_files import decode, entries, finite_number, read_jsonl, read_object, section
+from rlhf.base.json_files import entries, finite_number, parse_object, read_bytes, section
+from rlhf.base.reading import FolderReader
+from rlhf.registry import MANIFEST
+from rlhf.report import kinds
+from rlhf.run.metrics import LogRow
 
 STAGES = ("sft", "reward", "ppo")
 """Stages of every run; pretraining comes before them where a run has it."""
 
 
 @dataclass
-class RunFolder:
+class RunFolder(FolderReader):
     """The content of one folder, as far as it can be read."""
 
-    folder: Path
     label: str = ""
     results: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
@@ -36,8 +39,6 @@ class RunFolder:
     """`evaluation.json`, as `rlhf.evaluation` describes it."""
     evaluated: list[dict[str, Any]] = field(default_factory=list)
     """`samples.jsonl` beside it, which only the comparison reads."""
-    problems: list[str] = field(default_factory=list)
-    """A line for each file that is missing, or cannot be read as a whole."""
 
     @property
     def stages(self) -> list[str]:
@@ -92,36 +93,6 @@ class RunFolder:
             for m in mappings(self.evaluation, "models")
         ]
 
-    def read_object(self, name: str) -> dict[str, Any]:
-        """Return the JSON object in a file; {} where there is none, with a problem noted where there is something else."""
-        file = self.folder / name
-        try:
-            return read_object(file, fix="the page is made without it", nan_as_none=True)
-        except FileNotFoundError:
-            return {}
-        except OSError as error:
-            self.problems.append(f"{name} cannot be read ({error.strerror})")
-        except UserError as error:
-            self.problems.append(str(error).replace(str(file), name))
-        return {}
-
-    def read_rows(self, name: str, *, expected: bool = True) -> list[dict[str, Any]]:
-        """Return the readable rows of a `.jsonl` file; notes a problem for the others, and for a file expected in vain."""
-        try:
-            rows, unreadable = read_jsonl(self.folder / name)
-        except FileNotFoundError:
-            if expected:
-                self.problems.append(f"{name} is not there")
-            return []
-        except OSError as error:
-            self.problems.append(f"{name} cannot be read ({error.strerror})")
-            return []
-        if unreadable:
-            self.problems.append(f"{name}: {unreadable} unreadable line{'s' if unreadable > 1 else ''} left out")
-        elif not rows:
-            self.problems.append(f"{name} is empty")
-        return rows
-
 
 def mappings(tree: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
     """Return the objects in the list under a name, without its other entries."""
@@ -148,23 +119,23 @@ def read_run(folder: Path, registry: Path | None = None) -> RunFolder:
     run = RunFolder(folder)
     places = {stage: f"{stage}/" for stage in STAGES if (folder / stage).is_dir()}
     if (folder / "tracking.json").is_file() or (folder / "metrics.jsonl").is_file():
-        stage = RunFolder(folder).read_object("tracking.json").get("stage")
+        stage = RunFolder(folder).read_object("tracking.json", kinds.Record).get("stage")
         places = {stage if stage in STAGES else folder.name: ""}
-    run.results = run.read_object("results.json")
-    run.evaluation = run.read_object("evaluation.json")
+    run.results = run.read_object("results.json", kinds.Results)
+    run.evaluation = run.read_object("evaluation.json", kinds.Evaluation)
     if not places and not run.results and not run.evaluation and not run.problems:
         raise UserError(
             f"{folder} holds no run: no sft, reward or ppo folder, no results.json and no evaluation.json is in it"
         )
     for stage, place in places.items():
-        run.records[stage] = run.read_object(f"{place}tracking.json")
-        run.metrics[stage] = run.read_rows(f"{place}metrics.jsonl")
+        run.records[stage] = run.read_object(f"{place}tracking.json", kinds.Record)
+        run.metrics[stage] = run.read_rows(f"{place}metrics.jsonl", LogRow)
         if manifest := _manifest(run, stage, folder / place, registry):
             run.manifests[stage] = manifest
     if "reward" in places:
-        run.reward_card = run.read_object(f"{places['reward']}card.json")
+        run.reward_card = run.read_object(f"{places['reward']}card.json", kinds.Card)
     if "ppo" in places:
-        run.samples = run.read_rows(f"{places['ppo']}comparison.jsonl", expected=False)
+        run.samples = run.read_rows(f"{places['ppo']}comparison.jsonl", kinds.Answers, expected=False)
     return run
 
 
@@ -172,25 +143,23 @@ def _manifest(run: RunFolder, stage: str, place: Path, registry: Path | None) ->
     """Return the manifest beside the stage's log, or a registry's of the artefact that the results name; {} for none."""
     artifact = run.artifact(stage)
     name, _, version = str(artifact.get("reference", "")).partition("@")
-    candidates = [place / "manifest.json"]
+    candidates = [place / MANIFEST]
     if version:
         roots = [run.folder / "registry", *([registry] if registry else [])]
-        candidates += [root / name / f"v{version}" / "manifest.json" for root in roots]
+        candidates += [root / name / f"v{version}" / MANIFEST for root in roots]
     file = next((candidate for candidate in candidates if candidate.is_file()), None)
     if file is None:
         return {}
     try:
-        raw = file.read_bytes()
-        content = decode(raw)
-    except (OSError, ValueError):
-        content = None
-    if not isinstance(content, dict):
+        raw = read_bytes(file)
+        content = parse_object(raw, file, nan_as_none=True)
+    except (OSError, UserError):
         run.problems.append(f"{file.name} of its {stage} stage is corrupt")
         return {}
     digest = hashlib.sha256(raw).hexdigest()
     if artifact.get("hash") not in (None, digest):
         run.problems.append(f"{file.name} of its {stage} stage is not the one that results.json names")
-    return {**content, "hash": digest}
+    return {**run.fit(content, kinds.Manifest, f"{file.name} of its {stage} stage"), "hash": digest}
 
 
 def labels(folders: Sequence[Path]) -> list[str]:

@@ -14,6 +14,7 @@ from typing import Any
 from rlhf.base import screen
 from rlhf.base.errors import UserError
 from rlhf.base.json_files import finite_number, section
+from rlhf.report import kinds
 from rlhf.report.card_page import card_section
 from rlhf.report.charts import phase_charts, run_charts
 from rlhf.report.compare_samples import gain
@@ -21,6 +22,7 @@ from rlhf.report.compare_tables import evaluated
 from rlhf.report.figures import BEFORE_AND_AFTER, MINUS, NO_FIGURE, duration, flatten, number, percent
 from rlhf.report.page import diagnoses, evenly_spaced, write_page
 from rlhf.report.run_folder import STAGES, RunFolder, overlaps, read_run, series
+from rlhf.run.metrics import LogRow
 from rlhf.run.progress import format_seconds
 
 SAMPLES_SHOWN = 20
@@ -42,8 +44,8 @@ def write_report(output_dir: str | Path) -> Path:
         )
         raise UserError(f"{run.folder}: {problem}; give the folder of a finished run, or run its last stage again")
     if (run.folder / "pretrain").is_dir():
-        run.metrics = {"pretrain": run.read_rows("pretrain/metrics.jsonl"), **run.metrics}
-    data_card = run.read_object("data/card.json")
+        run.metrics = {"pretrain": run.read_rows("pretrain/metrics.jsonl", LogRow), **run.metrics}
+    data_card = run.read_object("data/card.json", kinds.DataCard)
     charts, timing = run_charts(run.metrics), phase_charts(run.phases())
     reward_card = card_section(run.reward_card)
     plots = charts + timing + reward_card.get("charts", [])

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypedDict
 
 from rlhf.base.json_files import finite_number
 
@@ -24,6 +24,12 @@ UPDATES, EPISODES = "updates", "episodes"
 
 _SUPERVISED: dict[str, Stage] = {"pretrain": "pretrain", "sft": "sft", "reward": "reward", "card": "reward"}
 """Families of metrics outside PPO, each with its stage."""
+
+
+class LogRow(TypedDict, total=False):
+    """A line of `metrics.jsonl`; its other keys are the figures by name."""
+
+    step: int
 
 
 class Sign(NamedTuple):

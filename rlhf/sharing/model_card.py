@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from rlhf.base.json_files import section
 from rlhf.registry import Artifact, Registry
 from rlhf.registry.lineage import ancestors, data_lines
 
@@ -72,11 +73,11 @@ def _facts(artifact: Artifact, form: str, dtype: str) -> str:
     content = "one adapter on the base model" if form == "adapter" else f"the whole model, adapters merged in, {dtype}"
     lines = [f"- base model: {base}", f"- this folder: {content}", f"- registered: {m.created}"]
     lines.append(f"- pad token {m.pad_token_id}, stop tokens {', '.join(map(str, m.stop_token_ids))}")
-    overlap = m.data.get("overlap", {})
+    overlap = section(m.data, "overlap")
     lines += [
-        f"- {count} of the {overlap['held_out']} held-out prompts are among the training prompts of {name}: the figures are "
+        f"- {count} of the {overlap.get('held_out')} held-out prompts are among the training prompts of {name}: the figures are "
         "too good"
-        for name, count in overlap.get("in_training", {}).items()
+        for name, count in section(overlap, "in_training").items()
         if count
     ]
     return "\n".join(lines)

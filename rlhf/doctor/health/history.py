@@ -6,11 +6,34 @@ import math
 import statistics
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypedDict
+
+from rlhf.base.json_files import finite_number
 
 Row = Mapping[str, Any]
 #: Sampled texts that the checks look at: those of the first rollouts.
 SAMPLES_READ = 64
+
+
+class SampleRow(TypedDict, total=False):
+    """A line of `samples.jsonl`."""
+
+    step: int
+    prompt: str
+    response: str
+
+
+class ComparisonRow(TypedDict, total=False):
+    """A line of `comparison.jsonl`."""
+
+    sft_response: str
+    ppo_response: str
+
+
+class Settings(TypedDict, total=False):
+    """What the checks read of a run's options, beside those that are numbers."""
+
+    reward: list[str]
 
 
 class History:
@@ -35,6 +58,8 @@ class History:
     ) -> None:
         self.stage, self.settings = stage, dict(settings or {})
         self.samples, self.comparison = list(samples), list(comparison)
+        self.left_out: list[str] = []
+        """A line for each file that could not be read as a whole."""
         self.step = 0
         self._finite: dict[str, tuple[list[int], list[float]]] = {}
         self._broken: dict[str, int] = {}
@@ -45,7 +70,7 @@ class History:
         """Append one line of the log."""
         self.step = int(row.get("step") or 0)
         for name, value in row.items():
-            if name in ("step", "time") or isinstance(value, bool | str):
+            if name in ("step", "time") or isinstance(value, bool | str | list | dict):
                 continue
             if isinstance(value, int | float) and math.isfinite(value):
                 steps, values = self._finite.setdefault(name, ([], []))
@@ -100,4 +125,4 @@ class History:
 
     def setting(self, name: str, default: float = 0.0) -> float:
         """Return a numeric option of the run; the default where it is unknown, unset or 0."""
-        return float(self.settings.get(name) or default)
+        return finite_number(self.settings.get(name)) or default
