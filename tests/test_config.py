@@ -174,7 +174,7 @@ def test_later_file_wins(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content, reason",
     [
-        (b"name: \xff", "is not valid YAML"),
+        (b"name: \xff", "is not UTF-8: line 1, byte 7"),
         (b"name: " + b"[" * 10_000 + b"]" * 10_000, "is not valid YAML"),
         (b"name: " + b"[" * 101 + b"]" * 101, "nested too deeply"),
         (b"name: &a [*a]", "nested too deeply"),

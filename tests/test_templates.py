@@ -375,7 +375,7 @@ def test_a_mark_in_the_models_own_template(tokenizer: PreTrainedTokenizerFast, t
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("caf\xe9".encode("latin-1"), r"mine.jinja is no UTF-8 text \(byte 4\)"),
+        ("caf\xe9".encode("latin-1"), "mine.jinja is not UTF-8: line 1, byte 4"),
         (b"{% for m in messages %}\n{{ m.content }}", "mine.jinja has an error in line 2: Unexpected end of template"),
         (b"\n\n{{ messages | turn }}", "mine.jinja has an error in line 3: No filter named 'turn'"),
     ],

@@ -13,6 +13,7 @@ import yaml
 from rlhf.base.cli import Parser
 from rlhf.base.errors import UserError, did_you_mean
 from rlhf.base.json_files import check_depth
+from rlhf.base.text_files import read_text
 
 T = TypeVar("T")
 MAX_YAML_BYTES = 1 << 20
@@ -30,7 +31,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
             f"{file} is longer than {MAX_YAML_BYTES / 1e6:.0f} MB, too long for a config; is it a data file?"
         )
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = yaml.safe_load(read_text(file))
         check_depth(content)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{file} is not valid YAML: {error}") from error

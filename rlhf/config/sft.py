@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.base.errors import UserError, did_you_mean, require
+from rlhf.base.text_files import text_lines
 from rlhf.config.limits import divides, require_at_least
 from rlhf.config.options import StageConfig, TrainingLength, option
 
@@ -86,12 +87,7 @@ def read_new_tokens(file: str) -> list[str]:
     if not place.is_file():
         siblings = [str(p) for p in place.parent.glob("*")]
         raise UserError(f"no file {file} with new tokens{did_you_mean(file, siblings)}")
-    try:
-        tokens = place.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{file} is not UTF-8 (byte {error.start + 1}); new tokens are plain text, one a line"
-        ) from error
+    tokens = list(text_lines(place)) or [""]
     first: dict[str, int] = {}
     for number, token in enumerate(tokens, start=1):
         if not token.strip():

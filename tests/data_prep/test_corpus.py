@@ -40,6 +40,18 @@ def test_folder_of_text_and_data(tmp_path: Path) -> None:
     assert list(sets["train"].rows["text"]) == ["first", "x", "y"] and sets["train"].dropped == {"empty document": 1}
 
 
+def test_encodings_and_lines_of_text(tmp_path: Path) -> None:
+    """Catches: a document cut at another character than a newline, and half a surrogate pair that ends in a traceback."""
+    text = "one\u2028two\x0cthree\u0085four\x1cfive\x0bsix"
+    for encoding in ("utf-8-sig", "utf-16", "utf-32"):
+        (tmp_path / "a.txt").write_bytes(f"{text}\r\n{text}\n".encode(encoding))
+        assert train(tmp_path / "a.txt", documents="line") == [text, text]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "a"}\n{"text": "half \\ud83d"}\n')
+    loaded = load_text(str(rows), TextConfig())["train"]
+    assert list(loaded.rows["text"]) == ["a"] and loaded.dropped == {"half of a surrogate pair": 1}
+
+
 def test_split_is_of_the_text_alone(tmp_path: Path) -> None:
     """A copy of a held-out document in training, or documents that change sides when others are added."""
     file, more = tmp_path / "a.txt", tmp_path / "more.txt"
@@ -128,7 +140,7 @@ def archive(files: dict[str, bytes]) -> bytes:
     [
         ("a.txt", b" \n\n", "no document"),
         ("a.txt", b"", "is empty"),
-        ("a.bin", b"ab\0", "zero byte"),
+        ("a.bin", b"ok\nab\0", "line 2, byte 3 is a zero byte"),
         ("a.txt", b"ok\n\xff", "line 2, byte 1"),
     ],
 )

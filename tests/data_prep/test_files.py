@@ -69,7 +69,11 @@ def test_invalid_utf8_in_csv_is_one_row(tmp_path: Path, build_data: Build) -> No
     file.parent.mkdir()
     file.write_bytes(b"prompt,completion\n" + rows.encode() + b"caf\xe9,x\nlonely\na,b,c\n")
     built = build_data(None, Source(path=str(file)), validation_share=0.3)
-    reasons = ["not UTF-8", "the row ends before column 'completion'", "1 more cells than columns"]
+    reasons = [
+        "not UTF-8 (character 4 of 'prompt')",
+        "the row ends before column 'completion'",
+        "1 more cells than columns",
+    ]
     assert [(bad["row"], bad["reason"]) for bad in built.rejected] == list(zip((41, 42, 43), reasons, strict=True))
 
 
@@ -265,11 +269,71 @@ def test_half_a_surrogate_pair_straight_into_a_stage(tmp_path: Path) -> None:
         assert sum(len(of.rows) for of in loaded) == 40 and loaded[0].dropped == {reason: 1}
 
 
-@pytest.mark.parametrize("name", ["utf-16", "utf-16-be", "utf-32"])
-def test_wide_encodings_are_named(tmp_path: Path, name: str) -> None:
-    """Catches: "not UTF-8" for each row of a file that a spreadsheet wrote."""
+@pytest.mark.parametrize("column", ["completion", "note", "system"])
+def test_half_a_surrogate_pair_in_any_column(tmp_path: Path, column: str) -> None:
+    """Catches: a traceback of the table that rows are kept in, or of the tokenizer, for a column beside the texts."""
+    rows = [{"system": "Be brief.", "note": "n", "prompt": f"q {i}", "completion": "yes"} for i in range(40)]
+    rows[7][column] = "half \ud83d"
     file = tmp_path / "rows.jsonl"
-    mark = "\ufeff" if name.endswith("be") else ""
-    file.write_bytes((mark + '{"prompt": "a"}\n').encode(name))
-    with pytest.raises(UserError, match=f"is {name[:6].upper()}, not UTF-8; convert it: iconv"):
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    loaded = [load_rows(file, split, kind="demonstrations") for split in ("train", "validation")]
+    assert sum(len(of.rows) for of in loaded) == 39 and list(loaded[0].dropped.values()) == [1]
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".json", ".csv"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be", "utf-32", "utf-32-be"])
+def test_encodings(tmp_path: Path, encoding: str, ending: str) -> None:
+    """Catches: UTF-32 taken for UTF-16, whose mark begins like its own, and characters taken for the ends of lines."""
+    value = "é你\u2028a\u0085b\x1cc\x0bd\x0ce😀"
+    rows = [{"prompt": value, "completion": "x"}, {"prompt": "b", "completion": "y"}]
+    content = "".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in rows)
+    if ending == ".json":
+        content = json.dumps(rows, ensure_ascii=False)
+    elif ending == ".csv":
+        content = f"prompt,completion\r\n{value},x\r\nb,y\r\n"
+    file = tmp_path / f"rows{ending}"
+    file.write_bytes((("\ufeff" if encoding.endswith("be") else "") + content).encode(encoding))
+    assert [line.value for line in read_file(file)] == rows
+    packed = tmp_path / f"rows{ending}.gz"
+    packed.write_bytes(gzip.compress(file.read_bytes()))
+    assert [line.value for line in read_file(packed)] == rows
+
+
+def test_csv_with_newlines_and_quotes(tmp_path: Path) -> None:
+    """Catches: a cell cut at a newline in it, a doubled quote, and a quote that swallows the rest of the file."""
+    file = tmp_path / "rows.csv"
+    file.write_text('prompt,completion\n"a\nb,""c""\r\n",d\n\ne,"f"\n', newline="")
+    assert [line.value for line in read_file(file)] == [
+        {"prompt": 'a\nb,"c"\r\n', "completion": "d"},
+        {"prompt": "e", "completion": "f"},
+    ]
+    for open_quote, row in (('a,b\nc,"d\ne,f\n', 2), ('a,"', 1)):
+        file.write_text("prompt,completion\n" + open_quote)
+        with pytest.raises(UserError, match=f"a quote in row {row} is not closed"):
+            list(read_file(file))
+    file.write_text('prompt,"completion\na,b\n')
+    with pytest.raises(UserError, match="a quote in row 0 is not closed"):
+        list(read_file(file))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("a.jsonl", b'{"prompt": "a\0"}\n', "byte 14 of the line is zero"),
+        ("a.jsonl", '{"prompt": "é"}\n'.encode("latin-1"), "not UTF-8 (byte 13 of the line)"),
+        ("a.csv", b"prompt\nab\0\n", "a zero byte (character 3 of 'prompt')"),
+        ("a.csv", "prompt\nabé\n".encode("latin-1"), "not UTF-8 (character 3 of 'prompt')"),
+    ],
+)
+def test_bytes_that_are_no_text(tmp_path: Path, name: str, content: bytes, problem: str) -> None:
+    """Catches: a row read with something else in its place, or named without the place."""
+    (tmp_path / name).write_bytes(content)
+    assert [problem in line.problem for line in read_file(tmp_path / name)] == [True]
+
+
+def test_latin1_in_a_json_array(tmp_path: Path) -> None:
+    """Catches: the parser's words, which name no place."""
+    file = tmp_path / "a.json"
+    file.write_bytes('[{"prompt": "a"},\n {"prompt": "é"}]'.encode("latin-1"))
+    with pytest.raises(UserError, match=r"a.json is not UTF-8: line 2, byte 14 \(0xe9, 'é' in Latin-1\)"):
         list(read_file(file))

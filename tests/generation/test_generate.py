@@ -17,9 +17,10 @@ from peft import PeftModel
 from toys import Call
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rlhf.base.errors import UserError
 from rlhf.generation.chat_model import open_model
-from rlhf.generation.config import GenerationConfig
-from rlhf.generation.generate import _lines
+from rlhf.generation.config import GenerateConfig, GenerationConfig
+from rlhf.generation.generate import _lines, _prompts
 from rlhf.models.base import load_base
 from rlhf.models.compute import Compute
 from rlhf.models.registered import merged_model
@@ -209,3 +210,41 @@ def test_a_line_of_prompts_ends_at_a_newline_only(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_bytes("\ufeffone\u2028two\x0cthree\u0085four\r\nfive\n".encode())
     assert _lines(file) == ["one\u2028two\x0cthree\u0085four", "five"]
+    file.write_bytes("\ufeffone\u2028two\r\nfive\n".encode("utf-16-le"))
+    assert _lines(file) == ["one\u2028two", "five"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.txt", "fine\ncafé\n".encode("latin-1"), "p.txt is not UTF-8: line 2, byte 4 (0xe9"),
+        ("p.txt", b"fine\na\0b\n", "p.txt is no text: line 2, byte 2 is a zero byte"),
+        ("p.txt", "fine\nhalf \ud83d\n".encode("utf-8", "surrogatepass"), "p.txt is not UTF-8: line 2, byte 6"),
+        ("p.txt", "fine\nline\n".encode("utf-16-le"), "p.txt is UTF-16LE, and no mark"),
+        ("p.jsonl", b'{"prompt": "a"}\n{"prompt": "half \\ud83d"}', "p.jsonl, row 2: holds half of a surrogate pair"),
+        ("p.jsonl", b'{"prompt": "a", "reference": "\\ud83d"}', "p.jsonl, row 1: holds half of a surrogate pair"),
+        ("p.csv", "prompt\ncafé\n".encode("latin-1"), "p.csv, row 1: not UTF-8 (character 4 of 'prompt')"),
+        ("p.csv", b'prompt\na\n"b\nc\n', "p.csv: a quote in row 2 is not closed"),
+    ],
+)
+def test_prompts_that_are_no_text(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    """Catches: a traceback of a tokenizer or of the file of answers, and a line without the place."""
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError) as error:
+        _prompts(GenerateConfig(model=["x"], prompts=str(tmp_path / name)))
+    assert message in str(error.value)
+
+
+def test_prompts_in_a_table(tmp_path: Path) -> None:
+    """Catches: a prompt cut at a newline in its cell, and a mark in the name of the first column."""
+    file = tmp_path / "p.csv"
+    file.write_bytes('\ufeffprompt,id\r\n"one\ntwo ""2""\u2028",1\r\nthree,2\r\n'.encode())
+    rows = _prompts(GenerateConfig(model=["x"], prompts=str(file)))
+    assert [row["prompt"][0]["content"] for row in rows] == ['one\ntwo "2"\u2028', "three"]
+
+
+def test_half_a_surrogate_pair_in_system(place: list[str], call: Caller, tmp_path: Path) -> None:
+    """Catches: a traceback of the tokenizer for a system text of a config file."""
+    (tmp_path / "c.yaml").write_text('system: "half \\ud83d"\n')
+    words = ["--config", str(tmp_path / "c.yaml"), "--model", "ppo/toy", "--prompt", "A", *place]
+    assert "the system message is not text: character 6" in call(MODULE, *words).complaint

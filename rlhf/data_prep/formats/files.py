@@ -6,17 +6,17 @@ the rest of a file unreadable (a truncated archive, a broken JSON array, a file 
 
 from __future__ import annotations
 
-import codecs
+import collections
 import csv
 import gzip
 import io
 import json
+import re
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import ijson
 import pyarrow as pa
@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 from rlhf.base.errors import UserError
 from rlhf.base.json_files import EXCERPT, bounded_lines, decode
 from rlhf.base.storage import sha256_file
+from rlhf.base.text_files import open_text, text_lines
 from rlhf.data_prep.prepare.recipe import Source, local
 
 #: Endings of data files; each but .parquet and .arrow may be followed by .gz.
@@ -33,6 +34,10 @@ BINARY_SUFFIXES = (".parquet", ".arrow")
 #: Columns whose cells in a CSV file are texts even when they look like a JSON list, unless it is a list of messages.
 TEXT_COLUMNS = ("prompt", "completion", "chosen", "rejected", "response")
 _BATCH = 1000
+#: Line after the last one of a CSV file: part of a cell where a quote is still open.
+_END = "\0end"
+#: Characters of a cell that stand for a byte that is not UTF-8, and zero bytes.
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")
 #: Bytes of a row, far above any that fits a model.
 LONGEST_ROW = 16_000_000
 
@@ -139,8 +144,6 @@ def read_file(file: Path, max_row_bytes: int = LONGEST_ROW) -> Iterator[Line]:
     """Yield the rows of one file; raises like `read_source`."""
     first = _identity(file)
     suffix, number = _suffix(file), 0
-    if suffix in TEXT_SUFFIXES:
-        _refuse_wide(file)
     readers = {".csv": _csv_lines, ".tsv": _csv_lines, ".parquet": _parquet_lines, ".arrow": _arrow_lines}
     read = readers.get(suffix, _json_array_lines if suffix == ".json" and _is_array(file) else _json_lines)
     try:
@@ -165,43 +168,18 @@ def _identity(file: Path) -> tuple[int, int, int]:
     return stat.st_size, stat.st_mtime_ns, stat.st_ino
 
 
-@contextmanager
-def _open(file: Path) -> Iterator[IO[bytes]]:
-    with file.open("rb") as raw:
-        if file.suffix == ".gz":
-            with gzip.open(raw) as unpacked:
-                yield unpacked  # type: ignore[misc]
-        else:
-            yield raw
-
-
-def _refuse_wide(file: Path) -> None:
-    """Raise `UserError` for a file that begins with the mark of UTF-16 or UTF-32, as spreadsheets write it."""
-    with _open(file) as stream:
-        try:
-            head = stream.read(4)
-        except (EOFError, OSError, zlib.error):
-            return  # reported when it is read
-    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)):
-        name = "UTF-32" if head in (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE) else "UTF-16"
-        raise UserError(f"{file} is {name}, not UTF-8; convert it: iconv -f {name} -t UTF-8 {file.name} > NEW")
-
-
 def _is_array(file: Path) -> bool:
     """Return True for a .json file that is one array; others are read as JSON lines."""
-    with _open(file) as stream:
-        try:
-            head = stream.read(4096)
-        except (EOFError, OSError, zlib.error):
-            return False  # reported when it is read
-    return head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+    try:
+        with open_text(file) as stream:
+            return stream.read(4096).lstrip().startswith(b"[")
+    except (EOFError, OSError, zlib.error):
+        return False  # reported when it is read
 
 
 def _json_lines(file: Path, max_row_bytes: int) -> Iterator[Line]:
-    with _open(file) as stream:
+    with open_text(file) as stream:
         for number, (raw, size) in enumerate(bounded_lines(stream, max_row_bytes), start=1):
-            if number == 1:
-                raw = raw.removeprefix(codecs.BOM_UTF8)
             if size > max_row_bytes:
                 problem = f"{size / 1e6:.1f} MB on one line, more than max_row_megabytes allows"
                 yield Line(str(file), number, problem=problem, raw=_excerpt(raw))
@@ -211,7 +189,10 @@ def _json_lines(file: Path, max_row_bytes: int) -> Iterator[Line]:
 
 def _json_line(file: str, number: int, raw: bytes) -> Line:
     try:
-        return Line(file, number, decode(raw))
+        zero = raw.find(b"\0") + 1
+        if not zero:
+            return Line(file, number, decode(raw))
+        problem = f"not JSON: byte {zero} of the line is zero"
     except UnicodeDecodeError as error:
         problem = f"not UTF-8 (byte {error.start + 1} of the line)"
     except ValueError as error:
@@ -243,7 +224,7 @@ def _repeated(value: Any) -> str:
 
 def _json_array_lines(file: Path, _: int) -> Iterator[Line]:
     number = 0
-    with _open(file) as stream:
+    with open_text(file) as stream:
         try:
             for value in ijson.items(stream, "item", use_float=True, map_type=_Object):
                 number += 1
@@ -252,6 +233,8 @@ def _json_array_lines(file: Path, _: int) -> Iterator[Line]:
                     str(file), number, None if problem else value, problem, "" if not problem else str(value)[:EXCERPT]
                 )
         except (ijson.JSONError, UnicodeDecodeError) as error:
+            if "UTF" in str(error):
+                collections.deque(text_lines(file), maxlen=0)  # raises with the place of the byte
             reason = " ".join(str(error).split())[:120]
             raise UserError(
                 f"{file} is not valid JSON after row {number}: {reason}; one object a line (.jsonl) would lose only bad rows"
@@ -261,18 +244,32 @@ def _json_array_lines(file: Path, _: int) -> Iterator[Line]:
 def _csv_lines(file: Path, max_row_bytes: int) -> Iterator[Line]:
     """Yield rows; cells that hold a JSON list become lists (in a column of texts only lists of messages)."""
     csv.field_size_limit(max_row_bytes)
-    with _open(file) as stream:
+    with open_text(file) as stream:
         # surrogateescape: a bad byte spoils its row, not the file; newline="": csv knows those inside quotes
-        text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
-        reader = csv.DictReader(text, delimiter="\t" if _suffix(file) == ".tsv" else ",", restkey="\0more")
+        text = io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline="")
+        ended: list[bool] = []
+
+        def lines() -> Iterator[str]:
+            yield from text
+            ended.append(True)
+            yield _END
+
+        reader = csv.DictReader(lines(), delimiter="\t" if _suffix(file) == ".tsv" else ",", restkey="\0more")
         try:
             _check_header(file, reader.fieldnames or ())
+            number, row = 0, dict[str | Any, Any]({"": "".join(reader.fieldnames or ())})
             for number, row in enumerate(reader, start=1):
+                if ended:
+                    break
                 yield _csv_line(str(file), number, row)
         except csv.Error as error:
             raise UserError(
                 f"{file} is not a readable CSV file: {error} (line {reader.line_num}); is a quote not closed?"
             ) from error
+    if next(iter(row.values())) not in (_END, [_END]):
+        raise UserError(
+            f"{file}: a quote in row {number} is not closed, and the rest of the file is inside it; mend the row"
+        )
 
 
 def _check_header(file: Path, names: Sequence[str]) -> None:
@@ -289,11 +286,10 @@ def _csv_line(file: str, number: int, row: dict[str, Any]) -> Line:
     missing = [name for name, value in row.items() if value is None]
     if missing:
         return Line(file, number, problem=f"the row ends before column '{missing[0]}'", raw=raw)
-    try:
-        for value in row.values():
-            value.encode("utf-8")
-    except UnicodeEncodeError:
-        return Line(file, number, problem="not UTF-8", raw=raw)
+    for name, value in row.items():
+        if bad := _NO_TEXT.search(value):
+            problem = "a zero byte" if bad[0] == "\0" else "not UTF-8"
+            return Line(file, number, problem=f"{problem} (character {bad.start() + 1} of '{name}')", raw=raw)
     return Line(file, number, {name: csv_cell(name, value) for name, value in row.items()})
 
 

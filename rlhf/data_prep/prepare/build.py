@@ -173,7 +173,7 @@ def _cleaned(record: Record, config: DataConfig, lengths: Lengths | None, tally:
     """Return the record after cleaning and length limits, or None: it is dropped and counted."""
     try:
         cleaned = clean(record, config, tally)
-        check_unicode(cleaned)
+        check_unicode(cleaned.prompt, cleaned.responses, cleaned.parts, cleaned.id, cleaned.user, cleaned.document)
         return lengths.limit(cleaned, tally) if lengths else cleaned
     except (Dropped, Malformed, Untrainable, TemplateRefusal) as error:
         tally.dropped("clean", str(error), record)
