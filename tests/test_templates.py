@@ -21,11 +21,11 @@ from rlhf.models.templates import TEMPLATES, template_text
 from rlhf.models.tokenization import (
     TemplateChange,
     TemplateRefusal,
+    check_encoding,
     check_header,
     check_texts,
     closing_text,
     encode_prompt,
-    encode_response,
     freeze_date,
     load_tokenizer,
     tokenizer_hashes,
@@ -99,7 +99,7 @@ def test_templates_of_trl(tokenizer: PreTrainedTokenizerFast, name: str) -> None
         except (TemplateChange, TemplateRefusal):
             unfit.add(talk)
             continue
-        text = tokenizer.decode([*encode_prompt(tokenizer, prompt), *encode_response(tokenizer, prompt, [answer])])
+        text = tokenizer.decode([token for tokens in check_encoding(tokenizer, prompt, [answer]) for token in tokens])
         for message in (*prompt, answer):
             assert "".join(message["content"].rpartition("</think>")[2].split()) in "".join(text.split())
     assert unfit == UNFIT.get(name, set())
@@ -150,6 +150,26 @@ def test_headers_of_answers(tokenizer: PreTrainedTokenizerFast, name: str) -> No
     else:
         with pytest.raises(UserError, match="between the prompt and the answer"):
             writable(loaded([([USER], ANSWER)] * 2), tokenizer)
+
+
+def test_an_answer_that_is_written_twice(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Each text stands in what the template writes, and the model is trained to say everything twice."""
+    tokenizer.chat_template = chatml("m.content ~ m.content")
+    with pytest.raises(UserError, match="the chat template writes an answer 2 times"):
+        writable(loaded([([USER], ANSWER)] * 2), tokenizer)
+
+
+def test_an_answer_of_one_letter_that_is_left_out(tokenizer: PreTrainedTokenizerFast) -> None:
+    """A letter stands somewhere in every prompt, so an answer `A` that the template drops seemed to be written."""
+    tokenizer.chat_template = chatml(
+        "(m.content if m.content | length > 1 else '')", header="<|im_start|>assistant\nA:"
+    )
+    answer = {"role": "assistant", "content": "A"}
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "{{ m.role }}\n", "{{ m.role }}\n{{ 'A:' if m.role == 'assistant' }}"
+    )
+    with pytest.raises(TextsChanged, match="changes the answer 'A'"):
+        writable(loaded([([USER], ANSWER), ([USER], answer)]), tokenizer)
 
 
 @pytest.mark.parametrize(

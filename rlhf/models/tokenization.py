@@ -252,7 +252,7 @@ def _require_texts(text: str, head: str, messages: Sequence[Message]) -> None:
             continue
         written, bare = _joined(text), _joined(content)
         is_last_answer = bool(head) and number == len(messages)
-        if bare in written or (is_last_answer and bare in _joined(head)[1 - len(bare) :] + written):
+        if _holds(_joined(head) if is_last_answer else "", written, bare):
             continue
         shorter = content.rpartition(_END_OF_THINKING)[2] if message["role"] == "assistant" else content
         as_json = json.dumps(content, ensure_ascii=False)[1:-1]  # as results of tools are written
@@ -262,6 +262,11 @@ def _require_texts(text: str, head: str, messages: Sequence[Message]) -> None:
         raise TemplateChange(
             f"the chat template changes the {name} {_shortened(content)}: it writes {_shortened(text)}"
         )
+
+
+def _holds(head: str, text: str, answer: str) -> bool:
+    """Return whether an answer stands in a text, or begins at the end of the header before it: with `<think>`."""
+    return answer in (head[1 - len(answer) :] if len(answer) > 1 else "") + text
 
 
 def check_header(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message]) -> None:
@@ -276,6 +281,10 @@ def check_header(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message]) 
         TemplateChange
     ):  # it begins the reasoning of an answer, and this one has none; answers are checked by themselves
         return
+    if tail.count(_PROBE) > 1:
+        raise UserError(
+            f"the chat template writes an answer {tail.count(_PROBE)} times; mend it, or give another --chat_template"
+        )
     between = tail.partition(_PROBE)[0].strip()
     has_header = head != _render(tokenizer, prompt, answer_header=False)
     own_marks = has_header and _OWN_MARKS.fullmatch(between) and "assistant" not in between.lower()
@@ -384,7 +393,8 @@ def check_encoding(
         )
     answer = _without_stops("".join(message["content"] for message in response), str(tokenizer.eos_token))
     decoded = str(tokenizer.decode(tail[:-1], skip_special_tokens=False))
-    if _bare(answer) not in _bare(decoded):
+    begun = str(tokenizer.decode(head, skip_special_tokens=False))
+    if not _holds(_bare(begun), _bare(decoded), _bare(answer)):
         raise UserError(
             f"the trained tokens read {decoded[:80]!r}, which is not the answer {answer[:80]!r}: the chat template changes it, "
             "or the tokenizer cannot write it; give another --chat_template or tokenizer"
