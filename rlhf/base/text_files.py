@@ -24,6 +24,12 @@ _MARKS = {
     codecs.BOM_UTF16_BE: "UTF-16",
     codecs.BOM_UTF8: "UTF-8",
 }
+#: First bytes of files whose names say something else.
+_FORMS = {
+    b"\x1f\x8b": "gzip data; let its name end in .gz",
+    b"PK\x03\x04": "a zip archive or a spreadsheet; unpack it, or save it as CSV",
+    b"PAR1": "Parquet; let its name end in .parquet",
+}
 _HEAD = 4096
 #: Half of a surrogate pair: Python's stand-in for a byte that is not UTF-8; JSON may spell one out, too.
 HALF_PAIR = re.compile(r"[\ud800-\udfff]")
@@ -35,13 +41,15 @@ def open_text(file: Path) -> Iterator[IO[bytes]]:
 
     Raises:
         OSError: it cannot be opened; EOFError or zlib.error: it cannot be unpacked.
-        UserError: it is in UTF-16 or UTF-32 without a mark.
+        UserError: it is in UTF-16 or UTF-32 without a mark, or no text.
     """
     with ExitStack() as stack:
         stream: Any = stack.enter_context(file.open("rb"))
         if file.suffix == ".gz":
             stream = stack.enter_context(gzip.open(stream))
         head = stream.peek(_HEAD)[:_HEAD]
+        if form := next((form for mark, form in _FORMS.items() if head.startswith(mark)), ""):
+            raise UserError(f"{file} holds {form}")
         mark = next((mark for mark in _MARKS if head.startswith(mark)), b"")
         if mark == codecs.BOM_UTF8:
             stream.read(len(mark))

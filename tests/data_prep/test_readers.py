@@ -112,6 +112,14 @@ SAMPLES: list[tuple[str, dict[str, Any], list[tuple[Any, list[str], list[float] 
         [([user("Why is tea hot?")], ["Water boils [1].", "Nobody knows."], [-0.5, 0.5])],
     ),
     (
+        "arena",
+        {
+            "id": 30192, "model_a": "a", "model_b": "b", "prompt": '["Hi", "Tea?"]', "response_a": '["Hello.", "No."]',
+            "response_b": '["Hello.", "Yes."]', "winner_model_a": 0, "winner_model_b": 1, "winner_tie": 0,
+        },
+        [([user("Hi"), assistant("Hello."), user("Tea?")], ["No.", "Yes."], [0.0, 1.0])],
+    ),
+    (
         "shp",
         {
             "post_id": "p1", "domain": "askculinary_train", "upvote_ratio": 0.98, "history": "How hot should tea be?",
@@ -237,7 +245,7 @@ def test_every_reader_has_a_sample() -> None:
 
 def test_what_people_said_is_kept() -> None:
     """Catches: workers, confidence, annotators and the ids by which splits are made, lost on the way."""
-    records = {name: read_row(READERS[name], row)[0] for name, row, _ in SAMPLES[:11]}
+    records = {name: read_row(READERS[name], row)[0] for name, row, _ in SAMPLES[:12]}
     tldr, panda, shp = records["tldr_comparisons"], records["pandalm"], records["shp"]
     assert (tldr.raters, tldr.rater_ratings, tldr.confidence, tldr.document) == (["w7"], [[0.0], [1.0]], 8.0, "t3_a1")
     assert panda.raters == ["annotator1", "annotator2", "annotator3"]

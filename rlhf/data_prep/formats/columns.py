@@ -13,6 +13,7 @@ from typing import Any
 
 from rlhf.data_prep.formats.records import Record
 from rlhf.data_prep.formats.rows import (
+    Columns,
     Malformed,
     Messages,
     Row,
@@ -25,6 +26,7 @@ from rlhf.data_prep.formats.rows import (
     is_transcript,
     parsed,
     show_value,
+    unpacked,
     without_answers,
 )
 from rlhf.data_prep.ratings import mean_ratings
@@ -42,12 +44,20 @@ _PAIRS = (
     ("preferred_output", "non_preferred_output"),
 )
 _LABELS = ("label", "kto_tag")
-#: Labels where they hold true or false, and columns of their own otherwise.
-_FLAGS = ("desirable", "is_desirable", "good", "is_good", "accepted", "thumbs_up", "preferred", "chosen")
+#: Labels under names that may mean something else, then those that are true for a bad answer.
+_FLAGS = (
+    "desirable", "is_desirable", "good", "is_good", "accepted", "thumbs_up", "thumbs", "preferred", "chosen", "feedback",
+)  # fmt: skip
+_BAD_FLAGS = ("undesirable", "is_undesirable", "bad", "is_bad", "thumbs_down", "rejected")
+#: Flags that are texts of another meaning unless they hold a label.
+_TEXTS = ("preferred", "chosen", "rejected", "feedback")
 _NUMBERED = re.compile(r"(response|answer|output|completion)[ _-]?(\d+|[a-z])", re.IGNORECASE)
 #: Columns that compare answers under names which no reader knows.
 _VERDICTS = ("better", "winner", "preference", "preferred_response", "overall_preference")
-_TRUE, _FALSE = ("true", "1", "1.0", "good", "desirable"), ("false", "0", "0.0", "bad", "undesirable")
+_TRUE = ("true", "1", "1.0", "good", "desirable", "thumbs_up", "👍")
+_FALSE = ("false", "0", "0.0", "bad", "undesirable", "thumbs_down", "👎")
+#: Further values of flags; as a `label` they would more often answer another question.
+_YES, _NO = ("yes", "up", "accepted"), ("no", "down", "rejected")
 _MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 _EVIDENCE = (
     "prompt", "completion", "response", "rating", "rater", "chosen", "rejected", "responses", "ratings", "ranks",
@@ -128,6 +138,8 @@ def _conversation(row: Row) -> Record:
     if not any(message["role"] == "assistant" for message in messages):
         return Record(prompt=_in_context(messages, row), **about(row))
     prompt, answer = at_last_answer(messages)
+    if messages[-1]["role"] != "assistant" and isinstance(row, Columns):
+        row.left_out.add(f"turns of {name} after the last answer")
     return Record(prompt=_in_context(prompt, row), **answers(answer), **_judged(row), **about(row))
 
 
@@ -162,7 +174,7 @@ def margin(row: Row) -> float:
 
 def prompt_and_answer(row: Row, column: str) -> tuple[Messages, Messages]:
     """Return prompt and answer of a preference: an answer beside its prompt, or a conversation that includes the prompt."""
-    value = row.get(column)
+    value = unpacked(row.get(column))
     if isinstance(value, str) and not is_transcript(value):
         if not has_prompt(row):
             raise Malformed(f"'{column}' is an answer without its prompt; add a 'prompt' column")
@@ -223,10 +235,13 @@ def _in_context(turns: Messages, row: Row) -> Messages:
     """Return the turns after the row's system message and history, with its tools and arguments of the template."""
     system, turns = (turns[:1], turns[1:]) if turns and turns[0]["role"] == "system" else ([], turns)
     name = next((name for name in ("system", "system_prompt") if row.get(name)), None)
-    if name and system and system[0]["content"] != row[name]:
+    if name and isinstance(row[name], list):  # parts, as Anthropic writes them
+        own = conversation([{"role": "system", "content": row[name]}], name)
+    else:
+        own = [{"role": "system", "content": text_in(row, name)}] if name else []
+    if own and system and system[0]["content"] != own[0]["content"]:
         raise Malformed(f"'{name}' and the system message of the conversation differ")
-    if name and not system:
-        system = [{"role": "system", "content": text_in(row, name)}]
+    system = system or own
     prompt = [*system, *_history(row), *turns]
     parts = {name: value for name in OF_CONVERSATION if (value := _of_conversation(row, name))}
     return [with_parts(prompt[0], {**parts_of(prompt[0]), **parts}), *prompt[1:]] if parts and prompt else prompt
@@ -285,21 +300,35 @@ def _judged(row: Row) -> dict[str, Any]:
         Malformed: a label that is neither true nor false.
         Untrainable: the label is missing.
     """
-    flags = (name for name in _FLAGS if isinstance(dict(row).get(name), bool))
-    name = next((name for name in _LABELS if name in row), None) or next(flags, None)
-    if name is None:
+    names = [name for name in _LABELS if name in row] or [*_FLAGS, *_BAD_FLAGS]
+    labels = {name: label for name in names if (label := _label(row, name)) is not None}
+    if not labels:
         return {}
-    label = str(row.get(name)).strip().lower()
-    if label in ("none", ""):
-        raise Untrainable(f"no '{name}', which says whether the answer is good")
-    if label not in _TRUE + _FALSE:
-        raise Malformed(
-            f"'{name}' beside an answer must be true or false (a good or a bad answer), got {show_value(row.get(name))}; if "
-            f"it means something else, rename the column (in data.yaml, columns: {{topic: {name}}})"
-        )
-    rating = float(label in _TRUE)
+    if len(set(labels.values())) > 1:
+        raise Untrainable(f"{' and '.join(map(repr, labels))} contradict each other")
+    rating = float(next(iter(labels.values())))
     rater = name_in(row, "rater") or "label"
     return {"raters": [rater], "rater_ratings": [[rating]], "ratings": [rating], "labelled": True}
+
+
+def _label(row: Row, name: str) -> bool | None:
+    """Return whether a column calls the answer good; None where a flag is empty, or a text of another meaning."""
+    value = dict(row).get(name)
+    label, is_flag = str(value).strip().lower(), name not in _LABELS
+    if label in ("none", ""):
+        if is_flag:
+            return None
+        raise Untrainable(f"no '{name}', which says whether the answer is good")
+    good, bad = (_TRUE + _YES, _FALSE + _NO) if is_flag else (_TRUE, _FALSE)
+    if label not in good + bad:
+        if name in _TEXTS:
+            return None
+        raise Malformed(
+            f"'{name}' beside an answer must be true or false (a good or a bad answer), got {show_value(value)}; if "
+            f"it means something else, rename the column (in data.yaml, columns: {{topic: {name}}})"
+        )
+    row.get(name)  # is read
+    return (label in good) != (name in _BAD_FLAGS)
 
 
 def _rated_response(row: Row, answer: str) -> Record:

@@ -15,8 +15,9 @@ import re
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NoReturn
 
 import ijson
 import pyarrow as pa
@@ -38,6 +39,8 @@ _BATCH = 1000
 _END = "\0end"
 #: Characters of a cell that stand for a byte that is not UTF-8, and zero bytes.
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")
+#: Names of the list of rows in a .json file that is one object: LMFlow's, SQuAD's, and the like.
+_LISTS = ("data", "instances", "examples", "rows", "records", "samples", "train")
 #: Bytes of a row, far above any that fits a model.
 LONGEST_ROW = 16_000_000
 
@@ -145,7 +148,8 @@ def read_file(file: Path, max_row_bytes: int = LONGEST_ROW) -> Iterator[Line]:
     first = _identity(file)
     suffix, number = _suffix(file), 0
     readers = {".csv": _csv_lines, ".tsv": _csv_lines, ".parquet": _parquet_lines, ".arrow": _arrow_lines}
-    read = readers.get(suffix, _json_array_lines if suffix == ".json" and _is_array(file) else _json_lines)
+    place = _place_of_rows(file) if suffix == ".json" else ""
+    read = readers.get(suffix, partial(_json_array_lines, place=place) if place else _json_lines)
     try:
         for line in read(file, max_row_bytes):
             number = line.number
@@ -168,13 +172,51 @@ def _identity(file: Path) -> tuple[int, int, int]:
     return stat.st_size, stat.st_mtime_ns, stat.st_ino
 
 
-def _is_array(file: Path) -> bool:
-    """Return True for a .json file that is one array; others are read as JSON lines."""
+def _place_of_rows(file: Path) -> str:
+    """Return the place, in ijson's words, of the rows of a .json file that is one array or object; empty for JSON lines.
+
+    Raises:
+        UserError: an object over several lines without a list of rows.
+    """
     try:
         with open_text(file) as stream:
-            return stream.read(4096).lstrip().startswith(b"[")
-    except (EOFError, OSError, zlib.error):
-        return False  # reported when it is read
+            first = next((line for line in iter(partial(stream.readline, LONGEST_ROW), b"") if line.strip()), b"")
+            more = stream.read(4096).strip()
+        if first.lstrip().startswith(b"["):
+            return "item"
+        if not first.lstrip().startswith(b"{") or (more and _is_json(first)):
+            return ""
+        with open_text(file) as stream:
+            return _place_in_object(stream) or ("" if _is_json(first) else _refuse_object(file))
+    except (ijson.JSONError, UnicodeDecodeError, EOFError, OSError, zlib.error):
+        return ""  # reported when it is read
+
+
+def _place_in_object(stream: IO[bytes]) -> str:
+    """Return the place of the first list of objects in the object that a stream begins with, under a name such as `data`."""
+    name = ""
+    for prefix, event, _ in ijson.parse(stream):
+        if event == "start_map" and name and prefix == f"{name}.item":
+            return prefix
+        name = prefix if event == "start_array" and prefix in _LISTS else ""
+        if not prefix and event == "end_map":
+            break
+    return ""
+
+
+def _refuse_object(file: Path) -> NoReturn:
+    raise UserError(
+        f"{file} holds JSON objects over several lines; rows are an array, a list under one of {', '.join(_LISTS)}, or one "
+        f"object a line: jq -c . {file.name} > NEW.jsonl"
+    )
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        decode(line)
+    except ValueError:
+        return False
+    return True
 
 
 def _json_lines(file: Path, max_row_bytes: int) -> Iterator[Line]:
@@ -222,11 +264,11 @@ def _repeated(value: Any) -> str:
     return next(filter(None, map(_repeated, value)), "") if isinstance(value, list) else ""
 
 
-def _json_array_lines(file: Path, _: int) -> Iterator[Line]:
+def _json_array_lines(file: Path, _: int, *, place: str) -> Iterator[Line]:
     number = 0
     with open_text(file) as stream:
         try:
-            for value in ijson.items(stream, "item", use_float=True, map_type=_Object):
+            for value in ijson.items(stream, place, use_float=True, map_type=_Object):
                 number += 1
                 problem = _repeated(value)
                 yield Line(
@@ -256,8 +298,10 @@ def _csv_lines(file: Path, max_row_bytes: int) -> Iterator[Line]:
 
         reader = csv.DictReader(lines(), delimiter="\t" if _suffix(file) == ".tsv" else ",", restkey="\0more")
         try:
-            _check_header(file, reader.fieldnames or ())
-            number, row = 0, dict[str | Any, Any]({"": "".join(reader.fieldnames or ())})
+            reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+            _check_header(file, reader.fieldnames)
+            _refuse_other_separator(file, reader.fieldnames)
+            number, row = 0, dict[str | Any, Any]({"": "".join(reader.fieldnames)})
             for number, row in enumerate(reader, start=1):
                 if ended:
                     break
@@ -276,6 +320,13 @@ def _check_header(file: Path, names: Sequence[str]) -> None:
     twice = next((name for name in names if name and names.count(name) > 1), None)
     if twice is not None:
         raise UserError(f"{file}: `{twice}` stands twice in the header; rename one of the two columns, or delete it")
+
+
+def _refuse_other_separator(file: Path, names: Sequence[str]) -> None:
+    mark = next((mark for mark in ";|\t," if len(names) == 1 and mark in names[0]), None)
+    if mark:
+        separator = "tabs" if _suffix(file) == ".tsv" else "commas"
+        raise UserError(f"{file}: columns are separated by {mark!r} in {names[0]!r}; save it with {separator}")
 
 
 def _csv_line(file: str, number: int, row: dict[str, Any]) -> Line:

@@ -6,6 +6,7 @@ All raise `Malformed` or `Untrainable` for a row that they cannot use.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 
 from rlhf.data_prep.formats.columns import (
     answers,
@@ -23,6 +24,7 @@ from rlhf.data_prep.formats.rows import (
     Messages,
     Row,
     Untrainable,
+    parsed,
     show_value,
 )
 
@@ -80,6 +82,38 @@ def webgpt(row: Row) -> Iterator[Record]:
         ratings=[number_in(row, "score_0"), number_in(row, "score_1")],
         document=name_in(question, "id"),
     )
+
+
+def arena(row: Row) -> Iterator[Record]:
+    """Yield the answers of two models to the last of several prompts, with one of three columns that marks the vote."""
+    votes = [number_in(row, name) for name in ("winner_model_a", "winner_model_b", "winner_tie") if name in row]
+    if sorted(votes)[-2:] != [0, 1]:
+        raise Malformed(f"one of the columns winner_* must be 1 and the others 0, got {votes}")
+    if votes[:2] == [0, 0]:
+        raise Untrainable("no preference: a tie")
+    prompts, *sides = (_texts(row, name) for name in ("prompt", "response_a", "response_b"))
+    if any(len(side) != len(prompts) for side in sides):
+        raise Malformed("'prompt', 'response_a' and 'response_b' must hold as many texts")
+    if sides[0][:-1] != sides[1][:-1]:
+        raise Untrainable("the two responses do not answer the same prompt")
+    turns = [
+        [*_user(text), {"role": "assistant", "content": answer}] for text, answer in zip(prompts, sides[0], strict=True)
+    ]
+    prompt = [turn for pair in turns for turn in pair][:-1]
+    yield Record(prompt=prompt, responses=[side[-1] for side in sides], ratings=votes[:2], id=name_in(row, "id"))
+
+
+def _texts(row: Row, name: str) -> list[str]:
+    """Return the texts of a column, which may stand as JSON in a text."""
+    value = row.get(name)
+    with suppress(Malformed):
+        value = parsed(value, name) if isinstance(value, str) and value.startswith("[") else value
+    texts = [value] if isinstance(value, str) else value
+    if isinstance(texts, list) and None in texts:
+        raise Untrainable("empty response")
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+        raise Malformed(f"'{name}' must be a text or a list of texts, got {show_value(value)}")
+    return texts
 
 
 def shp(row: Row) -> Iterator[Record]:

@@ -16,11 +16,22 @@ from rlhf.data_prep.formats import numbered, published
 from rlhf.data_prep.formats.columns import columns_evidence, messages_evidence, read_columns, read_pair
 from rlhf.data_prep.formats.files import Line
 from rlhf.data_prep.formats.records import Record
-from rlhf.data_prep.formats.rows import Columns, Malformed, Row, Untrainable, is_message, is_transcript, show_value
+from rlhf.data_prep.formats.rows import (
+    Columns,
+    Malformed,
+    Row,
+    Untrainable,
+    is_blank,
+    is_message,
+    is_transcript,
+    show_value,
+)
 from rlhf.data_prep.prepare.recipe import Source
 
 #: Rows at the beginning of a source by which its reader is chosen; most of them must show the reader's evidence.
 ROWS_LOOKED_AT = 20
+#: Characters of a prompt that answers do not all repeat by chance.
+LONG_PROMPT = 20
 #: Rows at the beginning of a source from which a reader learns what its labels mean.
 ROWS_LEARNT_FROM = 1000
 
@@ -69,6 +80,7 @@ READERS: dict[str, Reader] = {
     "tldr_posts": Reader(("subreddit", "title", "post", "summary"), published.tldr_post),
     "tldr_comparisons": Reader(("info", "summaries", "choice"), published.tldr_comparison),
     "webgpt": Reader(("question", "answer_0", "answer_1", "score_0", "score_1"), published.webgpt),
+    "arena": Reader(("prompt", "response_a", "response_b", "winner_model_a", "winner_model_b"), published.arena),
     "shp": Reader(("history", "human_ref_A", "human_ref_B", "labels"), published.shp),
     "ultrafeedback": Reader(("instruction", "completions"), published.ultrafeedback),
     "ultrafeedback_binarized": Reader(
@@ -95,6 +107,9 @@ READERS: dict[str, Reader] = {
 _HINTS = {
     "segments": "texts with masks of their own, Axolotl's input_output: give messages, whose last answer is trained",
     "text": "plain text is read by python -m rlhf.stages.pretrain",
+    "data": "if it holds the turns of a conversation as texts: columns: {conversations: data} in data.yaml",
+    "conversation": "if it holds messages: columns: {messages: conversation} in data.yaml",
+    "overall_preference": "the first response is better below 0: columns: {prompt: context} in data.yaml reads it",
     "answer": "if the answers are to be imitated: columns: {prompt: question, completion: answer} in data.yaml",
 }
 
@@ -139,6 +154,10 @@ class SourceReader:
         first = list(itertools.islice(rest, ROWS_LOOKED_AT))
         self.source = source
         values = _mapped_rows(first, source)
+        if source.reader == "auto" and first and not any(isinstance(value, dict) for value in values):
+            line = first[0]
+            reason = line.problem or f"must be an object with named columns, got {show_value(line.value)}"
+            raise UserError(f"source {source.name}: no row can be read; {line.file}, row {line.number}: {reason}")
         self.name, self.evidence = choose_reader(source, values)
         self.unused: Counter[str] = Counter()
         """Rows by column that holds something and was not read, as far as the reading went."""
@@ -277,8 +296,12 @@ def read_row(reader: Reader, row: Any) -> list[Record]:
         raise Malformed(f"no column '{missing}'; this row has {', '.join(map(str, row)) or 'none'}")
     records = list(reader.read(row))
     for record in records:
-        if any(not response.strip() for response in record.whole_responses):
+        if any(map(is_blank, record.whole_responses)):
             raise Untrainable("empty response")
+        asked = record.last_turn.strip()
+        several = len(record.responses) > 1 and len(asked) >= LONG_PROMPT
+        if several and all(response.lstrip().startswith(asked) for response in record.responses):
+            raise Untrainable("each answer begins with the prompt, which stands before it already")
         responses = record.whole_responses
         rated = set(zip(responses, record.ratings, strict=True)) if record.ratings else set()
         if len(rated) > len(set(responses)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from rlhf.data_prep.formats.rows import Malformed, Messages, Untrainable, check_turns
+from rlhf.data_prep.formats.rows import Malformed, Messages, Untrainable, check_turns, is_blank
 from rlhf.models.messages import PARTS
 
 #: Bits of `Record.serves`.
@@ -54,7 +54,7 @@ class Record:
     """Set by the rater where splits are made of raters; otherwise None until the splits are made."""
 
     def __post_init__(self) -> None:
-        if not any(m["role"] != "system" and m["content"].strip() for m in self.prompt):
+        if not any(m["role"] != "system" and not is_blank(m["content"]) for m in self.prompt):
             raise Untrainable("empty prompt")
         check_turns(self.prompt)
         if self.prompt[-1]["role"] not in ("user", "tool"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -42,6 +43,8 @@ class Columns(Row):
     def __init__(self, row: Mapping[str, Any], used: set[str] | None = None) -> None:
         super().__init__(row)
         self.used = set[str]() if used is None else used
+        self.left_out = set[str]()
+        """Names of parts that a reader left out, for people."""
 
     def __getitem__(self, name: str) -> Any:
         self.used.add(name)
@@ -55,7 +58,11 @@ class Columns(Row):
     def unused(self) -> set[str]:
         """Return the columns that hold something and were not read, keys of messages as `messages.KEY`."""
         rest = {name for name, value in self.items() if name not in self.used and value not in (None, "", [], {})}
-        return rest | {f"{name}.{key}" for name in self.used & self.keys() for key in _unread_keys(dict(self)[name])}
+        return (
+            rest
+            | self.left_out
+            | {f"{name}.{key}" for name in self.used & self.keys() for key in _unread_keys(dict(self)[name])}
+        )
 
 
 def _unread_keys(value: Any) -> set[str]:
@@ -102,6 +109,7 @@ def at_last_answer(messages: Messages) -> tuple[Messages, Messages]:
 
 def as_prompt(value: Any, name: str = "prompt") -> Messages:
     """Return a prompt as messages, without answers after it."""
+    value = unpacked(value)
     if isinstance(value, str) and not is_transcript(value):
         return _checked_prompt([{"role": "user", "content": value}])
     return without_answers(conversation(value, name))
@@ -116,6 +124,7 @@ def without_answers(messages: Messages) -> Messages:
 
 def as_response(value: Any, name: str) -> Messages:
     """Return an answer, a text or one assistant message, as a list of one message."""
+    value = unpacked(value)
     if isinstance(value, str):
         return _checked_response([{"role": "assistant", "content": value}])
     messages = conversation(value, name)
@@ -127,13 +136,13 @@ def as_response(value: Any, name: str) -> Messages:
 
 
 def _checked_prompt(messages: Messages) -> Messages:
-    if not any(message["role"] != "system" and message["content"].strip() for message in messages):
+    if not any(message["role"] != "system" and not is_blank(message["content"]) for message in messages):
         raise Untrainable("empty prompt")
     return messages
 
 
 def _checked_response(messages: Messages) -> Messages:
-    if not messages[0]["content"].strip() and not parts_of(messages[0]):
+    if is_blank(messages[0]["content"]) and not parts_of(messages[0]):
         raise Untrainable("empty response")
     return messages
 
@@ -153,6 +162,9 @@ def conversation(value: Any, name: str) -> Messages:
     if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
         value = parsed(value, name)
     turns = [value] if isinstance(value, dict) else value
+    if name == "conversations" and isinstance(turns, list) and all(isinstance(turn, str) for turn in turns):  # LIMA
+        roles = itertools.cycle(("user", "assistant"))
+        turns = [{"role": role, "content": text} for role, text in zip(roles, turns, strict=False)]
     if not isinstance(turns, list):
         raise Malformed(f"'{name}' must be a string or a list of {{role, content}} messages, got {show_value(value)}")
     messages = [_message(turn, name) for turn in turns]
@@ -217,6 +229,27 @@ def is_message(value: Any) -> bool:
     return isinstance(value, dict) and bool({"role", "from"} & value.keys())
 
 
+def unpacked(value: Any) -> Any:
+    """Return the messages that a text holds as JSON, another value as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
+        return value
+    try:
+        messages = decode(value)
+    except ValueError:
+        return value
+    turns = messages if isinstance(messages, list) else [messages]
+    known = [
+        is_message(turn) and (turn.get("role") or turn.get("from")) in _ROLE_OF and bool(turn.keys() & {*TEXT_KEYS})
+        for turn in turns
+    ]
+    return messages if known and all(known) else value
+
+
+def is_blank(text: str) -> bool:
+    """Return whether a text shows nothing: white space, control characters and the invisible ones of Unicode's class Cf."""
+    return all(character.isspace() or unicodedata.category(character) in ("Cc", "Cf") for character in text)
+
+
 def parsed(text: Any, name: str) -> Any:
     """Return the value of a JSON text; raises `Malformed`."""
     try:
@@ -251,15 +284,20 @@ def _is_trained(turn: Row) -> bool:
 
 
 def is_transcript(value: Any) -> bool:
-    """Return True for a text written as in Anthropic/hh-rlhf."""
-    return isinstance(value, str) and value.lstrip().startswith("Human:")
+    """Return True for a text written as in Anthropic/hh-rlhf, or a prompt of this form after a text for the system."""
+    if not isinstance(value, str):
+        return False
+    return value.lstrip().startswith("Human:") or ("\n\nHuman:" in value and value.rstrip().endswith("\n\nAssistant:"))
 
 
 def transcript(text: str) -> Messages:
     r"""Return the messages of `\n\nHuman: ...\n\nAssistant: ...`."""
-    parts = _TURN.split("\n\n" + text.strip())[1:]
+    preamble, *parts = _TURN.split("\n\n" + text.strip())
     roles = {"Human": "user", "Assistant": "assistant"}
-    return [{"role": roles[who], "content": text.strip()} for who, text in zip(parts[::2], parts[1::2], strict=True)]
+    system = [{"role": "system", "content": preamble.strip()}] if preamble.strip() else []
+    return system + [
+        {"role": roles[who], "content": text.strip()} for who, text in zip(parts[::2], parts[1::2], strict=True)
+    ]
 
 
 def check_turns(messages: Sequence[dict[str, str]]) -> None:
