@@ -21,6 +21,8 @@ RELOADED = 1e-3
 """Largest `deviation` after loading: the model computes the same numbers in the same order."""
 REORDERED = {torch.bfloat16: 0.05, torch.float32: 1e-3, torch.float64: 1e-5}
 """Largest `deviation` in other batches, by the model's type: sums in another order round differently."""
+BY_BATCH = 0.25
+"""Largest `deviation` in other batches that bf16 explains: 20 tiny Llamas after 5 to 8 updates had .012, without a mask .3."""
 OUTLIER = 4.0
 """Factor by which a single score may be further off: rounding to bf16 has outliers in a sound model, too."""
 
@@ -58,8 +60,7 @@ def require_parity(trained: Tensor, saved: Scorer, rows: Sequence[Sequence[int]]
 
     A score head that was not saved, an adapter saved under another name, a score read at a padding token, or one that
     depends on other rows of the batch: none shows in training, and all are off by about the spread of the scores here.
-    In bf16 scores in other batches only warn: rounding moves those of a barely trained head by any share of their size,
-    and the preflight has compared the batches before the training.
+    In bf16 scores in other batches warn up to `BY_BATCH`, as rounding moves those of a barely trained head.
 
     Args:
         trained: (M,) raw scores of the model in memory.
@@ -77,7 +78,7 @@ def require_parity(trained: Tensor, saved: Scorer, rows: Sequence[Sequence[int]]
         difference = deviation(scores, trained, scale)
         if difference > allowed:
             text = int((scores - trained).abs().nan_to_num(nan=torch.inf).argmax())
-            if saved.compute.bf16 and how != "together" and bool(torch.isfinite(scores).all()):
+            if saved.compute.bf16 and how != "together" and difference <= BY_BATCH:
                 print(
                     f"reward: text {text + 1} scores {float(scores[text]):.4g} {how} and {float(trained[text]):.4g} together: "
                     "so coarse is bf16 for this model; train longer, or compare with --dtype float32",

@@ -20,7 +20,7 @@ from rlhf.models.compute import Compute
 from rlhf.models.packing import pack_rows
 from rlhf.models.reward_model import read_reward_adapter
 from rlhf.models.tokenization import load_tokenizer
-from rlhf.reward.parity import REORDERED, deviation, digests, require_parity, require_same_tensors
+from rlhf.reward.parity import BY_BATCH, REORDERED, deviation, digests, require_parity, require_same_tensors
 from rlhf.reward.scorer import Scorer
 
 COMPUTE = Compute(torch.device("cpu"), torch.float64)
@@ -157,8 +157,15 @@ def test_rounding_by_batch_warns_in_bf16_and_stops_in_fp32(
         rounded = Scorer(_Rounded(model, 1.0), tokenizer, compute, 5)
         trained = rounded.raw(rows)
         if dtype == torch.bfloat16:
-            assert require_parity(trained, rounded, rows) > REORDERED[dtype]
-            assert "so coarse is bf16" in capsys.readouterr().err
+            size = float(trained.square().mean().sqrt())
+            for share, stops in ((0.99, False), (1.01, True)):
+                rounded = Scorer(_Rounded(model, share * BY_BATCH * size), tokenizer, compute, 5)
+                if stops:
+                    with pytest.raises(UserError, match="scored alone"):
+                        require_parity(trained, rounded, rows)
+                else:
+                    assert require_parity(trained, rounded, rows) > REORDERED[dtype]
+                    assert "so coarse is bf16" in capsys.readouterr().err
             with pytest.raises(UserError, match="scored together"):
                 require_parity(trained + 0.1 * trained.abs().max(), rounded, rows)
         else:
@@ -184,3 +191,18 @@ def test_a_lost_tensor_stops(lost: str, tmp_path: Path) -> None:
     assert part in str(error.value)
     with pytest.raises(UserError, match="tensors differ"):
         require_same_tensors({**trained, "base_model.model.gone": ""}, model)
+
+
+def test_a_wrong_base_under_the_adapter_stops(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Catches: an adapter and a head that are the trained ones, on another SFT policy: also in bf16 no matter of rounding."""
+    model = reward_model("llama", tmp_path, ppo_config())
+    trained, rows = digests(model), token_rows()
+    compute = Compute(torch.device("cpu"), torch.bfloat16)
+    scores = Scorer(model, tokenizer, compute, 5).raw(rows)
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            if "lora" not in name and "score" not in name and tensor.dim() > 1:
+                tensor.copy_(torch.randn_like(tensor) * tensor.std())
+    require_same_tensors(trained, model)
+    with pytest.raises(UserError, match="scored together"):
+        require_parity(scores, Scorer(model, tokenizer, compute, 5), rows)
