@@ -78,6 +78,7 @@ def test_mending(mend: Callable[[str], str], before: str, after: str) -> None:
         ("Büro: 030/901820, (089) 2345678", "Büro: [PHONE], [PHONE]"),
         ("dial 0044 20 7031 3000 or +4915112345678", "dial [PHONE] or [PHONE]"),
         ("my mobile is 612345678", "my mobile is [PHONE]"),
+        ("3.15.90.221 via tun0, 2001:db9::1 too", "[IP] via tun0, [IP] too"),
         ("(+33 1 42 68 53 00) is ours", "([PHONE]) is ours"),
     ],
 )
@@ -95,6 +96,9 @@ def test_personal_data(before: str, after: str) -> None:
         "See section 2.3.1.1 and table 10.4.2.7.", "Chrome/120.0.6099.71", "upgrade V8 from 4.5.103.24 to 4.5.103.35",
         "RFC 7540 8.1.2.4 says", "std::vector and dead::beef and [1::2]", "ISSN 0377-0427", "ISBN 978-3-16-148410-0",
         "Adv. Comp. 5 (1996) 329-359", "Boston, MA 02110-1301", "0391 0301;;;;N;GREEK", "2023-01-15 or 15.01.2023 10",
+        "1FB7; 0391 0342 0345; # GREEK", "ABOVE AND GRAVE;0069 0307 0300", "Patent Application WO 01/94611", "at +36.87462906",
+        "802.11-2016 9.4.2.159", "in 1.3.101.112", "DNS-Based discovery (6.3.6.1)", "June 2000::", 'graft "2085::2093"',
+        "(being in 2002::/16)",
         "a million: 1 234 567 890", "pi is 3.14159265358979", "md5 9e107d9d372bb6826bd81d3542a419d6",
     ],
 )  # fmt: skip

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from phonenumbers import Leniency, PhoneNumberMatcher
+from phonenumbers import COUNTRY_CODE_TO_REGION_CODE, Leniency, PhoneNumberMatcher
 
 #: Countries, ISO 3166, whose national forms are known; international forms are known of all.
 PHONE_REGIONS = (
@@ -40,7 +40,7 @@ _CARD_WORD = re.compile(r"card|credit|debit|visa|amex|american express|unionpay|
 _IP = re.compile(r"(?<![\w.:])(?:\d{1,3}(?:\.\d{1,3}){3}|[0-9A-Fa-f]{0,4}(?::[0-9A-Fa-f]{0,4}){2,7})(?![\w:]|\.\d|-\w)")
 _UNICAST = ipaddress.ip_network("2000::/3")
 _IP_WORD = re.compile(
-    r"\b(?:ips?|ipv4|address(?:es)?|hosts?|servers?|dns|ping|ssh|client|gateway|proxy|nameserver|https?)\b|地址|服务器",
+    r"\b(?:ips?|ipv4|address(?:es)?|hosts?|servers?|dns|ping|ssh|client|gateway|proxy|nameserver|https?)\b(?!-)|地址|服务器",
     re.IGNORECASE,
 )
 _SECTION = re.compile(
@@ -157,14 +157,16 @@ def _is_public(match: re.Match[str]) -> bool:
         return False
     if not address.is_global or address.is_multicast:
         return False
-    if address.version == 6:
-        return address in _UNICAST  # d::e and 1::2 stand in programs
+    if address.version == 6:  # d::e and 1::2 stand in programs, 2000:: and 2085::2093 in texts and in names of networks
+        return address in _UNICAST and len(re.findall(r"[0-9A-Fa-f]+", match[0])) > 2
     before = _before(match)
     if re.search(r"://$", before):
         return True
     if _SECTION.search(before):
         return False
-    return max(address.packed) >= 100 or _IP_WORD.search(before) is not None
+    # sections of standards and object identifiers begin with two low numbers: 9.4.2.159, 1.3.101.112
+    machine = max(address.packed) >= 100 and max(address.packed[:2]) >= 10
+    return machine or _IP_WORD.search(before) is not None
 
 
 def _is_phone(match: re.Match[str], regions: tuple[str, ...]) -> bool:
@@ -176,12 +178,17 @@ def _is_phone(match: re.Match[str], regions: tuple[str, ...]) -> bool:
     if not named and (_SUM_BEFORE.search(before) or _SUM_AFTER.match(after) or _SECTION.search(before)):
         return False
     if number.lstrip("( ").startswith("+"):
+        if re.fullmatch(r"\+\d+\.\d+", number) and not named:
+            return False  # a coordinate
         return _matches(number, [None], Leniency.VALID)
     if len(digits) == len(number) and not named:
         return False  # a bare run of digits
+    code = re.match(r"\(?00(\d{1,3})\D", number)
+    if code and int(code[1]) not in COUNTRY_CODE_TO_REGION_CODE:
+        return False  # 0069 0307 0300 are code points
     if digits.startswith("00") and _matches("+" + number.lstrip("(")[2:], [None], Leniency.VALID):
         return True
-    if _DATE.match(number):
+    if _DATE.match(number) or (len(digits) < 8 and not named):
         return False
     return (named or _has_phone_groups(number)) and _matches(
         number, regions, Leniency.VALID if named else Leniency.STRICT_GROUPING
@@ -193,7 +200,9 @@ def _has_phone_groups(number: str) -> bool:
     if "(" in number:
         return re.match(r"(?:[08] ?)?\((?:0\d{1,4}|\d{2,3})\)", number) is not None
     if number.startswith("0"):
-        return re.match(r"0\d{1,4}\D", number) is not None and not re.fullmatch(r"\d{4,5}[- ]\d{4}", number)
+        return re.match(r"0\d{1,4}\D", number) is not None and not re.fullmatch(
+            r"\d{4,5}[- ]\d{4}|0\d+ 0\d+ 0\d+", number
+        )
     return _GROUPS.fullmatch(number) is not None
 
 
