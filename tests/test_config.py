@@ -193,10 +193,43 @@ def test_files_that_are_no_configs(tmp_path: Path, content: bytes, reason: str) 
 
 
 def test_a_list_that_is_named_a_million_times(tmp_path: Path) -> None:
-    """Twenty lines of YAML hold 10^20 entries: a check that visits each of them never ends."""
+    """Twenty lines of YAML hold 10^20 entries: whatever visits each of them, such as a message, never ends."""
     lines = ["a0: &a0 [x]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 20))]
     (tmp_path / "x.yaml").write_text("\n".join(lines))
-    assert len(read_yaml(tmp_path / "x.yaml")) == 20
+    with pytest.raises(UserError, match="more than 1,000,000 parts"):
+        read_yaml(tmp_path / "x.yaml")
+    (tmp_path / "x.yaml").write_text("\n".join(lines[:6]))
+    assert len(read_yaml(tmp_path / "x.yaml")) == 6
+
+
+@pytest.mark.parametrize(
+    "line, reason",
+    [
+        ("seed: -5", "seed must be from 0 to 4294967295, got -5"),
+        (f"seed: {1 << 32}", "seed must be from 0 to 4294967295"),
+        ("max_steps: " + "9" * 19, r"max_steps must be 1e\+18 at most"),
+        ("max_steps: " + "9" * 400, "a number of 400 digits"),
+        ("name: a\nname: b", "`name` stands twice"),
+        ("name: {a: 1}", "name must be text, a number"),
+        ("lora_target_modules: [[a]]", "lora_target_modules must be text, a number"),
+        ('name: "\\ud800"', "not valid YAML"),
+        ("lora_target_modules: " + "[" * 3000 + "]" * 3000, "nested too deeply"),
+    ],
+)
+def test_values_that_no_option_has(tmp_path: Path, line: str, reason: str) -> None:
+    """Each was a traceback, or was taken for something else, in some command."""
+    file = tmp_path / "x.yaml"
+    file.write_text(f"dataset: d\nmodel_name_or_path: m\n{line}\n")
+    with pytest.raises(UserError, match=reason):
+        parse_config(SFTConfig, ["--config", str(file)])
+
+
+def test_values_just_inside(tmp_path: Path) -> None:
+    """The largest seed of numpy; a line that stands twice with the same value; a name that is a date."""
+    file = tmp_path / "x.yaml"
+    file.write_text(f"dataset: d\nmodel_name_or_path: m\nseed: {(1 << 32) - 1}\nname: 2024-01-01\nname: 2024-01-01\n")
+    config = parse_config(SFTConfig, ["--config", str(file)])
+    assert config.seed == (1 << 32) - 1 and config.name == "2024-01-01"
 
 
 def test_numbers_of_yaml(tmp_path: Path) -> None:

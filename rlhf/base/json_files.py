@@ -22,6 +22,8 @@ MAX_LINE_BYTES = 1 << 24
 """Longest line of a `.jsonl` file of this package."""
 MAX_DEPTH = 100
 """Deepest nesting of lists and objects, far below the depth at which Python's own recursion ends."""
+MAX_PARTS = 1_000_000
+"""Most values in a YAML file, with what its aliases stand for."""
 MAX_DIGITS = 100
 """Longest whole number, in digits; any shorter one fits a float."""
 
@@ -52,9 +54,14 @@ def decode(text: str | bytes, *, nan_as_none: bool = False) -> Any:
 
 
 def _integer(digits: str) -> int:
+    check_digits(digits)
+    return int(digits)
+
+
+def check_digits(digits: str) -> None:
+    """Raise `ValueError` for a whole number longer than `MAX_DIGITS`."""
     if len(digits) > MAX_DIGITS:
         raise ValueError(f"a number of {len(digits)} digits, more than {MAX_DIGITS}")
-    return int(digits)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -99,6 +106,19 @@ def check_depth(value: Any) -> None:
         if not level:
             return
     _refuse_depth()
+
+
+def check_expanded(value: Any) -> None:
+    """Raise `ValueError` for a value of more than `MAX_PARTS` parts, one that YAML names again counted each time."""
+    sizes: dict[int, int] = {}
+
+    def size(part: Any) -> int:
+        if id(part) not in sizes:
+            sizes[id(part)] = 1 + sum(map(size, _children(part)))
+        return sizes[id(part)]
+
+    if size(value) > MAX_PARTS:
+        raise ValueError(f"more than {MAX_PARTS:,} parts")
 
 
 def _children(value: Any) -> Iterable[Any]:

@@ -79,6 +79,7 @@ class EvaluationConfig(RunConfig):
     check_length: int = option("longest answer of a check, tokens; decoding is greedy", 128)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         sizes = ("num_prompts", "samples_per_prompt", "response_length", "max_prompt_length", "best_of_prompts")
         require_at_least(1, self, *sizes, "per_device_eval_batch_size", "judge_pairs", "judge_parallel")
         require_at_least(1, self, "check_length", "task_limit")

@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from rlhf.base.errors import require
 from rlhf.config.limits import require_above_zero, require_at_least, require_below_one
 
 #: Options for where a run executes and is stored, and for memory against time. They are no part of a recipe.
@@ -56,6 +57,9 @@ class ComputeConfig:
         "attention implementation; auto leaves out padding and computes shared prefixes once, with sdpa for other models",
         "auto",
     )
+
+    def __post_init__(self) -> None:
+        require(0 <= self.seed < 1 << 32, f"seed must be from 0 to {(1 << 32) - 1}, got {self.seed}")
 
 
 @dataclass(kw_only=True)
@@ -110,6 +114,7 @@ class TrainingConfig(RunConfig):
     wandb_group: str | None = option("W&B group of the runs of one pipeline; default: the name", None)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_at_least(1, self, "save_steps", "logging_steps")
         require_at_least(0, self, "learning_rate", "weight_decay", "adam_epsilon", "warmup_steps")
         require_above_zero(self, "max_grad_norm")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import math
 import sys
 from pathlib import Path
@@ -12,12 +13,29 @@ import yaml
 
 from rlhf.base.cli import Parser
 from rlhf.base.errors import UserError, did_you_mean
-from rlhf.base.json_files import check_depth
+from rlhf.base.json_files import check_depth, check_digits, check_expanded, check_repeated
 from rlhf.base.text_files import read_text
 
 T = TypeVar("T")
 MAX_YAML_BYTES = 1 << 20
 """Longest YAML file; its parser takes some seconds for a megabyte."""
+MAX_INTEGER = 10**18
+"""Largest whole number of an option, which fits 64 bits."""
+_SCALARS = (str, int, float, bool, datetime.date)
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads YAML with the limits of JSON: no keys that stand twice, no endless numbers, no half characters."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        check_repeated((str(key.value), getattr(value, "value", value)) for key, value in node.value)
+        return super().construct_mapping(node, deep)
+
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
+        if isinstance(node, yaml.ScalarNode) and node.tag.endswith(":int"):
+            check_digits(node.value)
+        str(node.value).encode()  # raises for half a surrogate pair
+        return super().construct_scalar(node)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -31,9 +49,12 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
             f"{file} is longer than {MAX_YAML_BYTES / 1e6:.0f} MB, too long for a config; is it a data file?"
         )
     try:
-        content = yaml.safe_load(read_text(file))
+        content = yaml.load(read_text(file), Loader=_Loader)
         check_depth(content)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        check_expanded(content)
+    except RecursionError as error:
+        raise UserError(f"{file} is not valid YAML: nested too deeply") from error
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{file} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{file} must hold a mapping of options, one 'option: value' a line")
@@ -69,6 +90,8 @@ def parse_config(config_type: type[T], argv: list[str] | None = None) -> T:
     for name, value in vars(config).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{name} must be a finite number, got {value}")
+        if isinstance(value, int) and abs(value) > MAX_INTEGER:
+            raise UserError(f"{name} must be {MAX_INTEGER:.0e} at most, got {value:.3g}")
     return config
 
 
@@ -89,6 +112,8 @@ def _as_arguments(config_type: type, values: dict[str, Any], source: str) -> lis
             raise UserError(f"{source}: unknown key '{key}'{did_you_mean(str(key), names)}")
         if value is None:
             continue
+        if not all(isinstance(part, _SCALARS) for part in (value if isinstance(value, list) else [value])):
+            raise UserError(f"{source}: {key} must be text, a number, true, false, or a list of these")
         # One word, so that a value may start with a dash.
         words += [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
     return words

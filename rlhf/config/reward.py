@@ -94,5 +94,6 @@ class RewardCardConfig(CardConfig, RunConfig):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.check_card()
         require_at_least(1, self, "per_device_eval_batch_size", "max_length")

@@ -51,8 +51,8 @@ def _training_prompts(artifact: Artifact) -> set[str] | None:
     """Return the keys of an artefact's training prompts; None where its data has another fingerprint, or is gone."""
     config, kind = artifact.manifest.config, _KINDS[artifact.stage]
     sources: dict[str, tuple[Any, str, Kind]] = {
-        "train": (config["dataset"], "train", kind),
-        "validation": (config["dataset"], "validation", kind),
+        "train": (artifact.option("dataset"), "train", kind),
+        "validation": (artifact.option("dataset"), "validation", kind),
     }
     text = config.get("ptx_text") if config.get("ptx_coef") else None
     if config.get("ptx_coef") and not text:
@@ -65,7 +65,7 @@ def _training_prompts(artifact: Artifact) -> set[str] | None:
             ]
     except UserError:
         return None
-    if joint_fingerprint(sets) != artifact.manifest.data["fingerprint"]:
+    if joint_fingerprint(sets) != artifact.manifest.data.get("fingerprint"):
         return None
     return {
         prompt_key(row["prompt"])

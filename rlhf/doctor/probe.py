@@ -14,7 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rlhf.base.errors import UserError
 from rlhf.base.json_files import read_object
+from rlhf.base.reading import fit
 from rlhf.registry import Artifact
 
 FILE = "probe.json"
@@ -56,4 +58,7 @@ def read_probe(artifact: Artifact) -> Probe | None:
     """Return the probe of an artefact whose files were verified; None if it was registered without one."""
     if FILE not in artifact.manifest.files:
         return None
-    return Probe(**read_object(artifact.path / FILE))
+    content = read_object(artifact.path / FILE)
+    if problems := fit(content, Probe)[1]:
+        raise UserError(f"{artifact.path / FILE} is no probe of this package: {problems[0]}")
+    return Probe(**content)

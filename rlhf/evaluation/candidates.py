@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.base.errors import UserError, did_you_mean
-from rlhf.base.json_files import read_value
+from rlhf.base.json_files import read_object
 from rlhf.base.storage import sha256_file
 from rlhf.config import EvaluationConfig, is_registered_reward
 from rlhf.models.adapters import ADAPTER_FILE
@@ -167,7 +167,7 @@ def _default_reward(named: list[Artifact], runs: list[_Run]) -> str:
 
 def trained_on(artifact: Artifact) -> str:
     """Return the (first) reward that a PPO policy was trained on."""
-    return _parent(artifact, "reward") or str(artifact.manifest.config["reward"][0])
+    return _parent(artifact, "reward") or str((artifact.option("reward") or [""])[0])
 
 
 def _proxy_marks(named: list[Artifact], proxy: str) -> list[str]:
@@ -176,7 +176,7 @@ def _proxy_marks(named: list[Artifact], proxy: str) -> list[str]:
     for artifact in named:
         if artifact.stage == "ppo":
             adapter = _parent(artifact, "reward")
-            own = [adapter or r if is_registered_reward(r) else str(r) for r in artifact.manifest.config["reward"]]
+            own = [adapter or r if is_registered_reward(r) else str(r) for r in artifact.option("reward")]
             if own != [proxy]:
                 marks.append(f"{artifact.reference} was trained on {' + '.join(own)}; the proxy here is {proxy}")
     return marks
@@ -193,8 +193,8 @@ def _check_tokenizer(artifact: Artifact, reference: Artifact) -> None:
 
 def _origin(artifact: Artifact) -> _Origin:
     hashes = {parent.stage: parent.hash for parent in artifact.manifest.parents}
-    others = [r for r in artifact.manifest.config["reward"] if not is_registered_reward(r)]
-    return _origin_of(hashes, others, artifact.manifest.data["fingerprint"])
+    others = [r for r in artifact.option("reward") if not is_registered_reward(r)]
+    return _origin_of(hashes, others, str(artifact.manifest.data.get("fingerprint")))
 
 
 def _origin_of(hashes: dict[str, Any], others: list[str], prompts: str) -> _Origin:
@@ -243,10 +243,10 @@ def _read_run(folder: Path, registry: Registry) -> _Run:
     """Return a run, described by `made_of.json` beside its checkpoints."""
     mark = folder / "checkpoints" / "made_of.json"
     try:
-        made_of = read_value(mark)
+        made_of = read_object(mark)
         others = [str(reward) for reward in made_of["other_rewards"]]
         origin = _origin_of(made_of, others, str(made_of["dataset"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, UserError, KeyError, TypeError) as error:
         raise UserError(f"{mark} is missing or half-written ({type(error).__name__})") from error
     whole = {
         update: path
@@ -255,8 +255,8 @@ def _read_run(folder: Path, registry: Registry) -> _Run:
     }
     if not whole:
         raise UserError(f"no snapshots in {folder / 'checkpoints'}; PPO takes them with --snapshot_steps N")
-    sft = _by_hash(registry, origin.sft)
-    reward = _by_hash(registry, made_of["reward"]).reference if "reward" in made_of else others[0]
+    sft = _by_hash(registry, str(origin.sft))
+    reward = _by_hash(registry, str(made_of["reward"])).reference if "reward" in made_of else others[0]
     return _Run(folder.resolve().parent.name, whole, sft, reward, origin)
 
 
@@ -264,7 +264,7 @@ def _by_hash(registry: Registry, digest: str) -> Artifact:
     for artifact in registry.list():
         if artifact.hash == digest:
             return registry.get(artifact.reference)
-    raise UserError(f"registry {registry.root} holds no artefact with the hash {digest[:12]} of its origin")
+    raise UserError(f"registry {registry.root} holds no artefact with the hash {digest:.12} of its origin")
 
 
 def _snapshot(run: _Run, update: int, path: Path) -> Candidate:

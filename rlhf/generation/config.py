@@ -44,6 +44,7 @@ class GenerationConfig(ComputeConfig):
     reward_timeout: float = option("seconds that an endpoint may take for a request", 60.0)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(
             (self.model is None) != (not self.compare),
             "name a model: --model NAME, or several: --compare NAME NAME ...",

@@ -12,7 +12,7 @@ from typing import Any
 
 from rlhf.base.assets import Asset, cache_dir, extract, fetch, show_progress
 from rlhf.base.errors import UserError, did_you_mean
-from rlhf.base.json_files import read_object
+from rlhf.base.json_files import read_object, section
 from rlhf.base.locks import exclusive
 from rlhf.base.storage import sha256_file
 from rlhf.registry import Artifact, Registry
@@ -138,7 +138,7 @@ def _seal(folder: Path, model: PackagedModel) -> None:
 
 def _intact(folder: Path) -> bool:
     try:
-        recorded = read_object(folder / "source.json")["sha256"]
-        return all(sha256_file(folder / name) == digest for name, digest in recorded.items())
-    except (OSError, UserError, KeyError):
+        recorded = section(read_object(folder / "source.json"), "sha256")
+        return all(sha256_file(folder / name) == digest for name, digest in recorded.items()) and bool(recorded)
+    except (OSError, UserError):
         return False

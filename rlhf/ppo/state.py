@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from torch import Tensor, nn
 
@@ -34,6 +34,18 @@ class Order:
     reason: str
     remedy: Literal["learning_rate", "kl_coef"] = "learning_rate"
     """Halve the learning rate, or double the KL coefficient."""
+
+
+class Saved(TypedDict):
+    """State in a checkpoint of PPO, beside its tensors."""
+
+    optimizer: checkpoint.OptimizerSettings
+    scheduler: dict[str, Any]
+    kl_coef: float
+    step: int
+    learning_rate_scale: float
+    roll_backs: int
+    log: dict[str, int]
 
 
 @dataclass(kw_only=True)
@@ -119,7 +131,7 @@ class TrainingState:
 
     def load(self, path: Path) -> None:
         """Take over a checkpoint, and cut the logs back to where they were."""
-        tensors, state = checkpoint.load(path)
+        tensors, state = checkpoint.load(path, Saved)
         for name, parameter in self.weights().items():
             parameter.data.copy_(tensors["weights"][name])
         for name, mean in self.average.items():

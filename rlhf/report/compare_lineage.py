@@ -76,7 +76,7 @@ def lineage(runs: Sequence[RunFolder]) -> tuple[list[Node], list[Edge]]:
             key = run.source(stage)["manifest"] or f"{run.label}/{stage}"
             title = f"{stage} of {run.label}"
             if manifest.get("name"):
-                title = f"{stage}/{manifest['name']}@{manifest['version']}"
+                title = f"{stage}/{manifest['name']}@{manifest.get('version')}"
             detail = f"{key[:10]} · {run.label}" if manifest else "not registered"
             nodes[key] = Node(key, stage, title, detail)
             for node in _inputs(run, stage):

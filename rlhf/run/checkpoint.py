@@ -12,7 +12,7 @@ import random
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 from rlhf.base import storage
 from rlhf.base.errors import UserError
 from rlhf.base.json_files import read_object
+from rlhf.base.reading import fit
 
 _NUM_KEPT = 2
 CHECKSUMS = "checksums.json"
@@ -153,9 +154,16 @@ def discard_after(folder: Path, step: int) -> None:
             _remove(path)
 
 
-def load(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """Return the tensors by group, and the state, that `save` wrote."""
-    state = load_state(path)
+class OptimizerSettings(TypedDict):
+    """The part of an optimiser's state that is no tensor."""
+
+    state: dict[str, dict[str, Any]]
+    param_groups: list[dict[str, Any]]
+
+
+def load(path: Path, kind: Any = dict[str, Any]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """Return the tensors by group, and the state of this kind, that `save` wrote."""
+    state = load_state(path, kind)
     return {file.stem: load_tensors(path, file.stem) for file in sorted(path.glob("*.safetensors"))}, state
 
 
@@ -169,13 +177,16 @@ def load_tensors(path: Path, group: str) -> dict[str, Tensor]:
         raise _damaged(path, error) from error
 
 
-def load_state(path: Path) -> dict[str, Any]:
-    """Return the state that `save` wrote, and its `step`, after verifying all files but the tensors."""
+def load_state(path: Path, kind: Any = dict[str, Any]) -> dict[str, Any]:
+    """Return the state of this kind that `save` wrote, and its `step`, after verifying all files but the tensors."""
     verify(path, [file.name for file in _files(path) if file.suffix != ".safetensors"])
     try:
-        return read_object(path / "state.json")
-    except Exception as error:
+        state = read_object(path / "state.json")
+    except (OSError, UserError) as error:
         raise _damaged(path, error) from error
+    if problems := fit(state, kind)[1]:
+        raise _damaged(path, UserError(f"state.json: {problems[0]}"))
+    return state
 
 
 def verify(path: Path, names: Sequence[str] | None = None) -> None:

@@ -11,7 +11,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import nn
@@ -20,6 +20,26 @@ from rlhf.run import checkpoint
 
 STATE_FILE = "trainer_state.json"
 """transformers reads its own account of the run out of this file of a checkpoint."""
+
+
+class AddedUp(TypedDict):
+    """Sums since the last line of metrics."""
+
+    loss: Any
+    total_loss: Any
+    since: int
+    tokens: Any
+    metrics: dict[str, list[Any]]
+
+
+class Saved(TypedDict):
+    """State in a checkpoint of this trainer, beside its tensors."""
+
+    optimizer: checkpoint.OptimizerSettings
+    scheduler: dict[str, Any]
+    generators: dict[str, Any]
+    added_up: AddedUp
+    log: dict[str, int]
 
 
 class ResumableTrainer:
@@ -81,7 +101,7 @@ class ResumableTrainer:
 
     def _load_optimizer_and_scheduler(self, folder: str | None) -> None:
         if folder is not None:
-            state = checkpoint.load_state(Path(folder))
+            state = checkpoint.load_state(Path(folder), Saved)
             checkpoint.unpack_optimizer(
                 self.optimizer, checkpoint.load_tensors(Path(folder), "optimizer"), state["optimizer"]
             )
@@ -92,7 +112,7 @@ class ResumableTrainer:
     def _load_rng_state(self, folder: str | None) -> None:
         """Restore random states and sums; the trainer calls this last, once its data is in place and its sums are 0."""
         if folder is not None:
-            state = checkpoint.load_state(Path(folder))
+            state = checkpoint.load_state(Path(folder), Saved)
             checkpoint.unpack_generators(checkpoint.load_tensors(Path(folder), "generators"), state["generators"])
             self._go_on_adding(state["added_up"])
 

@@ -108,7 +108,10 @@ def _check_data(artifact: Artifact) -> None:
     """Raise `UserError` if the data have changed, before hours of training on them."""
     stage: Any = importlib.import_module(f"rlhf.stages.{artifact.stage}")
     config = replayed_config(artifact, Path())
-    now, recorded = describe_data(stage.data_sets(config))["fingerprint"], artifact.manifest.data["fingerprint"]
+    now, recorded = (
+        describe_data(stage.data_sets(config))["fingerprint"],
+        str(artifact.manifest.data.get("fingerprint")),
+    )
     if now != recorded:
         raise UserError(
             f"the data in {config.dataset} changed since {artifact.reference} was made from them (fingerprint {now[:12]}, not "

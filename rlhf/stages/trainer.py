@@ -15,7 +15,7 @@ from rlhf.base.interrupt import StopRequest
 from rlhf.doctor.live import DoctorCallback, LiveDoctor
 from rlhf.run import checkpoint, optim
 from rlhf.run.callbacks import MetricsCallback, ProgressCallback
-from rlhf.run.resumable import STATE_FILE
+from rlhf.run.resumable import STATE_FILE, Saved
 from rlhf.stages.run import Run
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
@@ -79,7 +79,7 @@ def train(trainer: Any, run: Run[Any]) -> None:
         folder = Path(trainer.args.output_dir)
         last = checkpoint.latest(folder) if run.config.resume else None
         if run.config.resume:
-            run.tracker.rewind(checkpoint.load_state(last)["log"] if last else {})
+            run.tracker.rewind(checkpoint.load_state(last, Saved)["log"] if last else {})
         if last is not None:
             doctor.read_log()
             trainer.args.eval_on_start = False  # that evaluation is in the checkpoint's history already

@@ -49,7 +49,7 @@ def check_fingerprints(parents: Sequence[Artifact], data: Mapping[str, dict[str,
     gone: list[str] = []
     changed: list[str] = []
     for parent in (parent for parent in parents if parent.reference in data):
-        sets, registered = data[parent.reference], parent.manifest.data["fingerprint"]
+        sets, registered = data[parent.reference], str(parent.manifest.data.get("fingerprint"))
         place = parent.manifest.config["dataset"]
         if sets == "":
             gone.append(parent.reference)
@@ -125,6 +125,6 @@ def _allowed(dataset: str, trained: Kind, held_out: Kind) -> bool:
     try:
         card = read_value(Path(dataset).expanduser() / CARD)
         pairs = [set(pair.split(" / ")) for pair in card["leaks"]["overlaps"]]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
     return {f"{trained}/train", f"{held_out}/validation"} in pairs
