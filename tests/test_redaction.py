@@ -37,6 +37,14 @@ def test_secrets_are_blanked_and_ordinary_names_are_not(monkeypatch: pytest.Monk
         (f"401 for hf_{'a1B2' * 8}", "401 for hf_***"),
         ("https://user:p@ss@host/score", "https://***@host/score"),
         ("cannot reach user:p@ss@host", "cannot reach ***@host"),
+        ("clientSecret: abc12 and AccountKey=abc12;x", "clientSecret: *** and AccountKey=***;x"),
+        (r"{\"password\": \"abc12\"}", r"{\"password\": ***\"}"),
+        ("api_key: !!str abc12\napi_key: >-\n  abc12", "api_key: ***\napi_key: ***"),
+        ("Authorization: token abc12", "Authorization: ***"),
+        ("rlhf --api_key abc12 --token abcdef12", "rlhf --api_key *** --token ***"),
+        ("MY_TOKEN=abcdef12 and token: abcdef12", "MY_TOKEN=*** and token: ***"),
+        ("machine host login me password abcdef12", "machine host login me password ***"),
+        ("Cookie: session=abc12; n=2", "Cookie: ***; n=2"),
         ("cannot reach me:secret@host.org:80/x", "cannot reach ***@host.org:80/x"),
         ("http://host/cb?access=abc123&n=2", "http://host/cb?access=***&n=2"),
         ("http://host/cb?code=abc123", "http://host/cb?code=***"),
@@ -89,6 +97,16 @@ def test_keys_in_texts(text: str, left: str) -> None:
 def test_ordinary_texts_stay(text: str) -> None:
     """Catches: an error that no longer names the option or the commit it is about."""
     assert redact(text) == text
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["x-api-key", "secret_key", "aws_secret_access_key", "pwd", "refresh_token", "accessToken", "cookie", "secrets"],
+)
+def test_entries_and_options_by_the_same_names(name: str) -> None:
+    """Bug: names that were secrets in texts were none as entries, nor before their values in a list of arguments."""
+    assert redact({name: "abc12"}) == {name: "***"}
+    assert redact([f"--{name}", "abc12", "abc12"]) == [f"--{name}", "***", "abc12"]
 
 
 def test_errors_are_printed_without_secrets(tmp_path: Path) -> None:
