@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -28,7 +29,8 @@ class RewardError(UserError):
 class ScoringFunction:
     """A function named by `package.module:name`; calls return checked scores, or raise `RewardError`.
 
-    What it prints goes to standard error, so that answers on standard output stay readable by programs.
+    What it prints goes to standard error, so that answers on standard output stay readable by programs. It gets copies of its
+    arguments: rows that it changed would be trained on.
     """
 
     def __init__(self, reference: str) -> None:
@@ -44,8 +46,11 @@ class ScoringFunction:
         process = os.getpid()
         accepted = {name: values for name, values in columns.items() if self.columns is None or name in self.columns}
         try:
-            with contextlib.redirect_stdout(sys.stderr):
-                scores = self.function(*arguments, **accepted)
+            own_arguments, own_columns = copy.deepcopy((arguments, accepted))
+            with _contained():
+                scores = self.function(*own_arguments, **own_columns)
+            _end_fork(process)
+            return checked_scores(scores, count, self.reference)
         except SystemExit as error:
             _end_fork(process)
             if error.code == _TERMINATED:
@@ -53,14 +58,43 @@ class ScoringFunction:
             raise RewardError(
                 f"{self.reference} ended the process with sys.exit({error.code!r}); raise an error instead"
             ) from error
-        except Exception as error:  # whatever a user's code may raise
+        except (RewardError, KeyboardInterrupt):
+            _end_fork(process)
+            raise
+        except BaseException as error:  # whatever a user's code may raise, or its values when they are read
             _end_fork(process)
             frame = traceback.extract_tb(error.__traceback__)[-1]
-            raise RewardError(
-                f"{self.reference} failed at {frame.filename}:{frame.lineno}: {type(error).__name__}: {error}"
-            ) from error
-        _end_fork(process)
-        return checked_scores(scores, count, self.reference)
+            message = traceback.format_exception_only(error)[-1].strip()
+            raise RewardError(f"{self.reference} failed at {frame.filename}:{frame.lineno}: {message}") from error
+
+
+@contextlib.contextmanager
+def _contained() -> Iterator[None]:
+    """Context for users' code: it prints to standard error, programs that it starts do, and what it sets for all is set back."""
+    gradients, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
+    with contextlib.chdir("."), contextlib.redirect_stdout(sys.stderr), _descriptor_to_stderr():
+        try:
+            yield
+        finally:
+            torch.set_grad_enabled(gradients)
+            torch.set_default_dtype(dtype)
+
+
+@contextlib.contextmanager
+def _descriptor_to_stderr() -> Iterator[None]:
+    """Context in which the system's standard output is its standard error; nothing changes where one of them is closed."""
+    try:
+        saved = os.dup(1)
+    except OSError:
+        yield
+        return
+    try:
+        with contextlib.suppress(OSError):
+            os.dup2(2, 1)
+        yield
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)
 
 
 def _end_fork(process: int) -> None:
@@ -91,7 +125,7 @@ def checked_scores(scores: Any, count: int, source: str) -> Tensor:
     if not isinstance(scores, (Sequence, Tensor)) and not hasattr(scores, "tolist"):
         raise RewardError(f"{source} must give a list of {count} numbers, got {type(scores).__name__}")
     values = scores.tolist() if hasattr(scores, "tolist") else list(scores)
-    if isinstance(scores, str) or not isinstance(values, list) or len(values) != count:
+    if isinstance(scores, str | bytes | bytearray) or not isinstance(values, list) or len(values) != count:
         got = f"{len(values)}" if isinstance(values, list) else type(values).__name__
         raise RewardError(f"{source} must give {count} scores, one for each response; got {got}")
     return torch.tensor(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from toys import Call
 
 from rlhf.base.errors import UserError
@@ -56,6 +57,10 @@ def test_numbers_of_every_library_are_scores(scores: str, write: Callable[[str],
 @pytest.mark.parametrize(
     ("body", "complaint"),
     [
+        ("return b'abc'", "must give 3 scores, one for each response; got 3"),
+        ("raise type('Odd', (BaseException,), {})('x')", "Odd: x"),
+        ("return [type('V', (), {'__repr__': lambda self: 1 / 0})(), 1.0, 2.0]", "ZeroDivisionError"),
+        ("import torch\n    return torch.zeros(3, device='meta')", "Cannot copy out of meta tensor"),
         ("return [1.0, 2.0]", "must give 3 scores, one for each response; got 2"),
         ("return [1.0, float('nan'), 2.0]", "gave nan for response 2 of 3"),
         ("return [1.0, 1e39, 2.0]", "gave 1e[+]39 for response 2 of 3"),
@@ -78,6 +83,22 @@ def test_sigterm_inside_a_function_is_no_failure_of_its_own(write: Callable[[str
     """Catches: a stop from outside, reported as a mistake in the user's code."""
     with pytest.raises(SystemExit):
         load_gold(write("import sys\ndef score(texts):\n    sys.exit(143)\n"))(TEXTS)
+
+
+def test_it_changes_neither_the_data_nor_the_process(
+    write: Callable[[str], str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Catches: rows that a function rewrote and the policy trained on; checkpoints in another folder; lines among answers."""
+    name = write(
+        "import os, torch\ndef score(prompts, tags):\n    prompts[0]['content'] = 'other'\n    tags[0].append(1)\n"
+        "    os.chdir('/')\n    torch.set_grad_enabled(False)\n    torch.set_default_dtype(torch.float64)\n"
+        "    os.write(1, b'written')\n    os.system('echo printed')\n    return [1.0]\n"
+    )
+    prompts, tags, place = [{"content": "own"}], [[0]], Path.cwd()
+    assert ScoringFunction(name)(1, prompts, tags=tags).tolist() == [1.0]
+    assert (prompts, tags, Path.cwd()) == ([{"content": "own"}], [[0]], place)
+    assert torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
+    assert capfd.readouterr() == ("", "writtenprinted\n")
 
 
 @pytest.mark.parametrize("ending", ["return [1.0] * len(texts)", "raise ValueError", "import sys; sys.exit(0)"])
