@@ -28,7 +28,7 @@ from rlhf.config import REGISTERED_REWARD, ComputeConfig, PPOConfig
 from rlhf.models.base import context_length
 from rlhf.models.classifiers import open_classifier
 from rlhf.models.compute import Compute
-from rlhf.models.inputs import function_inputs, model_inputs
+from rlhf.models.inputs import function_inputs, reward_model_inputs
 from rlhf.models.registered import MANIFESTS
 from rlhf.models.roles import RoleModels
 from rlhf.models.sequences import Sequences
@@ -293,7 +293,7 @@ class ClassifierReward(Kind, ModelSource):
 
     @classmethod
     def inputs(cls, name: str, registry: str) -> dict[str, str]:
-        return {f"{role} of reward {name}": digest for role, digest in model_inputs(name, registry).items()}
+        return reward_model_inputs(name, registry)
 
     @torch.no_grad()
     def __call__(self, responses: Responses) -> Tensor:

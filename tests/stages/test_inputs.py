@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ from safetensors.torch import load_file, save_file
 from toys import Call
 
 from rlhf.base import assets
+from rlhf.base.storage import sha256_file
 from rlhf.config import SFTConfig, parse_config
-from rlhf.models.inputs import model_inputs
-from rlhf.registry import Registry
+from rlhf.models import inputs
+from rlhf.models.inputs import function_inputs, model_inputs
+from rlhf.registry import Artifact, Registry
 from rlhf.stages import sft
 
 Caller = Callable[..., Call]
@@ -186,3 +189,81 @@ def test_a_model_that_is_not_there_has_no_inputs(tmp_path: Path) -> None:
     """A traceback before the message of the loader, which names the mistake."""
     assert model_inputs(str(tmp_path / "nothing"), tmp_path) == {}
     assert model_inputs("owner/not-downloaded", tmp_path) == {}
+
+
+def test_a_folder_of_snapshots_is_no_commit_of_the_hub(tmp_path: Path, toy_base: Callable[[str], Path]) -> None:
+    """A base at `snapshots/best` was known by its name alone: it could be swapped without a word."""
+    base = shutil.copytree(toy_base("llama"), tmp_path / "snapshots" / "best")
+    before = model_inputs(str(base), tmp_path)
+    (base / "config.json").write_text((base / "config.json").read_text() + " ")
+    assert model_inputs(str(base), tmp_path)["base model"] != before["base model"]
+
+
+def test_an_altered_file_of_the_hubs_cache_is_noticed(
+    tmp_path: Path, toy_base: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights edited in the cache of the hub kept the name of their commit."""
+    repository, commit = tmp_path / "models--own--toy", "c" * 40
+    for part in ("blobs", "refs", f"snapshots/{commit}"):
+        (repository / part).mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    for file in toy_base("llama").iterdir():
+        blob = repository / "blobs" / sha256_file(file)
+        shutil.copy(file, blob)
+        (repository / "snapshots" / commit / file.name).symlink_to(blob)
+    monkeypatch.setattr(inputs, "cached_file", lambda *_, **__: str(repository / "snapshots" / commit / "config.json"))
+    assert model_inputs("own/toy", tmp_path)["base model"] == f"commit {commit}"
+    weights = repository / "snapshots" / commit / "model.safetensors"
+    weights.resolve().write_bytes(weights.read_bytes()[:-1] + b"\xff")
+    altered = model_inputs("own/toy", tmp_path)
+    assert altered["base model"].startswith(f"commit {commit}, altered ")
+    assert altered["tokenizer"] == f"commit {commit}"
+
+
+def test_a_function_is_known_by_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A function's file hashed alone: the module of its package that computes the score could change."""
+    package = tmp_path / "own_judge_package"
+    package.mkdir()
+    (package / "__init__.py").write_text("from own_judge_package.inner import score\n")
+    (package / "inner.py").write_text("def score(texts): return [0.0] * len(texts)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    before = function_inputs("gold", ["own_judge_package:score"])
+    (package / "inner.py").write_text("def score(texts): return [1.0] * len(texts)\n")
+    assert function_inputs("gold", ["own_judge_package:score"]).keys() == before.keys()
+    assert function_inputs("gold", ["own_judge_package:score"]) != before
+
+
+def test_verify_compares_templates_and_classifiers(
+    tmp_path: Path, toy_base: Callable[[str], Path], stored: Callable[..., Artifact]
+) -> None:
+    """An edited template, or other weights of a classifier that scored: `verify` said ok."""
+    template, classifier = tmp_path / "own.jinja", shutil.copytree(toy_base("llama"), tmp_path / "classifier")
+    template.write_text(CHATML)
+    made_from = inputs.template_inputs(str(template)) | inputs.reward_model_inputs(str(classifier), tmp_path)
+    artifact = stored(config={"chat_template": str(template)}, inputs=made_from)
+    registry = Registry(tmp_path / "registry")
+    assert inputs.problem(artifact, registry) == ""
+    template.write_text(CHATML + " ")
+    assert inputs.problem(artifact, registry) == "chat template changed since it was made"
+    template.write_text(CHATML)
+    (classifier / "config.json").write_text("{}")
+    assert inputs.problem(artifact, registry) == f"base model of reward {classifier} changed since it was made"
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> Callable[..., Artifact]:
+    """Makes a registered artefact with these fields in its manifest."""
+
+    def make(**fields: Any) -> Artifact:
+        return Registry(tmp_path / "registry").publish(
+            *("ppo", "toy", lambda folder: (folder / "card.json").write_text("{}")),
+            **{**BLANK, **fields},
+        )
+
+    return make
+
+
+BLANK: dict[str, Any] = {
+    "kind": "full", "base_model": "none", "tokenizer_hash": None, "chat_template_hash": None, "pad_token_id": None,
+    "stop_token_ids": [], "data": {}, "config": {}, "recipe": "r", "metrics": {},
+}  # fmt: skip
