@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -233,6 +234,8 @@ def _claim_checkpoints(
     checkpoint.clear(folder)
     if mark.is_file() or checkpoint.latest(folder):
         recorded = read_object(mark, fix="start anew without --resume") if mark.is_file() else {}
+        if recorded.pop("checksum", None) not in (None, _checksum(recorded)):  # older ones have none
+            raise UserError(f"{mark} is damaged: it differs from its own checksum; start anew without --resume")
         changed = [k for k, v in made_of.items() if k not in recorded or recorded[k] != v]
         earlier = section(recorded, INPUTS)  # without those that an older version did not record
         if changed := sorted([*changed, *(name for name in inputs if earlier.get(name, inputs[name]) != inputs[name])]):
@@ -242,7 +245,12 @@ def _claim_checkpoints(
             )
         return
     folder.mkdir(exist_ok=True)
-    storage.write_text(mark, json.dumps({**made_of, INPUTS: inputs}, indent=2))
+    content = {**made_of, INPUTS: inputs}
+    storage.write_text(mark, json.dumps({**content, "checksum": _checksum(content)}, indent=2))
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def preflight(

@@ -78,6 +78,8 @@ def train(trainer: Any, run: Run[Any]) -> None:
         trainer.add_callback(_StopCallback(stop))
         folder = Path(trainer.args.output_dir)
         last = checkpoint.latest(folder) if run.config.resume else None
+        if last:
+            checkpoint.verify(last)  # all of it: of the last step, transformers reads the weights alone
         if run.config.resume:
             run.tracker.rewind(checkpoint.load_state(last, Saved)["log"] if last else {})
         if last is not None:
