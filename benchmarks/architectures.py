@@ -1,8 +1,8 @@
 """Take a tiny random model of each architecture through all stages, and print what works as a table.
 
-`python benchmarks/architectures.py` takes every model type that transformers' `AutoModelForCausalLM` knows through SFT,
-reward model and PPO, with adapters and with full weights, saves, merges, exports and resumes. Words limit it to some types;
-`--write docs/models.md` puts the table between the marks in that page.
+`python benchmarks/architectures.py` takes the model types of the docs' table, those that are named, or `all` that transformers'
+`AutoModelForCausalLM` knows through SFT, reward model and PPO, with adapters and with full weights, saves, merges, exports and
+resumes. `--results FILE` keeps outcomes, so that an interrupted run goes on; `--write docs/models.md` puts the table there.
 
 Models have two or so layers of width 32 and random weights, so nothing is downloaded. An architecture *works* if all stages
 end, their preflights pass (the sampler's log-probabilities are the trainer's, saved adapters load, merging changes nothing)
@@ -22,7 +22,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,15 @@ SIZES: dict[str, Any] = {
     "d_kv": 8, "d_ff": 64, "num_layers": 2, "n_layer": 2, "n_head": 4, "n_embd": 32, "n_layers": 2, "n_heads": 4, "num_heads": 4,
     "rotary_dim": 8, "max_seq_len": 256, "sliding_window": 64,
 }  # fmt: skip
+#: Rows of the docs' table: one of each kind, and the most used families.
+TABLE = [
+    "opt", "bart", "mixtral", "olmoe", "qwen3_moe", "granite", "cohere", "lfm2", "rwkv", "llama4_text", "doge", "bert",
+    "bert (is_decoder)", "roberta", "roberta (is_decoder)", "gpt_oss", "gemma2", "bloom", "roformer", "mamba", "falcon_h1",
+    "llama", "qwen2", "qwen3", "mistral", "gpt2", "gpt_neox", "phi3", "gemma", "gemma3_text", "olmo2", "falcon", "phi",
+    "electra", "xlm-roberta", "camembert", "marian", "pegasus", "git", "trocr", "starcoder2", "stablelm", "smollm3",
+    "deepseek_v3", "qwen3_next", "mamba2", "jamba", "mpt", "gpt_neo", "gptj", "cohere2", "glm4", "gemma3", "llama4",
+    "deepseek_v4", "afmoe", "granitemoehybrid", "gemma4_unified",
+]  # fmt: skip
 #: Options that a model type needs besides.
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
@@ -90,6 +99,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "axial_pos_shape": [16, 16],
         "axial_pos_embds_dim": [16, 16],
     },
+    "rwkv": {"rescale_every": 1},
     "roc_bert": {"enable_pronunciation": False, "enable_shape": False},
     "xmod": {"default_language": "en_XX"},
     "zaya": {"num_experts_per_tok": 1},
@@ -130,25 +140,39 @@ class Outcome:
 def main() -> None:
     """Print the table, and write it into a page if asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("architectures", nargs="*", help="model types; all if none is named")
+    parser.add_argument(
+        "architectures", nargs="*", help="model types; `all`, or those of the docs' table if none is named"
+    )
+    parser.add_argument("--results", type=Path, help="file of outcomes: those in it are not measured again")
     parser.add_argument("--write", type=Path, help="page with the marks between which the table is put")
     parser.add_argument("--traceback", action="store_true", help="print tracebacks of what fails")
     arguments = parser.parse_args()
-    outcomes = []
-    for name in arguments.architectures or known_architectures():
-        outcomes.append(outcome := examine(name, show=arguments.traceback))
+    names, outcomes = arguments.architectures or TABLE, read_results(arguments.results)
+    for name in known_architectures() if names == ["all"] else names:
+        if name in outcomes:
+            continue
+        outcome = outcomes[name] = examine(name, show=arguments.traceback)
+        if arguments.results:
+            with arguments.results.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(outcome)) + "\n")
         print(
             f"{outcome.architecture}: {outcome.state} ({outcome.seconds:.0f} s) {outcome.note}",
             file=sys.stderr,
             flush=True,
         )
-    table = as_table(outcomes)
+    table = as_table(sorted(outcomes.values(), key=lambda outcome: outcome.architecture))
     print(table)
     if arguments.write:
         page, (begin, end) = arguments.write.read_text(encoding="utf-8"), MARKS
         head, _, rest = page.partition(begin)
         arguments.write.write_text(f"{head}{begin}\n{table}\n{end}{rest.partition(end)[2]}", encoding="utf-8")
-    sys.exit(any(outcome.state == "fails" for outcome in outcomes))
+    sys.exit(any(outcome.state == "fails" for outcome in outcomes.values()))
+
+
+def read_results(file: Path | None) -> dict[str, Outcome]:
+    """Return the outcomes that an earlier run wrote, by architecture."""
+    lines = file.read_text(encoding="utf-8").splitlines() if file and file.is_file() else []
+    return {outcome.architecture: outcome for outcome in (Outcome(**json.loads(line)) for line in lines)}
 
 
 def known_architectures() -> list[str]:
@@ -161,7 +185,8 @@ def known_architectures() -> list[str]:
 def as_table(outcomes: Iterable[Outcome]) -> str:
     """Return outcomes as a Markdown table."""
     rows = [f"| {o.architecture} | {o.state} | {o.note} |" for o in outcomes]
-    return "\n".join(["| architecture | | |", "|---|---|---|", *rows])
+    covered = f"{len(rows)} of {len(known_architectures())} rows that the script knows."
+    return "\n".join([covered, "", "| architecture | | |", "|---|---|---|", *rows])
 
 
 def tiny_config(architecture: str) -> Any:

@@ -54,6 +54,8 @@ def test_what_was_saved_is_read(options: dict[str, Any], task: str, tmp_path: Pa
     assert read.target_modules == written.target_modules
 
 
+#: Patterns that are no name of a layer, with and without the beginning that peft writes.
+PATTERNS = ["(a+)+$", r".*\.(a+)+$", r".*\..*\.q_proj", ".*", "q_proj|.*", "q_proj\n", "", r".*\."]
 HOSTILE: list[dict[str, Any]] = [
     {"megatron_config": {"a": 1}, "megatron_core": "evil"},
     {"megatron_core": "evil"},
@@ -69,8 +71,18 @@ HOSTILE: list[dict[str, Any]] = [
     {"target_modules": {"a": 1}},
     {"layer_replication": [[0, 1_000_000]]},
     {"layers_to_transform": [0]},
-    {"rank_pattern": {"(a+)+$": 4}},
-    {"exclude_modules": "(a+)+$"},
+    *({field: {pattern: 4}} for field in ("rank_pattern", "alpha_pattern") for pattern in PATTERNS),
+    *(
+        {field: [pattern]}
+        for field in ("exclude_modules", "target_parameters", "modules_to_save")
+        for pattern in PATTERNS
+    ),
+    *({field: "q_proj"} for field in ("exclude_modules", "target_parameters")),  # peft matches a text as a pattern
+    {"rank_pattern": {"q_proj": 0}},
+    {"rank_pattern": {"q_proj": 1.5}},
+    {"rank_pattern": {"q_proj": 10**9}},
+    {"rank_pattern": ["q_proj"]},
+    {"alpha_pattern": {"q_proj": float("inf")}},
     {"r": 0},
     {"r": -1},
     {"r": "4"},
@@ -92,7 +104,7 @@ HOSTILE: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("fields", HOSTILE, ids=lambda fields: "-".join(map(str, fields)))
+@pytest.mark.parametrize("fields", HOSTILE, ids=str)
 def test_fields_that_this_package_does_not_write_are_refused(fields: dict[str, Any], folder: Path) -> None:
     """Catches: a module that a config names and peft imports (from the working directory, too), a pattern that matches for
     ever, a layer copied a million times, another kind of adapter, and a traceback for a value of another type."""

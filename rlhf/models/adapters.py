@@ -91,8 +91,19 @@ def fitted(model: PreTrainedModel, config: LoraConfig) -> LoraConfig:
         config.target_parameters = sorted({_target_name(name) for name in experts})
         excluded |= _lost_by_peft(model, config)
     if excluded:
-        config.exclude_modules = sorted({".".join(name.split(".")[-2:]) for name in excluded})
+        config.exclude_modules = _ends_of_names(excluded, {name for name, _ in model.named_modules()} - excluded)
     return config
+
+
+def _ends_of_names(names: set[str], others: set[str]) -> list[str]:
+    """Return the shortest ends of names, of two words or more, that none of the other names has."""
+    taken = {tuple(other.split(".")[-size:]) for other in others for size in range(2, other.count(".") + 2)}
+    ends = set()
+    for name in names:
+        words = name.split(".")
+        size = next((n for n in range(2, len(words)) if tuple(words[-n:]) not in taken), len(words))
+        ends.add(".".join(words[-size:]))
+    return sorted(ends)
 
 
 def _lost_by_peft(model: PreTrainedModel, config: LoraConfig) -> set[str]:
@@ -184,12 +195,20 @@ def _is_names(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) and _LAYER_NAME.fullmatch(name) for name in value)
 
 
-def _is_sizes_by_parameter(value: Any) -> bool:
+def _is_sizes(value: Any, is_size: Callable[[Any], bool]) -> bool:
     """Return True for sizes by the patterns that peft makes of the names of fused experts, and for none."""
+    if value is None:
+        return True
     names = [key.removeprefix(r".*\.") for key in value] if isinstance(value, dict) else None
-    return value is None or (
-        _is_names(names) and all(type(size) in (int, float) and size > 0 for size in value.values())
-    )
+    return _is_names(names) and all(map(is_size, value.values()))
+
+
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and 0 < value <= 1 << 16
+
+
+def _is_alpha(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def _is_rows(value: Any) -> bool:
@@ -203,14 +222,14 @@ def _is_rows_by_name(value: Any) -> bool:
 _FIELDS: dict[str, Callable[[Any], bool]] = {
     "peft_type": lambda value: value == "LORA",
     "task_type": lambda value: value in ("CAUSAL_LM", "SEQ_CLS"),
-    "r": lambda value: type(value) is int and 0 < value <= 1 << 16,
-    "lora_alpha": lambda value: type(value) in (int, float) and math.isfinite(value),
+    "r": _is_rank,
+    "lora_alpha": _is_alpha,
     "lora_dropout": lambda value: type(value) in (int, float) and 0 <= value < 1,
     "target_modules": lambda value: value == "all-linear" or _is_names(value),
     "target_parameters": lambda value: value is None or _is_names(value),
     "exclude_modules": lambda value: value is None or _is_names(value),
-    "rank_pattern": lambda value: _is_sizes_by_parameter(value),
-    "alpha_pattern": lambda value: _is_sizes_by_parameter(value),
+    "rank_pattern": lambda value: _is_sizes(value, _is_rank),
+    "alpha_pattern": lambda value: _is_sizes(value, _is_alpha),
     "modules_to_save": lambda value: value is None or _is_names(value),
     "trainable_token_indices": lambda value: value is None or _is_rows(value) or _is_rows_by_name(value),
     "fan_in_fan_out": lambda value: type(value) is bool,

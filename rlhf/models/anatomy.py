@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -89,27 +89,25 @@ def probe_ids(model: PreTrainedModel, rows: int, length: int) -> Tensor:
 def _probe(model: PreTrainedModel) -> Anatomy:
     _require_no_encoder(model)
     ids, name = probe_ids(model, 1, 8), type(model).__name__
-    calls: list[tuple[nn.Module, Any]] = []
-    hooks = [
-        module.register_forward_hook(lambda module, args, output: calls.append((module, output)))
-        for module in model.modules()
-    ]
+    calls: list[tuple[nn.Module, Any, Any]] = []
+    hooks = [module.register_forward_hook(lambda *call: calls.append(call)) for module in model.modules()]
     try:
-        logits, cut_off = _pass_with_gradients(model, ids)
+        logits, unreached = _pass_with_gradients(model, ids)
     finally:
         for hook in hooks:
             hook.remove()
-    called = {module for module, _ in calls}
-    cut_off = {name for name in cut_off if model.get_submodule(name.rpartition(".")[0]) in called}
+    called = {module for module, _, _ in calls}
+    idle = _idle_parts(model, called, unreached)
+    cut_off = {n for n in unreached if n.startswith(idle) or model.get_submodule(n.rpartition(".")[0]) in called}
     trunk = _trunk_name(model, called)
     if trunk is None or logits.shape[:2] != ids.shape:
         raise UserError(f"{name} cannot be trained here: it has no backbone whose last hidden states give its logits")
-    states = next(output for module, output in reversed(calls) if module is model.get_submodule(trunk))[0]
+    states = next(output for module, _, output in reversed(calls) if module is model.get_submodule(trunk))[0]
     plain = _has_plain_head(model, trunk, ids)
     names = {module: name for name, module in model.named_modules()}
     unused = _unused_layers(model, called) | {name.removesuffix(".weight") for name in cut_off}
-    # Some routers are linear layers that return more than a product, which an adapter cannot be added to.
-    unused |= {names[m] for m, output in calls if isinstance(m, nn.Linear) and not isinstance(output, Tensor)}
+    # Some routers and grouped layers are linear layers that return something else, which an adapter cannot be added to.
+    unused |= {names[m] for m, args, output in calls if isinstance(m, nn.Linear) and not _is_product(m, args, output)}
     draft = Anatomy(trunk, states.shape[-1], plain, True, frozenset(unused), frozenset(cut_off))
     _ANATOMIES[model] = draft
     try:
@@ -119,6 +117,24 @@ def _probe(model: PreTrainedModel) -> Anatomy:
         return dataclasses.replace(draft, reads_padding=_reads_padding(model))
     finally:
         del _ANATOMIES[model]
+
+
+def _idle_parts(model: PreTrainedModel, called: set[nn.Module], unreached: set[str]) -> tuple[str, ...]:
+    """Return the beginnings of names of the parts that texts do not pass through, such as encoders of images."""
+    active = {name for name, module in model.named_modules() if module in called}
+    active |= {name for name, _ in model.named_parameters() if name not in unreached}
+    return tuple(
+        f"{prefix}.{child}."
+        for prefix, parent in model.named_modules()
+        for child, part in parent.named_children()
+        # An expert that no token of the probe chose is in a list, which nothing calls.
+        if parent in called and part not in called and not any(f"{n}.".startswith(f"{prefix}.{child}.") for n in active)
+    )
+
+
+def _is_product(layer: nn.Linear, args: Sequence[Any], output: Any) -> bool:
+    """Return True if a call of a linear layer gave a tensor of its width for each row of its input."""
+    return isinstance(output, Tensor) and (not args or output.shape == (*args[0].shape[:-1], layer.out_features))
 
 
 def _pass_with_gradients(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, set[str]]:
@@ -146,7 +162,8 @@ def _pass_with_gradients(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, s
 
 
 def _require_no_encoder(model: PreTrainedModel) -> None:
-    if getattr(type(model.config), "is_encoder_decoder", False):
+    reads_encoder = any(name.endswith((".encoder_attn", ".crossattention")) for name, _ in model.named_modules())
+    if reads_encoder or getattr(type(model.config), "is_encoder_decoder", False):
         raise UserError(
             f"{type(model).__name__} is the decoder of an encoder-decoder, which answers to its encoder; take a causal model"
         )

@@ -66,6 +66,10 @@ def load_base(
     model.config.use_cache = True
     if getattr(model.config.get_text_config(), "output_router_logits", False):
         model.config.get_text_config().output_router_logits = False  # no stage has a loss on them
+    if getattr(model.config, "rescale_every", 0):
+        model.config.rescale_every = (
+            0  # RWKV would halve weights whenever it leaves training, under adapters and saved files
+        )
     if config.quantization == "none":
         cast(nn.Module, model).to(compute.device)
     anatomy(model)  # raises now for a model that would train wrongly

@@ -74,12 +74,13 @@ def generic_class(causal: type[PreTrainedModel]) -> type[PreTrainedModel]:
             super().__init__(config)
             self.trunk: str = config.scored_trunk
             root = self.trunk.partition(".")[0]
-            backbone = getattr(causal(config), root)
-            for part in (*backbone.modules(), *backbone.buffers()):  # or loading would leave buffers that no file holds
-                vars(part).pop("_is_hf_initialized", None)
-            setattr(self, root, backbone)
+            setattr(self, root, getattr(causal(config), root))
             self.score = nn.Linear(config.scored_width, 1, bias=False)
             self.post_init()
+
+        @classmethod
+        def is_custom_code(cls) -> bool:
+            return False  # or loading would leave buffers that no file holds as they are in memory
 
         def forward(
             self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any

@@ -194,7 +194,7 @@ def packed_attention(
     dropout = dropout if module.training else 0.0
     with torch.autocast(query.device.type, enabled=False):
         if layout is None:
-            return _attend(query, key, value, attention_mask, scaling, dropout).transpose(1, 2), None
+            return _attend(query, key, value, attention_mask, scaling, dropout).transpose(1, 2).contiguous(), None
         heads, rows = query.shape[1], len(layout.unpacked)
         p, longest = layout.shared, layout.unpacked.shape[1]
         mask = _causal(p + longest, query.device, sliding_window)

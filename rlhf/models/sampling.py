@@ -31,7 +31,7 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
-from rlhf.models.anatomy import anatomy, probe_ids, same_numbers
+from rlhf.models.anatomy import anatomy, head, hidden_states, probe_ids, same_numbers
 from rlhf.models.decoding import (
     cache_is_sound,
     cache_layers,
@@ -57,9 +57,9 @@ _CHECK_EVERY = {"cpu": 1, "cuda": 8}
 _SMALLEST_SHARE = 8
 #: Models for which the notice of `generate` was printed.
 _NOTIFIED: WeakSet[PreTrainedModel] = WeakSet()
-#: Results of `cache_is_sound` and of `_generates_over_cache`.
+#: Results of `cache_is_sound` and of `_generates_rightly`.
 _SOUND_CACHE: WeakKeyDictionary[PreTrainedModel, dict[bool, bool]] = WeakKeyDictionary()
-_SOUND_GENERATE: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+_SOUND_GENERATE: WeakKeyDictionary[PreTrainedModel, dict[int, bool]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,16 +291,18 @@ def _shares_prefix(model: PreTrainedModel, cache: DynamicCache, width: int) -> b
 
 
 def _generate(model: PreTrainedModel, prompts: Tensor, prompt_mask: Tensor, buffer: ResponseBuffer) -> None:
-    """Sample through transformers' `generate`, which works for any causal model and is slower.
+    """Sample through transformers' `generate`, or without a cache where that is wrong for the model; both are slower.
 
-    Prompts of one length are sampled together where the model does not read padding rightly.
+    Only prompts of one length are sampled together where padding would change something.
     """
     own, lengths = model.generation_config, prompt_mask.sum(dim=1)
     # Whatever a call leaves open comes from the model's own generation config, which may cut or bend the distribution.
     model.generation_config = GenerationConfig()
     try:
-        use_cache = _generates_over_cache(model)
-        for length in [None] if anatomy(model).reads_padding else lengths.unique().tolist():
+        if not _generates_rightly(model, padding=0):
+            return _pass_by_pass(model, prompts, prompt_mask, buffer)
+        together = _generates_rightly(model, padding=2)
+        for length in [None] if together else lengths.unique().tolist():
             rows = (
                 torch.arange(len(prompts), device=prompts.device)
                 if length is None
@@ -311,7 +313,7 @@ def _generate(model: PreTrainedModel, prompts: Tensor, prompt_mask: Tensor, buff
                 inputs=ids,
                 attention_mask=torch.ones_like(ids) if length else prompt_mask.long(),
                 generation_config=GenerationConfig(
-                    max_new_tokens=buffer.length, do_sample=False, pad_token_id=buffer.pad_token_id, use_cache=use_cache
+                    max_new_tokens=buffer.length, do_sample=False, pad_token_id=buffer.pad_token_id
                 ),
                 logits_processor=LogitsProcessorList([_BufferTokens(buffer, rows, ids.shape[1])]),
                 stopping_criteria=StoppingCriteriaList([_AllStopped(buffer, rows)]),
@@ -320,22 +322,37 @@ def _generate(model: PreTrainedModel, prompts: Tensor, prompt_mask: Tensor, buff
         model.generation_config = own
 
 
-def _generates_over_cache(model: PreTrainedModel) -> bool:
-    """Return True if `generate`'s logits over its cache are those of a plain pass."""
-    if model not in _SOUND_GENERATE:
-        ids = probe_ids(model, 1, 5)
+def _generates_rightly(model: PreTrainedModel, *, padding: int) -> bool:
+    """Return True if `generate`'s logits are those of a plain pass, for two rows, one with padding on the left.
+
+    Some caches hold the state of one row only, and some models count positions otherwise than `generate` does.
+    """
+    known = _SOUND_GENERATE.setdefault(model, {})
+    if padding not in known:
+        ids = probe_ids(model, 2, 5)
+        mask = torch.ones_like(ids)
+        mask[0, :padding] = 0
         settings = GenerationConfig(
             max_new_tokens=3, do_sample=False, pad_token_id=0, output_logits=True, return_dict_in_generate=True
         )
         try:
-            output = cast(Any, model).generate(
-                inputs=ids, attention_mask=torch.ones_like(ids), generation_config=settings
-            )
-            expected = model(input_ids=output.sequences[:, :-1], use_cache=False).logits[:, -3:]
-            _SOUND_GENERATE[model] = same_numbers(model, torch.stack(output.logits, dim=1), expected)
+            output = cast(Any, model).generate(inputs=ids, attention_mask=mask, generation_config=settings)
+            whole = nn.functional.pad(mask, (0, 2), value=1)
+            expected = head(model)(hidden_states(model, output.sequences[:, :-1], whole)[:, -3:])
+            known[padding] = same_numbers(model, torch.stack(output.logits, dim=1), expected)
         except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):
-            _SOUND_GENERATE[model] = False
-    return _SOUND_GENERATE[model]
+            known[padding] = False
+    return known[padding]
+
+
+def _pass_by_pass(model: PreTrainedModel, prompts: Tensor, prompt_mask: Tensor, buffer: ResponseBuffer) -> None:
+    """Sample with a plain pass over the whole rows for each token, as they are scored: right for any model, and slowest."""
+    ids, mask, rows = prompts, prompt_mask.long(), torch.arange(len(prompts), device=prompts.device)
+    for t in range(buffer.length):
+        tokens = buffer.draw(t, head(model)(hidden_states(model, ids, mask)[:, -1]), rows)
+        if bool(buffer.stopped.all()):
+            break
+        ids, mask = torch.cat([ids, tokens[:, None]], dim=1), nn.functional.pad(mask, (0, 1), value=1)
 
 
 class _BufferTokens(LogitsProcessor):

@@ -23,6 +23,7 @@ from rlhf.base import storage
 from rlhf.base.errors import UserError
 from rlhf.base.json_files import decode, read_object
 from rlhf.models.adapters import ADAPTER_FILE
+from rlhf.models.classifiers import GENERIC, is_generic
 from rlhf.models.inputs import require_same_base
 from rlhf.models.registered import MANIFESTS, merged_model, policy_of
 from rlhf.models.tokenization import load_tokenizer
@@ -56,17 +57,19 @@ def export(registry: Registry, artifact: Artifact, folder: Path, form: Form = "m
         partial.mkdir(parents=True)
         if form == "adapter":
             _write_adapter(registry, artifact, partial)
+            trunk = None
         else:
-            _write_merged(registry, artifact, partial, getattr(torch, dtype))
+            trunk = _write_merged(registry, artifact, partial, getattr(torch, dtype))
         load_tokenizer(str(artifact.path)).save_pretrained(partial)
-        (partial / "README.md").write_text(model_card(registry, artifact, form, dtype), encoding="utf-8")
+        (partial / "README.md").write_text(model_card(registry, artifact, form, dtype, trunk), encoding="utf-8")
         (partial / MANIFESTS).write_text(json.dumps(_manifests(registry, artifact), indent=1), encoding="utf-8")
         if folder.exists():
             folder.rmdir()
         return partial.rename(folder.absolute())
 
 
-def _write_merged(registry: Registry, artifact: Artifact, folder: Path, dtype: torch.dtype) -> None:
+def _write_merged(registry: Registry, artifact: Artifact, folder: Path, dtype: torch.dtype) -> str | None:
+    """Write the whole model; return the name of the backbone if it is a reward model that transformers has no class for."""
     merged: Any = merged_model(registry, artifact)
     model = merged.to(dtype)
     m = artifact.manifest
@@ -82,6 +85,7 @@ def _write_merged(registry: Registry, artifact: Artifact, folder: Path, dtype: t
             top_p=1.0,
         )
     model.save_pretrained(folder)
+    return model.config.scored_trunk if is_generic(model.config) else None
 
 
 def check_adapter(registry: Registry, artifact: Artifact) -> None:
@@ -99,8 +103,15 @@ def check_adapter(registry: Registry, artifact: Artifact) -> None:
             raise UserError(
                 f"{part.reference} has tokens that its base model does not have; export it with --form merged"
             )
-        if _adapter_config(part).get("rank_pattern"):
-            raise UserError(f"{part.reference} has fused experts with ranks of their own; export it with --form merged")
+        if _adapter_config(part).get("target_parameters"):
+            raise UserError(
+                f"{part.reference} has adapters on fused experts, which cannot be added; export it with --form merged"
+            )
+        if part.stage == "reward" and type(merged_model(registry, part)).__name__.endswith(GENERIC):
+            raise UserError(
+                f"{part.reference} has a score head on an architecture that transformers has no classifier for; "
+                "export it with --form merged"
+            )
         if _adapter_config(part).get("use_dora"):
             raise UserError(f"{part.reference} uses DoRA, whose adapters cannot be added; export it with --form merged")
 
@@ -126,7 +137,7 @@ def _write_adapter(registry: Registry, artifact: Artifact, folder: Path) -> None
         "base_model_name_or_path": artifact.manifest.base_model,
         **{
             name: sorted(set().union(*(config[name] for config in configs if config.get(name)))) or None
-            for name in ("target_modules", "target_parameters", "exclude_modules")
+            for name in ("target_modules", "exclude_modules")
         },
     }
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
@@ -137,8 +148,7 @@ def _stacked(states: list[dict[str, Tensor]], configs: list[dict[str, Any]]) -> 
     """Return the matrices of one adapter that equals the sum of several.
 
     All A (r, in) are stacked, and all B (out, r) scaled and placed side by side. A layer that an adapter lacks gets zeros.
-    Other tensors (a score head) are copied from the last adapter that has them. For E fused experts peft has A (E * r, in),
-    expert by expert, and B (out, r * E), in which the expert changes fastest.
+    Other tensors (a score head) are copied from the last adapter that has them.
     """
     stacked: dict[str, Tensor] = {}
     for key in dict.fromkeys(key for state in states for key in state):
@@ -147,17 +157,12 @@ def _stacked(states: list[dict[str, Tensor]], configs: list[dict[str, Any]]) -> 
             continue
         down = ".lora_A." in key
         parts = []
-        example, rank = next(
-            (other[key], config["r"]) for other, config in zip(states, configs, strict=True) if key in other
-        )
-        experts = example.shape[0 if down else 1] // rank
         for state, config in zip(states, configs, strict=True):
-            size = experts * config["r"]
-            shape = (size, example.shape[1]) if down else (example.shape[0], size)
+            example = next(other[key] for other in states if key in other)
+            shape = (config["r"], example.shape[1]) if down else (example.shape[0], config["r"])
             part = state[key] if key in state else torch.zeros(shape, dtype=example.dtype)
-            parts.append(part.view(experts, config["r"], -1) if down else part * _scale(config))
-        together = torch.cat(parts, dim=1)
-        stacked[key] = (together.flatten(0, 1) if down else together).contiguous()
+            parts.append(part if down else part * _scale(config))
+        stacked[key] = torch.cat(parts, dim=0 if down else 1).contiguous()
     return stacked
 
 

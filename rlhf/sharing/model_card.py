@@ -37,15 +37,37 @@ text = text[: text.rindex(tokenizer.eos_token) + len(tokenizer.eos_token)]  # th
 raw = model(**tokenizer(text, add_special_tokens=False, return_tensors="pt")).logits[0, 0]
 score = (raw - {mean}) / {std}  # 0 is the mean of the demonstrations"""
 
+SCORE_GENERIC = """from pathlib import Path
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-def model_card(registry: Registry, artifact: Artifact, form: str, dtype: str) -> str:
-    """Return the card as Markdown, with the metadata that the Hugging Face hub reads."""
+# transformers has no sequence classifier of this architecture: the backbone is opened in a causal model, whose own head is not
+# used (it warns of that), and the score head is read from the file. `rlhf` opens the folder as it is, as in --reward FOLDER.
+tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+backbone = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32).eval().get_submodule({trunk!r})
+weights = [load_file(file) for file in Path(FOLDER).glob("*.safetensors")]
+head = next(part["score.weight"] for part in weights if "score.weight" in part).float()
+chat = [{{"role": "user", "content": "..."}}, {{"role": "assistant", "content": "..."}}]
+text = tokenizer.apply_chat_template(chat, tokenize=False)
+text = text[: text.rindex(tokenizer.eos_token) + len(tokenizer.eos_token)]  # the score is read at the stop token
+ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+raw = (backbone(input_ids=ids)[0][0, -1] @ head[0]).item()
+score = (raw - {mean}) / {std}  # 0 is the mean of the demonstrations"""
+
+
+def model_card(registry: Registry, artifact: Artifact, form: str, dtype: str, trunk: str | None = None) -> str:
+    """Return the card as Markdown, with the metadata that the Hugging Face hub reads.
+
+    Args:
+        trunk: the backbone's name, for a reward model that transformers has no class for.
+    """
     m = artifact.manifest
     parts = [
         _front_matter(artifact, form),
         f"# {artifact.reference}\n\n{SUMMARIES[artifact.stage]}",
         _facts(artifact, form, dtype),
-        f"## Use\n\n```python\n{_usage(artifact, form)}\n```",
+        f"## Use\n\n```python\n{_usage(artifact, form, trunk)}\n```",
         "## Lineage\n\n" + "\n".join(_lineage(registry, artifact)),
         "## Figures\n\n" + _table(m.metrics, skip=("phases",)),
         "## Options\n\n" + _table(m.config, skip=("registry", "output_dir")),
@@ -83,8 +105,10 @@ def _facts(artifact: Artifact, form: str, dtype: str) -> str:
     return "\n".join(lines)
 
 
-def _usage(artifact: Artifact, form: str) -> str:
+def _usage(artifact: Artifact, form: str, trunk: str | None) -> str:
     m, reward = artifact.manifest, artifact.stage == "reward"
+    if trunk is not None:
+        return SCORE_GENERIC.format(trunk=trunk, mean=m.reward_mean, std=m.reward_std)
     kind = "AutoModelForSequenceClassification" if reward else "AutoModelForCausalLM"
     labels = ", num_labels=1" if reward else ""
     load = f"model = {kind}.from_pretrained(FOLDER, dtype=torch.float32)"

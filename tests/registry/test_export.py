@@ -209,15 +209,22 @@ def test_adapters_are_added_up_by_rank_and_scale() -> None:
     assert torch.equal(stacked["base_model.model.score.weight"], torch.ones(1, 5))
 
 
-@pytest.mark.parametrize(("kind", "dora", "message"), [("full", False, "whole model"), ("adapter", True, "DoRA")])
-def test_what_is_no_adapter_is_refused(tmp_path: Path, kind: str, dora: bool, message: str) -> None:
-    """An adapter folder without an adapter; or DoRA matrices that are added up as if they were plain."""
+@pytest.mark.parametrize(
+    ("kind", "fields", "message"),
+    [
+        ("full", {}, "whole model"),
+        ("adapter", {"use_dora": True}, "DoRA"),
+        ("adapter", {"target_parameters": ["gate_up_proj"]}, "fused experts"),
+    ],
+)
+def test_what_is_no_adapter_is_refused(tmp_path: Path, kind: str, fields: dict[str, Any], message: str) -> None:
+    """An adapter folder without an adapter; or matrices of DoRA or of experts that are added up as if they were plain."""
     from registry.test_registry import FIELDS
 
     def write(folder: Path) -> None:
-        (folder / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 4, "use_dora": dora}))
+        (folder / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 4, **fields}))
 
     registry = Registry(tmp_path)
     artifact: Artifact = registry.publish("sft", "demo", write, **{**FIELDS, "kind": kind})
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=f"{message}.*--form merged"):
         check_adapter(registry, artifact)
