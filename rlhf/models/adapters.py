@@ -188,7 +188,10 @@ def with_adapter(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
                 parameter.requires_grad_(False)
         return cast(PeftModel, adapted)
     except ValueError as error:
-        raise UserError(f"{type(model).__name__} cannot have the adapter: {str(error).splitlines()[0]}") from error
+        raise UserError(
+            f"{type(model).__name__} cannot have adapters on lora_target_modules {config.target_modules}: "
+            f"{str(error).splitlines()[0]}; use all-linear, or its layer names"
+        ) from error
 
 
 def _is_names(value: Any) -> bool:

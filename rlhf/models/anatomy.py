@@ -83,7 +83,15 @@ def probe_ids(model: PreTrainedModel, rows: int, length: int) -> Tensor:
     Special tokens at its ends have embeddings of zeros, or activations that bf16 rounds badly.
     """
     size = model.config.get_text_config().vocab_size
-    return torch.linspace(0.25, 0.75, rows * length, device=model.device).mul(size).long().view(rows, length)
+    return torch.linspace(0.25, 0.75, rows * length, device=_device(model)).mul(size).long().view(rows, length)
+
+
+def _device(model: PreTrainedModel) -> torch.device:
+    """Return the device that a model computes on; accelerate keeps the weights of one that is offloaded elsewhere."""
+    hook: Any = getattr(model.get_input_embeddings(), "_hf_hook", None)
+    hooks = getattr(hook, "hooks", [hook])  # it may be several
+    device = next((one.execution_device for one in hooks if getattr(one, "execution_device", None) is not None), None)
+    return model.device if device is None else torch.device(device)
 
 
 def _probe(model: PreTrainedModel) -> Anatomy:
@@ -269,7 +277,7 @@ def _limit(model: PreTrainedModel, limits: Mapping[Any, float]) -> float:
         return limits["quantized"]
     return (
         limits[torch.bfloat16]
-        if torch.is_autocast_enabled(model.device.type)
+        if torch.is_autocast_enabled(_device(model).type)
         else limits.get(model.dtype, limits[torch.bfloat16])
     )
 

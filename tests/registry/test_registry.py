@@ -380,8 +380,8 @@ def test_a_deletion_that_is_killed_half_way_leaves_no_version(
     artifact = publish(registry)
     unlink = Path.unlink
 
-    def killed(self: Path, *args: Any) -> None:
-        unlink(self, *args)
+    def killed(self: Path, *args: Any, **options: Any) -> None:
+        unlink(self, *args, **options)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
