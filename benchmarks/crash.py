@@ -193,7 +193,9 @@ def left_by(place: Place) -> dict[str, Any]:
     names = place.checkpoints()
     left["checkpoints: which"] = names
     last = place.output / "checkpoints" / names[-1]
-    left |= {f"checkpoints: {k}": v for k, v in hashes(last, "state.json", "trainer_state.json").items()}
+    left |= {
+        f"checkpoints: {k}": v for k, v in hashes(last, "state.json", "trainer_state.json", "checksums.json").items()
+    }
     state = json.loads((last / "state.json").read_text())
     left["checkpoints: state"] = {k: v for k, v in state.items() if k != "log"}  # bytes, some of them of times
     for file in ("metrics.jsonl", "samples.jsonl", "comparison.jsonl"):

@@ -134,7 +134,10 @@ def _check_syntax(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
 
 def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Return whether the tokenizer itself begins texts with its BOS token."""
-    return tokenizer.bos_token is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    plain = tokenizer("a", add_special_tokens=False)[
+        "input_ids"
+    ]  # may be the BOS token, where that is an unknown one's
+    return tokenizer.bos_token is not None and tokenizer("a")["input_ids"] == [tokenizer.bos_token_id, *plain]
 
 
 def _writes_bos(tokenizer: PreTrainedTokenizerBase) -> bool:

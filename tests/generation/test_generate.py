@@ -247,4 +247,4 @@ def test_half_a_surrogate_pair_in_system(place: list[str], call: Caller, tmp_pat
     """Catches: a traceback of the tokenizer for a system text of a config file."""
     (tmp_path / "c.yaml").write_text('system: "half \\ud83d"\n')
     words = ["--config", str(tmp_path / "c.yaml"), "--model", "ppo/toy", "--prompt", "A", *place]
-    assert "the system message is not text: character 6" in call(MODULE, *words).complaint
+    assert "c.yaml is not valid YAML: 'utf-8' codec can't encode character" in call(MODULE, *words).complaint
