@@ -146,6 +146,8 @@ class TrainingState:
         """Load the newest checkpoint, if there is one; return the number of updates done."""
         path = checkpoint.latest(self.outputs.folder)
         if path is not None:
+            if distributed.rank() == 0:
+                checkpoint.prune(self.outputs.folder)
             self.load(path)
         else:
             self.outputs.tracker.rewind({})  # killed before its first checkpoint: all of it comes again

@@ -60,11 +60,16 @@ def save(
             (partial / name).write_text(text, encoding="utf-8")
 
     target = _write_folder(folder, f"checkpoint-{step}", write)
+    prune(folder, keep)
+    return target
+
+
+def prune(folder: Path, keep: Path | None = None) -> None:
+    """Remove all checkpoints but the last two and `keep`; a run that was killed may have left one more."""
     for old in _checkpoints(folder)[:-_NUM_KEPT]:
         if old != keep:
             with contextlib.suppress(OSError):  # one too many is no failure
                 _remove(old)
-    return target
 
 
 def save_snapshot(folder: Path, step: int, write: Callable[[Path], None]) -> Path:

@@ -114,6 +114,7 @@ def _restore_finished(trainer: Any, last: Path) -> bool:
     if not trainer.finished(state):
         return False
     trainer.state = state
+    checkpoint.prune(last.parent, trainer.best_checkpoint())
     best = trainer.best_checkpoint() if trainer.args.load_best_model_at_end else None
     trainer._load_from_checkpoint(str(best or last))
     return True

@@ -237,6 +237,20 @@ def test_one_more_is_kept_when_asked_for(tmp_path: Path) -> None:
     assert (tmp_path / "checkpoint-4" / "note.json").read_text() == "4"
 
 
+def test_one_too_many_of_a_killed_run_is_removed(tmp_path: Path) -> None:
+    """Catches: a checkpoint left for ever by a run that was killed before it removed it and was finished otherwise."""
+    for step in (1, 2, 3):
+        shutil.copytree(save(tmp_path / str(step), step), tmp_path / f"checkpoint-{step}")
+    checkpoint.prune(tmp_path, tmp_path / "checkpoint-1")
+    assert [path.name for path in sorted(tmp_path.glob("checkpoint-*"))] == [
+        "checkpoint-1",
+        "checkpoint-2",
+        "checkpoint-3",
+    ]
+    checkpoint.prune(tmp_path)
+    assert [path.name for path in sorted(tmp_path.glob("checkpoint-*"))] == ["checkpoint-2", "checkpoint-3"]
+
+
 def test_random_generators_come_back(tmp_path: Path) -> None:
     """Catches: a generator left out, or one whose state changes on its way through JSON: dropout would draw other numbers."""
 
