@@ -154,6 +154,7 @@ WRITTEN_OUT: list[tuple[Any, dict[str, Any], dict[str, Any], str]] = [
     (PPOConfig, {**PTX, "ptx_ratio": 0.51 / 64}, {**PTX, "ptx_ratio": 0.49 / 64}, "mixes no text into a minibatch of 64"),
     *((kind, {"save_steps": 40}, {"save_steps": 30}, r"\(30\) .*eval_steps \(20\)") for kind in (SFTConfig, PretrainConfig)),
     (SFTConfig, {"new_tokens": NEW_TOKENS}, {"new_tokens": NEW_TOKENS, "learn_tokens": 1}, "new_tokens or learn_tokens"),
+    *((PPOConfig, {"seed": inside}, {"seed": outside}, f"got {outside}") for inside, outside in ((0, -1), (2**32 - 1, 2**32))),
     (SFTConfig, {"template_date": "2026-02-28"}, {"template_date": "2026-02-29"}, "template_date must be a date"),
     (PretrainConfig, {"num_attention_heads": 8}, {"num_attention_heads": 7}, r"hidden_size \(256\) .*num_attention_heads \(7\)"),
     (PretrainConfig, {**LLAMA, "num_attention_heads": 128}, {**LLAMA, "num_attention_heads": 256}, "even head size.*is 1"),
