@@ -87,10 +87,10 @@ def _once(url: str, payload: Any, headers: dict[str, str], deadline: float) -> A
     asked = {**headers, "Accept-Encoding": "identity"}
     with requests.Session() as session:
         for _ in range(_MAX_REDIRECTS + 1):
-            left = max(deadline - time.monotonic(), 0.001)
+            remaining = max(deadline - time.monotonic(), 0.001)
             try:
                 answer = session.post(
-                    url, json=payload, headers=asked, timeout=left, stream=True, allow_redirects=False
+                    url, json=payload, headers=asked, timeout=remaining, stream=True, allow_redirects=False
                 )
                 if answer.is_redirect:
                     url = _same_host(url, answer.headers["Location"])

@@ -1,4 +1,4 @@
-"""What reaches a terminal: texts of data and models without control characters, which could steer it; colours of our own.
+"""Output on a terminal, free of control characters of data and models, which could steer it.
 
 `clean_output` replaces the control characters of all that is printed. `console` writes past it, and cleans what it is given.
 """

@@ -1,4 +1,4 @@
-"""What a causal model is made of, found by a short probe rather than by its name.
+"""The parts of a causal model, found by a short probe rather than by its name.
 
 All of the package computes with two parts of a model: its backbone (token ids to last hidden states) and what follows it,
 up to the logits. The probe shows which module is the backbone, whether the head is a plain product, which arguments the
@@ -32,7 +32,7 @@ _LEAK = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 0.02, "quanti
 
 @dataclass(frozen=True)
 class Anatomy:
-    """What the probe of a model shows."""
+    """Result of the probe of a model."""
 
     trunk: str
     """Name of the backbone within the causal model."""
@@ -73,8 +73,8 @@ def anatomy(model: PreTrainedModel) -> Anatomy:
 
 def backbone(model: PreTrainedModel) -> nn.Module:
     """Return the transformer below the language-model head or score head, ending in its last norm."""
-    known = _ANATOMIES.get(model)
-    return model.get_submodule(getattr(model, "trunk", model.base_model_prefix) if known is None else known.trunk)
+    made_of = _ANATOMIES.get(model)
+    return model.get_submodule(getattr(model, "trunk", model.base_model_prefix) if made_of is None else made_of.trunk)
 
 
 def probe_ids(model: PreTrainedModel, rows: int, length: int) -> Tensor:

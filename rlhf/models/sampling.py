@@ -278,10 +278,10 @@ def fits_loop(model: PreTrainedModel, *, compiled: bool = False) -> bool:
 
 
 def _sound_cache(model: PreTrainedModel, *, share: bool) -> bool:
-    known = _SOUND_CACHE.setdefault(model, {})
-    if share not in known:
-        known[share] = anatomy(model).reads_padding and cache_is_sound(model, share=share)
-    return known[share]
+    verdicts = _SOUND_CACHE.setdefault(model, {})
+    if share not in verdicts:
+        verdicts[share] = anatomy(model).reads_padding and cache_is_sound(model, share=share)
+    return verdicts[share]
 
 
 def _shares_prefix(model: PreTrainedModel, cache: DynamicCache, width: int) -> bool:

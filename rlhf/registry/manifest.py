@@ -92,7 +92,7 @@ class Overlap(TypedDict, total=False):
 
 
 class Data(TypedDict, total=False):
-    """What is read of a manifest's `data`."""
+    """Entries of a manifest's `data` that are read."""
 
     fingerprint: str
     prepared: dict[str, str]
@@ -101,7 +101,7 @@ class Data(TypedDict, total=False):
 
 
 class Options(TypedDict, total=False):
-    """What is read of a manifest's `config`."""
+    """Entries of a manifest's `config` that are read."""
 
     dataset: str
     output_dir: str
@@ -120,7 +120,7 @@ class Phase(TypedDict, total=False):
 
 
 class Figures(TypedDict, total=False):
-    """What is read of a manifest's `metrics`, beside the figures by name."""
+    """Entries of a manifest's `metrics` that are read, beside the figures by name."""
 
     phases: list[Phase]
 

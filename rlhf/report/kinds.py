@@ -145,7 +145,7 @@ class LengthPoint(TypedDict):
 
 
 class Length(TypedDict, total=False):
-    """What a reward model makes of length."""
+    """Figures of how a reward model scores length."""
 
     correlation: float
     label_correlation: float

@@ -22,7 +22,7 @@ RELOADED = 1e-3
 REORDERED = {torch.bfloat16: 0.05, torch.float32: 1e-3, torch.float64: 1e-5}
 """Largest `deviation` in other batches, by the model's type: sums in another order round differently."""
 BY_BATCH = 0.25
-"""Largest `deviation` in other batches that bf16 explains: 20 tiny Llamas after 5 to 8 updates had .012, without a mask .3."""
+"""Largest `deviation` in other batches that is put down to bf16; a mask or padding that is lost makes more."""
 OUTLIER = 4.0
 """Factor by which a single score may be further off: rounding to bf16 has outliers in a sound model, too."""
 

@@ -351,8 +351,8 @@ def _ranking(row: Row) -> Record:
         judged = {"ratings": [sign * number for number in numbers_in(row, name, len(values))], "ranked": sign < 0}
         if not all(map(math.isfinite, judged["ratings"])):
             raise Untrainable(f"{name} that are missing or not finite")
-    given = answers(*(as_response(value, f"responses[{i}]") for i, value in enumerate(values)))
-    return Record(prompt=prompt_of(row), **given, **judged, **about(row))
+    responses = answers(*(as_response(value, f"responses[{i}]") for i, value in enumerate(values)))
+    return Record(prompt=prompt_of(row), **responses, **judged, **about(row))
 
 
 def _rated_by_several(row: Row, count: int) -> dict[str, Any]:

@@ -238,11 +238,11 @@ def unpacked(value: Any) -> Any:
     except ValueError:
         return value
     turns = messages if isinstance(messages, list) else [messages]
-    known = [
+    readable = [
         is_message(turn) and (turn.get("role") or turn.get("from")) in _ROLE_OF and bool(turn.keys() & {*TEXT_KEYS})
         for turn in turns
     ]
-    return messages if known and all(known) else value
+    return messages if readable and all(readable) else value
 
 
 def is_blank(text: str) -> bool:

@@ -31,7 +31,7 @@ class ComparisonRow(TypedDict, total=False):
 
 
 class Settings(TypedDict, total=False):
-    """What the checks read of a run's options, beside those that are numbers."""
+    """Options of a run that the checks read, beside those that are numbers."""
 
     reward: list[str]
 
