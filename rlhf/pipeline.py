@@ -30,7 +30,7 @@ from typing import Any
 from rlhf.base import storage
 from rlhf.base.cli import Parser
 from rlhf.base.errors import UserError, did_you_mean, run_command
-from rlhf.config import STAGE_CONFIGS, TrainingLength, build, is_registered_reward, read_yaml
+from rlhf.config import STAGE_CONFIGS, TrainingLength, build, find_config, is_registered_reward, read_yaml
 from rlhf.data_prep import prepare, read_recipe
 from rlhf.doctor.health.findings import actions
 from rlhf.registry import MANIFEST, Artifact, Registry
@@ -227,12 +227,12 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Path, dict[str, Any]]:
         "--config",
         required=True,
         type=Path,
-        help="folder with sft.yaml, reward.yaml, ppo.yaml, data.yaml, pretrain.yaml",
+        help="folder with sft.yaml, reward.yaml, ppo.yaml, data.yaml, pretrain.yaml; or a recipe's name: demo",
     )
     arguments, rest = parser.parse_known_args(argv)
-    if not arguments.config.is_dir():
-        siblings = [str(p) for p in arguments.config.parent.glob("*")] if arguments.config.parent.is_dir() else []
-        raise UserError(f"no config folder {arguments.config}{did_you_mean(str(arguments.config), siblings)}")
+    folder = find_config(arguments.config)
+    if not folder.is_dir():
+        raise UserError(f"--config takes a folder here, and {folder} is a file")
     names = {name for kind in STAGE_CONFIGS.values() for name in kind.__dataclass_fields__}
     overrides: dict[str, Any] = {}
     words = iter(rest)
@@ -243,7 +243,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Path, dict[str, Any]]:
         overrides[name] = value or next(words, None)
         if overrides[name] is None:
             raise UserError(f"{word} needs a value")
-    return arguments.config, overrides
+    return folder, overrides
 
 
 def main(argv: Sequence[str] | None = None) -> None:

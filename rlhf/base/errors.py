@@ -13,9 +13,17 @@ from types import TracebackType
 from rlhf.base import screen
 from rlhf.base.redaction import redact
 
+DISTRIBUTION = "rlhf-stages"
+"""Name of this package on PyPI, where `rlhf` is another project's."""
+
 
 class UserError(Exception):
     """An error whose text, one line, states the problem, its place and the fix. Commands print it and exit with code 2."""
+
+
+def install(extra: str) -> str:
+    """Return the command that installs an optional part of this package."""
+    return f"pip install '{DISTRIBUTION}[{extra}]'"
 
 
 def did_you_mean(word: str, names: Iterable[str]) -> str:

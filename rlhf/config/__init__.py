@@ -20,4 +20,5 @@ from rlhf.config.ppo import REGISTERED_REWARD, PPOConfig, is_registered_reward
 from rlhf.config.pretrain import PretrainConfig
 from rlhf.config.reward import CardConfig, RewardCardConfig, RewardConfig
 from rlhf.config.sft import SFTConfig, read_new_tokens
+from rlhf.config.shipped import find_config
 from rlhf.config.stages import STAGE_CONFIGS

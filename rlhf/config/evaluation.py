@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from rlhf.base.errors import require
+from rlhf.base.errors import install, require
 from rlhf.config.limits import require_above_zero, require_at_least
 from rlhf.config.options import RunConfig, option
 
@@ -68,7 +68,7 @@ class EvaluationConfig(RunConfig):
     texts: str | None = option(
         "plain text for perplexity, with an empty line between paragraphs; default: 14 paragraphs of this package", None
     )
-    tasks: list[str] = option("lm-evaluation-harness tasks (pip install 'rlhf[eval]')", [])
+    tasks: list[str] = option(f"lm-evaluation-harness tasks ({install('eval')})", [])
     task_folder: str | None = option("folder of the tasks' .yaml files; default: the harness's own tasks", None)
     task_limit: int | None = option("number of examples of each task, the first ones; none: all", None)
     checks: list[str] = option(

@@ -15,6 +15,7 @@ from rlhf.base.cli import Parser
 from rlhf.base.errors import UserError, did_you_mean
 from rlhf.base.json_files import check_depth, check_digits, check_expanded, check_repeated
 from rlhf.base.text_files import read_text
+from rlhf.config.shipped import find_config
 
 T = TypeVar("T")
 MAX_YAML_BYTES = 1 << 20
@@ -39,11 +40,10 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Return the mapping in a YAML file; `UserError` for a missing file or other content."""
-    file = Path(path)
+    """Return the mapping in a YAML file or a file of a recipe; `UserError` for a missing file or other content."""
+    file = find_config(path)
     if not file.is_file():
-        siblings = [str(p) for p in file.parent.glob("*.y*ml")] if file.parent.is_dir() else []
-        raise UserError(f"no config file {file}{did_you_mean(str(file), siblings)}")
+        raise UserError(f"{file} is a folder; --config takes a file of it here, and the folder in rlhf pipeline")
     if file.stat().st_size > MAX_YAML_BYTES:
         raise UserError(
             f"{file} is longer than {MAX_YAML_BYTES / 1e6:.0f} MB, too long for a config; is it a data file?"

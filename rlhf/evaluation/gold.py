@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-from rlhf.base.errors import UserError
+from rlhf.base.errors import UserError, install
 
 
 @cache
@@ -14,7 +14,7 @@ def _analyzer() -> Any:
     try:
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
     except ImportError as error:
-        raise UserError("the VADER judge needs its package: pip install 'rlhf[demo]'") from error
+        raise UserError(f"the VADER judge needs its package: {install('demo')}") from error
     return SentimentIntensityAnalyzer()
 
 

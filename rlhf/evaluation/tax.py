@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.base import intervals
-from rlhf.base.errors import UserError, did_you_mean
+from rlhf.base.errors import UserError, did_you_mean, install
 from rlhf.base.intervals import Array
 from rlhf.base.json_files import finite_number
 from rlhf.base.text_files import text_lines
@@ -88,7 +88,7 @@ class Tasks:
         try:
             from lm_eval.tasks import TaskManager
         except ImportError as error:
-            raise UserError("tasks need lm-evaluation-harness: pip install 'rlhf[eval]'") from error
+            raise UserError(f"tasks need lm-evaluation-harness: {install('eval')}") from error
         if folder is not None and not Path(folder).is_dir():
             raise UserError(f"no task folder {folder}")
         self.names, self.limit = list(names), limit

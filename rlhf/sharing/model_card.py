@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import yaml
+from huggingface_hub import ModelCard, ModelCardData, model_info, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
 from rlhf.base.json_files import section
+from rlhf.models.catalogue import MODEL_PREFIX, MODELS
 from rlhf.registry import Artifact, Registry
 from rlhf.registry.lineage import ancestors, data_lines
 
@@ -79,19 +86,50 @@ def model_card(registry: Registry, artifact: Artifact, form: str, dtype: str, tr
 
 
 def _front_matter(artifact: Artifact, form: str) -> str:
-    m = artifact.manifest
-    lines = {
-        "library_name": "peft" if form == "adapter" else "transformers",
-        "pipeline_tag": "text-classification" if artifact.stage == "reward" else "text-generation",
-        "base_model": m.base_model,
-        "tags": ["rlhf", artifact.stage],
-    }
-    return "---\n" + "\n".join(f"{key}: {json.dumps(value)}" for key, value in lines.items()) + "\n---"
+    base, licence = public_base(artifact.manifest.base_model)
+    data = ModelCardData(
+        library_name="peft" if form == "adapter" else "transformers",
+        pipeline_tag="text-classification" if artifact.stage == "reward" else "text-generation",
+        base_model=base,
+        license=licence,
+        tags=["rlhf", artifact.stage],
+    )
+    return f"---\n{data.to_yaml()}\n---"
+
+
+def public_base(name: str) -> tuple[str | None, str | None]:
+    """Return a base model's name on the hub and its licence; None for what is not there or not stated."""
+    if name.startswith(MODEL_PREFIX):
+        model = MODELS[name.removeprefix(MODEL_PREFIX)]
+        return model.hub, model.asset.licence.lower()
+    if Path(name).is_dir():
+        return None, _licence(Path(name) / "README.md")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("pretrain/"):
+        return None, None
+    card = try_to_load_from_cache(name, "README.md")
+    return name, _licence(Path(card)) if isinstance(card, str) else _licence_on_the_hub(name)
+
+
+def _licence(card: Path) -> str | None:
+    try:
+        return ModelCard.load(card).data.license
+    except (OSError, ValueError, UnicodeError, yaml.YAMLError):
+        return None
+
+
+def _licence_on_the_hub(name: str) -> str | None:
+    try:
+        facts = model_info(name, timeout=5).card_data
+    except (OSError, HfHubHTTPError, OfflineModeIsEnabled):  # a card without it is better than none
+        return None
+    return facts.license if facts else None
 
 
 def _facts(artifact: Artifact, form: str, dtype: str) -> str:
     m = artifact.manifest
     base = m.base_model + (f" at {m.base_model_revision}" if m.base_model_revision else "")
+    if m.base_model.startswith(MODEL_PREFIX):
+        base += f", a 4-bit copy of {public_base(m.base_model)[0]} whose weights differ from it by rounding"
     content = "one adapter on the base model" if form == "adapter" else f"the whole model, adapters merged in, {dtype}"
     lines = [f"- base model: {base}", f"- this folder: {content}", f"- registered: {m.created}"]
     lines.append(f"- pad token {m.pad_token_id}, stop tokens {', '.join(map(str, m.stop_token_ids))}")

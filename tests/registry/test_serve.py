@@ -19,7 +19,7 @@ from rlhf.registry import Registry
 from rlhf.sharing.export import export
 
 for package in ("fastapi", "uvicorn", "openai"):
-    pytest.importorskip(package, reason="transformers serve needs pip install 'rlhf[serve]'")
+    pytest.importorskip(package, reason="transformers serve needs pip install 'rlhf-stages[serve]'")
 
 TRANSFORMERS = (sys.executable, "-m", "transformers.cli.transformers")
 ASK = 'Write one sentence of a movie review that starts with "The"'
