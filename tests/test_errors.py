@@ -17,7 +17,7 @@ def test_output_that_nobody_reads_any_more(tmp_path: Path, flush: bool) -> None:
     """`| head -1` ended in "error: Broken pipe", or in the interpreter's own complaint."""
     (tmp_path / "command.py").write_text(
         "import sys\nfrom rlhf.base.errors import run_command\n"
-        f"def main():\n    sys.stdin.read()\n    print('second', flush={flush})\n"
+        f"def main():\n    sys.stdin.read()\n    print('second ' * 10_000, flush={flush})\n    print('third', flush={flush})\n"
         "run_command(main)\n"
     )
     command = subprocess.Popen(

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from types import TracebackType
+from typing import NoReturn
 
 from rlhf.base import screen
 from rlhf.base.redaction import redact
@@ -50,6 +51,8 @@ def run_command(main: Callable[[], object]) -> None:
             _flush()
     except UserError as error:
         sys.exit(_print_error(str(error)))
+    except BrokenPipeError:
+        _leave_closed_pipe()
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise
@@ -64,9 +67,13 @@ def _flush() -> None:
     try:
         sys.stdout.flush()
     except BrokenPipeError:
-        # The interpreter flushes again at exit, and would print an error.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+        _leave_closed_pipe()
+
+
+def _leave_closed_pipe() -> NoReturn:
+    """Exit as on SIGPIPE. The interpreter flushes again at exit, and would print an error."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(141)
 
 
 def _print_error(message: str) -> int:
