@@ -30,7 +30,15 @@ from typing import Any
 from rlhf.base import storage
 from rlhf.base.cli import Parser
 from rlhf.base.errors import UserError, did_you_mean, run_command
-from rlhf.config import STAGE_CONFIGS, TrainingLength, build, find_config, is_registered_reward, read_yaml
+from rlhf.config import (
+    STAGE_CONFIGS,
+    TrainingLength,
+    build,
+    find_config,
+    folder_name,
+    is_registered_reward,
+    read_yaml,
+)
 from rlhf.data_prep import prepare, read_recipe
 from rlhf.doctor.health.findings import actions
 from rlhf.registry import MANIFEST, Artifact, Registry
@@ -185,7 +193,8 @@ def _stage_configs(folder: Path, overrides: dict[str, Any]) -> dict[str, Any]:
 
 def _stage_config(file: Path, config_type: Any, overrides: dict[str, Any]) -> Any:
     fields = config_type.__dataclass_fields__
-    config = build(config_type, {**read_yaml(file), **{k: v for k, v in overrides.items() if k in fields}}, str(file))
+    changes = {k: v for k, v in overrides.items() if k in fields}
+    config = build(config_type, {"name": folder_name(file), **read_yaml(file), **changes}, str(file))
     actions(config.doctor)  # raises for an unknown action
     return config
 

@@ -51,8 +51,8 @@ MORE: dict[str, Any] = {
     "generate": GenerateConfig,
     "chat": ChatConfig,
 }
-SFT = ["--dataset", "d", "--model_name_or_path", "m"]
-PPO = ["--dataset", "d", "--policy", "sft/a", "--reward", "reward/a"]
+SFT = ["--name", "n", "--dataset", "d", "--model_name_or_path", "m"]
+PPO = ["--name", "n", "--dataset", "d", "--policy", "sft/a", "--reward", "reward/a"]
 
 
 def sft(*words: str) -> SFTConfig:
@@ -244,7 +244,7 @@ def test_numbers_of_yaml(tmp_path: Path) -> None:
 def test_numbers_that_look_like_options(tmp_path: Path) -> None:
     """`-1` after an option is its value, and so is `-1e-3` in YAML, which argparse alone takes for an option."""
     assert sft("--max_steps", "-1").max_steps == -1
-    values = {"dataset": "d", "policy": "sft/a", "reward": "reward/a", "missing_eos_penalty": "-1e-3"}
+    values = {"name": "n", "dataset": "d", "missing_eos_penalty": "-1e-3"}
     assert build(PPOConfig, values, "x.yaml").missing_eos_penalty == -1e-3
 
 
@@ -260,14 +260,12 @@ def test_words_for_yes_and_no(tmp_path: Path, word: str, value: bool) -> None:
 def test_bool_without_a_word() -> None:
     """`--resume` alone is what everybody types."""
     assert sft("--resume").resume is True
-    assert (
-        parse_config(RewardConfig, ["--dataset", "d", "--policy", "sft/a", "--no_normalize_std"]).normalize_std is False
-    )
+    assert parse_config(RewardConfig, ["--name", "n", "--dataset", "d", "--no_normalize_std"]).normalize_std is False
 
 
 def test_none_in_yaml_is_the_default() -> None:
     """`chat_template: null` must not become the text 'None', which is then looked for as a file."""
-    config = build(SFTConfig, {"dataset": "d", "model_name_or_path": "m", "chat_template": None}, "x.yaml")
+    config = build(SFTConfig, {"name": "n", "dataset": "d", "model_name_or_path": "m", "chat_template": None}, "x.yaml")
     assert config.chat_template is None
 
 
@@ -325,6 +323,43 @@ def test_limits_of_generation() -> None:
     """A timeout below zero is an error of the socket, after the models were loaded."""
     with pytest.raises(UserError, match=r"reward_timeout must be above 0, got -1\.0"):
         parse_config(GenerateConfig, ["--model", "sft/a", "--reward_timeout", "-1"])
+
+
+def test_a_run_is_named_after_its_folder(tmp_path: Path) -> None:
+    """A user's first run was registered as sft/demo and written into outputs/demo, among the demo's."""
+    (tmp_path / "mine").mkdir()
+    for stage, text in {"sft": "model_name_or_path: m\n", "reward": "", "ppo": "learning_rate: 1e-5\n"}.items():
+        (tmp_path / "mine" / f"{stage}.yaml").write_text(f"dataset: d\n{text}")
+    (tmp_path / "more.yaml").write_text("seed: 3\n")
+
+    def config(kind: Any, stage: str, *words: str) -> Any:
+        return parse_config(kind, ["--config", str(tmp_path / "mine" / f"{stage}.yaml"), *words])
+
+    made, reward, ours = config(SFTConfig, "sft"), config(RewardConfig, "reward"), config(PPOConfig, "ppo")
+    assert (made.name, made.output_dir) == ("mine", "outputs/mine")
+    assert (reward.name, reward.output_dir, reward.policy) == ("mine", "outputs/mine", "sft/mine")
+    assert (ours.name, ours.output_dir, ours.policy, ours.reward) == (
+        "mine",
+        "outputs/mine",
+        "sft/mine",
+        ["reward/mine"],
+    )
+    assert pipeline._stage_configs(tmp_path / "mine", {}) == {"sft": made, "reward": reward, "ppo": ours}
+    other = config(PPOConfig, "ppo", "--name", "b", "--policy", "sft/c@2")
+    assert (other.output_dir, other.policy, other.reward) == ("outputs/b", "sft/c@2", ["reward/b"])
+    named = config(SFTConfig, "sft", "--config", str(tmp_path / "more.yaml"))
+    assert (named.name, named.seed) == (tmp_path.name, 3)
+
+
+@pytest.mark.parametrize(
+    "kind, words", [(SFTConfig, SFT[2:]), (PPOConfig, PPO[2:]), (RewardConfig, ["--dataset", "d"])]
+)
+def test_a_run_without_a_name(kind: Any, words: list[str]) -> None:
+    """The name of another run in its place, or a traceback."""
+    with pytest.raises(UserError, match="the run has no name: give --name NAME, or --config"):
+        parse_config(kind, words)
+    with pytest.raises(TypeError, match="'name'"):
+        kind(dataset="d")
 
 
 def test_config_without_a_file_name() -> None:

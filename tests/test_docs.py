@@ -45,7 +45,7 @@ def default_of(field: dataclasses.Field[Any]) -> str:
         return ", ".join(map(str, field.default_factory())) or "none"
     if field.default is dataclasses.MISSING:
         return "required"
-    return "none" if field.default is None else str(field.default)
+    return "none" if field.default in (None, "") else str(field.default)
 
 
 METRIC_TABLES: dict[str, tuple[Stage, ...]] = {

@@ -26,10 +26,10 @@ from rlhf.config import (
 
 NEW_TOKENS = "tokens.txt"
 CHECKED: dict[Any, list[str]] = {
-    SFTConfig: ["--dataset", "d", "--model_name_or_path", "m"],
-    PPOConfig: ["--dataset", "d", "--policy", "sft/a", "--reward", "reward/a"],
-    PretrainConfig: ["--dataset", "d"],
-    RewardConfig: ["--dataset", "d", "--policy", "sft/a"],
+    SFTConfig: ["--name", "n", "--dataset", "d", "--model_name_or_path", "m"],
+    PPOConfig: ["--name", "n", "--dataset", "d", "--policy", "sft/a", "--reward", "reward/a"],
+    PretrainConfig: ["--name", "n", "--dataset", "d"],
+    RewardConfig: ["--name", "n", "--dataset", "d", "--policy", "sft/a"],
     RewardCardConfig: ["--model", "reward/a", "--data", "d"],
     EvaluationConfig: ["--models", "sft/a", "--prompts", "p"],
 }

@@ -57,6 +57,7 @@ def float64_norm(self: LlamaRMSNorm, hidden_states: torch.Tensor) -> torch.Tenso
 def ppo_config(**options: object) -> PPOConfig:
     """Small sizes, and float64 so that tolerances can be tight."""
     settings: dict[str, object] = {
+        "name": "toy",
         "dataset": "none",
         "policy": "sft/toy",
         "reward": ["reward/toy"],

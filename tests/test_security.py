@@ -111,7 +111,7 @@ def test_models_of_pickles_are_refused(
     torch.save({"lm_head.weight": Bomb(tmp_path / "bang")}, model / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"safetensors"):
         if kind == "base":
-            load_base(str(model), SFTConfig(dataset="", model_name_or_path=""), CPU)
+            load_base(str(model), SFTConfig(name="n", dataset="", model_name_or_path=""), CPU)
         else:
             ClassifierReward(str(model), CPU, 2)
     assert not (tmp_path / "bang").exists()
@@ -145,7 +145,7 @@ def test_code_of_a_model_runs_only_when_allowed(
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     bang = tmp_path / "bang"
     model = str(with_code(Path(shutil.copytree(toy_base("llama"), tmp_path / "model")), bang))
-    config = SFTConfig(dataset="", model_name_or_path=model)
+    config = SFTConfig(name="n", dataset="", model_name_or_path=model)
     with pytest.raises(UserError, match="trust_remote_code"):
         load_base(model, config, CPU)
     with pytest.raises(UserError):

@@ -76,8 +76,10 @@ class RunConfig(ComputeConfig):
 class TrainingConfig(RunConfig):
     """Options of every training run."""
 
-    name: str = option("name under which the result is registered: STAGE/NAME", "demo")
-    output_dir: str = option("folder of the run: logs, checkpoints, samples (one subfolder per stage)", "outputs/demo")
+    name: str = option("name under which the result is registered: STAGE/NAME; default: the config file's folder")
+    output_dir: str = option(
+        "folder of the run: logs, checkpoints, samples (one subfolder per stage); default: outputs/NAME", ""
+    )
     dataset: str = option("prepared data: folder made by rlhf.data_prep, a data file, or a hub name")
     gradient_checkpointing: bool = option(
         "recompute activations in the backward pass: less memory, about a third more time", False
@@ -115,6 +117,7 @@ class TrainingConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.output_dir = self.output_dir or f"outputs/{self.name}"
         require_at_least(1, self, "save_steps", "logging_steps")
         require_at_least(0, self, "learning_rate", "weight_decay", "adam_epsilon", "warmup_steps")
         require_above_zero(self, "max_grad_norm")

@@ -15,6 +15,7 @@ from rlhf.base.cli import Parser
 from rlhf.base.errors import UserError, did_you_mean
 from rlhf.base.json_files import check_depth, check_digits, check_expanded, check_repeated
 from rlhf.base.text_files import read_text
+from rlhf.config.options import TrainingConfig
 from rlhf.config.shipped import find_config
 
 T = TypeVar("T")
@@ -66,6 +67,11 @@ def build(config_type: type[T], values: dict[str, Any], source: str) -> T:
     return parse_config(config_type, _as_arguments(config_type, values, source))
 
 
+def folder_name(file: str | Path) -> str:
+    """Return the name of a config file's folder, which names a run that has no other name."""
+    return find_config(file).resolve().parent.name
+
+
 def parse_config(config_type: type[T], argv: list[str] | None = None) -> T:
     """Return a config from `--config FILE` (YAML) and `--option value`; the command line takes precedence.
 
@@ -73,14 +79,21 @@ def parse_config(config_type: type[T], argv: list[str] | None = None) -> T:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     from_files: list[str] = []
+    name = ""
     while "--config" in arguments:
         at = arguments.index("--config")
         if at + 1 == len(arguments):
             raise UserError("--config needs a file name")
-        from_files += _as_arguments(config_type, read_yaml(arguments[at + 1]), arguments[at + 1])
+        file = arguments[at + 1]
+        from_files += _as_arguments(config_type, read_yaml(file), file)
+        name = folder_name(file)
         del arguments[at : at + 2]
     names = [f.name for f in dataclasses.fields(config_type)]  # type: ignore[arg-type]
     _refuse_unknown(arguments, names)
+    if issubclass(config_type, TrainingConfig) and not {"-h", "--help"} & set(arguments):
+        if not name and not any(word.split("=")[0] == "--name" for word in arguments):
+            raise UserError("the run has no name: give --name NAME, or --config FOLDER/FILE, whose folder names it")
+        from_files.insert(0, f"--name={name}")  # the files' own name comes after it, and wins
     config, *rest = _parser(config_type).parse_args_into_dataclasses(
         from_files + arguments, return_remaining_strings=True
     )

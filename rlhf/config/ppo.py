@@ -20,10 +20,12 @@ REGISTERED_REWARD = r"reward/[^/:]+"
 class PPOConfig(TextConfig, StageConfig):
     """PPO against a reward model, with a KL penalty to the SFT reference."""
 
-    policy: str = option("the SFT policy: sft/NAME or sft/NAME@VERSION")
+    policy: str = option("the SFT policy: sft/NAME or sft/NAME@VERSION; default: the one of this run's name", "")
     reward: list[str] = option(
         "one or several scorers of responses: a reward model trained from the same policy (reward/NAME or "
-        "reward/NAME@VERSION), a classifier (folder or hub name), package.module:function, or the URL of an endpoint"
+        "reward/NAME@VERSION), a classifier (folder or hub name), package.module:function, or the URL of an endpoint; default: "
+        "the reward model of this run's name",
+        [],
     )
     reward_weights: list[float] = option("weights of the rewards in their sum; default: 1 each", [])
     reward_timeout: float = option("longest time for a request to an endpoint, seconds", 60.0)
@@ -121,6 +123,8 @@ class PPOConfig(TextConfig, StageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.policy = self.policy or f"sft/{self.name}"
+        self.reward = self.reward or [f"reward/{self.name}"]
         divides("rollout_batch_size", self.rollout_batch_size, "total_episodes", self.total_episodes)
         divides("minibatch_size", self.minibatch_size, "rollout_batch_size", self.rollout_batch_size)
         divides("microbatch_size", self.microbatch_size, "minibatch_size", self.minibatch_size)

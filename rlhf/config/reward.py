@@ -39,7 +39,9 @@ class CardConfig:
 class RewardConfig(CardConfig, TrainingLength, StageConfig):
     """Training of a reward model on rankings of K responses to a prompt, starting from the SFT policy."""
 
-    policy: str = option("the SFT policy it starts from: sft/NAME or sft/NAME@VERSION")
+    policy: str = option(
+        "the SFT policy it starts from: sft/NAME or sft/NAME@VERSION; default: the one of this run's name", ""
+    )
     finetuning: Literal["lora", "full"] = option(
         "lora: an adapter and a head on the frozen policy; full: all weights in fp32 (use about a tenth of the step size)",
         "lora",
@@ -68,6 +70,7 @@ class RewardConfig(CardConfig, TrainingLength, StageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.policy = self.policy or f"sft/{self.name}"
         self.check_length()
         self.check_card()
         require(

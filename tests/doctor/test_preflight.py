@@ -486,7 +486,7 @@ def test_states_in_32_bits_that_were_to_be_in_8() -> None:
     """Three times the memory that was planned, or a head whose scale is rounded."""
     shapes = [(64, 256), (16, 8), (1, 8192)]
     parameters = [torch.nn.Parameter(torch.ones(shape)) for shape in shapes]
-    config = PPOConfig(dataset="d", policy="sft/a", reward=["reward/a"])
+    config = PPOConfig(name="n", dataset="d", policy="sft/a", reward=["reward/a"])
 
     def check(make: Callable[..., Any], smallest: int | None) -> Check:
         return check_optimizer(parameters, make, smallest=smallest)
@@ -696,6 +696,17 @@ def test_pretraining_is_known_without_a_vocabulary_size(tmp_path: Path) -> None:
     file = tmp_path / "pretrain.yaml"
     file.write_text("dataset: text.txt\nhidden_size: 64\n")
     assert parse(["--config", str(file)])[0] == "pretrain"
+
+
+@pytest.mark.parametrize("stage", ["reward", "ppo"])
+def test_a_file_that_names_no_policy_is_known_by_its_own_name(tmp_path: Path, stage: str) -> None:
+    """Policy and reward come from the run's name, so their options do not show the stage; the file's name wins over them."""
+    file = tmp_path / f"{stage}.yaml"
+    file.write_text("dataset: data\nname: mine\n")
+    name, config = parse(["--config", str(file), "--policy", "sft/other"])
+    assert name == stage and config.name == "mine"
+    (tmp_path / "mine.yaml").write_text("dataset: data\nreward: reward/mine\n")
+    assert parse(["--config", str(tmp_path / "mine.yaml")])[0] == "ppo"
 
 
 def test_the_command_without_a_file(call: Callable[..., Call]) -> None:

@@ -137,7 +137,7 @@ def test_optimiser_states_of_large_tensors_are_not_tried() -> None:
 
 # ---- room -----------------------------------------------------------------------------------------------------------
 
-CONFIG = SFTConfig(dataset="d", model_name_or_path="m", optim="adamw_torch")
+CONFIG = SFTConfig(name="n", dataset="d", model_name_or_path="m", optim="adamw_torch")
 #: 4,000 bytes, and 8,000 of Adam's states.
 WEIGHTS = [torch.nn.Parameter(torch.zeros(1000))]
 
@@ -172,7 +172,7 @@ def test_memory_must_hold_states_and_activations(cache: int, moving: int, monkey
 def test_states_in_8_bits_take_a_byte() -> None:
     """Catches: an estimate of 32 bits for all, or of 8 bits for tensors that are too small for it."""
     large, small = (torch.nn.Parameter(torch.zeros(size)) for size in (4096, 4095))
-    eight = SFTConfig(dataset="d", model_name_or_path="m", optim="adamw_8bit")
+    eight = SFTConfig(name="n", dataset="d", model_name_or_path="m", optim="adamw_8bit")
     assert room.optimizer_bytes([large], eight) == 2 * 4096
     assert room.optimizer_bytes([small], eight) == 2 * 4095 * 4
     assert room.optimizer_bytes([large], CONFIG) == 2 * 4096 * 4

@@ -33,7 +33,7 @@ from rlhf.stages import sft
 from rlhf.stages.normalization import normalizing_data, normalizing_rows
 
 STAGES = ("sft", "reward", "ppo")
-FP32 = SFTConfig(dataset="x", model_name_or_path="x", device="cpu", dtype="float32")
+FP32 = SFTConfig(name="n", dataset="x", model_name_or_path="x", device="cpu", dtype="float32")
 COMPUTE = Compute(torch.device("cpu"), torch.float32)
 
 

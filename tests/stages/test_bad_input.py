@@ -90,7 +90,7 @@ def largest_file(size: int) -> Iterator[None]:
 # Options
 
 
-@pytest.mark.parametrize("stage, key", [("sft", "dataset"), ("reward", "policy"), ("ppo", "reward")])
+@pytest.mark.parametrize("stage, key", [("sft", "model_name_or_path"), ("reward", "dataset"), ("ppo", "dataset")])
 def test_missing_key(place: Place, stage: str, key: str) -> None:
     """argparse's own error would print the usage, forty lines, before it says which option is missing."""
     assert f"--{key}" in place.refused(stage, **{key: None})
@@ -429,18 +429,8 @@ def test_no_space_in_the_registry(full: Place, monkeypatch: pytest.MonkeyPatch) 
     "words",
     [
         ["rlhf", "sft", "--no_such_option", "1"],
-        ["rlhf.stages.reward", "--policy", "sft/nothing", "--dataset", "DATA", "--registry", "REGISTRY"],
-        [
-            "rlhf.stages.ppo",
-            "--policy",
-            "sft/nothing",
-            "--reward",
-            "reward/x",
-            "--dataset",
-            "DATA",
-            "--registry",
-            "REGISTRY",
-        ],
+        ["rlhf.stages.reward", "--name", "nothing", "--dataset", "DATA", "--registry", "REGISTRY"],
+        ["rlhf.stages.ppo", "--name", "nothing", "--dataset", "DATA", "--registry", "REGISTRY"],
     ],
     ids=["rlhf-sft", "reward", "ppo"],
 )

@@ -306,6 +306,14 @@ def test_base_that_is_not_registered(place: Place, toy_data: Path, call: Caller)
     """A slip in its name must name what is there, and the command that makes it."""
     place.made()
     complaint = call(
-        "rlhf.stages.sft", "--model_name_or_path", "pretrain/minni", "--dataset", toy_data, "--registry", place.registry
+        "rlhf.stages.sft",
+        "--name",
+        "toy",
+        "--model_name_or_path",
+        "pretrain/minni",
+        "--dataset",
+        toy_data,
+        "--registry",
+        place.registry,
     ).complaint
     assert "did you mean 'pretrain/mini'" in complaint and "python -m rlhf.stages.pretrain --name minni" in complaint

@@ -203,7 +203,7 @@ def test_whole_reward_model_of_another_shape_is_refused(tmp_path: Path) -> None:
 
 
 def config(kind: str, **options: Any) -> Any:
-    made = {"dataset": "x", "policy": "sft/toy", "device": "cpu", "dtype": "float32", **options}
+    made = {"name": "n", "dataset": "x", "policy": "sft/toy", "device": "cpu", "dtype": "float32", **options}
     return RewardConfig(**made) if kind == "reward" else PPOConfig(**{"reward": ["reward/full"], "lora_r": 4, **made})
 
 

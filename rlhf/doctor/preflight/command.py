@@ -22,9 +22,14 @@ USAGE = "usage: python -m rlhf.doctor preflight --config FILE [--option value ..
 STAGES: dict[str, Any] = {"pretrain": PretrainConfig, "sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig}
 
 
-def stage_of(options: Iterable[str]) -> str:
-    """Return the stage that options belong to: only SFT has a base model, only PPO a reward, and pretraining no policy."""
+def stage_of(file: str, options: Iterable[str]) -> str:
+    """Return the stage that a config file is named after, else the one whose options these are.
+
+    Only SFT has a base model, only PPO a reward, and pretraining no policy.
+    """
     names = set(options)
+    if (stage := Path(file).stem) in STAGES:
+        return stage
     if "model_name_or_path" in names:
         return "sft"
     return "ppo" if "reward" in names else "reward" if "policy" in names else "pretrain"
@@ -36,7 +41,7 @@ def parse(argv: Sequence[str]) -> tuple[str, TrainingConfig]:
     if not files:
         raise UserError(USAGE)
     words = [word.removeprefix("--").split("=")[0] for word in argv if word.startswith("--")]
-    stage = stage_of([*words, *(name for file in files for name in read_yaml(file))])
+    stage = stage_of(files[-1], [*words, *(name for file in files for name in read_yaml(file))])
     return stage, parse_config(STAGES[stage], list(argv))
 
 
