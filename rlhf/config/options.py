@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from rlhf.base.errors import require
+from rlhf.base.functions import name_of
 from rlhf.config.limits import require_above_zero, require_at_least, require_below_one
 
 #: Options for where a run executes and is stored, and for memory against time. They are no part of a recipe.
@@ -59,6 +60,13 @@ class ComputeConfig:
     )
 
     def __post_init__(self) -> None:
+        for one in dataclasses.fields(self):  # from Python, a list of one may come alone, and a scorer as itself
+            value = getattr(self, one.name)
+            if str(one.type).startswith("list["):
+                values = list(value) if isinstance(value, list | tuple) else [value]
+                setattr(self, one.name, [name_of(part) if callable(part) else part for part in values])
+            elif callable(value):
+                setattr(self, one.name, name_of(value))
         require(0 <= self.seed < 1 << 32, f"seed must be from 0 to {(1 << 32) - 1}, got {self.seed}")
 
 

@@ -11,7 +11,7 @@ only warns, unless its check is named.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -94,11 +94,11 @@ class LiveDoctor:
             self.tracker.alert(f"{self.stage}: {name} at update {step}", str(finding), finding.check.severity)
 
 
-class DoctorCallback(TrainerCallback):
-    """The doctor of a Hugging Face trainer; the caller raises `error`, if there is one, after the training."""
+class ObserverCallback(TrainerCallback):
+    """The observer of a Hugging Face trainer; the caller raises `error`, if there is one, after the training."""
 
-    def __init__(self, doctor: LiveDoctor) -> None:
-        self.doctor = doctor
+    def __init__(self, stage: str, observe: Callable[[int, Mapping[str, float]], Order | None]) -> None:
+        self.stage, self.observe = stage, observe
         self.error: UserError | None = None
 
     def on_log(
@@ -109,9 +109,9 @@ class DoctorCallback(TrainerCallback):
         logs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Examine the logged metrics; on an order to stop, have the trainer save and end."""
-        metrics = house_metrics(logs or {}, self.doctor.stage)
-        order = self.doctor.examine(state.global_step, metrics) if metrics and self.error is None else None
+        """Show the logged metrics to the observer; on an order, have the trainer save and end."""
+        metrics = house_metrics(logs or {}, self.stage)
+        order = self.observe(state.global_step, metrics) if metrics and self.error is None else None
         if order is not None:
             self.error = UserError(order.reason)
             control.should_save = control.should_training_stop = True

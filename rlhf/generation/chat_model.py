@@ -25,7 +25,7 @@ from rlhf.models.base import context_length, load_base, load_merged
 from rlhf.models.catalogue import resolve_model
 from rlhf.models.compute import Compute
 from rlhf.models.registered import causal_model
-from rlhf.models.responses import Answers, sample_batch
+from rlhf.models.responses import Answer, Answers, sample_batch, single_answers
 from rlhf.models.sampling import Sampled
 from rlhf.models.tokenization import Message, encode_prompt, load_tokenizer, stop_token_ids
 from rlhf.registry import MANIFEST, STAGES, Artifact, Registry, read_manifest
@@ -109,6 +109,18 @@ class ChatModel:
             on_tokens=on_tokens,
         )
 
+    def answer(self, prompt: str | Sequence[Message], *, seed: int = 0) -> Answer:
+        """Sample one answer to a question, or to a conversation; the system prompt of the options comes first.
+
+        Raises:
+            UserError: as `encode`.
+        """
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        if self.config.system and messages and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self.config.system}, *messages]
+        (answer,) = single_answers(self.tokenizer, self.draw([self.encode(messages)], seed=seed))
+        return answer
+
 
 def check_text(messages: Sequence[Message]) -> None:
     """Raise `UserError` for a conversation with characters that tokenizers refuse."""
@@ -123,15 +135,15 @@ def check_text(messages: Sequence[Message]) -> None:
 # Opening
 
 
-def open_models(config: GenerationConfig, compute: Compute) -> list[ChatModel]:
-    """Open all models of the options.
+def open_models(config: GenerationConfig, compute: Compute | None = None) -> list[ChatModel]:
+    """Open all models of the options, on the device of the options if no other is given.
 
     Raises:
         UserError: a name that does not exist, a model that does not write text, or one without a chat template.
     """
     registry = Registry(config.registry)
     with redirect_stdout(sys.stderr):  # standard output is for answers, not for remarks on models
-        return [open_model(name, config, registry, compute) for name in config.names]
+        return [open_model(name, config, registry, compute or Compute.choose(config)) for name in config.names]
 
 
 def open_model(name: str, config: GenerationConfig, registry: Registry, compute: Compute) -> ChatModel:

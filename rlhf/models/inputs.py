@@ -23,6 +23,8 @@ from rlhf.registry import Artifact, Registry, changed_inputs
 
 BASE, TOKENIZER, TEMPLATE = "base model", "tokenizer", "chat template"
 _OF_REWARD = " of reward "
+UNKNOWN = "unknown"
+"""Hash of a function whose source is in no file: it cannot be compared."""
 _MODEL_FILES = re.compile(r"(.*\.safetensors(\.index\.json)?|(generation_)?config\.json|.*\.py|.*\.gguf)")
 _TOKENIZER_FILES = re.compile(
     r"(tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\..*|merges\.txt|.*\.model|chat_template.*|.*\.tiktoken)"
@@ -87,9 +89,12 @@ def reward_model_inputs(name_or_path: str, registry: str | Path) -> dict[str, st
 
 
 def function_inputs(role: str, references: Iterable[str | None]) -> dict[str, str]:
-    """Return the hashes of the files that functions named `package.module:name` stand in, by role and reference."""
+    """Return the hashes of the files that functions named `package.module:name` stand in, by role and reference.
+
+    Functions of a notebook, lambdas and models are `UNKNOWN`.
+    """
     files = {f"{role} {reference}": source_file(reference) for reference in references if reference}
-    return {name: _hash_of_source(file) for name, file in files.items() if file is not None}
+    return {name: _hash_of_source(file) if file is not None else UNKNOWN for name, file in files.items()}
 
 
 def _hash_of_source(file: Path) -> str:
@@ -134,7 +139,8 @@ def problem(artifact: Artifact, registry: Registry) -> str:
     for name in manifest.inputs:
         role, _, reference = name.partition(" ")
         if role in ("reward", "gold") and ":" in reference:
-            current |= function_inputs(role, [reference])
+            hashes = function_inputs(role, [reference])
+            current |= {name: digest for name, digest in hashes.items() if digest != UNKNOWN}
         elif (model := name.removeprefix(f"{BASE}{_OF_REWARD}")) != name:
             current |= reward_model_inputs(model, registry.root)
     names = changed_inputs(manifest, current)

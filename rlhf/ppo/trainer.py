@@ -67,6 +67,8 @@ class PPOTrainer:
         self.sampling = SamplingOptions.of(config, tokenizer)
         self.estimator = estimator(config)
         self.state = TrainingState(models, config, outputs)
+        self.rollout: Rollout | None = None
+        """The rollout of the last update."""
 
     def train(self) -> None:
         """Run the updates that are left, with checkpoints; Ctrl-C finishes the running update and saves first."""
@@ -108,6 +110,7 @@ class PPOTrainer:
             metrics["time/optimise"] = time.perf_counter() - started
         self._adapt_kl_coef(rollout)
         self.state.updates_done += 1
+        self.rollout = rollout
         self.log(rollout, metrics)
         return metrics
 

@@ -43,29 +43,38 @@ class ScoringFunction:
         Args:
             columns: those that the function does not take are left out.
         """
-        process = os.getpid()
         accepted = {name: values for name, values in columns.items() if self.columns is None or name in self.columns}
-        try:
+        with one_line_errors(self.reference):
             own_arguments, own_columns = copy.deepcopy((arguments, accepted))
             with _contained():
                 scores = self.function(*own_arguments, **own_columns)
-            _end_fork(process)
             return checked_scores(scores, count, self.reference)
-        except SystemExit as error:
-            _end_fork(process)
-            if error.code == _TERMINATED:
-                raise
-            raise RewardError(
-                f"{self.reference} ended the process with sys.exit({error.code!r}); raise an error instead"
-            ) from error
-        except (RewardError, KeyboardInterrupt):
-            _end_fork(process)
+
+
+@contextlib.contextmanager
+def one_line_errors(name: str) -> Iterator[None]:
+    """Context for users' code in which whatever it raises is a `RewardError`, and a process that it forked ends.
+
+    Args:
+        name: name of the code in messages.
+    """
+    process = os.getpid()
+    try:
+        yield
+    except SystemExit as error:
+        _end_fork(process)
+        if error.code == _TERMINATED:
             raise
-        except BaseException as error:  # whatever a user's code may raise, or its values when they are read
-            _end_fork(process)
-            frame = traceback.extract_tb(error.__traceback__)[-1]
-            message = traceback.format_exception_only(error)[-1].strip()
-            raise RewardError(f"{self.reference} failed at {frame.filename}:{frame.lineno}: {message}") from error
+        raise RewardError(f"{name} ended the process with sys.exit({error.code!r}); raise an error instead") from error
+    except (RewardError, KeyboardInterrupt):
+        _end_fork(process)
+        raise
+    except BaseException as error:  # whatever a user's code may raise, or its values when they are read
+        _end_fork(process)
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        message = traceback.format_exception_only(error)[-1].strip()
+        raise RewardError(f"{name} failed at {frame.filename}:{frame.lineno}: {message}") from error
+    _end_fork(process)
 
 
 @contextlib.contextmanager

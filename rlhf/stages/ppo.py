@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,14 +33,16 @@ from rlhf.models.roles import RoleModels, SharedModels
 from rlhf.models.sampling import fits_loop
 from rlhf.models.separate import SeparateModels
 from rlhf.models.tokenization import encode_prompt, last_user_text, load_tokenizer
+from rlhf.ppo.metrics import sample_rows
 from rlhf.ppo.rollout import Environment, SamplingOptions
-from rlhf.ppo.state import Outputs
+from rlhf.ppo.state import Order, Outputs
 from rlhf.ppo.trainer import PPOTrainer
 from rlhf.registry import Artifact, Registry
 from rlhf.reward.functions import load_gold
 from rlhf.reward.scorer import open_scorer
 from rlhf.reward.sources import AdapterReward, ModelReward, Reward, kind_of, open_sources, source_inputs
 from rlhf.run.memory import check_rollout_fits
+from rlhf.stages.callbacks import Callback, Update, call_back
 from rlhf.stages.data import add_dropped, describe_data, encode_demonstrations, load_splits, overlap, writable_sets
 from rlhf.stages.run import Run, find_finished, open_run, preflight, stage_recipe
 
@@ -48,7 +50,9 @@ from rlhf.stages.run import Run, find_finished, open_run, preflight, stage_recip
 COMPARED_PROMPTS = 20
 
 
-def run(config: PPOConfig, *, reuse: bool = False, only_preflight: bool = False) -> Artifact | None:
+def run(
+    config: PPOConfig, *, reuse: bool = False, only_preflight: bool = False, callbacks: Sequence[Callback] = ()
+) -> Artifact | None:
     """Train and register; `reuse` returns an artefact of the same recipe, `only_preflight` ends before the training."""
     registry = Registry(config.registry)
     policy = registry.get(config.policy, expect_stage="sft")
@@ -64,7 +68,7 @@ def run(config: PPOConfig, *, reuse: bool = False, only_preflight: bool = False)
 
     data["overlap"] = overlap(sets, [policy, *rewards], registry)
     gold = load_gold(config.gold) if config.gold else None  # raises now and not after the training
-    with open_run("ppo", config, [policy, *rewards], data, recipe, inputs) as run:
+    with open_run("ppo", config, [policy, *rewards], data, recipe, inputs, callbacks) as run:
         tokenizer = load_tokenizer(str(policy.path))
         sets = writable_sets(sets, tokenizer, run.data)
         prompts, held_out = sets["train"], sets["validation"]
@@ -77,6 +81,12 @@ def run(config: PPOConfig, *, reuse: bool = False, only_preflight: bool = False)
             texts, too_long = encode_texts(sets["ptx"], tokenizer, config, context, run.folder)
             add_dropped(run.data, "ptx", too_long)
         doctor = LiveDoctor("ppo", config.doctor, run.tracker, dataclasses.asdict(config))
+
+        def observe(update: int, metrics: Mapping[str, float]) -> Order | None:
+            """Have the doctor and the callbacks look at an update."""
+            order = doctor.observe(update, metrics)
+            return _called_back(run, trainer, update, metrics) or order
+
         trainer = PPOTrainer(
             models,
             tokenizer,
@@ -84,7 +94,7 @@ def run(config: PPOConfig, *, reuse: bool = False, only_preflight: bool = False)
             Environment(prompts=train_ids, rows=prompts.rows, reward=reward_sum, gold=gold),
             Outputs(tracker=run.tracker, folder=run.folder / "checkpoints", timer=run.timer),
             texts=texts,
-            observe=doctor.observe,
+            observe=observe,
         )
         preflight(run, partial(check_ppo, trainer=trainer), tokenizer, sets)
         if only_preflight:
@@ -94,7 +104,7 @@ def run(config: PPOConfig, *, reuse: bool = False, only_preflight: bool = False)
             doctor.read_log()
         evaluate = partial(_evaluate, run, models, tokenizer, held_out_ids, held_out.rows, reward_sum, gold)
         sft_answers = evaluate(reference=True)
-        if doctor.may_roll_back and trainer.state.updates_done == 0:
+        if (doctor.may_roll_back or callbacks) and trainer.state.updates_done == 0:
             trainer.state.save()  # a state to go back to
         trainer.train()
         run.tracker.log_frontier()
@@ -118,6 +128,15 @@ def run(config: PPOConfig, *, reuse: bool = False, only_preflight: bool = False)
             with trainer.state.averaged_policy():
                 publish(f"{config.name}-ema")
         return publish(config.name)
+
+
+def _called_back(run: Run[PPOConfig], trainer: PPOTrainer, update: int, metrics: Mapping[str, float]) -> Order | None:
+    """Call the callbacks of a run after an update; return an order, if there is one."""
+    rollout = trainer.rollout
+    if not run.callbacks or rollout is None:
+        return None
+    samples = sample_rows(rollout, trainer.tokenizer, len(rollout))
+    return call_back(run.callbacks, Update(stage="ppo", step=update, metrics=metrics, rollout=rollout, samples=samples))
 
 
 def data_sets(config: PPOConfig) -> dict[str, Loaded]:

@@ -34,12 +34,15 @@ from rlhf.doctor.preflight.pretrain import pretrain as check_pretrain
 from rlhf.models.vocabulary import train_tokenizer
 from rlhf.registry import Artifact
 from rlhf.run.resumable import ResumableTrainer
+from rlhf.stages.callbacks import Callback
 from rlhf.stages.data import describe_data
 from rlhf.stages.run import Run, find_finished, open_run, require_checks, require_one_process, stage_recipe
 from rlhf.stages.trainer import on_one_device, train, trainer_arguments
 
 
-def run(config: PretrainConfig, *, reuse: bool = False, only_preflight: bool = False) -> Artifact | None:
+def run(
+    config: PretrainConfig, *, reuse: bool = False, only_preflight: bool = False, callbacks: Sequence[Callback] = ()
+) -> Artifact | None:
     """Train and register; `reuse` returns an artefact of the same recipe, `only_preflight` ends before the training."""
     sets = data_sets(config)
     data = describe_data(sets)
@@ -48,7 +51,7 @@ def run(config: PretrainConfig, *, reuse: bool = False, only_preflight: bool = F
         return artifact
 
     require_one_process("pretrain")
-    with open_run("pretrain", config, [], data, recipe, {}) as run:
+    with open_run("pretrain", config, [], data, recipe, {}, callbacks) as run:
         with run.timer.phase("tokenizer"):
             texts = sets["train"].rows["text"]
             tokenizer = train_tokenizer(texts, config.vocab_size, chat_template=config.chat_template)

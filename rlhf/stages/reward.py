@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -41,6 +42,7 @@ from rlhf.reward.ranking import Objective, RankingCollator, RankingTrainer
 from rlhf.reward.rankings import Encoded, encode_rankings
 from rlhf.reward.scorer import Scorer
 from rlhf.run import checkpoint
+from rlhf.stages.callbacks import Callback
 from rlhf.stages.data import add_dropped, describe_data, load_splits, overlap, writable_sets
 from rlhf.stages.normalization import NormalizingRows, normalization, normalizing_data, normalizing_rows
 from rlhf.stages.run import Run, find_finished, open_run, preflight, require_one_process, stage_recipe
@@ -69,7 +71,9 @@ class Prepared:
         return [ids for row in rows["input_ids"] for ids in row][:PARITY_TEXTS]
 
 
-def run(config: RewardConfig, *, reuse: bool = False, only_preflight: bool = False) -> Artifact | None:
+def run(
+    config: RewardConfig, *, reuse: bool = False, only_preflight: bool = False, callbacks: Sequence[Callback] = ()
+) -> Artifact | None:
     """Train and register; `reuse` returns an artefact of the same recipe, `only_preflight` ends before the training."""
     registry = Registry(config.registry)
     policy = registry.get(config.policy, expect_stage="sft")
@@ -87,7 +91,7 @@ def run(config: RewardConfig, *, reuse: bool = False, only_preflight: bool = Fal
         shutil.rmtree(folder, ignore_errors=True)
     data["overlap"] = overlap(sets, [policy], registry)
     with (
-        open_run("reward", config, [policy], data, recipe, inputs) as run,
+        open_run("reward", config, [policy], data, recipe, inputs, callbacks) as run,
         tempfile.TemporaryDirectory(dir=run.folder, prefix=SCRATCH) as scratch,
     ):
         base = load_policy(policy, config, run.compute)

@@ -31,11 +31,13 @@ from rlhf.doctor.health.findings import actions
 from rlhf.doctor.preflight.check import Check, require_all
 from rlhf.doctor.preflight.context import PreflightContext
 from rlhf.models.compute import Compute
+from rlhf.models.inputs import UNKNOWN
 from rlhf.models.tokenization import stop_token_ids, tokenizer_hashes
 from rlhf.registry import MANIFEST, Artifact, Registry, changed_inputs, recipe_hash
 from rlhf.run import checkpoint, memory, terminal
 from rlhf.run.timing import PhaseTimer
 from rlhf.run.tracker import RUN_FILE, Tracker
+from rlhf.stages.callbacks import Callback
 from rlhf.stages.data import training_prompts
 
 ConfigT = TypeVar("ConfigT", bound=TrainingConfig)
@@ -60,6 +62,7 @@ class Run(Generic[ConfigT]):
     recipe: str
     inputs: dict[str, str]
     timer: PhaseTimer
+    callbacks: Sequence[Callback] = ()
     started: float = field(default_factory=time.perf_counter)
 
     def publish(
@@ -135,6 +138,14 @@ def find_finished(stage: str, config: TrainingConfig, recipe: str, inputs: dict[
     """Return the registered artefact of a recipe and its inputs, if there is one, and print that it is reused."""
     registry = Registry(config.registry)
     artifact = registry.find(stage, config.name, recipe, inputs)
+    unknown = [name for name, digest in inputs.items() if digest == UNKNOWN]
+    if artifact is not None and unknown:
+        names = " and ".join(unknown)
+        print(
+            f"{stage}: {artifact.reference} has this recipe, but {names} has no source file; it is made again",
+            flush=True,
+        )
+        return None
     if artifact is not None:
         print(f"{stage}: {artifact.reference} has this recipe already, skipped", flush=True)
     elif (other := registry.find(stage, config.name, recipe)) is not None:
@@ -145,7 +156,13 @@ def find_finished(stage: str, config: TrainingConfig, recipe: str, inputs: dict[
 
 @contextmanager
 def open_run(
-    stage: str, config: ConfigT, parents: list[Artifact], data: dict[str, Any], recipe: str, inputs: dict[str, str]
+    stage: str,
+    config: ConfigT,
+    parents: list[Artifact],
+    data: dict[str, Any],
+    recipe: str,
+    inputs: dict[str, str],
+    callbacks: Sequence[Callback] = (),
 ) -> Iterator[Run[ConfigT]]:
     """Seed, choose device and type, open the tracker, and yield the run; its folder is `output_dir/STAGE`.
 
@@ -188,7 +205,9 @@ def open_run(
                 tracker.use_artifact(parent.reference, parent.hash, parent.path)
             tracker.use_data(config.dataset, data)
             registry = Registry(config.registry)
-            yield Run(stage, config, folder, registry, compute, tracker, parents, data, recipe, inputs, timer)
+            yield Run(
+                stage, config, folder, registry, compute, tracker, parents, data, recipe, inputs, timer, callbacks
+            )
 
 
 @contextmanager

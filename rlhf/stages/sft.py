@@ -7,7 +7,7 @@ the best held-out loss, or the best score by a reward model, is registered as sf
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -50,6 +50,7 @@ from rlhf.registry import Artifact, Registry
 from rlhf.reward.scorer import open_scorer
 from rlhf.reward.sources import scores_of_texts
 from rlhf.run.resumable import ResumableTrainer
+from rlhf.stages.callbacks import Callback
 from rlhf.stages.data import add_dropped, describe_data, encode_demonstrations, load_splits, overlap, writable_sets
 from rlhf.stages.run import Run, find_finished, open_run, preflight, require_one_process, stage_recipe
 from rlhf.stages.trainer import SortedStepSampler, on_one_device, train, trainer_arguments
@@ -62,7 +63,9 @@ DATE_FILE = "template_date"
 PER_CHARACTER = "eval_loss_per_character"
 
 
-def run(config: SFTConfig, *, reuse: bool = False, only_preflight: bool = False) -> Artifact | None:
+def run(
+    config: SFTConfig, *, reuse: bool = False, only_preflight: bool = False, callbacks: Sequence[Callback] = ()
+) -> Artifact | None:
     """Train and register; `reuse` returns an artefact of the same recipe, `only_preflight` ends before the training."""
     sets = data_sets(config)
     data = describe_data(sets)
@@ -84,7 +87,7 @@ def run(config: SFTConfig, *, reuse: bool = False, only_preflight: bool = False)
 
     require_one_process("sft")
     data["overlap"] = overlap(sets, parents, registry)
-    with open_run("sft", config, parents, data, recipe, inputs) as run:
+    with open_run("sft", config, parents, data, recipe, inputs, callbacks) as run:
         source: dict[str, Any] = {"revision": config.model_revision, "trust_remote_code": config.trust_remote_code}
         tokenizer = load_tokenizer(
             resolve_model(config.model_name_or_path, config.registry),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,10 +12,12 @@ from torch.utils.data import Sampler
 from transformers import PrinterCallback, TrainerCallback, TrainerState, TrainingArguments
 
 from rlhf.base.interrupt import StopRequest
-from rlhf.doctor.live import DoctorCallback, LiveDoctor
+from rlhf.doctor.live import LiveDoctor, ObserverCallback
+from rlhf.ppo.state import Order
 from rlhf.run import checkpoint, optim
 from rlhf.run.callbacks import MetricsCallback, ProgressCallback
 from rlhf.run.resumable import STATE_FILE, Saved
+from rlhf.stages.callbacks import Update, call_back
 from rlhf.stages.run import Run
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
@@ -73,8 +75,13 @@ def train(trainer: Any, run: Run[Any]) -> None:
         trainer.add_callback(ProgressCallback(run.stage))
         trainer.add_callback(MetricsCallback(run.tracker, run.stage))
         doctor = LiveDoctor(run.stage, run.config.doctor, run.tracker, dataclasses.asdict(run.config))
-        doctor_callback = DoctorCallback(doctor)
-        trainer.add_callback(doctor_callback)
+
+        def observe(step: int, metrics: Mapping[str, float]) -> Order | None:
+            order = doctor.examine(step, metrics)
+            return call_back(run.callbacks, Update(stage=run.stage, step=step, metrics=metrics)) or order
+
+        observer = ObserverCallback(run.stage, observe)
+        trainer.add_callback(observer)
         trainer.add_callback(_StopCallback(stop))
         folder = Path(trainer.args.output_dir)
         last = checkpoint.latest(folder) if run.config.resume else None
@@ -90,8 +97,8 @@ def train(trainer: Any, run: Run[Any]) -> None:
             if last is None or not _restore_finished(trainer, last):
                 trainer.train(resume_from_checkpoint=str(last) if last else None)
         stop.raise_if_requested()
-        if doctor_callback.error is not None:
-            raise doctor_callback.error
+        if observer.error is not None:
+            raise observer.error
 
 
 class _StopCallback(TrainerCallback):
