@@ -50,6 +50,8 @@ def _ancestors(line: Lineage) -> list[Artifact]:
 def _training_prompts(artifact: Artifact) -> set[str] | None:
     """Return the keys of an artefact's training prompts; None where its data has another fingerprint, or is gone."""
     config, kind = artifact.manifest.config, _KINDS[artifact.stage]
+    if "imported_from" in config:  # trained elsewhere
+        return None
     sources: dict[str, tuple[Any, str, Kind]] = {
         "train": (artifact.option("dataset"), "train", kind),
         "validation": (artifact.option("dataset"), "validation", kind),

@@ -88,7 +88,8 @@ class Overlap(TypedDict, total=False):
     """Held-out prompts that were trained on."""
 
     held_out: int
-    in_training: dict[str, int]
+    in_training: dict[str, int | None]
+    """By artefact; None where its data is gone, or it was trained elsewhere."""
 
 
 class Data(TypedDict, total=False):

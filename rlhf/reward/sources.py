@@ -173,18 +173,18 @@ class ModelReward(Kind, ModelSource):
         registry = Registry(opening.config.registry)
         artifact = registry.get(name, expect_stage="reward")
         scorer = open_scorer(artifact, registry, opening.config, opening.compute, opening.batch_size)
-        own, policy = artifact.manifest, opening.policy
-        alike = policy is not None and (own.tokenizer_hash, own.chat_template_hash) == (
-            policy.tokenizer_hash,
-            policy.chat_template_hash,
-        )
-        return cls(scorer, reads_texts=not alike)
+        return cls(scorer, reads_texts=opening.policy is None or not same_tokens(artifact.manifest, opening.policy))
 
     def __call__(self, responses: Responses) -> Tensor:
         if self.reads_texts:
             return scores_of_texts(self.scorer, [row["prompt"] for row in responses.rows], responses.texts)
         ids, mask = responses.sequences.input_ids, responses.sequences.attention_mask
         return self.scorer([row[real].tolist() for row, real in zip(ids, mask, strict=True)])
+
+
+def same_tokens(one: Manifest, other: Manifest) -> bool:
+    """Return whether two models have one tokenizer and one chat template, so that token ids mean the same to both."""
+    return (one.tokenizer_hash, one.chat_template_hash) == (other.tokenizer_hash, other.chat_template_hash)
 
 
 def scores_of_texts(scorer: Scorer, prompts: Sequence[Sequence[Message]], answers: Sequence[str]) -> Tensor:

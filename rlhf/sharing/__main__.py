@@ -75,6 +75,12 @@ def _add_copying(verb: AddVerb) -> None:
     pull = verb("pull", "copy an artefact and its ancestors into the registry", verbs.pull, "REF")
     for command in (push, pull):
         command.add_argument("place", metavar="PLACE", help="a folder, hf:OWNER/NAME or wandb:ENTITY/PROJECT")
+    entry = verb("import", "register a model that was trained elsewhere", _later("rlhf.sharing.import_model:command"))
+    entry.add_argument("folder", metavar="FOLDER", help="transformers model, peft adapter, or one with a value head")
+    entry.add_argument("--as", dest="target", required=True, metavar="STAGE/NAME", help="sft/NAME or reward/NAME")
+    entry.add_argument("--policy", metavar="REF", help="for a reward model: the SFT policy that PPO starts from")
+    entry.add_argument("--base", metavar="FOLDER", help="base model of an adapter; default: the one in its config")
+    entry.add_argument("--chat_template", metavar="NAME", help="chatml, plain or a file; default: the tokenizer's own")
     again = _later("rlhf.sharing.reproduce:command")
     reproduce = verb("reproduce", "make an artefact again from its manifest and compare every byte", again, "REF")
     folder = Path("outputs/reproduced")

@@ -58,7 +58,7 @@ def reproduce(
     lines = ancestors(registry.lineage(artifact))
     chain = [line.artifact for line in lines if line.artifact is not None] if whole_chain else [artifact]
     for one in chain:
-        if one.stage not in STAGE_CONFIGS:
+        if one.stage not in STAGE_CONFIGS or "imported_from" in one.manifest.config:
             raise UserError(f"{one.reference} was not made by training, so it cannot be replayed")
         _check_data(one)  # of all, before the first one trains
     outcomes = []

@@ -40,7 +40,7 @@ from rlhf.ppo.trainer import PPOTrainer
 from rlhf.registry import Artifact, Registry
 from rlhf.reward.functions import load_gold
 from rlhf.reward.scorer import open_scorer
-from rlhf.reward.sources import AdapterReward, ModelReward, Reward, kind_of, open_sources, source_inputs
+from rlhf.reward.sources import AdapterReward, ModelReward, Reward, kind_of, open_sources, same_tokens, source_inputs
 from rlhf.run.memory import check_rollout_fits
 from rlhf.stages.callbacks import Callback, Update, call_back
 from rlhf.stages.data import add_dropped, describe_data, encode_demonstrations, load_splits, overlap, writable_sets
@@ -165,10 +165,11 @@ def build_models(
         models = SeparateModels(base, compute, shared_trunk=shared)
     else:
         models = SharedModels(base, lora, compute, shared_trunk=shared, offload=config.offload_base)
-    if rewards and rewards[0].manifest.kind == "full" and config.finetuning == "lora":
+    alike = not rewards or same_tokens(rewards[0].manifest, policy.manifest)
+    if rewards and rewards[0].manifest.kind == "full" and (config.finetuning == "lora" or not alike):
         # It has a backbone of its own, so there is no adapter from which values could start.
         scorer = open_scorer(rewards[0], Registry(config.registry), config, compute, config.microbatch_size)
-        sources[rewards[0].name] = ModelReward(scorer)
+        sources[rewards[0].name] = ModelReward(scorer, reads_texts=not alike)
         models.fresh_value(lora)
     elif rewards:
         manifest = rewards[0].manifest

@@ -32,8 +32,8 @@ def load_parents_data(parents: Sequence[Artifact]) -> dict[str, dict[str, Loaded
     for parent in parents:
         if parent.stage not in _KIND:
             continue
-        place, kind = str(parent.manifest.config["dataset"]), _KIND[parent.stage]
-        if not Path(place).expanduser().exists():
+        place, kind = str(parent.manifest.config.get("dataset", "")), _KIND[parent.stage]
+        if not place or not Path(place).expanduser().exists():  # an imported parent has none
             data[parent.reference] = ""
             continue
         try:
@@ -50,7 +50,7 @@ def check_fingerprints(parents: Sequence[Artifact], data: Mapping[str, dict[str,
     changed: list[str] = []
     for parent in (parent for parent in parents if parent.reference in data):
         sets, registered = data[parent.reference], str(parent.manifest.data.get("fingerprint"))
-        place = parent.manifest.config["dataset"]
+        place = parent.manifest.config.get("dataset")
         if sets == "":
             gone.append(parent.reference)
         elif isinstance(sets, str):

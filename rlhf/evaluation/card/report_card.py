@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from rlhf.base.errors import run_command
+from rlhf.base.errors import require, run_command
 from rlhf.base.functions import load_function
 from rlhf.base.intervals import Array
 from rlhf.config import RewardCardConfig, parse_config
@@ -197,7 +197,13 @@ def run(config: RewardCardConfig) -> Card:
     compute = Compute.choose(config)
     tokenizer = load_tokenizer(str(artifact.path))
     parent = next(p for p in artifact.manifest.parents if p.stage == "sft")
-    policy = load_policy(registry.get(parent.reference), config, compute)
+    sft = registry.get(parent.reference)
+    require(
+        sft.manifest.tokenizer_hash == artifact.manifest.tokenizer_hash,
+        f"{artifact.reference} has another tokenizer than {sft.reference}, with which the card compares it; "
+        "rlhf evaluate scores texts by it",
+    )
+    policy = load_policy(sft, config, compute)
     limit = min(config.max_length, context_length(policy))
     training, held_out = (
         encode_rankings(writable(data, tokenizer)[0], tokenizer, limit) for data in (comparisons, validation)
