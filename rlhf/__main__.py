@@ -53,6 +53,7 @@ VERBS = {
         "talk to a model, or to several side by side",
         "rlhf.generation.config:ChatConfig",
     ),
+    "migrate": Verb("rlhf.migration.__main__", "turn a config of TRL, LLaMA-Factory or ms-swift into one of ours"),
     "registry": Verb(
         "rlhf.sharing.__main__", "registered artefacts: list, lineage, diff, export, push, reproduce, delete, ..."
     ),

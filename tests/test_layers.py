@@ -31,6 +31,7 @@ LAYERS = (
     "evaluation",
     "stages",
     "sharing",
+    "migration",
     "generation",
     "pipeline",
     "__main__",

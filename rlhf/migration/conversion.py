@@ -1,0 +1,200 @@
+"""Conversion of another project's options into a config of ours, and its text."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shlex
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from rlhf.base.errors import UserError
+from rlhf.base.redaction import redact
+from rlhf.config import STAGE_CONFIGS, SFTConfig, parse_config
+from rlhf.migration.reading import ReadOptions
+from rlhf.migration.rules import Left, Line, Project, RefusedValue, slug, words
+
+_REQUIRED = {
+    "dataset": "prepared data: a file, a folder made by rlhf data, or a hub name",
+    "model_name_or_path": "the base model: a folder or hub name",
+    "policy": "sft/NAME: trained by rlhf sft, or imported (rlhf registry import FOLDER --as sft/NAME)",
+    "reward": "reward/NAME, a classifier's folder or hub name, package.module:function or a URL",
+}
+
+
+@dataclass(kw_only=True)
+class Converted:
+    """A config of ours that was another project's."""
+
+    project: Project
+    stage: str
+    lines: list[Line]
+    """Options with values, in the order of the options."""
+    missing: list[Line]
+    """Options whose values are not in the file."""
+    left: list[Left]
+    problem: str = ""
+    """What the stage would refuse."""
+
+
+def convert(project: Project, stage: str, options: ReadOptions, name: str) -> Converted:
+    """Return the config of our stage; each option of the file is in it, or left with the reason."""
+    kind = project.stages[stage]
+    own = {key: value for key, value in options.values.items() if value is not None}
+    lines: dict[str, Line] = {}
+    left = list(options.left)
+    order = {key: place for place, key in enumerate(kind.rules)}
+    for source, is_own in ((own, True), ({k: v for k, v in kind.defaults.items() if k not in own}, False)):
+        for key, value in sorted(source.items(), key=lambda item: order.get(item[0], len(order))):
+            _take(project, stage, key, value, lines, left, default=not is_own)
+    missing: list[Line] = []
+    values = {**kind.defaults, **own, "processes": options.processes}
+    try:
+        for line in kind.together(values):
+            if line.value is None:
+                missing.append(line)
+            else:
+                lines.setdefault(line.option, line)
+    except (RefusedValue, ZeroDivisionError, ValueError, TypeError) as error:
+        raise UserError(f"the sizes of this config cannot be converted: {error}") from error
+    origins = " ".join(line.origin for line in (*lines.values(), *missing))
+    left += [
+        Left(key, value, "without effect beside the other options")
+        for key, value in own.items()
+        if key in kind.rules and kind.rules[key].convert is None and not re.search(rf"\b{key}\b", origins)
+    ]
+    lines.setdefault("name", Line("name", slug(own.get("output_dir", name)), "name of the file or of its output_dir"))
+    missing += [
+        Line(o, None, text)
+        for o, text in _REQUIRED.items()
+        if o in _fields(stage) and o not in lines and not _has_default(stage, o)
+    ]
+    _fit(stage, lines)
+    order = {option: place for place, option in enumerate(_fields(stage))}  # as in --help
+    converted = Converted(
+        project=project,
+        stage=stage,
+        lines=sorted(lines.values(), key=lambda line: order[line.option]),
+        missing=list({line.option: line for line in missing}.values()),
+        left=left,
+    )
+    converted.problem = _problem(converted)
+    return converted
+
+
+def _take(
+    project: Project, stage: str, key: str, value: Any, lines: dict[str, Line], left: list[Left], *, default: bool
+) -> None:
+    rule = project.stages[stage].rules.get(key)
+    origin = f"{key}: {_shown(value)}" + (f" ({project.name}'s default)" if default else "")
+    if rule is None:
+        left.append(Left(key, value, project.reason(key) or "has no counterpart"))
+        return
+    if rule.convert is None:
+        return
+    try:
+        converted = rule.convert(value)
+    except RefusedValue as reason:
+        left.append(Left(key, value, str(reason)))
+        return
+    if converted is None:
+        if not default:
+            left.append(Left(key, value, rule.note or "is so here without an option"))
+    elif rule.option not in lines:
+        name = converted[0] if isinstance(converted, list) and converted else converted
+        policy = lines["policy"].value if "policy" in lines else "sft/NAME"
+        note = rule.note.replace("FOLDER", _last(value)).replace("STAGE/NAME", str(name)).replace("POLICY", str(policy))
+        lines[rule.option] = Line(rule.option, converted, origin + (f"; {note}" if note else ""))
+    elif not default and lines[rule.option].value != converted:
+        left.append(Left(key, value, f"{rule.option} comes from {lines[rule.option].origin.split(':')[0]} already"))
+
+
+def _last(value: Any) -> str:
+    """Return a folder as a word of the shell; of several, the last."""
+    return shlex.quote(words(value)[-1] if words(value) else "")
+
+
+def _fit(stage: str, lines: dict[str, Line]) -> None:
+    """Round `save_steps` of SFT to whole evaluations."""
+    if stage == "sft" and "save_steps" in lines:
+        every = lines["eval_steps"].value if "eval_steps" in lines else SFTConfig.eval_steps
+        steps = int(lines["save_steps"].value)
+        if steps % every:
+            rounded = max(every, round(steps / every) * every)
+            lines["save_steps"] = Line("save_steps", rounded, f"save_steps: {steps}, to a multiple of eval_steps")
+
+
+def _fields(stage: str) -> Any:
+    return STAGE_CONFIGS[stage].__dataclass_fields__
+
+
+def _has_default(stage: str, option: str) -> bool:
+    field = _fields(stage)[option]
+    return field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+
+
+def _problem(converted: Converted) -> str:
+    """Return why the stage would refuse the config, once what is missing is own; empty: it would not."""
+    arguments: list[str] = []
+    stand_in = {"policy": "sft/x", "reward": "reward/x", "dataset": "x", "model_name_or_path": "x"}
+    for option, value in {**stand_in, **{line.option: line.value for line in converted.lines}}.items():
+        if option in _fields(converted.stage):
+            arguments += [f"--{option}", *map(str, value if isinstance(value, list) else [value])]
+    try:
+        parse_config(STAGE_CONFIGS[converted.stage], arguments)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+# Text
+
+
+def as_yaml(converted: Converted, source: str) -> str:
+    """Return the config as YAML in which each line says where it is from."""
+    parts = [f"# Made by rlhf migrate from {source}, a config of {converted.project.name}.", ""]
+    texts = [f"{line.option}: {_value(line.value)}" for line in converted.lines]
+    width = min(40, max(map(len, texts), default=0))
+    parts += [f"{text:{width}}  # {line.origin}" for text, line in zip(texts, converted.lines, strict=True)]
+    if converted.missing:
+        parts += ["", "# To be given:"]
+        parts += [f"# {line.option}:  # {line.origin}" for line in converted.missing]
+    if converted.left:
+        parts += ["", "# Not taken over:"]
+        parts += [
+            line
+            for one in left_lines(converted.left)
+            for line in textwrap.wrap(one, 116, initial_indent="# ", subsequent_indent="#     ")
+        ]
+    if converted.problem:
+        parts += [
+            "",
+            *textwrap.wrap(f"To be mended: {converted.problem}", 116, initial_indent="# ", subsequent_indent="#     "),
+        ]
+    return redact("\n".join(parts) + "\n")
+
+
+def left_lines(left: list[Left]) -> Iterator[str]:
+    """Yield a line for each reason, with the options that it is the reason of."""
+    reasons: dict[str, list[str]] = {}
+    for one in left:
+        reasons.setdefault(one.reason, []).append(f"{one.name}: {_shown(one.value)}" if one.value != "" else one.name)
+    for reason, names in reasons.items():
+        yield f"{', '.join(names)} ({reason})"
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, str | list | bool):
+        return yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("\n").removesuffix("\n...")
+    return f"{value:g}" if isinstance(value, float) and abs(value) < 1e6 else str(value)
+
+
+def _shown(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    text = " ".join(text.split())
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,259 @@
+"""Configs of other projects, read from a shell script, YAML, JSON or Python; nothing in them is run."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rlhf.base.errors import UserError, did_you_mean
+from rlhf.base.json_files import read_object
+from rlhf.base.text_files import read_text
+from rlhf.config.parse import read_yaml
+from rlhf.migration import llama_factory, swift, trl
+from rlhf.migration.python_script import read_python
+from rlhf.migration.rules import Left, Project
+
+#: Projects by their names on the command line.
+PROJECTS = {"trl": trl.NEW, "trl-0.11": trl.OLD, "llama-factory": llama_factory.PROJECT, "ms-swift": swift.PROJECT}
+#: Options of launchers that say how many processes train.
+_PROCESSES = {"num_processes", "nproc_per_node", "NPROC_PER_NODE"}
+#: Projects by parts of the names of scripts that they are started with.
+_SCRIPTS = {
+    "train_bash": llama_factory.PROJECT,
+    "llamafactory": llama_factory.PROJECT,
+    "src/train": llama_factory.PROJECT,
+    "swift/cli/": swift.PROJECT,
+}
+_LAUNCHERS = ("accelerate", "torchrun", "deepspeed")
+_OTHER_STAGES = "only SFT, reward models and PPO are here"
+
+
+@dataclass(kw_only=True)
+class ReadOptions:
+    """Options as they stand in a file, with what else the file says about them."""
+
+    values: dict[str, Any]
+    stage: str | None = None
+    """Our stage, where the file says it."""
+    project: Project | None = None
+    processes: int = 1
+    left: list[Left] = field(default_factory=list)
+    """What was read, and could not be understood."""
+
+
+def read_config(
+    file: Path, stage: str | None = None, project: str | None = None, own: Sequence[str] = ()
+) -> tuple[Project, str, ReadOptions]:
+    """Return the project and the stage that a file is a config of, and its options.
+
+    Args:
+        stage: our stage, if the user names it.
+        project: key of `PROJECTS`, if the user names it.
+        own: options of the user's own script, which are left out.
+
+    Raises:
+        UserError: there is no such file, or it is no config of these projects, or of several.
+    """
+    if not file.is_file():
+        raise UserError(f"no file {file}{did_you_mean(file.name, [p.name for p in file.absolute().parent.glob('*')])}")
+    if file.suffix == ".py":
+        values, named, left = read_python(file)
+        options = ReadOptions(
+            values=values, stage=named, left=left, project=trl.OLD if "ppo_epochs" in values else None
+        )
+    elif file.suffix in (".yaml", ".yml"):
+        options = ReadOptions(values=read_yaml(file))
+    elif file.suffix == ".json":
+        options = ReadOptions(values=read_object(file))
+    else:
+        options = _of_script(file)
+    options.project = PROJECTS[project] if project else options.project
+    for name in own:
+        options.left.append(Left(name, options.values.pop(name, ""), "an option of your own script"))
+    return _recognised(file, options, stage)
+
+
+def _recognised(file: Path, options: ReadOptions, wanted: str | None) -> tuple[Project, str, ReadOptions]:
+    values = options.values
+    project, stage = options.project, wanted or options.stage
+    if project in (None, llama_factory.PROJECT) and ("stage" in values or "finetuning_type" in values):
+        project = llama_factory.PROJECT
+        named = str(values.get("stage", "sft"))
+        if named not in llama_factory.STAGES:
+            raise UserError(f"{file}: stage {named} of LLaMA-Factory has no counterpart; {_OTHER_STAGES}")
+        stage = wanted or llama_factory.STAGES[named]
+    elif project in (None, swift.PROJECT) and ("rlhf_type" in values or project is swift.PROJECT):
+        project = swift.PROJECT
+        named = str(values.get("rlhf_type", "sft"))
+        if named not in ("sft", "rm", "ppo"):
+            raise UserError(f"{file}: rlhf_type {named} of ms-swift has no counterpart; {_OTHER_STAGES}")
+        stage = wanted or {"rm": "reward"}.get(named, named)
+    if project is None or stage is None:
+        project, stage = _best_fit(file, values, project, stage)
+    if stage not in project.stages:
+        raise UserError(
+            f"{file} is of {project.name}, which has no stage {stage} here; there is {', '.join(project.stages)}"
+        )
+    unknown = [str(name) for name in values if name not in project.stages[stage].rules and project.reason(name) is None]
+    if unknown:
+        names = [*project.stages[stage].rules, *(p for text in project.refused.values() for p in text.split())]
+        raise UserError(
+            f"{file}: {project.name} has no option {', '.join(unknown)}{did_you_mean(unknown[0], names)}; correct it, or, where "
+            f"it is of a script of your own: --own {' '.join(unknown)}"
+        )
+    return project, stage, options
+
+
+def _best_fit(file: Path, values: Mapping[str, Any], project: Project | None, stage: str | None) -> tuple[Project, str]:
+    """Return the one project and stage of TRL, or ms-swift, that has rules for most of the options."""
+    candidates = [
+        (one, name)
+        for one in ((project,) if project else (trl.NEW, trl.OLD, swift.PROJECT))
+        for name in one.stages
+        if stage in (None, name)
+    ]
+    matches = {(one.name, name): sum(v in one.stages[name].rules for v in values) for one, name in candidates}
+    most = max(matches.values(), default=0)
+    best = [(one, name) for one, name in candidates if matches[one.name, name] == most]
+    if most == 0 or most < len(values) / 4:
+        raise UserError(
+            f"{file} is no config of TRL's PPO, SFT or reward trainers, of LLaMA-Factory or of ms-swift: "
+            f"it has none of their options{': ' + ', '.join(map(str, list(values)[:5])) if values else ''}"
+        )
+    if len(best) > 1:
+        kinds = " or ".join(f"{one.name} {name}" for one, name in best)
+        stages, keys = {name for _, name in best}, [key for key, one in PROJECTS.items() if one in [p for p, _ in best]]
+        fixes = [f"--stage {' or '.join(s for s in best[0][0].stages if s in stages)}"] if len(stages) > 1 else []
+        fixes += [f"--project {' or '.join(keys)}"] if len(keys) > 1 else []
+        raise UserError(f"{file} may be {kinds}: give {', '.join(fixes)}")
+    return best[0]
+
+
+# Shell scripts
+
+
+def _of_script(file: Path) -> ReadOptions:
+    """Return the options of the one training command in a shell script."""
+    commands = [options for words in _commands(read_text(file)) if (options := _of_command(file, words))]
+    if len(commands) != 1:
+        raise UserError(
+            f"{file} holds {len(commands) or 'no'} commands of TRL, LLaMA-Factory or ms-swift; "
+            + ("leave one of them" if commands else "give a shell script with one, a YAML, JSON or Python file")
+        )
+    return commands[0]
+
+
+def _commands(text: str) -> Iterator[list[str]]:
+    """Yield the words of each command, with variables that the script sets replaced."""
+    variables: dict[str, str] = {}
+    for line in re.sub(r"\\[ \t]*\r?\n", " ", text).splitlines():
+        try:
+            words = shlex.split(_replaced(line, variables), comments=True)
+        except ValueError:  # a quotation over several lines
+            continue
+        words = [word for word in words if word != "export"]
+        set_here = dict(word.split("=", 1) for word in words if re.fullmatch(r"[A-Za-z_]\w*=.*", word, re.DOTALL))
+        if set_here and len(set_here) == len(words):
+            variables |= set_here
+        elif words:
+            yield words
+
+
+def _replaced(line: str, variables: Mapping[str, str]) -> str:
+    """Return a line with the values of variables, and of quotients and products of two numbers."""
+    line = re.sub(
+        r"\$\{(\w+)(?::?-([^}]*))?\}|\$(\w+)",
+        lambda match: variables.get(match[1] or match[3], match[2] if match[2] is not None else match[0]),
+        line,
+    )
+
+    def computed(match: re.Match[str]) -> str:
+        first, second = int(match[1]), int(match[3])
+        return str(first * second if "*" in match[2] else first // second if second else match[0])
+
+    return re.sub(r"\$\((?:expr |\()\s*(\d+) ?(/|\\?\*) ?(\d+)\s*\)?\)", computed, line)
+
+
+def _of_command(file: Path, words: list[str]) -> ReadOptions | None:
+    """Return the options of a command line; None for commands that train nothing."""
+    environment = [word for word in words if re.match(r"[A-Z_]+=", word)]
+    words = [word for word in words if word not in environment]
+    programs = {word.rsplit("/", 1)[-1] for word in words}
+    if "swift" in programs and {"rlhf", "sft"} & programs:
+        at, project, stage = max(words.index(w) for w in words if w in ("rlhf", "sft")), swift.PROJECT, None
+    elif "llamafactory-cli" in programs or "llamafactory" in programs:
+        at, project, stage = words.index("train") if "train" in words else len(words) - 1, llama_factory.PROJECT, None
+    elif "trl" in programs and {"sft", "reward", "ppo"} & programs:
+        at, project, stage = next(i for i, w in enumerate(words) if w in ("sft", "reward", "ppo")), None, None
+        stage = words[at]
+    else:
+        scripts = [i for i, word in enumerate(words) if word.endswith(".py") or word in ("-m",)]
+        launched = programs & {"python", "python3", *_LAUNCHERS}
+        if not scripts or not launched:
+            return None
+        at = scripts[0] + (words[scripts[0]] == "-m")
+        name = words[min(at, len(words) - 1)]
+        project = (
+            llama_factory.PROJECT if "train_bash" in name or "llamafactory" in name or "src/train" in name else None
+        )
+        stage = next(
+            (s for s in ("ppo", "reward", "sft") if project is None and re.search(rf"(^|[/_.]){s}", name)), None
+        )
+    options = _of_words(file, words[at + 1 :])
+    launcher = _pairs([*words[:at], *(f"--{word}" for word in environment)])
+    for name, value in launcher.items():
+        if name in _PROCESSES and str(value).isdigit():
+            options.processes = int(str(value))
+        elif not (name == "CUDA_VISIBLE_DEVICES" or name.isupper()):
+            options.left.append(
+                Left(name, value, "an option of the launcher; PPO on several GPUs: torchrun, docs/ppo.md")
+            )
+    if programs & set(_LAUNCHERS) and not _PROCESSES & launcher.keys():
+        reason = (
+            "is not in the command: the sizes are those of one process; multiply rollout_batch_size and minibatch_size"
+        )
+        options.left.append(Left("num_processes", "", reason))
+    options.project, options.stage = project, stage
+    for name in [name for name, value in options.values.items() if "$" in str(value)]:
+        value = options.values.pop(name)
+        options.left.append(
+            Left(name, value, "has a variable of the shell that the file does not set; write it by hand")
+        )
+    return options
+
+
+def _of_words(file: Path, words: list[str]) -> ReadOptions:
+    """Return the options of a command, its config files included; what stands on the command line wins."""
+    values: dict[str, Any] = {}
+    rest = list(words)
+    while rest and (rest[0].endswith((".yaml", ".yml", ".json")) or rest[0] == "--config"):
+        name = rest.pop(0)
+        name = rest.pop(0) if name == "--config" and rest else name
+        place = next((p for p in (Path(name), file.parent / name) if p.is_file()), None)
+        if place is None:
+            raise UserError(f"{file} names the config {name}, which is not there; give that file itself")
+        values |= read_object(place) if place.suffix == ".json" else read_yaml(place)
+    return ReadOptions(values=values | _pairs(rest))
+
+
+def _pairs(words: list[str]) -> dict[str, Any]:
+    """Return `--name value`, `--name=value`, `--name a b`, `--flag` and `name=value` as a mapping."""
+    values: dict[str, Any] = {}
+    name = ""
+    for word in words:
+        if word in (">", ">>", "2>&1", "|", "&", "&&", ";", "<") or word.startswith((">", "2>")):
+            break
+        if match := re.fullmatch(r"-{0,2}(?:\w+\.)?([A-Za-z_][\w-]*)=(.*)", word, re.DOTALL):
+            name = match[1].replace("-", "_")
+            values[name], name = match[2], ""
+        elif word.startswith("--"):
+            name = word.removeprefix("--").rpartition(".")[2].replace("-", "_")
+            values[name] = True
+        elif name:
+            before = values[name]
+            values[name] = word if before is True else [*(before if isinstance(before, list) else [before]), word]
+    return values
