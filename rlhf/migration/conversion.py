@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import shlex
@@ -49,16 +48,24 @@ def convert(project: Project, stage: str, options: ReadOptions, name: str) -> Co
     lines: dict[str, Line] = {}
     left = list(options.left)
     order = {key: place for place, key in enumerate(kind.rules)}
-    for source, is_own in ((own, True), ({k: v for k, v in kind.defaults.items() if k not in own}, False)):
+    unread = {one.name: one for one in left if one.name in kind.rules}
+    defaults = {key: value for key, value in kind.defaults.items() if key not in own and key not in unread}
+    for source, is_own in ((own, True), (defaults, False)):
         for key, value in sorted(source.items(), key=lambda item: order.get(item[0], len(order))):
             _take(project, stage, key, value, lines, left, default=not is_own)
-    missing: list[Line] = []
+    missing = [
+        Line(option, None, f"{key}: {one.value}, which {one.reason.partition(';')[0]}")
+        for key, one in unread.items()
+        for option in kind.rules[key].option.split(", ")
+        if option not in lines
+    ]
+    uncertain = {line.option for line in missing}
     values = {**kind.defaults, **own, "processes": options.processes}
     try:
         for line in kind.together(values):
             if line.value is None:
                 missing.append(line)
-            else:
+            elif line.option not in uncertain:
                 lines.setdefault(line.option, line)
     except (RefusedValue, ZeroDivisionError, ValueError, TypeError) as error:
         raise UserError(f"the sizes of this config cannot be converted: {error}") from error
@@ -69,11 +76,7 @@ def convert(project: Project, stage: str, options: ReadOptions, name: str) -> Co
         if key in kind.rules and kind.rules[key].convert is None and not re.search(rf"\b{key}\b", origins)
     ]
     lines.setdefault("name", Line("name", slug(own.get("output_dir", name)), "name of the file or of its output_dir"))
-    missing += [
-        Line(o, None, text)
-        for o, text in _REQUIRED.items()
-        if o in _fields(stage) and o not in lines and not _has_default(stage, o)
-    ]
+    missing += [Line(o, None, text) for o, text in _REQUIRED.items() if o in _fields(stage) and o not in lines]
     _fit(stage, lines)
     order = {option: place for place, option in enumerate(_fields(stage))}  # as in --help
     converted = Converted(
@@ -131,11 +134,6 @@ def _fit(stage: str, lines: dict[str, Line]) -> None:
 
 def _fields(stage: str) -> Any:
     return STAGE_CONFIGS[stage].__dataclass_fields__
-
-
-def _has_default(stage: str, option: str) -> bool:
-    field = _fields(stage)[option]
-    return field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
 
 
 def _problem(converted: Converted) -> str:

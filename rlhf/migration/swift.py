@@ -71,8 +71,9 @@ def supervised_sizes(values: Values) -> Iterator[Line]:
 
 def sizes(values: Values) -> Iterator[Line]:
     """Yield PPO's sizes, of TRL's trainer, and the length of answers under its several names."""
-    length = values.get("response_length") or values.get("max_new_tokens") or values["max_completion_length"]
-    yield Line("response_length", whole(length), "max_completion_length, or an older name of it")
+    names = ("response_length", "max_new_tokens", "max_completion_length")
+    name = next(name for name in names if values.get(name))
+    yield Line("response_length", whole(values[name]), f"{name}: {values[name]}")
     yield from ppo_sizes(passes(values))
     yield from tuned(values)
 

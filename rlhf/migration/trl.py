@@ -51,7 +51,7 @@ MODEL: dict[str, Rule] = {
 ADAPTERS_ONLY = "the SFT stage trains adapters; for all weights use reward and PPO's finetuning full, on an SFT adapter"
 POLICY_NOTE = "first: rlhf registry import FOLDER --as STAGE/NAME"
 IMPORT_REWARD = "first: rlhf registry import FOLDER --as STAGE/NAME --policy POLICY"
-REWARD_NOTE = "a LoRA or value head is imported first: docs/migrating.md"
+REWARD_NOTE = "imported it is read at the stop token, as there; a LoRA or value head has to be: docs/migrating.md"
 
 
 def finetuning(value: Any) -> str:

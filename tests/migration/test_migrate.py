@@ -228,6 +228,22 @@ def test_an_ambiguous_file_is_read_as_the_user_says(tmp_path: Path, call: Callab
     assert "exists; give another --output" in migrate(call, tmp_path, "a.yaml", text, *words)[0].complaint
 
 
+def test_values_that_are_not_in_the_file_are_asked_for(tmp_path: Path, call: Callable[..., Call]) -> None:
+    """Catches: the other project's default in place of a value that the script computes, or that the shell would know."""
+    script = "config = PPOConfig(ppo_epochs=2, batch_size=args.size, learning_rate=args.rate, mini_batch_size=2)\n"
+    done, folder = migrate(call, tmp_path, "own.py", script)
+    values = yaml.safe_load((folder / "ppo.yaml").read_text())
+    assert not {"learning_rate", "rollout_batch_size", "minibatch_size", "policy", "reward", "dataset"} & values.keys()
+    asked = done.out.partition("to be given:")[2]
+    assert (
+        "learning_rate: learning_rate: args.rate, which is computed by the script" in asked
+        and "policy: sft/NAME" in asked
+    )
+    done, folder = migrate(call, tmp_path, "own.sh", SWIFT_PPO.replace("2e-5", '"$RATE"'))
+    assert "learning_rate: learning_rate: $RATE, which has a variable of the shell" in done.out, done.out
+    assert "learning_rate" not in yaml.safe_load((folder / "ppo.yaml").read_text())
+
+
 def test_a_config_file_on_the_command_line_is_read(tmp_path: Path, call: Callable[..., Call]) -> None:
     """Catches: `llamafactory-cli train FILE option=value`, of which only one half is read."""
     (tmp_path / "lf.yaml").write_text(yaml.safe_dump(LF_PPO))

@@ -20,12 +20,15 @@ from transformers import (
     BertForSequenceClassification,
 )
 
-from rlhf.config import ComputeConfig
+from rlhf.config import ComputeConfig, PPOConfig
 from rlhf.models.compute import Compute
 from rlhf.models.registered import merged_model
+from rlhf.models.sequences import Sequences
 from rlhf.models.templates import TEMPLATES
 from rlhf.registry import Registry
 from rlhf.reward.scorer import open_scorer
+from rlhf.reward.sources import Responses
+from rlhf.stages.ppo import build_models
 
 CPU = Compute(torch.device("cpu"), torch.float32)
 CHATS = [
@@ -35,6 +38,9 @@ CHATS = [
     ("The", ""),
 ]
 FAMILIES = ("llama", "gpt2")
+_COLON = TEMPLATES["chatml"].replace("'\n' + message['content']", "':\n' + message['content']")
+#: ChatML with a colon after each role.
+OTHER_TEMPLATE = _COLON.replace("assistant\n", "assistant:\n")
 
 
 def token_rows(folder: Path) -> list[list[int]]:
@@ -181,8 +187,7 @@ def test_whole_classifier_keeps_its_type_and_template(
     classifier = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, pad_token_id=0).to(dtype)
     classifier.save_pretrained(tmp_path / "rm")
     tokenizer: Any = AutoTokenizer.from_pretrained(base)
-    other = TEMPLATES["chatml"].replace("'\n' + message['content']", "':\n' + message['content']")
-    tokenizer.chat_template = other.replace("assistant\n", "assistant:\n")
+    tokenizer.chat_template = OTHER_TEMPLATE
     tokenizer.save_pretrained(tmp_path / "rm")
     classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm", dtype=torch.float32).eval()
     expected = classifier_scores(classifier, token_rows(tmp_path / "rm"))
@@ -192,6 +197,41 @@ def test_whole_classifier_keeps_its_type_and_template(
     assert imported_scores(tmp_path / "registry", "reward/old") == pytest.approx(expected, abs=1e-5, rel=1e-5)
     stored = load_file(Registry(tmp_path / "registry").get("reward/old").path / "model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {dtype}
+
+
+@pytest.mark.parametrize("finetuning", ["lora", "full"])
+def test_ppo_gives_texts_to_a_model_of_another_template(
+    finetuning: str, policy: Callable[..., Path], tmp_path: Path, call: Callable[..., Call]
+) -> None:
+    """Catches: token ids in the policy's template that are given to a reward model which was trained with another."""
+    base = policy()
+    AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, pad_token_id=0).save_pretrained(
+        tmp_path / "rm"
+    )
+    tokenizer: Any = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = OTHER_TEMPLATE
+    tokenizer.save_pretrained(tmp_path / "rm")
+    assert take(call, tmp_path, tmp_path / "rm", "reward/old", "--policy", "sft/old").code == 0
+    registry = Registry(tmp_path / "registry")
+    options = {
+        "name": "x",
+        "registry": str(registry.root),
+        "policy": "sft/old",
+        "reward": ["reward/old"],
+        "dataset": "d",
+    }
+    config = PPOConfig(**options, finetuning=finetuning, device="cpu", dtype="float32")  # type: ignore[arg-type]
+    _, reward = build_models(config, CPU, registry.get("sft/old"), [registry.get("reward/old")])
+    ones, mask = torch.ones(4, 2, dtype=torch.long), torch.ones(4, 2, dtype=torch.bool)
+    responses = Responses(
+        sequences=Sequences(prompts=ones, prompt_mask=mask, responses=ones, mask=mask),
+        batches=[torch.arange(4)],
+        texts=[answer for _, answer in CHATS],
+        rows=[{"prompt": [{"role": "user", "content": question}]} for question, _ in CHATS],
+    )
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm").eval()
+    expected = classifier_scores(model, token_rows(tmp_path / "rm"))
+    assert reward(responses)[0].tolist() == pytest.approx(expected, abs=1e-5, rel=1e-5)
 
 
 def test_adapter_on_other_weights_than_the_policy_is_merged(
