@@ -25,6 +25,7 @@ class Verb(NamedTuple):
 VERBS = {
     "pipeline": Verb("rlhf.pipeline", "data, SFT, reward model, PPO and report, in one go"),
     "data": Verb("rlhf.data_prep.__main__", "prepare demonstrations, comparisons and prompts"),
+    "init": Verb("rlhf.init.__main__", "from your own data: a folder of configs for everything below"),
     "pretrain": Verb(
         "rlhf.stages.pretrain",
         "before stage 1: a tokenizer and a model of your own, from plain text",

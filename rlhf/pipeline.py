@@ -1,8 +1,9 @@
 """Data -> SFT -> reward model -> PPO -> report, in one command: `python -m rlhf.pipeline --config FOLDER`
 
-The folder holds `sft.yaml`, `reward.yaml` and `ppo.yaml`, and optionally `data.yaml` and, to pretrain a base model,
-`pretrain.yaml`. A stage whose recipe (options, data, parents) has a registered result is skipped, so the command can
-be repeated after an interruption.
+The folder holds a file for each stage: `sft.yaml`, `reward.yaml` and `ppo.yaml`, before them `data.yaml` and, to pretrain a
+base model, `pretrain.yaml`, and after them `evaluate.yaml`, which compares the policies. A file that is not there leaves
+its stage out; what later stages need of it must be registered. A stage whose recipe (options, data, parents) has a
+registered result is skipped, so the command can be repeated after an interruption.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from rlhf.base.cli import Parser
 from rlhf.base.errors import UserError, did_you_mean, run_command
 from rlhf.config import (
     STAGE_CONFIGS,
+    EvaluationConfig,
+    RunConfig,
     TrainingLength,
     build,
     find_config,
@@ -66,17 +69,23 @@ def run(folder: Path, overrides: dict[str, Any]) -> dict[str, Any]:
     started = time.perf_counter()
     data = _prepare_data(folder, overrides)
     configs = _stage_configs(folder, {**overrides, **data})
-    group = configs["ppo"].wandb_group or configs["ppo"].name
+    evaluation = _evaluation_config(folder, {**overrides, **data})
+    last = [*configs.values()][-1]
+    group = last.wandb_group or last.name
     artifacts: dict[str, Artifact] = {}
     for stage, config in configs.items():
         inputs = {**_exact_inputs(stage, config, artifacts), "wandb_group": config.wandb_group or group}
         reference = _run_stage(stage, dataclasses.replace(config, **inputs))
         artifacts[stage] = Registry(config.registry).read(reference)
-        folder = Path(config.output_dir) / stage
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.copy(artifacts[stage].path / MANIFEST, folder)  # for a skipped stage, too
-    output = Path(configs["ppo"].output_dir)
-    results = _results(artifacts, configs["ppo"].seed, time.perf_counter() - started)
+        place = Path(config.output_dir) / stage
+        place.mkdir(parents=True, exist_ok=True)
+        shutil.copy(artifacts[stage].path / MANIFEST, place)  # for a skipped stage, too
+    output = Path(last.output_dir)
+    if evaluation:
+        own = {f"{stage}/{_name(folder / f'{stage}.yaml')}": made.reference for stage, made in artifacts.items()}
+        models = [own.get(model, model) for model in evaluation.models]
+        _run_stage("evaluate", dataclasses.replace(evaluation, models=models))
+    results = _results(artifacts, last.seed, time.perf_counter() - started)
     output.mkdir(parents=True, exist_ok=True)
     storage.write_text(output / "results.json", json.dumps(results, indent=2) + "\n")
     print_results(results)
@@ -154,6 +163,9 @@ def _stage_process(stage: str, config: Any, sender: Connection) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
     def work() -> None:
+        if stage == "evaluate":
+            sender.send(importlib.import_module("rlhf.evaluation.__main__").evaluate(config))
+            return
         sender.send(str(importlib.import_module(f"rlhf.stages.{stage}").run(config, reuse=True).reference))
 
     try:
@@ -184,17 +196,46 @@ def _prepare_data(folder: Path, overrides: dict[str, Any]) -> dict[str, Any]:
 def _stage_configs(folder: Path, overrides: dict[str, Any]) -> dict[str, Any]:
     """Return the configs of all stages, so that a mistake in ppo.yaml is found before SFT starts."""
     for_pretraining = {name: value for name, value in overrides.items() if name not in NOT_OF_PRETRAINING}
-    return {
+    configs = {
         stage: _stage_config(folder / f"{stage}.yaml", kind, for_pretraining if stage == "pretrain" else overrides)
         for stage, kind in STAGE_CONFIGS.items()
-        if stage != "pretrain" or (folder / "pretrain.yaml").is_file()
+        if (folder / f"{stage}.yaml").is_file()
     }
+    if not configs:
+        raise UserError(f"no stage in {folder}: expected {', '.join(f'{stage}.yaml' for stage in STAGE_CONFIGS)}")
+    for config in configs.values():
+        registry = Registry(config.registry)
+        if hasattr(config, "policy") and "sft" not in configs:
+            registry.get(config.policy, expect_stage="sft")
+        for reward in filter(is_registered_reward, getattr(config, "reward", [])):
+            if "reward" not in configs:
+                registry.get(reward, expect_stage="reward")
+    return configs
+
+
+def _name(file: Path) -> str:
+    """Return the name of the runs of a config file, where the command line gives no other."""
+    return str(read_yaml(file).get("name") or folder_name(file))
+
+
+def _evaluation_config(folder: Path, overrides: dict[str, Any]) -> EvaluationConfig | None:
+    """Return the config of `evaluate.yaml`, if any; of the command line it takes where and how to compute."""
+    file = folder / "evaluate.yaml"
+    if not file.is_file():
+        return None
+    shared = {option.name for option in dataclasses.fields(RunConfig)}
+    changes = {name: value for name, value in overrides.items() if name in shared}
+    if "output_dir" in overrides:
+        changes["output_dir"] = str(Path(overrides["output_dir"]) / "evaluation")
+    if "dataset" in overrides:
+        changes["prompts"] = overrides["dataset"]
+    return build(EvaluationConfig, {**read_yaml(file), **changes}, str(file))
 
 
 def _stage_config(file: Path, config_type: Any, overrides: dict[str, Any]) -> Any:
     fields = config_type.__dataclass_fields__
     changes = {k: v for k, v in overrides.items() if k in fields}
-    config = build(config_type, {"name": folder_name(file), **read_yaml(file), **changes}, str(file))
+    config = build(config_type, {**read_yaml(file), "name": _name(file), **changes}, str(file))
     actions(config.doctor)  # raises for an unknown action
     return config
 
@@ -203,7 +244,8 @@ def _results(artifacts: dict[str, Artifact], seed: int, seconds: float) -> dict[
     """Return the content of `results.json`, with figures from the manifests."""
     figures = {stage: dict(artifact.manifest.metrics) for stage, artifact in artifacts.items()}
     phases = [{"stage": stage, **phase} for stage, f in figures.items() for phase in f.pop("phases")]
-    figures["reward"]["vader_accuracy"] = figures["reward"].pop("gold_accuracy")
+    if "reward" in figures:
+        figures["reward"]["vader_accuracy"] = figures["reward"].pop("gold_accuracy")
     return {
         **figures,
         # A skipped stage counts with the seconds of its run.
@@ -236,7 +278,8 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Path, dict[str, Any]]:
         "--config",
         required=True,
         type=Path,
-        help="folder with sft.yaml, reward.yaml, ppo.yaml, data.yaml, pretrain.yaml; or a recipe's name: demo",
+        help="folder with data.yaml, pretrain.yaml, sft.yaml, reward.yaml, ppo.yaml and evaluate.yaml, or some of them; or a "
+        "recipe's name: demo",
     )
     arguments, rest = parser.parse_known_args(argv)
     folder = find_config(arguments.config)

@@ -33,6 +33,7 @@ LAYERS = (
     "sharing",
     "migration",
     "generation",
+    "init",
     "pipeline",
     "__main__",
 )

@@ -70,11 +70,17 @@ def _win_rates(result: dict[str, Any]) -> Any:
     return table
 
 
+def evaluate(config: EvaluationConfig) -> str:
+    """Compare policies, print the main figures, and return the file with all of them."""
+    print_evaluation(run(config))
+    file = str(Path(config.output_dir) / "evaluation.json")
+    print(f"evaluation: {file}", flush=True)
+    return file
+
+
 def main() -> None:
     """Run the command line."""
-    config = parse_config(EvaluationConfig)
-    print_evaluation(run(config))
-    print(f"evaluation: {Path(config.output_dir) / 'evaluation.json'}")
+    evaluate(parse_config(EvaluationConfig))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
+
 from rlhf.base.assets import Asset, cache_dir, extract, fetch, show_progress
 from rlhf.base.errors import UserError, did_you_mean, install
 from rlhf.base.json_files import read_object, section
@@ -70,6 +72,17 @@ def resolve_model(name_or_path: str, registry: str | Path = "registry") -> str:
     return str(base_model(name_or_path)) if name_or_path.startswith(MODEL_PREFIX) else name_or_path
 
 
+def local_folder(name_or_path: str) -> Path | None:
+    """Return the folder of a base model that is on this machine, or None: it would have to be downloaded."""
+    if name_or_path.startswith(MODEL_PREFIX):
+        folder = _folder(name_or_path)
+        return folder if _intact(folder) else None
+    if Path(name_or_path).is_dir() or pretrained(name_or_path, "registry"):
+        return Path(resolve_model(name_or_path))
+    file = try_to_load_from_cache(name_or_path, "config.json")
+    return Path(file).parent if isinstance(file, str) else None
+
+
 def recorded_name(name_or_path: str) -> str:
     """Return the name by which later stages find a model from any folder: absolute for a folder, others unchanged."""
     return str(Path(name_or_path).absolute()) if Path(name_or_path).is_dir() else name_or_path
@@ -85,14 +98,8 @@ def base_model(name: str) -> Path:
     Raises:
         UserError: no such model, no network on the first call, or the package `gguf` is missing.
     """
-    short = name.removeprefix(MODEL_PREFIX)
-    if short not in MODELS:
-        names = [MODEL_PREFIX + model for model in MODELS]
-        raise UserError(
-            f"no model '{name}' is known{did_you_mean(MODEL_PREFIX + short, names)}; known: {', '.join(names)}"
-        )
-    model = MODELS[short]
-    folder = cache_dir() / "models" / f"{short}-{model.asset.sha256[:8]}-v{_CONVERSION}"
+    folder = _folder(name)
+    model = MODELS[name.removeprefix(MODEL_PREFIX)]
     folder.parent.mkdir(parents=True, exist_ok=True)
     with exclusive(folder.with_name(f"{folder.name}.lock"), str(folder), wait=3600):
         if not _intact(folder):
@@ -108,6 +115,17 @@ def base_model(name: str) -> Path:
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def _folder(name: str) -> Path:
+    """Return the place of a converted model, whether it is there or not."""
+    short = name.removeprefix(MODEL_PREFIX)
+    if short not in MODELS:
+        names = [MODEL_PREFIX + model for model in MODELS]
+        raise UserError(
+            f"no model '{name}' is known{did_you_mean(MODEL_PREFIX + short, names)}; known: {', '.join(names)}"
+        )
+    return cache_dir() / "models" / f"{short}-{MODELS[short].asset.sha256[:8]}-v{_CONVERSION}"
 
 
 def _convert(wheel: Path, member: str, target: Path) -> None:

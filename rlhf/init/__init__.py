@@ -1,0 +1,1 @@
+"""A folder of configs for a user's own data, sized for the data and the machine."""
