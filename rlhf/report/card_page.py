@@ -8,26 +8,34 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.base.json_files import entries, finite_number, section
+from rlhf.report import first_screen
 from rlhf.report.charts import Chart
 from rlhf.report.figures import NO_FIGURE, number, percent
 from rlhf.report.page import write_page
-from rlhf.report.run_folder import mappings
+from rlhf.report.run_folder import RunFolder, mappings
 
 
 def write_card_page(card: Mapping[str, Any], file: Path) -> Path:
     """Write a page of a report card alone and return its path."""
     content = card_section(card)
+    run = RunFolder(file.parent, results={"reward": _figures(card)}, reward_card=dict(card))
     return write_page(
         file,
         "report.html.j2",
-        plotted=True,
-        title="Report card of a reward model",
-        results={},
+        title=f"Report card of {card.get('model') or 'a reward model'}",
+        verdict=first_screen.verdict(run, []),
+        tiles=first_screen.tiles(run),
+        charts=content.pop("charts"),
         reward_card=content,
-        charts=[],
-        timing=[],
-        plots=content["charts"],
     )
+
+
+def _figures(card: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a card's figures under the names that the reward stage registers."""
+    names = ("accuracy", "accuracy_held_out_prompts", "human_ceiling")
+    values = {name: finite_number(section(card, name).get("value")) for name in names}
+    low, error = section(card, "accuracy").get("low"), section(card, "calibration").get("ece")
+    return {**values, "accuracy_low": finite_number(low), "calibration_error": finite_number(error)}
 
 
 def card_section(card: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,7 +120,10 @@ def _interval_chart(title: str, lines: Sequence[tuple[str, Any]], note: str) -> 
         "above": [_distance(value, line.get("high")) for _, value, line in shares],
         "below": [_distance(value, line.get("low")) for _, value, line in shares],
     }
-    return {"title": title, "unit": "", "note": note, "kind": "intervals", "traces": [trace]}
+    return {
+        "kind": "intervals", "section": "card", "title": title, "unit": "", "note": note, "axis": "pairs ranked right",
+        "traces": [trace],
+    }  # fmt: skip
 
 
 def _distance(value: float, bound: Any) -> float:
@@ -120,8 +131,16 @@ def _distance(value: float, bound: Any) -> float:
     return 0.0 if end is None else round(abs(end - value), 4)
 
 
-def _line_chart(title: str, unit: str, note: str, traces: list[dict[str, Any]]) -> Chart:
-    return {"title": title, "unit": unit, "note": note, "kind": "lines", "traces": traces}
+def _line_chart(title: str, axis: str, unit: str, note: str, traces: list[dict[str, Any]]) -> Chart:
+    return {
+        "kind": "lines",
+        "section": "card",
+        "title": title,
+        "axis": axis,
+        "unit": unit,
+        "note": note,
+        "traces": traces,
+    }
 
 
 def _calibration_chart(card: Mapping[str, Any]) -> Chart | None:
@@ -130,10 +149,10 @@ def _calibration_chart(card: Mapping[str, Any]) -> Chart | None:
         return None
     traces = [
         {"name": "model", "x": [b["confidence"] for b in bins], "y": [b["right"] for b in bins]},
-        {"name": "calibrated", "x": [0.5, 1.0], "y": [0.5, 1.0]},
+        {"name": "calibrated", "x": [0.5, 1.0], "y": [0.5, 1.0], "mode": "lines", "dash": "dot"},
     ]
-    note = "Across: the probability it gives the answer it prefers. Up: how often people prefer it. Below the line: too sure."
-    return _line_chart("Reliability", "", note, traces)
+    note = "Below the dotted line of a calibrated model it is too sure of itself."
+    return _line_chart("Reliability", "probability it gives the answer", "share in which people agree", note, traces)
 
 
 def _length_chart(card: Mapping[str, Any]) -> Chart | None:
@@ -142,8 +161,8 @@ def _length_chart(card: Mapping[str, Any]) -> Chart | None:
         return None
     lengths = [point["length"] for point in curve]
     traces = [{"name": name, "x": lengths, "y": [point[name] for point in curve]} for name in ("score", "rating")]
-    note = "Across: tokens. Up: standard deviations. A score that climbs where ratings do not is a taste for length."
-    return _line_chart("Score and rating by length", "", note, traces)
+    note = "A score that climbs where ratings do not is a taste for length."
+    return _line_chart("Score and rating by length", "tokens", "standard deviations", note, traces)
 
 
 def _samples_chart(card: Mapping[str, Any]) -> Chart | None:
@@ -157,4 +176,4 @@ def _samples_chart(card: Mapping[str, Any]) -> Chart | None:
         for name, key in (("SFT policy's own", "samples"), ("training responses", "training"))
     ]
     note = "Where the two do not overlap, PPO starts outside the responses that the reward model was trained on."
-    return _line_chart("Scores of responses", "share by score", note, traces)
+    return _line_chart("Scores of responses", "score", "share of responses", note, traces)

@@ -46,13 +46,25 @@ def run_charts(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Chart]:
     charts: dict[str, Chart] = {}
     for metric in metrics.shown("report"):
         title = metric.chart or metric.title
-        chart = charts.setdefault(
-            title, {"title": title, "unit": metric.unit, "note": "", "kind": "lines", "traces": []}
-        )
+        chart = charts.setdefault(title, {
+            "kind": "lines", "section": "curves", "title": title, "unit": metric.unit, "note": "", "axis": axis_of(metric),
+            "traces": [], "metrics": [],
+        })  # fmt: skip
         chart["note"] = chart["note"] or metric.note
         if curve := _curve(logs.get(metric.stage, []), metric.name):
             chart["traces"].append({"name": metric.label, **curve})
+            chart["metrics"].append(about(metric))
     return [chart for chart in charts.values() if chart["traces"]]
+
+
+def axis_of(metric: metrics.Metric) -> str:
+    """Return what a metric is drawn over."""
+    return "PPO updates" if metric.stage == "ppo" else "optimiser updates"
+
+
+def about(metric: metrics.Metric) -> dict[str, str]:
+    """Return a metric's name, definition, and the signs of trouble, for the fold below its chart."""
+    return {"label": metric.label, "meaning": metric.meaning, "trouble": metric.trouble.strip("-")}
 
 
 def compared_charts(runs: Sequence[RunFolder]) -> list[Chart]:
@@ -61,10 +73,10 @@ def compared_charts(runs: Sequence[RunFolder]) -> list[Chart]:
     for metric in metrics.shown("comparison"):
         traces = [trace for index, run in enumerate(runs) if (trace := _run_trace(index, run, metric))]
         if traces:
-            axis = "updates" if metric.stage == "ppo" else "optimiser updates"
             charts.append({
                 "kind": "lines", "section": "curves", "stage": metric.stage, "title": metric.title, "unit": metric.unit,
-                "note": metric.note, "axis": axis, "traces": traces, "source": f"{metric.stage}/metrics.jsonl",
+                "note": metric.note, "axis": axis_of(metric), "traces": traces, "source": f"{metric.stage}/metrics.jsonl",
+                "metrics": [about(metric)],
             })  # fmt: skip
     return charts
 
@@ -83,10 +95,10 @@ def _run_trace(index: int, run: RunFolder, metric: metrics.Metric) -> dict[str, 
 def phase_charts(phases: Sequence[Mapping[str, Any]]) -> list[Chart]:
     """Return the seconds and the peak memory of a run's phases, a bar each."""
     charts = []
-    for title, key, unit in (
-        ("Time", "seconds", "seconds"),
-        ("Peak memory", "peak_rss_gb", "GB"),
-        ("Peak GPU memory", "peak_cuda_gb", "GB"),
+    for title, key, unit, note in (
+        ("Time", "seconds", "seconds", "Where the time went, by stage and phase."),
+        ("Peak memory", "peak_rss_gb", "GB", "Most memory that a phase held; the highest bar decides whether it fits."),
+        ("Peak GPU memory", "peak_cuda_gb", "GB", "Most memory of the GPU that a phase held."),
     ):
         bars = [
             (f"{row.get('stage', '')} · {row.get('phase', '')}", value)
@@ -95,7 +107,8 @@ def phase_charts(phases: Sequence[Mapping[str, Any]]) -> list[Chart]:
         ]
         if bars:
             trace = {"name": title, "x": [value for _, value in bars], "y": [label for label, _ in bars]}
-            charts.append({"title": title, "unit": unit, "note": "", "kind": "bars", "traces": [trace]})
+            charts.append({"kind": "bars", "section": "time", "title": title, "unit": unit, "note": note, "axis": unit,
+                           "traces": [trace]})  # fmt: skip
     return charts
 
 

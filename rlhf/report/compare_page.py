@@ -1,7 +1,7 @@
 """One page about several runs: how they differ, which is better, at what cost, and where each figure comes from.
 
-`python -m rlhf.report RUN [RUN ...] -o report.html`. A RUN is a folder of a pipeline, of a single stage, or of
-`python -m rlhf.evaluation`. Nothing is measured here, and files that are missing or half-written are named on the page. Every
+`rlhf report RUN [RUN ...] -o report.html`. A RUN is a folder of a pipeline, of a single stage, or of
+`rlhf evaluate`. Nothing is measured here, and files that are missing or half-written are named on the page. Every
 figure stands under its run, and each run is listed with its W&B run id and the hash of its manifest.
 """
 
@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rlhf.base.errors import UserError
-from rlhf.report import charts, compare_tables, frontier, kinds
+from rlhf.report import charts, compare_first, compare_tables, frontier, kinds, samples
 from rlhf.report.compare_lineage import draw_lineage, lineage
-from rlhf.report.compare_samples import evaluation_samples, run_samples
-from rlhf.report.page import diagnoses, write_page
+from rlhf.report.first_screen import last_stage
+from rlhf.report.page import diagnoses, evenly_spaced, write_page
 from rlhf.report.run_folder import RunFolder, comparability, labels, overlaps, read_run
 
 
@@ -46,11 +46,22 @@ def write_comparison(folders: Sequence[Path], file: Path, *, registry: Path | No
         *frontier.evaluated_frontiers(evaluations, runs),
         *charts.compared_phases(runs),
     ]
+    findings = {run.label: diagnoses(run) for run in runs}
+    doubts = [*marks, *overlaps([last_stage(run) for run in all_folders])]
+    judged = next((each for each in evaluations if each.evaluated), None)
+    answers = samples.evaluation_samples(judged) if judged else samples.run_samples(runs)
+    speakers = [model["label"] for model in judged.evaluated_models()] if judged else [run.label for run in runs]
     file.parent.mkdir(parents=True, exist_ok=True)
     return write_page(
         file,
         "comparison.html.j2",
-        plotted=bool(plots),
+        title=f"{len(runs)} run{'' if len(runs) == 1 else 's'} compared",
+        base_model=compare_first.common_base(runs),
+        task=compare_first.common_task(runs),
+        verdict=compare_first.compared_verdict(runs, findings, doubts, bool(marks)),
+        table=compare_first.first_table(runs),
+        examples=samples.examples(answers),
+        rule=samples.example_rule(answers),
         runs=runs,
         marks=[*marks, *overlaps(all_folders)],
         incomparable=bool(marks),
@@ -62,8 +73,10 @@ def write_comparison(folders: Sequence[Path], file: Path, *, registry: Path | No
         win_rates=compare_tables.win_rates(evaluations),
         cards=compare_tables.card_table(runs),
         health=compare_tables.health_table(runs),
-        diagnoses=[(run.label, diagnosis) for run in runs for diagnosis in diagnoses(run.folder)],
-        samples=next(filter(None, map(evaluation_samples, evaluations)), None) or run_samples(runs),
+        diagnoses=[(label, diagnosis) for label, own in findings.items() for diagnosis in own],
+        samples=evenly_spaced(answers, samples.COMPARED_SHOWN),
+        orders=samples.orders(speakers),
+        before=str(judged.evaluation.get("baseline")) if judged else "the run's SFT answer",
         lineage=draw_lineage(*lineage(runs)),
         memory=compare_tables.memory_table(runs),
         sources=compare_tables.sources(runs),

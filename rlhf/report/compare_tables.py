@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from rlhf.base.json_files import finite_number, section
 from rlhf.report.card_page import card_facts
 from rlhf.report.figures import BEFORE_AND_AFTER, NO_FIGURE, number, number_interval, percent, percent_interval
-from rlhf.report.run_folder import STAGES, RunFolder, mappings, series
+from rlhf.report.run_folder import STAGES, RunFolder, judge_of, mappings, series
 from rlhf.run.metrics import METRICS
 
 _PLACES = {"registry", "output_dir", "resume", "name", "wandb_mode", "wandb_project", "wandb_group"}
@@ -103,8 +103,9 @@ def outcome(runs: Sequence[RunFolder]) -> list[Row]:
     rows = _row("SFT: held-out loss", "nats a token", final("sft", "eval_loss_after"))
     rows += _row("Reward model: held-out accuracy", "", final("reward", "accuracy"), percent)
     rows += _row("Reward model: human ceiling", "", final("reward", "human_ceiling"), percent)
+    judges = ", ".join(dict.fromkeys(map(judge_of, runs)))
     for name, label, is_share, _, note in BEFORE_AND_AFTER:
-        text = percent if is_share else number
+        text, note = percent if is_share else number, note.format(judge=judges)
         rows += _row(f"{label}, SFT", note, final("ppo", f"{name}_before"), text)
         rows += _row(f"{label}, PPO", note, final("ppo", f"{name}_after"), text)
     rows += _row("KL to the SFT model", "nats a response", final("ppo", "kl"))

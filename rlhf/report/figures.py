@@ -10,12 +10,12 @@ from rlhf.run.progress import format_seconds
 
 MINUS, NO_FIGURE = "\N{MINUS SIGN}", "\N{EN DASH}"
 
-# (figure in results["ppo"] without _before/_after, label, percent?, sign of an improvement, note)
+# (figure of PPO without _before/_after, label, percent?, sign of an improvement, note in which {judge} is its name)
 BEFORE_AND_AFTER = (
     ("score", "Reward model's score", False, 1, "What PPO is trained to raise."),
     ("reward_positive", "Answers the reward model likes", True, 1, "Share with a score above 0."),
-    ("gold_positive", "Positive answers", True, 1, "Share that VADER, a judge PPO never saw, calls positive."),
-    ("gold_negative", "Negative answers", True, -1, "Share that VADER calls negative."),
+    ("gold_positive", "Positive answers", True, 1, "Share that {judge}, a judge PPO never saw, calls positive."),
+    ("gold_negative", "Negative answers", True, -1, "Share that {judge} calls negative."),
     ("distinct2", "Distinct word pairs", True, 0, "How varied the wording is. A collapse shows here first."),
     ("length", "Length in tokens", False, 0, "A reward model may like length for its own sake."),
     ("stop_rate", "Answers that end by themselves", True, 0, "The others were cut off at the limit."),

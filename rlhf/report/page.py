@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import gzip
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,19 +13,21 @@ from typing import TYPE_CHECKING, Any
 from rlhf.base.errors import UserError
 from rlhf.doctor.diagnosis import Diagnosis, diagnose
 from rlhf.report import figures
+from rlhf.report.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from jinja2 import Environment
 
 
-def write_page(file: Path, template: str, *, plotted: bool, **content: Any) -> Path:
+def write_page(file: Path, template: str, *, charts: Sequence[Mapping[str, Any]], **content: Any) -> Path:
     """Render a template into a file, which is replaced as a whole, and return its path.
 
     Args:
-        plotted: put plotly.js in, which is most of the page's size.
+        charts: if there are any, plotly.js is put in, which is most of the page's size.
         content: variables of the template.
     """
-    page = _environment().get_template(template).render(plotly=_plotly_gzip_base64() if plotted else "", **content)
+    plotly = _plotly_gzip_base64() if charts else ""
+    page = _environment().get_template(template).render(plotly=plotly, charts=charts, **content)
     partial = file.with_suffix(".partial")
     partial.write_text(page, encoding="utf-8")
     return partial.replace(file)
@@ -50,12 +53,13 @@ def _plotly_gzip_base64() -> str:
     return base64.b64encode(gzip.compress(get_plotlyjs().encode("utf-8"), compresslevel=9, mtime=0)).decode("ascii")
 
 
-def diagnoses(folder: Path) -> list[Diagnosis]:
-    """Return the doctor's diagnosis of each stage of a run; [] for a run without logs, which its page names as missing."""
-    try:
-        return diagnose(folder)
-    except UserError:
-        return []
+def diagnoses(run: RunFolder) -> list[Diagnosis]:
+    """Return the doctor's diagnosis of each stage of a run; none of a stage without a log, which the page names as missing."""
+    findings = []
+    for place in run.places.values():
+        with contextlib.suppress(UserError):
+            findings += diagnose(place)
+    return findings
 
 
 def evenly_spaced(rows: Sequence[Any], count: int) -> list[Any]:

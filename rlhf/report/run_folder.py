@@ -18,6 +18,8 @@ from rlhf.run.metrics import LogRow
 
 STAGES = ("sft", "reward", "ppo")
 """Stages of every run; pretraining comes before them where a run has it."""
+TITLES = {"pretrain": "Pretraining", "sft": "SFT", "reward": "Reward model", "ppo": "PPO"}
+"""Names of all stages, in their order."""
 
 
 @dataclass
@@ -25,6 +27,8 @@ class RunFolder(FolderReader):
     """The content of one folder, as far as it can be read."""
 
     label: str = ""
+    places: dict[str, Path] = field(default_factory=dict)
+    """Folder of each stage; those of parents may lie elsewhere."""
     results: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     """Rows of `metrics.jsonl` by stage."""
@@ -43,7 +47,12 @@ class RunFolder(FolderReader):
     @property
     def stages(self) -> list[str]:
         """Stages with a log, a manifest or a record."""
-        return [s for s in STAGES if self.metrics.get(s) or self.manifests.get(s) or self.records.get(s)]
+        return [s for s in TITLES if self.metrics.get(s) or self.manifests.get(s) or self.records.get(s)]
+
+    @property
+    def expected(self) -> tuple[str, ...]:
+        """Stages that a run in this folder has when it is done: all, or the one whose own folder it is."""
+        return tuple(self.places) if self.folder in self.places.values() else STAGES
 
     @property
     def is_run(self) -> bool:
@@ -117,15 +126,16 @@ def read_run(folder: Path, registry: Path | None = None) -> RunFolder:
         siblings = [str(p) for p in folder.parent.glob("*") if p.is_dir()] if folder.parent.is_dir() else []
         raise UserError(f"no run {folder}{did_you_mean(str(folder), siblings)}; give the folder that a run wrote")
     run = RunFolder(folder)
-    places = {stage: f"{stage}/" for stage in STAGES if (folder / stage).is_dir()}
+    places = {stage: f"{stage}/" for stage in TITLES if (folder / stage).is_dir()}
     if (folder / "tracking.json").is_file() or (folder / "metrics.jsonl").is_file():
         stage = RunFolder(folder).read_object("tracking.json", kinds.Record).get("stage")
-        places = {stage if stage in STAGES else folder.name: ""}
+        places = {stage if stage in TITLES else folder.name: ""}
+    run.places = {stage: folder / place for stage, place in places.items()}
     run.results = run.read_object("results.json", kinds.Results)
     run.evaluation = run.read_object("evaluation.json", kinds.Evaluation)
     if not places and not run.results and not run.evaluation and not run.problems:
         raise UserError(
-            f"{folder} holds no run: no sft, reward or ppo folder, no results.json and no evaluation.json is in it"
+            f"{folder} holds no run: no folder sft, reward, ppo or pretrain, no results.json and no evaluation.json is in it"
         )
     for stage, place in places.items():
         run.records[stage] = run.read_object(f"{place}tracking.json", kinds.Record)
@@ -142,24 +152,67 @@ def read_run(folder: Path, registry: Path | None = None) -> RunFolder:
 def _manifest(run: RunFolder, stage: str, place: Path, registry: Path | None) -> dict[str, Any]:
     """Return the manifest beside the stage's log, or a registry's of the artefact that the results name; {} for none."""
     artifact = run.artifact(stage)
-    name, _, version = str(artifact.get("reference", "")).partition("@")
-    candidates = [place / MANIFEST]
-    if version:
-        roots = [run.folder / "registry", *([registry] if registry else [])]
-        candidates += [root / name / f"v{version}" / MANIFEST for root in roots]
+    roots = [run.folder / "registry", *([registry] if registry else [])]
+    candidates = [place / MANIFEST, *_registered(roots, str(artifact.get("reference", "")))]
     file = next((candidate for candidate in candidates if candidate.is_file()), None)
     if file is None:
         return {}
+    content = _read_manifest(run, stage, file)
+    if content and artifact.get("hash") not in (None, content["hash"]):
+        run.problems.append(f"{file.name} of its {stage} stage is not the one that results.json names")
+    return content
+
+
+def _registered(roots: Iterable[Path], reference: str) -> list[Path]:
+    """Return the places of an artefact's manifest in registries."""
+    name, _, version = reference.partition("@")
+    return [root / name / f"v{version}" / MANIFEST for root in roots] if version else []
+
+
+def _read_manifest(run: RunFolder, stage: str, file: Path) -> dict[str, Any]:
+    """Return a manifest's fields and its `hash`; {} for one that cannot be read, which is noted."""
     try:
         raw = read_bytes(file)
         content = parse_object(raw, file, nan_as_none=True)
     except (OSError, UserError):
         run.problems.append(f"{file.name} of its {stage} stage is corrupt")
         return {}
-    digest = hashlib.sha256(raw).hexdigest()
-    if artifact.get("hash") not in (None, digest):
-        run.problems.append(f"{file.name} of its {stage} stage is not the one that results.json names")
-    return {**run.fit(content, kinds.Manifest, f"{file.name} of its {stage} stage"), "hash": digest}
+    fields = run.fit(content, kinds.Manifest, f"{file.name} of its {stage} stage")
+    return {**fields, "hash": hashlib.sha256(raw).hexdigest()}
+
+
+def read_parents(run: RunFolder, registry: Path | None = None) -> None:
+    """Add the stages that a run was made from and that ran in other folders, as far as they are still there.
+
+    Manifest and report card come from the registry, the log from the folder that the manifest names.
+    """
+    waiting = [parent for stage in run.stages for parent in run.parents(stage).items()]
+    for reference, digest in waiting:
+        stage = reference.partition("/")[0]
+        if stage not in TITLES or stage in run.stages:
+            continue
+        options = (run.config(own).get("registry") for own in run.stages)
+        roots = [run.folder / "registry", *([registry] if registry else []), *(Path(str(o)) for o in options if o)]
+        file = next((file for file in _registered(roots, reference) if file.is_file()), None)
+        content = _read_manifest(run, stage, file) if file else {}
+        if file is None or content.get("hash") != digest:
+            continue
+        run.manifests[stage] = content
+        waiting += run.parents(stage).items()
+        if stage == "reward":
+            run.reward_card = RunFolder(file.parent).read_object("card.json", kinds.Card)
+        place = RunFolder(Path(str(run.config(stage).get("output_dir", ""))) / stage)
+        record = place.read_object("tracking.json", kinds.Record)
+        if record.get("run_id") and record["run_id"] == content.get("wandb_run_id"):
+            run.places[stage], run.records[stage] = place.folder, record
+            run.metrics[stage] = place.read_rows("metrics.jsonl", LogRow)
+
+
+def judge_of(run: RunFolder) -> str:
+    """Return the name of the judge from outside that PPO's answers were shown to."""
+    function = str(run.config("ppo").get("gold") or run.config("reward").get("gold") or "")
+    name = function.rpartition(":")[2]
+    return {"": "the independent judge", "vader": "VADER"}.get(name, name)
 
 
 def labels(folders: Sequence[Path]) -> list[str]:

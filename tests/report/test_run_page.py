@@ -6,7 +6,6 @@ import json
 import math
 import random
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,9 +21,6 @@ from rlhf.report.run_folder import STAGES
 from rlhf.report.run_page import print_results, write_report
 
 ATTACK = '<script>document.title="owned"</script><img src=x onerror=alert(1)>'
-BROWSER = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
-)
 
 
 def made_up_results() -> dict[str, Any]:
@@ -96,6 +92,10 @@ def write_jsonl(file: Path, rows: list[dict[str, Any]]) -> None:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
+    return made_up_run(tmp_path)
+
+
+def made_up_run(tmp_path: Path) -> Path:
     """A finished run with figures that look like those of a real one."""
     rng = random.Random(0)
 
@@ -146,9 +146,9 @@ def run(tmp_path: Path) -> Path:
 
 
 def plots_of(page: str) -> list[dict[str, Any]]:
-    found = re.search(r'<script type="application/json" id="plots">(.*?)</script>', page, re.S)
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)
     assert found
-    return json.loads(found[1])
+    return json.loads(found[1])["charts"]
 
 
 def without_plotly(page: str) -> str:
@@ -238,7 +238,7 @@ def test_the_report_card_is_a_section_of_the_page(run: Path) -> None:
 def test_the_report_card_has_a_page_of_its_own(tmp_path: Path) -> None:
     """Bug: `python -m rlhf.evaluation.reward` leaves a page that speaks of stages which never ran."""
     page = write_card_page(made_up_card(), tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "Report card of a reward model" in page and "is right in 71.3%" in page
+    assert "Report card of reward/demo@1" in page and "is right in 71.3%" in page
     body = without_plotly(page)
     assert "The chain" not in body and "Missing from this report" not in body and "How to read it" not in body
     assert (
@@ -307,10 +307,11 @@ def test_figures_that_are_null_or_nan_are_left_out(run: Path) -> None:
 def test_over_optimisation_is_called_by_its_name(run: Path) -> None:
     """Bug: the headline praises a score that rose while the outside judge saw no improvement."""
     results = made_up_results()
-    assert "over-optimisation." not in write_report(run).read_text(encoding="utf-8")
+    assert "which is over-optimisation" not in write_report(run).read_text(encoding="utf-8")
     results["ppo"]["gold_positive_after"] = 0.40
     (run / "results.json").write_text(json.dumps(results))
-    assert "which is over-optimisation." in write_report(run).read_text(encoding="utf-8")
+    page = write_report(run).read_text(encoding="utf-8")
+    assert "Not better</span>The score rose, but" in page and "which is over-optimisation</h1>" in page
 
 
 def test_long_runs_are_thinned_but_keep_their_last_point(run: Path) -> None:
@@ -350,23 +351,3 @@ def test_print_results_shows_figures_and_skips_what_is_absent(capsys: pytest.Cap
     assert "71.3%" in out and "\N{MINUS SIGN}0.12" in out and "0.81" in out and "19:40 in all, 2.3 GB" in out
     assert "VADER" not in out and "Positive answers" not in out
     print_results({})
-
-
-@pytest.mark.skipif(BROWSER is None, reason="no chromium or chrome on this machine")
-def test_a_browser_draws_every_plot_without_complaint(run: Path, tmp_path: Path) -> None:
-    """Bug: a script error, a blocked resource or a plotly option that is gone leaves the page without its plots."""
-    (run / "reward" / "card.json").write_text(json.dumps(made_up_card()), encoding="utf-8")
-    page = write_report(run)
-    flags = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-             "--disable-component-update --disable-sync --enable-logging=stderr --v=0 "
-             "--virtual-time-budget=10000 --dump-dom")  # fmt: skip
-    profile = f"--user-data-dir={tmp_path / 'profile'}"
-    done = subprocess.run(
-        [BROWSER, *flags.split(), profile, page.as_uri()], capture_output=True, text=True, timeout=120
-    )
-    complaints = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    assert not complaints
-    assert 'data-drawn="15"' in done.stdout
-    assert "<title>owned" not in done.stdout
-    # one path a curve and one a bar: empty axes would also count as a drawn plot
-    assert done.stdout.count("js-line") >= 13 and done.stdout.count('class="point"') >= 18
