@@ -11,7 +11,7 @@ from rlhf.data_prep.corpus import load_text
 from rlhf.data_prep.formats.rows import prompt_key
 from rlhf.data_prep.load import joint_fingerprint, load_rows
 from rlhf.data_prep.stage_rows import Kind
-from rlhf.registry import Artifact, Lineage, Registry
+from rlhf.registry import IMPORTED, Artifact, Lineage, Registry
 
 #: Kind of the rows that a stage trains on.
 _KINDS: dict[str, Kind] = {"sft": "demonstrations", "reward": "comparisons", "ppo": "prompts"}
@@ -50,7 +50,7 @@ def _ancestors(line: Lineage) -> list[Artifact]:
 def _training_prompts(artifact: Artifact) -> set[str] | None:
     """Return the keys of an artefact's training prompts; None where its data has another fingerprint, or is gone."""
     config, kind = artifact.manifest.config, _KINDS[artifact.stage]
-    if "imported_from" in config:  # trained elsewhere
+    if IMPORTED in config:  # trained elsewhere
         return None
     sources: dict[str, tuple[Any, str, Kind]] = {
         "train": (artifact.option("dataset"), "train", kind),

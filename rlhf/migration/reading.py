@@ -71,6 +71,7 @@ def read_config(
         options = ReadOptions(values=read_object(file))
     else:
         options = _of_script(file)
+    options.values = {str(name): value for name, value in options.values.items()}
     options.project = PROJECTS[project] if project else options.project
     for name in own:
         options.left.append(Left(name, options.values.pop(name, ""), "an option of your own script"))
@@ -98,7 +99,7 @@ def _recognised(file: Path, options: ReadOptions, wanted: str | None) -> tuple[P
         raise UserError(
             f"{file} is of {project.name}, which has no stage {stage} here; there is {', '.join(project.stages)}"
         )
-    unknown = [str(name) for name in values if name not in project.stages[stage].rules and project.reason(name) is None]
+    unknown = [name for name in values if name not in project.stages[stage].rules and project.reason(name) is None]
     if unknown:
         names = [*project.stages[stage].rules, *(p for text in project.refused.values() for p in text.split())]
         raise UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -104,9 +105,12 @@ def number(value: Any) -> float:
         RefusedValue: it is none.
     """
     try:
-        return float(value)
-    except (TypeError, ValueError) as error:
-        raise RefusedValue(f"{value!r} is no number") from error
+        result = float(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise RefusedValue(f"{value!r:.60} is no number") from error
+    if not math.isfinite(result):
+        raise RefusedValue(f"{value!r} is no finite number")
+    return result
 
 
 def whole(value: Any) -> int:

@@ -1,6 +1,7 @@
 """The model registry: versioned artefacts with their parents, options, data and figures, verified when they are read."""
 
 from rlhf.registry.manifest import (
+    IMPORTED,
     MANIFEST,
     STAGES,
     Artifact,

@@ -21,6 +21,8 @@ from rlhf.base.reading import fit
 
 STAGES = ("data", "pretrain", "sft", "reward", "ppo")
 MANIFEST = "manifest.json"
+IMPORTED = "imported_from"
+"""Option of an artefact that was trained elsewhere: the folder that it comes from."""
 LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets", "bitsandbytes", "accelerate")
 """Libraries whose versions a manifest records."""
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")

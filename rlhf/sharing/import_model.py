@@ -45,12 +45,10 @@ from rlhf.models.tokenization import (
     stop_token_ids,
     tokenizer_hashes,
 )
-from rlhf.registry import Artifact, Reference, Registry, parse_reference, recipe_hash
+from rlhf.registry import IMPORTED, Artifact, Reference, Registry, parse_reference, recipe_hash
 from rlhf.reward.parity import require_parity
 from rlhf.reward.scorer import Scorer
 
-#: Option in the manifest of an imported artefact: the folder that it comes from.
-ORIGIN = "imported_from"
 _CPU = Compute(torch.device("cpu"), torch.float32)
 _VALUE_HEADS = ("value_head.safetensors", "v_head.safetensors")
 _SCORE, _HEAD, _BIAS = "base_model.model.score.weight", "v_head.summary.weight", "v_head.summary.bias"
@@ -414,7 +412,7 @@ def _publish(
         write(target)
         tokenizer.save_pretrained(target)
 
-    options = {ORIGIN: recorded_name(str(folder)), "quantization": "none"}
+    options = {IMPORTED: recorded_name(str(folder)), "quantization": "none"}
     inputs = model_inputs(base_model, registry.root) if fields["kind"] == "adapter" else {}
     return registry.publish(
         stage,

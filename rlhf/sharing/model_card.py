@@ -14,7 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from rlhf.base.json_files import section
 from rlhf.models.catalogue import MODEL_PREFIX, MODELS
-from rlhf.registry import Artifact, Registry
+from rlhf.registry import IMPORTED, Artifact, Registry
 from rlhf.registry.lineage import ancestors, data_lines
 
 SUMMARIES = {
@@ -144,6 +144,15 @@ def _facts(artifact: Artifact, form: str, dtype: str) -> str:
 
 
 def _usage(artifact: Artifact, form: str, trunk: str | None) -> str:
+    code = _code(artifact, form, trunk)
+    if IMPORTED in artifact.manifest.config:
+        code = code.replace(
+            "# 0 is the mean of the demonstrations", "# in the unit that it was trained with, elsewhere"
+        )
+    return code
+
+
+def _code(artifact: Artifact, form: str, trunk: str | None) -> str:
     m, reward = artifact.manifest, artifact.stage == "reward"
     if trunk is not None:
         return SCORE_GENERIC.format(trunk=trunk, mean=m.reward_mean, std=m.reward_std)

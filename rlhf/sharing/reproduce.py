@@ -18,7 +18,7 @@ from rich.console import Console
 
 from rlhf.base.errors import UserError
 from rlhf.config import STAGE_CONFIGS, TrainingConfig, is_registered_reward
-from rlhf.registry import Artifact, Registry, library_versions
+from rlhf.registry import IMPORTED, Artifact, Registry, library_versions
 from rlhf.registry.lineage import ancestors, different_files
 from rlhf.sharing.hub import install
 from rlhf.stages.data import describe_data
@@ -58,7 +58,7 @@ def reproduce(
     lines = ancestors(registry.lineage(artifact))
     chain = [line.artifact for line in lines if line.artifact is not None] if whole_chain else [artifact]
     for one in chain:
-        if one.stage not in STAGE_CONFIGS or "imported_from" in one.manifest.config:
+        if one.stage not in STAGE_CONFIGS or IMPORTED in one.manifest.config:
             raise UserError(f"{one.reference} was not made by training, so it cannot be replayed")
         _check_data(one)  # of all, before the first one trains
     outcomes = []

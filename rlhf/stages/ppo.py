@@ -37,7 +37,7 @@ from rlhf.ppo.metrics import sample_rows
 from rlhf.ppo.rollout import Environment, SamplingOptions
 from rlhf.ppo.state import Order, Outputs
 from rlhf.ppo.trainer import PPOTrainer
-from rlhf.registry import Artifact, Registry
+from rlhf.registry import IMPORTED, Artifact, Registry
 from rlhf.reward.functions import load_gold
 from rlhf.reward.scorer import open_scorer
 from rlhf.reward.sources import AdapterReward, ModelReward, Reward, kind_of, open_sources, same_tokens, source_inputs
@@ -80,7 +80,9 @@ def run(
         if "ptx" in sets:
             texts, too_long = encode_texts(sets["ptx"], tokenizer, config, context, run.folder)
             add_dropped(run.data, "ptx", too_long)
-        doctor = LiveDoctor("ppo", config.doctor, run.tracker, dataclasses.asdict(config))
+        own_unit = any(IMPORTED in reward.manifest.config for reward in rewards)
+        settings = {**dataclasses.asdict(config), "own_unit": own_unit}
+        doctor = LiveDoctor("ppo", config.doctor, run.tracker, settings)
 
         def observe(update: int, metrics: Mapping[str, float]) -> Order | None:
             """Have the doctor and the callbacks look at an update."""

@@ -16,6 +16,7 @@ from rlhf.doctor.health import supervised
 from rlhf.doctor.health.check import HealthCheck, Remedy, Severity, Stage, registered
 from rlhf.doctor.health.findings import CHECKS, MODULES, actions, find, replay
 from rlhf.doctor.health.history import History
+from rlhf.doctor.health.ppo_reward import reward_scale
 
 UPDATES = 24
 #: One figure of an update: (update, from 1; share of the run that is done; a draw with mean 0 and spread 1) -> value.
@@ -271,6 +272,14 @@ def test_history_of_many_updates_is_replayed_in_strides() -> None:
     """Catches: a diagnosis that takes the square of the run's length, and one whose stride leaves out the end."""
     rows = [{"step": n, "ppo/lr": 1e-3, "ppo/grad_norm": 0.0 if n >= 4998 else 1.0} for n in range(1, 5001)]
     assert [(f.check.name, f.last) for f in replay(History("ppo", rows))] == [("gradient_zero", 5000)]
+
+
+@pytest.mark.parametrize("own_unit", [False, True])
+def test_only_scores_that_were_normalised_have_a_scale(own_unit: bool) -> None:
+    """Catches: a reward model that was trained elsewhere, and keeps its unit, taken for one that was loaded wrongly."""
+    settings = {"reward": ["reward/a"], "own_unit": own_unit}
+    history = History("ppo", [{"step": 1, "objective/raw_score": 40.0, "objective/score_std": 9.0}], settings=settings)
+    assert (reward_scale(history) is None) == own_unit
 
 
 def test_value_warmup_is_no_fault() -> None:

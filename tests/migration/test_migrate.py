@@ -203,6 +203,8 @@ def test_reasons_are_printed(name: str, messages: list[str], tmp_path: Path, cal
         ("a.yaml", "rlhf_type: grpo\nmodel: a\n", (), "rlhf_type grpo of ms-swift has no counterpart"),
         ("a.yaml", "stage: ppo\nppo_epoch: 3\n", (), "no option ppo_epoch (did you mean 'ppo_epochs'?)"),
         ("a.yaml", "stage: ppo\nppo_epochs: many\n", (), "is no number"),
+        ("a.yaml", "stage: ppo\nppo_epochs: .nan\n", (), "is no finite number"),
+        ("a.yaml", "stage: ppo\n1: 2\n", (), "has no option 1"),
         ("a.json", '{"init_kl_coef": 0.1', (), "a.json"),
         ("a.py", "print(1)\n", (), "makes no PPOConfig, RewardConfig or SFTConfig"),
         ("a.py", "PPOConfig(steps=1)\nPPOConfig(steps=2)\n", (), "makes several configs (PPOConfig in line 1, PPOConfig"),

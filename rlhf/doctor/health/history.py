@@ -34,6 +34,8 @@ class Settings(TypedDict, total=False):
     """Options of a run that the checks read, beside those that are numbers."""
 
     reward: list[str]
+    own_unit: bool
+    """True for a reward model that was trained elsewhere, whose scores have a zero and unit of their own."""
 
 
 class History:

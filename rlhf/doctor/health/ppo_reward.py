@@ -35,10 +35,10 @@ def reward_constant(h: History, *, spread: float = NO_SPREAD) -> str | None:
     needs=("objective/raw_score", "objective/score_std"),
 )
 def reward_scale(h: History, *, mean: float = 5, narrow: float = 0.05, wide: float = 5) -> str | None:
-    """First rollout, one registered reward model: mean beyond {mean:g}, or spread outside {narrow:g} to {wide:g}, where
-    demonstrations have 0 and 1."""
+    """First rollout, one reward model that was trained here: mean beyond {mean:g}, or spread outside {narrow:g} to {wide:g},
+    where demonstrations have 0 and 1."""
     reward = h.settings.get("reward") or []
-    if len(reward) != 1 or not str(reward[0]).startswith("reward/"):
+    if h.settings.get("own_unit") or len(reward) != 1 or not str(reward[0]).startswith("reward/"):
         return None  # other rewards have no zero and no unit
     score, spread = h.at("objective/raw_score", 1), h.at("objective/score_std", 1)
     if score is None or spread is None or spread < NO_SPREAD:
