@@ -69,7 +69,7 @@ def frontier(arguments: argparse.Namespace) -> dict[str, Any]:
     """The evaluation of all runs; the policies it names are those that the runs registered."""
     models = [_registered(run) for run in arguments.runs]
     gold = ["rlhf.evaluation.gold:vader", f"reward/{JUDGE}"]
-    words: list[object] = ["--models", *models, "--runs", *arguments.runs, "--prompts", arguments.dataset]
+    words: list[object] = ["--models", *models, "--runs", *arguments.runs, "--dataset", arguments.dataset]
     words += ["--gold", *gold, "--registry", arguments.registry, "--output_dir", arguments.folder / "evaluation"]
     result = compare.run(parse_config(EvaluationConfig, [str(word) for word in [*words, *arguments.words]]))
     print(frontier_table(result))

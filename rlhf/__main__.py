@@ -4,11 +4,24 @@ from __future__ import annotations
 
 import importlib
 import sys
+import textwrap
 from typing import NamedTuple
 
 from rlhf.base.errors import UserError, did_you_mean, run_command
 from rlhf.base.functions import load_function
 from rlhf.config import parse_config
+
+#: Other words for verbs: the names of their modules.
+ALIASES = {"data_prep": "data", "evaluation": "evaluate"}
+#: Sections of the help text by the verb at which each begins.
+SECTIONS = {
+    "pipeline": "train",
+    "card": "judge",
+    "generate": "use",
+    "registry": "keep and share",
+    "doctor": "look at runs",
+    "completion": "shell",
+}
 
 
 class Verb(NamedTuple):
@@ -61,21 +74,26 @@ VERBS = {
     "doctor": Verb("rlhf.doctor.__main__", "find problems of a run afterwards; before it: rlhf doctor preflight"),
     "report": Verb("rlhf.report.__main__", "one HTML page about a run, or about several"),
     "tracking": Verb("rlhf.report.workspace", "save a W&B workspace that compares runs"),
+    "completion": Verb("rlhf.completion", "script that completes verbs and options on TAB: bash, zsh, fish"),
 }
+
+
+FIRST_STEPS = (
+    "first steps:",
+    "  rlhf init FILE                        configs for your own data and machine",
+    "  rlhf pipeline --config FOLDER         train with them",
+    "  rlhf pipeline --config configs/demo   or the demo",
+    "  rlhf VERB --help                      the options of a verb",
+)
 
 
 def usage() -> str:
     """Return the help text."""
-    lines = [f"  {name:10s} {verb.summary}" for name, verb in VERBS.items()]
-    return "\n".join(
-        [
-            "usage: rlhf VERB [--config FILE] [--option value ...]",
-            "",
-            *lines,
-            "",
-            "rlhf VERB --help shows the options of a verb. First steps: rlhf pipeline --config configs/demo",
-        ]
-    )
+    lines = ["usage: rlhf VERB [--config FILE] [--option value ...]"]
+    for name, verb in VERBS.items():
+        lines += ["", f"{SECTIONS[name]}:"] if name in SECTIONS else []
+        lines += textwrap.wrap(f"  {name:10s} {verb.summary}", 79, subsequent_indent=" " * 13)
+    return "\n".join([*lines, "", *FIRST_STEPS])
 
 
 def dispatch() -> None:
@@ -85,13 +103,18 @@ def dispatch() -> None:
         print(usage())
         return
     name, *options = words
+    name = ALIASES.get(name, name)
     if name not in VERBS:
         raise UserError(f"no verb '{name}'{did_you_mean(name, VERBS)}; rlhf --help lists them")
     verb = VERBS[name]
     sys.argv = [f"rlhf {name}", *options]
     if verb.options:
         parse_config(load_function(verb.options), options)  # type: ignore[arg-type]
-    importlib.import_module(verb.module).main()
+    run = importlib.import_module(verb.module).main
+    if name == "completion":
+        run({verb: about.summary for verb, about in VERBS.items()}, dispatch)
+    else:
+        run()
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Data -> SFT -> reward model -> PPO -> report, in one command: `python -m rlhf.pipeline --config FOLDER`
+"""Data -> SFT -> reward model -> PPO -> report, in one command: rlhf pipeline --config FOLDER
 
 The folder holds a file for each stage: `sft.yaml`, `reward.yaml` and `ppo.yaml`, before them `data.yaml` and, to pretrain a
 base model, `pretrain.yaml`, and after them `evaluate.yaml`, which compares the policies. A file that is not there leaves
@@ -233,7 +233,7 @@ def _evaluation_config(folder: Path, overrides: dict[str, Any]) -> EvaluationCon
 
 
 def _stage_config(file: Path, config_type: Any, overrides: dict[str, Any]) -> Any:
-    fields = config_type.__dataclass_fields__
+    fields = {field.name for field in dataclasses.fields(config_type)}
     changes = {k: v for k, v in overrides.items() if k in fields}
     config = build(config_type, {**read_yaml(file), "name": _name(file), **changes}, str(file))
     actions(config.doctor)  # raises for an unknown action
@@ -271,8 +271,8 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Path, dict[str, Any]]:
     parser = Parser(
         usage="%(prog)s --config CONFIG [--option value ...]",
         description=__doc__.split("\n")[0],
-        epilog="An option goes to every stage that has it. Pretraining keeps the data, training length and optimiser of "
-        "pretrain.yaml.",
+        epilog="An option, such as --device cpu or --resume true, goes to every stage that has it; rlhf sft --help lists "
+        "those of SFT, and so on. Pretraining keeps the data, training length and optimiser of pretrain.yaml.",
     )
     parser.add_argument(
         "--config",
@@ -285,7 +285,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Path, dict[str, Any]]:
     folder = find_config(arguments.config)
     if not folder.is_dir():
         raise UserError(f"--config takes a folder here, and {folder} is a file")
-    names = {name for kind in STAGE_CONFIGS.values() for name in kind.__dataclass_fields__}
+    names = {field.name for kind in STAGE_CONFIGS.values() for field in dataclasses.fields(kind)}
     overrides: dict[str, Any] = {}
     words = iter(rest)
     for word in words:

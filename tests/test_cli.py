@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 from toys import Call
 
-from rlhf.__main__ import VERBS
+from rlhf.__main__ import ALIASES, VERBS
 from rlhf.base.functions import load_function
 
 Caller = Callable[..., Call]
@@ -31,8 +32,9 @@ def test_help_lists_the_verbs(rlhf: Caller, words: list[str]) -> None:
     """A verb that exists and is not in the help text."""
     shown = rlhf(*words)
     assert shown.code == 0 and shown.err == ""
-    listed = [line.split()[0] for line in shown.out.splitlines() if line.startswith("  ")]
-    assert listed == list(VERBS)
+    verbs = shown.out.split("first steps:")[0].splitlines()
+    assert [line.split()[0] for line in verbs if re.match("  [a-z]", line)] == list(VERBS)
+    assert max(map(len, shown.out.splitlines())) <= 80
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -86,6 +88,7 @@ def test_every_verb_refuses_an_unknown_option(rlhf: Caller, toy_config: Path, ve
         "report": ["folder"],
         "tracking": ["dashboard"],
         "doctor": ["folder"],
+        "completion": ["bash"],
     }
     refused = rlhf(verb, *needed.get(verb, []), "--no_such_option")
     assert "no_such_option" in refused.complaint
@@ -117,6 +120,12 @@ def test_registry_of_the_toy_pipeline(rlhf: Caller, finished: tuple[Path, Path])
     """`rlhf registry list` is how one finds the name that --policy wants."""
     shown = rlhf("registry", "list", "--registry", finished[0])
     assert shown.code == 0 and all(f"{stage}/toy@1" in shown.out for stage in ("sft", "reward", "ppo"))
+
+
+@pytest.mark.parametrize("module, verb", ALIASES.items())
+def test_a_verb_goes_by_its_modules_name_too(rlhf: Caller, module: str, verb: str) -> None:
+    """`rlhf data_prep`, as the documentation had it, was no verb."""
+    assert rlhf(module, "--help") == rlhf(verb, "--help")
 
 
 def test_verbs_name_modules_with_a_main() -> None:

@@ -35,6 +35,7 @@ LAYERS = (
     "generation",
     "init",
     "pipeline",
+    "completion",
     "__main__",
 )
 LARGEST_FILE = 500

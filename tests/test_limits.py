@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import inspect
 import math
 import re
@@ -30,8 +31,8 @@ CHECKED: dict[Any, list[str]] = {
     PPOConfig: ["--name", "n", "--dataset", "d", "--policy", "sft/a", "--reward", "reward/a"],
     PretrainConfig: ["--name", "n", "--dataset", "d"],
     RewardConfig: ["--name", "n", "--dataset", "d", "--policy", "sft/a"],
-    RewardCardConfig: ["--model", "reward/a", "--data", "d"],
-    EvaluationConfig: ["--models", "sft/a", "--prompts", "p"],
+    RewardCardConfig: ["--model", "reward/a", "--dataset", "d"],
+    EvaluationConfig: ["--models", "sft/a", "--dataset", "p"],
 }
 SMALLEST = {
     0: "learning_rate weight_decay adam_epsilon warmup_steps learn_tokens kl_coef vf_coef value_learning_rate "
@@ -59,7 +60,7 @@ def listed_limits(config_type: Any) -> set[Limit]:
         limits = limits - {("require_at_least", "max_length", 1)} | {("require_at_least", "max_length", 2)}
     limits |= {("require_above_zero", name, 0) for name in ABOVE_ZERO.split()}
     limits |= {("require_below_one", name, 1) for name in SHARES.split()}
-    return {limit for limit in limits if limit[1] in config_type.__dataclass_fields__}
+    return {limit for limit in limits if limit[1] in {field.name for field in dataclasses.fields(config_type)}}
 
 
 def limits_in_code(config_type: Any, monkeypatch: pytest.MonkeyPatch) -> set[Limit]:

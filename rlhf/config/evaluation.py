@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from rlhf.base.errors import install, require
 from rlhf.config.limits import require_above_zero, require_at_least
@@ -17,8 +17,26 @@ CHECKS = ("summarisation", "translation", "question_answering", "classification"
 class EvaluationConfig(RunConfig):
     """Comparison of policies: figures, win rates, best-of-n, the reward-KL frontier and the alignment tax."""
 
+    RENAMED: ClassVar = {"prompts": "dataset"}
+    GROUPS: ClassVar = {
+        "models": "model",
+        "dataset": "data",
+        "output_dir": "places and checkpoints",
+        "runs": "model",
+        "reward": "reward",
+        "reference": "model",
+        "force": "checks",
+        "num_prompts": "data",
+        "samples_per_prompt": "sampling",
+        "max_prompt_length": "data",
+        "per_device_eval_batch_size": "computing",
+        "best_of": "sampling",
+        "judge_url": "judges",
+        "texts": "benchmarks",
+    }
+
     models: list[str] = option("policies: pretrain/NAME, sft/NAME, ppo/NAME, with @VERSION or the latest")
-    prompts: str = option("held-out prompts: folder made by rlhf.data_prep, a data file, or a hub name")
+    dataset: str = option("held-out prompts: folder made by rlhf data, a data file, or a hub name")
     split: Literal["validation", "train"] = option("split of the prompts", "validation")
     output_dir: str = option(
         "folder for evaluation.json, samples.jsonl and the answers and verdicts with which a second call resumes",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from rlhf.base.errors import require
 from rlhf.base.functions import name_of
@@ -33,6 +34,12 @@ PLACE_OPTIONS = {
 }
 #: Options that name an input by its place; a recipe holds the input's hash instead.
 INPUT_OPTIONS = {"dataset", "policy", "reward", "ptx_dataset", "ptx_text", "selection_reward", "new_tokens"}
+#: Groups of options, in the order in which `--help` shows them.
+HELP_GROUPS = (
+    "data", "sources", "reading", "cleaning", "lengths", "duplicates", "preferences", "splits and stages", "model",
+    "adapters (LoRA)", "optimisation", "sampling", "reward", "ranking loss", "KL penalty", "PPO-ptx", "evaluation",
+    "report card", "judges", "benchmarks", "checks", "logging", "places and checkpoints", "computing",
+)  # fmt: skip
 
 
 def option(help: str, default: Any = dataclasses.MISSING) -> Any:
@@ -43,9 +50,26 @@ def option(help: str, default: Any = dataclasses.MISSING) -> Any:
     return field(default=default, metadata=metadata)
 
 
+def option_groups(config_type: type) -> dict[str, str]:
+    """Return each option's group in `--help`; the `GROUPS` of a class names the options at which groups begin."""
+    groups: dict[str, str] = {}
+    for owner in reversed(config_type.__mro__):
+        begins, title = vars(owner).get("GROUPS", {}), HELP_GROUPS[0]
+        for name in inspect.get_annotations(owner):
+            title = begins.get(name, title)
+            if name in begins or name not in groups:
+                groups[name] = title
+    return groups
+
+
 @dataclass(kw_only=True)
 class ComputeConfig:
     """Options for finding models and computing with them."""
+
+    GROUPS: ClassVar = {
+        "registry": "places and checkpoints",
+        "seed": "computing",
+    }
 
     registry: str = option("folder of the model registry", "registry")
     seed: int = option("seed of data order, initialisation and sampling", 0)
@@ -74,6 +98,10 @@ class ComputeConfig:
 class RunConfig(ComputeConfig):
     """Options of a run that is logged."""
 
+    GROUPS: ClassVar = {
+        "wandb_mode": "logging",
+    }
+
     wandb_mode: Literal["auto", "online", "offline", "disabled"] = option(
         "Weights & Biases; auto is online with a key and offline without", "auto"
     )
@@ -84,11 +112,23 @@ class RunConfig(ComputeConfig):
 class TrainingConfig(RunConfig):
     """Options of every training run."""
 
+    GROUPS: ClassVar = {
+        "name": "places and checkpoints",
+        "dataset": "data",
+        "gradient_checkpointing": "computing",
+        "optim": "optimisation",
+        "save_steps": "places and checkpoints",
+        "logging_steps": "logging",
+        "resume": "places and checkpoints",
+        "preflight": "checks",
+        "wandb_group": "logging",
+    }
+
     name: str = option("name under which the result is registered: STAGE/NAME; default: the config file's folder")
     output_dir: str = option(
         "folder of the run: logs, checkpoints, samples (one subfolder per stage); default: outputs/NAME", ""
     )
-    dataset: str = option("prepared data: folder made by rlhf.data_prep, a data file, or a hub name")
+    dataset: str = option("prepared data: folder made by rlhf data, a data file, or a hub name")
     gradient_checkpointing: bool = option(
         "recompute activations in the backward pass: less memory, about a third more time", False
     )
@@ -140,6 +180,10 @@ class TrainingConfig(RunConfig):
 class StageConfig(TrainingConfig):
     """Options of the three stages that train adapters."""
 
+    GROUPS: ClassVar = {
+        "lora_r": "adapters (LoRA)",
+    }
+
     lora_r: int = option("rank of the adapters", 16)
     lora_alpha: int = option("scale of the adapters: the update is multiplied by lora_alpha / lora_r", 32)
     lora_dropout: float = option("dropout on the adapters' input (always off in PPO)", 0.0)
@@ -158,6 +202,14 @@ class StageConfig(TrainingConfig):
 @dataclass(kw_only=True)
 class TrainingLength:
     """Length and batch sizes of supervised training."""
+
+    GROUPS: ClassVar = {
+        "per_device_train_batch_size": "optimisation",
+        "per_device_eval_batch_size": "evaluation",
+        "num_train_epochs": "optimisation",
+        "max_length": "data",
+        "eval_steps": "evaluation",
+    }
 
     per_device_train_batch_size: int = option("examples per forward pass (in reward modelling: prompts)", 16)
     gradient_accumulation_steps: int = option("forward passes per update", 4)
@@ -180,6 +232,10 @@ class TrainingLength:
 @dataclass(kw_only=True)
 class TextConfig:
     """Options for reading plain text as a stream of documents."""
+
+    GROUPS: ClassVar = {
+        "text_field": "data",
+    }
 
     text_field: str = option("column of data files and hub datasets that holds the text", "text")
     text_subset: str | None = option("configuration of a hub dataset that has several", None)

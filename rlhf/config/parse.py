@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import datetime
+import functools
 import math
 import sys
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import yaml
 
@@ -15,7 +17,7 @@ from rlhf.base.cli import Parser
 from rlhf.base.errors import UserError, did_you_mean
 from rlhf.base.json_files import check_depth, check_digits, check_expanded, check_repeated
 from rlhf.base.text_files import read_text
-from rlhf.config.options import TrainingConfig
+from rlhf.config.options import HELP_GROUPS, TrainingConfig, option_groups
 from rlhf.config.shipped import find_config
 
 T = TypeVar("T")
@@ -77,7 +79,7 @@ def parse_config(config_type: type[T], argv: list[str] | None = None) -> T:
 
     All values go through the same argparse types, so `1e-4` is a float in YAML, too, whose own rules make it a text.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments = _with_new_names(config_type, list(sys.argv[1:] if argv is None else argv))
     from_files: list[str] = []
     name = ""
     while "--config" in arguments:
@@ -94,7 +96,7 @@ def parse_config(config_type: type[T], argv: list[str] | None = None) -> T:
         if not name and not any(word.split("=")[0] == "--name" for word in arguments):
             raise UserError("the run has no name: give --name NAME, or --config FOLDER/FILE, whose folder names it")
         from_files.insert(0, f"--name={name}")  # the files' own name comes after it, and wins
-    config, *rest = _parser(config_type).parse_args_into_dataclasses(
+    config, *rest = options_parser(config_type).parse_args_into_dataclasses(
         from_files + arguments, return_remaining_strings=True
     )
     if rest[-1]:
@@ -116,11 +118,33 @@ def _refuse_unknown(arguments: list[str], names: list[str]) -> None:
             raise UserError(f"unknown option --{name}{did_you_mean(name, names)}")
 
 
+def _with_new_names(config_type: Any, arguments: list[str]) -> list[str]:
+    """Return command-line words with options of an earlier name (`RENAMED` of the class) under today's, and print a note."""
+    for old, new in getattr(config_type, "RENAMED", {}).items():
+        for at, word in enumerate(arguments):
+            name, equals, value = word.partition("=")
+            if name.replace("-", "_") == f"__{old}":
+                _note(f"--{old} is called --{new} now")
+                arguments[at] = f"--{new}{equals}{value}"
+    return arguments
+
+
+@functools.cache  # a command may read its options twice: before slow imports, and after them
+def _note(message: str) -> None:
+    print(f"note: {message}", file=sys.stderr)
+
+
 def _as_arguments(config_type: type, values: dict[str, Any], source: str) -> list[str]:
     """Return a mapping as command-line words."""
     names = [f.name for f in dataclasses.fields(config_type)]
+    renamed = getattr(config_type, "RENAMED", {})
     words: list[str] = []
     for key, value in values.items():
+        if key in renamed:
+            if renamed[key] in values:
+                raise UserError(f"{source}: {key} is an earlier name of {renamed[key]}; leave one out")
+            _note(f"{source}: {key} is called {renamed[key]} now")
+            key = renamed[key]
         if key not in names:
             raise UserError(f"{source}: unknown key '{key}'{did_you_mean(str(key), names)}")
         if value is None:
@@ -132,10 +156,30 @@ def _as_arguments(config_type: type, values: dict[str, Any], source: str) -> lis
     return words
 
 
-def _parser(config_type: Any) -> Any:
+def options_parser(config_type: Any, **options: Any) -> Any:
+    """Return a parser whose options are the fields of a dataclass, in the groups of `option_groups`."""
     from transformers import HfArgumentParser  # slow to import: only when a command really parses
+
+    groups = option_groups(config_type)
 
     class OptionsParser(Parser, HfArgumentParser):
         """A parser whose options are the fields of a dataclass."""
 
-    return OptionsParser(config_type, description=config_type.__doc__)
+        def _parse_dataclass_field(self, parser: Any, field: Any) -> None:  # type: ignore[override]
+            HfArgumentParser._parse_dataclass_field(cast(Any, self.groups[groups[field.name]]), field)
+
+        def _add_dataclass_arguments(self, dtype: Any) -> None:
+            self.groups = {title: self.add_argument_group(title) for title in HELP_GROUPS}
+            super()._add_dataclass_arguments(dtype)
+
+    parser = OptionsParser(
+        config_type,
+        **{"usage": "%(prog)s [--config FILE] [--option value ...]", "description": config_type.__doc__, **options},
+    )
+    # `parse_config` reads the file itself; without a default the option leaves nothing behind.
+    help = "YAML file of options; the command line wins"
+    parser.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help=help)
+    for action in parser._actions:
+        if isinstance(action, argparse._StoreFalseAction):  # --no_NAME says what --NAME false says
+            action.help = argparse.SUPPRESS
+    return parser

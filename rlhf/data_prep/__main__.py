@@ -1,6 +1,6 @@
-"""`python -m rlhf.data_prep --config FILE`: prepares data; without a file the demo's, with `--output_dir DIR`.
+"""`rlhf data --config FILE`: prepares data; without a file the demo's, with `--output_dir DIR`.
 
-`python -m rlhf.data_prep show --config FILE --n 5`: rows as the model will see them.
+`rlhf data show --config FILE --n 5`: rows as the model will see them.
 """
 
 from __future__ import annotations

@@ -191,9 +191,7 @@ def _read(path: str, split: str, kind: Kind) -> _Raw:
     if looks_local(path):
         siblings = [str(p) for p in place.parent.iterdir()] if place.parent.is_dir() else []
         near = did_you_mean(str(place), siblings)
-        raise UserError(
-            f"no data at {path}{near}; the demo's data is made with: python -m rlhf.data_prep --output_dir FOLDER"
-        )
+        raise UserError(f"no data at {path}{near}; the demo's data is made with: rlhf data --output_dir FOLDER")
     return _read_hub(path, split)
 
 
@@ -221,7 +219,7 @@ def _read_file(file: Path) -> list[Line]:
 
 
 def _refusal(line: Line, reason: object) -> UserError:
-    return UserError(f"{line.file}, row {line.number}: {reason}; python -m rlhf.data_prep leaves bad rows out")
+    return UserError(f"{line.file}, row {line.number}: {reason}; rlhf data leaves bad rows out")
 
 
 def _read_hub(name: str, split: str) -> _Raw:

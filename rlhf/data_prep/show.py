@@ -1,4 +1,4 @@
-"""`python -m rlhf.data_prep show --config FILE --n 5`: rows as the model will see them, with trained tokens marked.
+"""`rlhf data show --config FILE --n 5`: rows as the model will see them, with trained tokens marked.
 
 FILE is a recipe (`data.yaml`, with its `output_dir`, `tokenizer` and `chat_template`) or a stage's file (`sft.yaml`, with
 `dataset`, `model_name_or_path` and `chat_template`). Every row is encoded as the stages encode it and decoded back.

@@ -1,6 +1,6 @@
-"""`python -m rlhf.doctor RUN`: diagnosis of a run; exit code 0 for no findings, 1 for findings, 2 for a user's error.
+"""`rlhf doctor RUN`: diagnosis of a run; exit code 0 for no findings, 1 for findings, 2 for a user's error.
 
-`python -m rlhf.doctor preflight --config FILE`: checks of a run before it starts.
+`rlhf doctor preflight --config FILE`: checks of a run before it starts.
 """
 
 from __future__ import annotations

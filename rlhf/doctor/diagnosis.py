@@ -138,7 +138,10 @@ def print_diagnoses(diagnoses: Sequence[Diagnosis]) -> None:
 
 def main(words: Sequence[str]) -> int:
     """Print the diagnosis of `RUN [--registry FOLDER]`; return the exit code, 0 if nothing was found, else 1."""
-    parser = Parser(description="Find out from its logs what went wrong in a run.")
+    parser = Parser(
+        description="Find out from its logs what went wrong in a run.",
+        epilog="Before a run: rlhf doctor preflight --config FILE",
+    )
     parser.add_argument(
         "run", help="folder of a run or of one of its stages, or an artefact: ppo/NAME, ppo/NAME@VERSION"
     )

@@ -1,4 +1,4 @@
-"""`python -m rlhf.evaluation --models sft/A ppo/B --prompts DATA`; its output is described in `rlhf.evaluation.compare`."""
+"""`rlhf evaluate --models sft/A ppo/B --dataset DATA`; its output is described in `rlhf.evaluation.compare`."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ class Bench:
             kind_of(name).check(name, self.registry)
         reference = self.comparison.reference
         self.tokenizer = load_tokenizer(str(reference.path))
-        data, _ = writable(load_rows(config.prompts, config.split, kind="prompts"), self.tokenizer)
+        data, _ = writable(load_rows(config.dataset, config.split, kind="prompts"), self.tokenizer)
         self.fingerprint = data.fingerprint
         self.rows = data.rows.select(range(min(config.num_prompts, len(data.rows)))).to_list()
         self.prompts = [encode_prompt(self.tokenizer, row["prompt"]) for row in self.rows]  # token ids (P, ...)

@@ -1,4 +1,4 @@
-"""Comparison of policies: `python -m rlhf.evaluation --models sft/A ppo/B ppo/C --prompts DATA`
+"""Comparison of policies: `rlhf evaluate --models sft/A ppo/B ppo/C --dataset DATA`
 
 Writes two files into `output_dir`, for readers and for other programs. A *figure* is `{"value", "low", "high"}` with a 95%
 bootstrap interval over prompts, `low` and `high` null where there is a single prompt, or null in place of all three where
@@ -120,7 +120,7 @@ def _setting(bench: Bench, broken: list[str]) -> Figures:
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "code_commit": code_commit(),
         "config": redact(dataclasses.asdict(c)),
-        "prompts": {"source": c.prompts, "split": c.split, "count": len(bench.rows), "fingerprint": bench.fingerprint},
+        "prompts": {"source": c.dataset, "split": c.split, "count": len(bench.rows), "fingerprint": bench.fingerprint},
         "sampling": {
             "samples_per_prompt": c.samples_per_prompt,
             "temperature": c.temperature,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from rlhf.base.errors import require
 from rlhf.config import CHECKS, ComputeConfig, option, require_above_zero, require_at_least
@@ -11,6 +12,12 @@ from rlhf.config import CHECKS, ComputeConfig, option, require_above_zero, requi
 @dataclass(kw_only=True)
 class GenerationConfig(ComputeConfig):
     """Models, and the sampling of their answers."""
+
+    GROUPS: ClassVar = {
+        "model": "model",
+        "system": "sampling",
+        "reward": "reward",
+    }
 
     model: str | None = option(
         "the model: an artefact (pretrain/NAME, sft/NAME, ppo/NAME), a folder or a hub name", None
@@ -65,11 +72,21 @@ class GenerationConfig(ComputeConfig):
 class GenerateConfig(GenerationConfig):
     """Answers to prompts, shown as they come or written to a file."""
 
+    RENAMED: ClassVar = {"prompts": "dataset"}
+    GROUPS: ClassVar = {
+        "prompt": "data",
+        "samples_per_prompt": "sampling",
+        "check": "evaluation",
+        "per_device_eval_batch_size": "computing",
+    }
+
     prompt: list[str] = field(
-        default_factory=list, metadata={"help": "texts to answer; without prompt and prompts, all of standard input"}
+        default_factory=list, metadata={"help": "texts to answer; without prompt and dataset, all of standard input"}
     )
-    prompts: str | None = option(
-        "file of prompts: .txt, one a line, or .jsonl, .json, .csv, .parquet with a column prompt or messages", None
+    dataset: str | None = option(
+        "prompts to answer: a .txt file, one a line; a .jsonl, .json, .csv or .parquet file with a column prompt or "
+        "messages; or a folder made by rlhf data, of which the held-out prompts are taken",
+        None,
     )
     output: str | None = option("file for the answers, JSON lines; default: standard output, as text", None)
     samples_per_prompt: int = option("answers to each prompt", 1)
@@ -82,10 +99,10 @@ class GenerateConfig(GenerationConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(not (self.prompt and self.prompts), "give the prompts once: --prompt TEXT, or --prompts FILE")
+        require(not (self.prompt and self.dataset), "give the prompts once: --prompt TEXT, or --dataset FILE")
         require(
-            self.check is None or (self.check in CHECKS and self.prompts is not None),
-            f"check is one of {', '.join(CHECKS)}, and needs --prompts FILE with a column reference",
+            self.check is None or (self.check in CHECKS and self.dataset is not None),
+            f"check is one of {', '.join(CHECKS)}, and needs --dataset FILE with a column reference",
         )
         require_at_least(1, self, "samples_per_prompt", "per_device_eval_batch_size")
 
@@ -93,6 +110,11 @@ class GenerateConfig(GenerationConfig):
 @dataclass(kw_only=True)
 class ChatConfig(GenerationConfig):
     """A conversation, at a terminal or through a pipe, a line a turn."""
+
+    GROUPS: ClassVar = {
+        "history_tokens": "sampling",
+        "load": "places and checkpoints",
+    }
 
     history_tokens: int | None = option(
         "longest history with the new question, tokens: the oldest turns are left out, the system prompt never; default: "

@@ -20,6 +20,7 @@ from rlhf.base.errors import UserError, run_command
 from rlhf.base.text_files import text_lines
 from rlhf.config import parse_config
 from rlhf.data_prep.formats.rows import Row
+from rlhf.data_prep.load import load_rows
 from rlhf.evaluation.checks import Figure, make_check, read_rows
 from rlhf.generation.chat_model import ChatModel, open_models, open_reward, scores
 from rlhf.generation.config import GenerateConfig
@@ -71,7 +72,7 @@ def run(config: GenerateConfig) -> None:
         if file.exists():
             raise UserError(f"{file} exists already; give another --output")
     rows = _prompts(config)
-    check = make_check(Path(str(config.prompts)), config.check, rows) if config.check else None
+    check = make_check(Path(str(config.dataset)), config.check, rows) if config.check else None
     compute = Compute.choose(config)
     models = open_models(config, compute)
     prompts = [_encoded(model, rows) for model in models]
@@ -89,7 +90,7 @@ def _report(config: GenerateConfig, output: Path | None, models: dict[str, dict[
         for name, figure in figures.items():
             print(f"{model} {name}: {_figure(figure)}", file=sys.stderr)
     if output is not None:
-        content = {"check": config.check, "prompts": config.prompts, "models": models}
+        content = {"check": config.check, "prompts": config.dataset, "models": models}
         _figures_file(output).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -108,15 +109,17 @@ def _figure(figure: Any) -> str:
 def _prompts(config: GenerateConfig) -> list[Row]:
     """Return rows with a `prompt` of messages."""
     rows: list[Row]
-    if config.prompts is None:
+    if config.dataset is None:
         if not config.prompt and sys.stdin.isatty():
-            raise UserError("no prompt: give --prompt TEXT or --prompts FILE, or pipe a text in")
+            raise UserError("no prompt: give --prompt TEXT or --dataset FILE, or pipe a text in")
         texts = config.prompt or [read_input(sys.stdin.read).strip()]
         rows = [{"prompt": [{"role": "user", "content": text}]} for text in texts]
-    elif config.prompts.endswith(".txt"):
-        rows = [{"prompt": [{"role": "user", "content": line}]} for line in _lines(Path(config.prompts))]
+    elif config.dataset.endswith(".txt"):
+        rows = [{"prompt": [{"role": "user", "content": line}]} for line in _lines(Path(config.dataset))]
+    elif Path(config.dataset).is_dir():
+        rows = load_rows(config.dataset, "validation", kind="prompts").rows.to_list()
     else:
-        rows = read_rows(Path(config.prompts))
+        rows = read_rows(Path(config.dataset))
     if config.system:
         first = {"role": "system", "content": config.system}
         rows = [r if r["prompt"][0]["role"] == "system" else {**r, "prompt": [first, *r["prompt"]]} for r in rows]

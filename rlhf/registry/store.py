@@ -351,9 +351,9 @@ class Registry:
     def _command(self, reference: Reference | Artifact) -> str:
         """Return the command that makes an artefact of this stage and name in this registry."""
         if reference.stage == "data":
-            return "python -m rlhf.data_prep"
+            return "rlhf data"
         place = "" if self.root == Path("registry") else f" --registry {shlex.quote(str(self.root))}"
-        return f"python -m rlhf.stages.{reference.stage} --name {reference.name}{place}"
+        return f"rlhf {reference.stage} --name {reference.name}{place}"
 
 
 def _empty(folder: Path) -> None:

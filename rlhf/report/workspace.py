@@ -1,4 +1,4 @@
-"""A saved W&B workspace in which runs are compared: `python -m rlhf.tracking dashboard --project NAME`
+"""A saved W&B workspace in which runs are compared: `rlhf tracking dashboard --project NAME`
 
 It has panels for every metric over axes that mean the same in each run, the reward model's report card, the reward-KL frontier,
 and the samples. Runs are grouped by pipeline and stage.

@@ -1,4 +1,4 @@
-"""The command line of the registry: `python -m rlhf.registry list | show REF | verify [REF] | delete REF | ...`"""
+"""The command line of the registry: `rlhf registry list | show REF | verify [REF] | delete REF | ...`"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Export of artefacts to folders that transformers or peft opens without this package: `python -m rlhf.registry export`
+"""Export of artefacts to folders that transformers or peft opens without this package: `rlhf registry export`
 
 The form `merged` holds the whole model: the base with the adapters of the SFT policy and of the artefact merged in. The form
 `adapter` holds one adapter on the *base model*. An artefact's own adapter is one on its SFT policy; as both add a low-rank

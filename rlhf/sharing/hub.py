@@ -1,4 +1,4 @@
-"""Copies of artefacts in other places: `python -m rlhf.registry push REF PLACE` and `pull REF PLACE`.
+"""Copies of artefacts in other places: `rlhf registry push REF PLACE` and `pull REF PLACE`.
 
 A place is a folder (a network share, a disk), a repository of the Hugging Face hub (`hf:OWNER/NAME`, created as private), or
 a W&B project (`wandb:ENTITY/PROJECT`). A push copies the artefact and all its ancestors as in the registry, `STAGE/NAME/vN`

@@ -1,4 +1,4 @@
-"""Replay of an artefact from its manifest, compared with the original: `python -m rlhf.registry reproduce REF`
+"""Replay of an artefact from its manifest, compared with the original: `rlhf registry reproduce REF`
 
 The replay uses the recorded options, data and copies of the recorded parents, in a registry of its own. On the same machine
 with the same libraries it gives the same bytes. With `--ancestors` each ancestor is replayed from its recorded parents, too:

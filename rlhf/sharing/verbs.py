@@ -1,4 +1,4 @@
-"""The verbs of `python -m rlhf.registry`; each prints to the console, and raises `UserError` if it fails."""
+"""The verbs of `rlhf registry`; each prints to the console, and raises `UserError` if it fails."""
 
 from __future__ import annotations
 

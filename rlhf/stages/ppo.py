@@ -1,4 +1,4 @@
-"""Stage 3: PPO against the reward model. `python -m rlhf.stages.ppo --config FILE --policy sft/NAME --reward reward/NAME`
+"""Stage 3: PPO against the reward model. `rlhf ppo --config FILE --policy sft/NAME --reward reward/NAME`
 
 One frozen base (the SFT policy) with policy, reward and value adapters; the reference is the base with adapters off.
 Registers the policy adapter as ppo/NAME.
@@ -205,7 +205,7 @@ def check_same_policy(policy: Artifact, reward: Artifact) -> None:
         raise UserError(
             f"{reward.reference} was trained on {parent.stage}/{parent.name}@{parent.version}, not on {policy.reference}; "
             f"use --policy {parent.stage}/{parent.name}@{parent.version}, or train a reward model on {policy.reference}: "
-            f"python -m rlhf.stages.reward --policy {policy.reference}"
+            f"rlhf reward --policy {policy.reference}"
         )
 
 

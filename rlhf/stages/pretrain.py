@@ -1,4 +1,4 @@
-"""Before stage 1: a new tokenizer and model from plain text. `python -m rlhf.stages.pretrain --config FILE`
+"""Before stage 1: a new tokenizer and model from plain text. `rlhf pretrain --config FILE`
 
 A byte-level BPE tokenizer, then a GPT-2- or Llama-shaped model on the packed text, with held-out perplexity, bits per
 character and sampled texts on the way. The checkpoint with the lowest held-out loss is registered with the tokenizer as

@@ -1,4 +1,4 @@
-"""Stage 2: a reward model on the SFT policy. `python -m rlhf.stages.reward --config FILE --policy sft/NAME`
+"""Stage 2: a reward model on the SFT policy. `rlhf reward --config FILE --policy sft/NAME`
 
 An adapter and a score head on the merged SFT policy (or all of its weights) learn from rankings of K responses a prompt.
 The saved model is loaded again and must score as it did in memory; it gets its zero, its unit and its report card, and is

@@ -1,4 +1,4 @@
-"""Stage 1: supervised fine-tuning on demonstrations. `python -m rlhf.stages.sft --config FILE`
+"""Stage 1: supervised fine-tuning on demonstrations. `rlhf sft --config FILE`
 
 Loss on the answers only, an adapter on every linear layer, 8-bit AdamW, evaluation before and after. The checkpoint with
 the best held-out loss, or the best score by a reward model, is registered as sft/NAME.

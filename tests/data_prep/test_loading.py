@@ -318,7 +318,7 @@ def test_missing_data_names_the_nearest(tmp_path: Path) -> None:
     file = write(tmp_path, [{"prompt": "p"}], "prompts/train.jsonl")
     with pytest.raises(UserError, match=r"no data at .*trian.jsonl \(did you mean '.*train.jsonl'\?\)"):
         load_rows(file.with_name("trian.jsonl"), "train", kind="prompts")
-    with pytest.raises(UserError, match=r"no data at outputs/demo/data.*made with: python -m rlhf.data_prep"):
+    with pytest.raises(UserError, match=r"no data at outputs/demo/data.*made with: rlhf data"):
         load_rows("outputs/demo/data-that-is-not-there", "train", kind="prompts")
     with pytest.raises(
         UserError,

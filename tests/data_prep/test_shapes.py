@@ -205,7 +205,7 @@ def test_documented_forms(
         ({"prompt": "Tea?", "reply_x": "a", "reply_y": "b", "winner": "x"}, Malformed, "'winner' compares answers that are not"),
         ({"prompt": "p", "answer1": "a", "answer2": "b", "answer3": "c", "label": 2}, Malformed, "a label beside 3 numbered"),
         ({"segments": [{"label": True, "text": "a"}]}, UserError, "Axolotl's input_output"),
-        ({"text": "a"}, UserError, "plain text is read by python -m rlhf.stages.pretrain"),
+        ({"text": "a"}, UserError, "plain text is read by rlhf pretrain"),
     ],
 )  # fmt: skip
 def test_forms_that_cannot_be_used(row: dict[str, Any], error: type[Exception], message: str) -> None:

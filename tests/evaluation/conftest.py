@@ -29,4 +29,4 @@ def world(tmp_path_factory: pytest.TempPathFactory, toy_config: Path, finished: 
     sizes = ("--total_episodes", 32, "--snapshot_steps", 1, "--name", "snaps", "--output_dir", run)
     words = ("--config", toy_config / "ppo.yaml", *place, *sizes)
     ppo.run(parse_config(PPOConfig, list(map(str, words))))
-    return World(registry, run, prompts, tuple(map(str, (*place, "--prompts", prompts, *SIZES))))
+    return World(registry, run, prompts, tuple(map(str, (*place, "--dataset", prompts, *SIZES))))

@@ -41,7 +41,7 @@ def registry(tmp_path: Path) -> Registry:
 
 
 def compared(registry: Registry, *models: str, **options: Any) -> Comparison:
-    return gather(EvaluationConfig(models=list(models), prompts="p", registry=str(registry.root), **options), registry)
+    return gather(EvaluationConfig(models=list(models), dataset="p", registry=str(registry.root), **options), registry)
 
 
 def test_reference_baseline_and_reward_come_from_the_policies(registry: Registry) -> None:

@@ -224,7 +224,7 @@ def test_checks_stand_beside_score_and_kl(
     names = {f"check/films/{name}" for name in ("bleu", "chrf")}
     for line in found["models"]:
         assert names < set(line["figures"]) and {"score", "kl"} < set(line["figures"])
-        words = ["--model", line["name"], "--prompts", file, "--check", "translation"]
+        words = ["--model", line["name"], "--dataset", file, "--check", "translation"]
         said = call("rlhf.generation.generate", *words, *place).err
         for name in names:
             value = line["figures"][name]["value"]
@@ -296,7 +296,7 @@ def test_prompts_that_were_trained_on_are_marked(world: World, toy_data: Path, t
     words = (
         "--split",
         "train",
-        "--prompts",
+        "--dataset",
         toy_data,
         "--best_of",
         0,

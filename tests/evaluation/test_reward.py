@@ -68,7 +68,7 @@ def test_the_card_is_of_the_registered_model(
     """Scores of the model before training, raw for normalised, or listed beside other texts. The oracle scores the texts
     of scores.jsonl one by one with the registered model, and counts the pairs by a double loop."""
     registry = Registry(finished[0])
-    options = RewardCardConfig(model="reward/toy", data=str(toy_data), device="cpu")
+    options = RewardCardConfig(model="reward/toy", dataset=str(toy_data), device="cpu")
     scorer = open_scorer(registry.get("reward/toy"), registry, options, Compute.choose(options), 1)
     prompts = [[{"role": "user", "content": line["prompt"]}] for line in lines]
     alone = scorer([scorer.encode(p, line["response"]) for p, line in zip(prompts, lines, strict=True)])
@@ -158,7 +158,7 @@ def test_the_command_judges_a_registered_model(
     (data / "comparisons").mkdir(parents=True)
     for split in ("train", "validation"):
         shutil.copy(toy_data / "comparisons" / "validation.jsonl", data / "comparisons" / f"{split}.jsonl")
-    words = ["--model", "reward/toy", "--data", data, "--registry", finished[0], "--output_dir", tmp_path]
+    words = ["--model", "reward/toy", "--dataset", data, "--registry", finished[0], "--output_dir", tmp_path]
     sizes = [
         "--response_length",
         8,

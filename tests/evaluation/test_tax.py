@@ -30,7 +30,7 @@ def test_perplexity_is_of_tokens_and_not_of_texts(toy_base: Callable[[str], Path
     file.write_text("The film is great\n\nbad\n\n\n\nThis movie was not very funny but good\n")
     rows = text_windows(tokenizer, file)
     assert len(rows) == 3
-    options = RewardCardConfig(model="", data="", device="cpu", dtype="float32")
+    options = RewardCardConfig(model="", dataset="", device="cpu", dtype="float32")
     model = load_base(str(toy_base("llama")), options, CPU)
     means = text_logprobs(model, rows, pad_token_id=int(tokenizer.pad_token_id), compute=CPU, batch_size=2)
     plain = AutoModelForCausalLM.from_pretrained(toy_base("llama")).eval()
@@ -85,7 +85,7 @@ def test_a_task_of_a_local_file(toy_base: Callable[[str], Path], task: Path) -> 
     choice with the higher log-likelihood by transformers alone."""
     pytest.importorskip("lm_eval")
     tokenizer = load_tokenizer(str(toy_base("llama")), chat_template="chatml")
-    options = RewardCardConfig(model="", data="", device="cpu", dtype="float32")
+    options = RewardCardConfig(model="", dataset="", device="cpu", dtype="float32")
     model = load_base(str(toy_base("llama")), options, CPU)
     found = Tasks(["toy_sentiment"], str(task), None)(model, tokenizer, 2, 0)
     plain = AutoModelForCausalLM.from_pretrained(toy_base("llama")).eval()

@@ -68,7 +68,7 @@ def test_the_second_answer_knows_the_first_turn(
     assert said.out.split() == [word for m in talk if m["role"] == "assistant" for word in m["content"].split()]
     asked = tmp_path / "asked.jsonl"
     asked.write_text(json.dumps({"prompt": talk[:4]}) + "\n")
-    again = call("rlhf.generation.generate", *words, "--prompts", asked)
+    again = call("rlhf.generation.generate", *words, "--dataset", asked)
     assert again.out.split() == talk[4]["content"].split()
 
 

@@ -87,7 +87,7 @@ def test_a_file_of_prompts_becomes_lines(place: list[str], call: Caller, tmp_pat
     """Answers that depend on the batch that they were made in; a sample that repeats another; a score of another answer."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text(f"{ASK}\n\nA\nOf the plot and the acting\n")
-    words = ["--model", "ppo/toy", "--prompts", prompts, "--samples_per_prompt", "2", "--response_length", "10"]
+    words = ["--model", "ppo/toy", "--dataset", prompts, "--samples_per_prompt", "2", "--response_length", "10"]
     words += ["--reward", "judged:toy_reward", *place]
     for size in (1, 4):
         assert (
@@ -176,9 +176,9 @@ def test_figures_of_a_check(place: list[str], call: Caller, tmp_path: Path) -> N
     said = call(MODULE, "--model", "ppo/toy", "--prompt", ASK, *GREEDY, *place).out.strip()
     rows = [{"prompt": ASK, "reference": said or "x"}, {"prompt": "A", "reference": "nothing of the kind"}]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    checked = call(MODULE, "--model", "ppo/toy", "--prompts", file, "--check", "question_answering", *GREEDY, *place)
+    checked = call(MODULE, "--model", "ppo/toy", "--dataset", file, "--check", "question_answering", *GREEDY, *place)
     assert "ppo/toy@1 exact_match: 0.500" in checked.err
-    words = ["--prompts", file, "--check", "question_answering", "--output", tmp_path / "said.jsonl", *GREEDY, *place]
+    words = ["--dataset", file, "--check", "question_answering", "--output", tmp_path / "said.jsonl", *GREEDY, *place]
     assert call(MODULE, "--model", "ppo/toy", *words).code == 0
     kept = json.loads((tmp_path / "said.check.json").read_text())
     assert kept["check"] == "question_answering" and kept["models"]["ppo/toy@1"]["exact_match"]["value"] == 0.5
@@ -195,7 +195,7 @@ def test_figures_of_a_check(place: list[str], call: Caller, tmp_path: Path) -> N
         (["--model", "reward/toy", "--prompt", "A"], "writes no text"),
         (["--model", "ppo/toy", "--prompt", " "], "prompt 1: the prompt is empty"),
         (["--model", "ppo/toy", "--prompt", "film " * 300], "context of 256 tokens"),
-        (["--model", "ppo/toy", "--prompts", "none.jsonl"], "no file none.jsonl"),
+        (["--model", "ppo/toy", "--dataset", "none.jsonl"], "no file none.jsonl"),
         (["--model", "ppo/toy", "--prompt", "A", "--top_p", "0"], "top_p"),
         (["--model", "ppo/toy", "--prompt", "A", "--check", "summary"], "check is one of"),
     ],
@@ -231,7 +231,7 @@ def test_prompts_that_are_no_text(tmp_path: Path, name: str, content: bytes, mes
     """Catches: a traceback of a tokenizer or of the file of answers, and a line without the place."""
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError) as error:
-        _prompts(GenerateConfig(model=["x"], prompts=str(tmp_path / name)))
+        _prompts(GenerateConfig(model=["x"], dataset=str(tmp_path / name)))
     assert message in str(error.value)
 
 
@@ -239,7 +239,7 @@ def test_prompts_in_a_table(tmp_path: Path) -> None:
     """Catches: a prompt cut at a newline in its cell, and a mark in the name of the first column."""
     file = tmp_path / "p.csv"
     file.write_bytes('\ufeffprompt,id\r\n"one\ntwo ""2""\u2028",1\r\nthree,2\r\n'.encode())
-    rows = _prompts(GenerateConfig(model=["x"], prompts=str(file)))
+    rows = _prompts(GenerateConfig(model=["x"], dataset=str(file)))
     assert [row["prompt"][0]["content"] for row in rows] == ['one\ntwo "2"\u2028', "three"]
 
 

@@ -438,7 +438,7 @@ def test_any_flipped_byte_is_detected(registry: Registry) -> None:
         good = file.read_bytes()
         at = generator.randrange(len(good))
         file.write_bytes(good[:at] + bytes([good[at] ^ generator.randrange(1, 256)]) + good[at + 1 :])
-        with pytest.raises(UserError, match=r"python -m rlhf\.stages\.sft --name demo") as caught:
+        with pytest.raises(UserError, match=r"rlhf sft --name demo") as caught:
             registry.get("sft/demo")
         assert file.relative_to(artifact.path).as_posix() in str(caught.value)
         assert registry.find("sft", "demo", "r1") is None
@@ -512,8 +512,8 @@ def test_parents_are_verified(registry: Registry, harm: Callable[[Artifact], Non
     for child in (reward, ppo):
         with pytest.raises(UserError, match=f"{child.reference} needs its parent sft/demo@1: .*{what}") as caught:
             registry.get(child.reference)
-        assert "python -m rlhf.stages.sft --name demo" in str(caught.value)
-        assert f"python -m rlhf.stages.{child.stage} --name demo" in str(caught.value)
+        assert "rlhf sft --name demo" in str(caught.value)
+        assert f"rlhf {child.stage} --name demo" in str(caught.value)
     assert registry.get("reward/demo", verify_parents=False) == reward
     assert registry.find("ppo", "demo", "r1") is None
 
@@ -537,7 +537,7 @@ def test_missing_artefact_names_the_nearest_and_the_command(registry: Registry) 
         registry.get("sft/demo")
     assert str(caught.value) == (
         f"no artefact 'sft/demo' in registry {registry.root} (did you mean 'sft/dem'?); "
-        f"make it with: python -m rlhf.stages.sft --name demo --registry {registry.root}"
+        f"make it with: rlhf sft --name demo --registry {registry.root}"
     )
 
 

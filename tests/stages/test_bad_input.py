@@ -258,8 +258,8 @@ def write_data(folder: Path, kind: str, rows: list[dict[str, str]]) -> None:
 @pytest.mark.parametrize(
     "stage, options, maker",
     [
-        ("reward", {}, "python -m rlhf.stages.sft --name toy"),
-        ("ppo", {}, "python -m rlhf.stages.sft --name toy"),
+        ("reward", {}, "rlhf sft --name toy"),
+        ("ppo", {}, "rlhf sft --name toy"),
     ],
 )
 def test_missing_parent_in_an_empty_registry(place: Place, stage: str, options: dict[str, str], maker: str) -> None:
@@ -271,8 +271,8 @@ def test_missing_parent_in_an_empty_registry(place: Place, stage: str, options: 
 @pytest.mark.parametrize(
     "options, maker",
     [
-        ({"reward": "reward/tox"}, "python -m rlhf.stages.reward --name tox"),
-        ({"policy": "sft/toy@7"}, "python -m rlhf.stages.sft --name toy"),
+        ({"reward": "reward/tox"}, "rlhf reward --name tox"),
+        ({"policy": "sft/toy@7"}, "rlhf sft --name toy"),
     ],
 )
 def test_missing_parent_beside_others(full: Place, options: dict[str, str], maker: str) -> None:
@@ -292,7 +292,7 @@ def test_reward_model_of_another_policy(full: Place) -> None:
     assert full.run("sft", name="other", seed=1, max_steps=2).code == 0
     complaint = full.refused("ppo", policy="sft/other")
     assert "--policy sft/toy@1" in complaint
-    assert "python -m rlhf.stages.reward --policy sft/other@1" in complaint
+    assert "rlhf reward --policy sft/other@1" in complaint
 
 
 def test_policy_trained_again_after_the_reward_model(full: Place) -> None:
@@ -316,13 +316,13 @@ def test_corrupt_parent(full: Place, stage: str, spoiled: str, file: str) -> Non
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     complaint = full.refused(stage)
-    assert f"{file} is corrupt" in complaint and f"python -m rlhf.stages.{spoiled} --name toy" in complaint
+    assert f"{file} is corrupt" in complaint and f"rlhf {spoiled} --name toy" in complaint
 
 
 def test_parent_without_its_manifest(full: Place) -> None:
     """A half-written artefact, manifest not there yet, must not be taken for a whole one."""
     (full.registry / "reward" / "toy" / "v1" / "manifest.json").unlink()
-    assert "python -m rlhf.stages.reward --name toy" in full.refused("ppo")
+    assert "rlhf reward --name toy" in full.refused("ppo")
 
 
 def test_model_folder_that_does_not_exist(place: Place, tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def test_a_base_that_was_swapped_is_noticed_by_all_that_comes_later(shelf: Shelf
     later = {
         "reward": shelf.run("reward"),
         "generate": shelf.call(
-            *("rlhf.generation.generate", "--model", "sft/toy", "--prompts", prompts),
+            *("rlhf.generation.generate", "--model", "sft/toy", "--dataset", prompts),
             *("--output", tmp_path / "answers.jsonl", *registry),
         ),
         "merged": shelf.call("rlhf.sharing", "export", "sft/toy", tmp_path / "merged", *registry),

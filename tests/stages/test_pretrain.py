@@ -224,7 +224,7 @@ def test_chain_from_text_to_ppo(
     asked = (
         "--checks",
         f"question_answering={tmp_path / 'asked.jsonl'}",
-        "--prompts",
+        "--dataset",
         toy_data,
         "--output_dir",
         tmp_path / "o",
@@ -316,4 +316,4 @@ def test_base_that_is_not_registered(place: Place, toy_data: Path, call: Caller)
         "--registry",
         place.registry,
     ).complaint
-    assert "did you mean 'pretrain/mini'" in complaint and "python -m rlhf.stages.pretrain --name minni" in complaint
+    assert "did you mean 'pretrain/mini'" in complaint and "rlhf pretrain --name minni" in complaint

@@ -106,7 +106,7 @@ READERS: dict[str, Reader] = {
 #: Columns of documented formats that no stage here can use, and what they are.
 _HINTS = {
     "segments": "texts with masks of their own, Axolotl's input_output: give messages, whose last answer is trained",
-    "text": "plain text is read by python -m rlhf.stages.pretrain",
+    "text": "plain text is read by rlhf pretrain",
     "data": "if it holds the turns of a conversation as texts: columns: {conversations: data} in data.yaml",
     "conversation": "if it holds messages: columns: {messages: conversation} in data.yaml",
     "overall_preference": "the first response is better below 0: columns: {prompt: context} in data.yaml reads it",

@@ -5,10 +5,19 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
+from rlhf.base.cli import RawHelpFormatter
 from rlhf.base.errors import UserError, did_you_mean, require
-from rlhf.config import build, option, parse_config, read_yaml, require_above_zero, require_at_least
+from rlhf.config import (
+    build,
+    option,
+    options_parser,
+    parse_config,
+    read_yaml,
+    require_above_zero,
+    require_at_least,
+)
 from rlhf.config.limits import require_below_one
 
 KINDS = ("demonstrations", "comparisons", "prompts")
@@ -62,6 +71,17 @@ class Source:
 @dataclass(kw_only=True)
 class Options:
     """Sources -> checked demonstrations, comparisons and prompts with a data card."""
+
+    GROUPS: ClassVar = {
+        "output_dir": "places and checkpoints",
+        "seed": "splits and stages",
+        "max_row_megabytes": "reading",
+        "clean": "cleaning",
+        "tokenizer": "lengths",
+        "similarity": "duplicates",
+        "preference_rule": "preferences",
+        "split_by": "splits and stages",
+    }
 
     output_dir: str = option("folder to make; a folder with the same recipe is left as it is", "outputs/data")
     seed: int = option("seed of the splits, the stages and every choice by hash; it has nothing to do with training", 0)
@@ -244,6 +264,8 @@ def _source(entry: Any, where: str) -> Source:
 
 def parse_recipe(argv: list[str]) -> AnyConfig:
     """Return the recipe of `--config FILE` and `--option value`, which wins. Sources stand in the file only."""
+    if {"-h", "--help"} & set(argv):
+        help_parser().parse_args(["--help"])
     files = [argv[i + 1] for i, word in enumerate(argv[:-1]) if word == "--config"]
     values = [read_yaml(file) for file in files]
     if not any("sources" in of_file for of_file in values):
@@ -259,6 +281,26 @@ def parse_recipe(argv: list[str]) -> AnyConfig:
         f.name: getattr(options, f.name) for f in dataclasses.fields(Options) if {f.name, f"no_{f.name}"} & names
     }
     return dataclasses.replace(with_sources, **changes)
+
+
+def help_parser() -> Any:
+    """Return the parser that shows the options of data sets and, below `--config`, the keys of a source."""
+    keys = options_parser(Source)
+    listed = [action for action in keys._actions if action.dest not in ("help", "config")]
+    for action in listed:
+        action.option_strings = [action.dest]
+    shown = keys._get_formatter()
+    shown.start_section("keys of a source, of which the file lists one or several under 'sources:'")
+    shown.add_arguments(listed)
+    shown.end_section()
+    return options_parser(
+        Options,
+        description="Prepare demonstrations, comparisons and prompts from files and hub datasets.\n\n"
+        "rlhf data --config data.yaml           make the folder output_dir, once\n"
+        "rlhf data show --config data.yaml      rows as the model will see them\n"
+        "rlhf data                              the demo's data (configs/demo/data.yaml)\n\n" + shown.format_help(),
+        formatter_class=RawHelpFormatter,
+    )
 
 
 def local(source: Source) -> Path | None:

@@ -1,4 +1,4 @@
-"""Preflight: checks before a long run. `python -m rlhf.doctor preflight --config FILE`
+"""Preflight: checks before a long run. `rlhf doctor preflight --config FILE`
 
 Each stage runs it by default once everything is built and before anything is trained (`--preflight false` leaves it out): a
 few rows go through the models, data sets, loss and sampler of the run. It draws its own random numbers and leaves weights,
@@ -18,7 +18,7 @@ from typing import Any
 from rlhf.base.errors import UserError, run_command
 from rlhf.config import PPOConfig, PretrainConfig, RewardConfig, SFTConfig, TrainingConfig, parse_config, read_yaml
 
-USAGE = "usage: python -m rlhf.doctor preflight --config FILE [--option value ...], FILE and options of a stage"
+USAGE = "usage: rlhf doctor preflight --config FILE [--option value ...], FILE and options of a stage"
 STAGES: dict[str, Any] = {"pretrain": PretrainConfig, "sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig}
 
 

@@ -1,6 +1,6 @@
 """The report card of a reward model: is it good, and good for PPO?
 
-`python -m rlhf.evaluation.reward --model reward/NAME --data FOLDER` judges a registered model on any comparisons and writes
+`rlhf card --model reward/NAME --dataset FOLDER` judges a registered model on any comparisons and writes
 `card.json`, `scores.jsonl` and `report.html`; the reward stage makes the same card on its own held-out comparisons.
 """
 
@@ -101,7 +101,7 @@ def _notes(rows: Dataset, judged: Judged) -> list[str]:
     if judged.held_out is None and several:
         notes.append(
             "no human ceiling: several raters rated these responses and none is held out; prepare the data with "
-            "held_out_raters (python -m rlhf.data_prep), or leave out the column 'ratings'"
+            "held_out_raters (rlhf data), or leave out the column 'ratings'"
         )
     if judged.seen is None:
         notes.append(
@@ -192,8 +192,8 @@ def run(config: RewardCardConfig) -> Card:
     artifact = registry.get(config.model, expect_stage="reward")
     if config.gold:
         load_function(config.gold)  # a misspelt name fails now, not at the end
-    comparisons = load_rows(config.data, "train", kind="comparisons")
-    validation = load_rows(config.data, "validation", kind="comparisons")
+    comparisons = load_rows(config.dataset, "train", kind="comparisons")
+    validation = load_rows(config.dataset, "validation", kind="comparisons")
     compute = Compute.choose(config)
     tokenizer = load_tokenizer(str(artifact.path))
     parent = next(p for p in artifact.manifest.parents if p.stage == "sft")
