@@ -9,12 +9,13 @@ from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.tree import Tree
 
 from rlhf.base.errors import UserError, did_you_mean
 from rlhf.registry import Registry
 from rlhf.registry.lineage import Difference, as_tree, children, difference, prunable, size
+from rlhf.registry.outcome import deciding_figure
 from rlhf.sharing.hub import open_place
 from rlhf.sharing.hub import pull as pull_from
 from rlhf.sharing.hub import push as push_to
@@ -25,15 +26,20 @@ Verb = Callable[[Registry, argparse.Namespace, Console], None]
 
 def print_list(registry: Registry, arguments: argparse.Namespace, console: Console) -> None:
     """Print a table of all versions, broken ones included."""
-    table = Table("artefact", "created", "kind", "base model", "made from", "state")
+    columns = ("made from", "base model", "created")
+    folded = [Column(name, overflow="fold", min_width=10) for name in columns]
+    table = Table(
+        Column("artefact", no_wrap=True), Column("figures", min_width=24), *folded, show_edge=False, pad_edge=False
+    )
     for reference in registry.references():
         line = registry.try_read(reference)
         if line.artifact is None:
-            table.add_row(str(reference), "", "", "", "", f"BROKEN: {line.problem}")
+            table.add_row(str(reference), f"BROKEN: {line.problem}")
             continue
         manifest = line.artifact.manifest
         parents = ", ".join(str(parent.reference) for parent in manifest.parents)
-        table.add_row(str(reference), manifest.created, manifest.kind, manifest.base_model, parents, "")
+        figure = deciding_figure(manifest.stage, manifest.metrics)
+        table.add_row(str(reference), figure, parents, manifest.base_model, manifest.created[:16].replace("T", " "))
     console.print(table if table.rows else f"registry {registry.root} is empty")
 
 

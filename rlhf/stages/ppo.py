@@ -44,6 +44,7 @@ from rlhf.reward.sources import AdapterReward, ModelReward, Reward, kind_of, ope
 from rlhf.run.memory import check_rollout_fits
 from rlhf.stages.callbacks import Callback, Update, call_back
 from rlhf.stages.data import add_dropped, describe_data, encode_demonstrations, load_splits, overlap, writable_sets
+from rlhf.stages.next_steps import print_next
 from rlhf.stages.run import Run, find_finished, open_run, preflight, stage_recipe
 
 #: Held-out prompts whose answers before and after are shown side by side.
@@ -345,7 +346,8 @@ def _figures(run: Run[PPOConfig], trainer: PPOTrainer, sft: PolicyEvaluation, pp
 
 def main() -> None:
     """Run the stage by its command line."""
-    run(parse_config(PPOConfig))
+    config = parse_config(PPOConfig)
+    print_next(run(config), config)
 
 
 if __name__ == "__main__":

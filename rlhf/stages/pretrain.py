@@ -36,6 +36,7 @@ from rlhf.registry import Artifact
 from rlhf.run.resumable import ResumableTrainer
 from rlhf.stages.callbacks import Callback
 from rlhf.stages.data import describe_data
+from rlhf.stages.next_steps import print_next
 from rlhf.stages.run import Run, find_finished, open_run, require_checks, require_one_process, stage_recipe
 from rlhf.stages.trainer import on_one_device, train, trainer_arguments
 
@@ -273,7 +274,8 @@ def out_of_patience(history: Sequence[Mapping[str, Any]], evaluations: int) -> b
 
 def main() -> None:
     """Run the stage by its command line."""
-    run(parse_config(PretrainConfig))
+    config = parse_config(PretrainConfig)
+    print_next(run(config), config)
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ from rlhf.reward.scorer import Scorer
 from rlhf.run import checkpoint
 from rlhf.stages.callbacks import Callback
 from rlhf.stages.data import add_dropped, describe_data, load_splits, overlap, writable_sets
+from rlhf.stages.next_steps import print_next
 from rlhf.stages.normalization import NormalizingRows, normalization, normalizing_data, normalizing_rows
 from rlhf.stages.run import Run, find_finished, open_run, preflight, require_one_process, stage_recipe
 from rlhf.stages.trainer import on_one_device, train, trainer_arguments
@@ -260,7 +261,8 @@ def judge_and_publish(
 
 def main() -> None:
     """Run the stage by its command line."""
-    run(parse_config(RewardConfig))
+    config = parse_config(RewardConfig)
+    print_next(run(config), config)
 
 
 if __name__ == "__main__":

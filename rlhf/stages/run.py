@@ -39,6 +39,7 @@ from rlhf.run.timing import PhaseTimer
 from rlhf.run.tracker import RUN_FILE, Tracker
 from rlhf.stages.callbacks import Callback
 from rlhf.stages.data import training_prompts
+from rlhf.stages.next_steps import print_outcome
 
 ConfigT = TypeVar("ConfigT", bound=TrainingConfig)
 INPUTS = "inputs"
@@ -121,6 +122,7 @@ class Run(Generic[ConfigT]):
         if artifact.name == self.config.name:
             shutil.copy(artifact.path / MANIFEST, self.folder)  # a report on the folder needs no registry
         print(f"registered {artifact.reference} in {self.registry.root}", flush=True)
+        print_outcome(artifact)
         return artifact
 
     def _registered(self, name: str) -> Artifact | None:

@@ -52,6 +52,7 @@ from rlhf.reward.sources import scores_of_texts
 from rlhf.run.resumable import ResumableTrainer
 from rlhf.stages.callbacks import Callback
 from rlhf.stages.data import add_dropped, describe_data, encode_demonstrations, load_splits, overlap, writable_sets
+from rlhf.stages.next_steps import print_next
 from rlhf.stages.run import Run, find_finished, open_run, preflight, require_one_process, stage_recipe
 from rlhf.stages.trainer import SortedStepSampler, on_one_device, train, trainer_arguments
 
@@ -367,7 +368,8 @@ def _figures(state: TrainerState) -> dict[str, float]:
 
 def main() -> None:
     """Run the stage by its command line."""
-    run(parse_config(SFTConfig))
+    config = parse_config(SFTConfig)
+    print_next(run(config), config)
 
 
 if __name__ == "__main__":
