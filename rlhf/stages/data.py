@@ -57,16 +57,25 @@ def writable_sets(
             except TextsChanged as change:
                 changes.append(change)
             else:
-                add_dropped(data, name, refused)
+                add_dropped(data, name, refused, "chat_template")
     if changes:
         raise min(changes, key=lambda change: change.number)
     return written
 
 
-def add_dropped(data: dict[str, Any], name: str, dropped: dict[str, list[int]]) -> None:
-    """Add rows that were left out after loading to `describe_data`'s result: reason -> line or row numbers."""
+def add_dropped(data: dict[str, Any], name: str, dropped: dict[str, list[int]], options: str) -> None:
+    """Add rows that were left out after loading to `describe_data`'s result, and print how many.
+
+    Args:
+        dropped: reason -> line or row numbers.
+        options: names of the options that decide it.
+    """
     dropped = {reason: numbers for reason, numbers in dropped.items() if numbers}
     if dropped:
+        if distributed.rank() == 0:
+            reasons = "; ".join(f"{len(numbers):,} {reason}" for reason, numbers in dropped.items())
+            total = sum(map(len, dropped.values()))
+            print(f"{total:,} of {data['rows'][name]:,} {name} rows are left out ({options}): {reasons}", flush=True)
         data["rows"][name] -= sum(map(len, dropped.values()))
         data["dropped"].setdefault(name, {}).update({reason: len(numbers) for reason, numbers in dropped.items()})
         first = {reason: numbers[:NAMED_ROWS] for reason, numbers in dropped.items()}

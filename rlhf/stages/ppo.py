@@ -80,7 +80,7 @@ def run(
         texts: Sequence[tuple[list[int], list[int]]] = ()
         if "ptx" in sets:
             texts, too_long = encode_texts(sets["ptx"], tokenizer, config, context, run.folder)
-            add_dropped(run.data, "ptx", too_long)
+            add_dropped(run.data, "ptx", too_long, "max_prompt_length, response_length")
         own_unit = any(IMPORTED in reward.manifest.config for reward in rewards)
         settings = {**dataclasses.asdict(config), "own_unit": own_unit}
         doctor = LiveDoctor("ppo", config.doctor, run.tracker, settings)

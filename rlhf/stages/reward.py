@@ -134,7 +134,7 @@ def prepare(
     )
     validation = encode_rankings(sets["validation"], tokenizer, limit)
     for name, encoded in (("train", training), ("validation", validation)):
-        add_dropped(run.data, name, encoded.dropped)
+        add_dropped(run.data, name, encoded.dropped, "min_responses, min_rating_difference, max_length")
         complete = "rater_ratings" in encoded.rows.column_names and None not in list(encoded.rows["rater_ratings"])
         require(
             complete or not config.weight_by_agreement,

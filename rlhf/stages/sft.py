@@ -186,8 +186,8 @@ def make_trainer(
     longest = min(config.max_length, context)
     training, dropped = tokenize(sets["train"], tokenizer, longest)
     evaluated, held_out_dropped = tokenize(held_out, tokenizer, longest, limit=config.max_eval_samples)
-    add_dropped(run.data, "train", dropped)
-    add_dropped(run.data, "validation", held_out_dropped)
+    add_dropped(run.data, "train", dropped, "max_length")
+    add_dropped(run.data, "validation", held_out_dropped, "max_length")
     arguments = TrlSFTConfig(
         **trainer_arguments(run),
         dataset_kwargs={"skip_prepare_dataset": True},

@@ -316,3 +316,33 @@ def test_stages_that_may_share_prompts(write_jsonl: Callable[..., Path], build_d
     assert not any("demonstrations/train" in pair and "prompts/train" in pair for pair in overlaps)
     shared = build_data(None, *sources, folder="shared", validation_share=0.3, stages="shared")
     assert shared.card["leaks"]["overlaps"]["demonstrations/train / prompts/train"]["allowed"]
+
+
+# Counts of what became of the rows
+
+
+def test_a_count_that_shrinks_is_explained(build_data: Build, capsys: pytest.CaptureFixture[str]) -> None:
+    """2,312 pairs became 807 training comparisons, and nothing said that the other stages have their prompts."""
+    rows = [*pairs(240), *pairs(10)]
+    card = build_data(rows, validation_share=0.2, test_share=0.1, similarity=1.0).card
+    for kind in KINDS:
+        counts = card["uses"][kind]
+        assert counts["possible"] == 250 and counts["left_out"]["duplicates"] == 10
+        assert {split: counts[split] for split in SPLITS} == {s: card["rows"].get(f"{kind}/{s}", 0) for s in SPLITS}
+        assert counts["possible"] - sum(counts["left_out"].values()) == sum(counts[split] for split in SPLITS)
+    given = card["uses"]["comparisons"]["left_out"]["stages"]
+    shown = capsys.readouterr().err
+    assert f"data: 250 rows could be comparisons; {card['rows']['comparisons/train']} train" in shown
+    assert f"data:   {given} left out: prompts are shared out, and theirs serve another stage (stages: shared" in shown
+    shared = build_data(rows, folder="shared", similarity=1.0, stages="shared").card["uses"]["comparisons"]
+    assert "stages" not in shared["left_out"]
+
+
+def test_every_step_that_leaves_rows_out_is_explained(build_data: Build) -> None:
+    """Catches: a step that narrows a set and has no count, so that the counts do not add up."""
+    rows = [{**row, "prompt": text(i % 90)} for i, row in enumerate(pairs(240))]
+    rows += [{**row, "prompt": text(200 + i % 3) + str(i), "user": "one"} for i, row in enumerate(pairs(40))]
+    card = build_data(rows, validation_share=0.2, similarity=1.0, max_prompts_per_user=5, on_leak="drop").card
+    assert card["uses"]["prompts"]["left_out"]["repeated"] > 0 and card["uses"]["prompts"]["left_out"]["limits"] == 35
+    for counts in card["uses"].values():
+        assert counts["possible"] - sum(counts["left_out"].values()) == sum(counts[split] for split in SPLITS)

@@ -25,6 +25,7 @@ from rlhf.data_prep.prepare.card import SourceReport, make_card, render
 from rlhf.data_prep.prepare.clean import Dropped, clean
 from rlhf.data_prep.prepare.dedup import first_of_equal
 from rlhf.data_prep.prepare.folder import make_once
+from rlhf.data_prep.prepare.funnel import Funnel, lines
 from rlhf.data_prep.prepare.leaks import gate
 from rlhf.data_prep.prepare.lengths import Lengths
 from rlhf.data_prep.prepare.mix import mix
@@ -35,6 +36,7 @@ from rlhf.data_prep.prepare.splits import (
     assign_stages,
     check_sizes,
     deduplicate,
+    drop_repeated_prompts,
     group_prompts,
     limit_prompts,
 )
@@ -100,21 +102,47 @@ def _build(
         _drop_repeated_ids(plan)
         if (staged.raters > 0).any():
             plan = Plan(_staged(_merged(plan, config), config, scratch / "merged.arrow"), tally)
+        funnel = Funnel(plan)
         deduplicate(plan, config, scratch)
+        funnel.note("duplicates")
         limit_prompts(plan, config)
+        funnel.note("limits")
         prompts = group_prompts(plan, config, scratch)
         assign_splits(plan, prompts, config)
+        funnel.note("splits")
         assign_stages(plan, prompts, config)
+        funnel.note("stages")
+        drop_repeated_prompts(plan)
+        funnel.note("repeated")
         mixed = mix(plan, config)
+        funnel.note("mix")
         leaks = gate(plan, prompts, config, leak_report)
+        funnel.note("leaks")
         check_sizes(plan)
+        funnel.note("labels")
         written = write_sets(plan, config, folder, lengths)
-        card = make_card(
-            config, recipe, reports, tally, plan, prompts, written, records=records, mixed=mixed, leaks=leaks
-        )
+        counts: dict[str, Any] = {"records": records, "uses": funnel.as_dict(), "mixed": mixed, "leaks": leaks}
+        card = make_card(config, recipe, reports, tally, plan, prompts, written, **counts)
     (folder / "card.md").write_text(render(card), encoding="utf-8")
     leak_report.unlink(missing_ok=True)  # of an earlier try
+    for line in (*_read_lines(card), *lines(card["uses"])):
+        print(f"data: {line}", file=sys.stderr)
     return card
+
+
+def _read_lines(card: dict[str, Any]) -> Iterator[str]:
+    """Yield a line on the rows that reading and cleaning left out, if there are any."""
+    reasons = [(drop["count"], reason) for step in ("read", "clean") for reason, drop in _drops(card, step).items()]
+    if reasons:
+        count, reason = max(reasons)
+        yield (
+            f"{sum(n for n, _ in reasons):,} of {card['rows_read']:,} rows are left out in reading and cleaning, most often "
+            f"({count:,}): {reason}; all are in rejected.jsonl"
+        )
+
+
+def _drops(card: dict[str, Any], step: str) -> dict[str, Any]:
+    return dict(card["steps"].get(step, {}).get("dropped", {}))
 
 
 def _staged(records: Iterator[tuple[Record, int]], config: DataConfig, file: Path) -> Staged:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from rlhf.data_prep.prepare.dedup import band_rows
+from rlhf.data_prep.prepare.funnel import lines
 from rlhf.data_prep.prepare.plan import Plan
 from rlhf.data_prep.prepare.recipe import DataConfig, Source
 from rlhf.data_prep.prepare.splits import Prompts
@@ -62,6 +64,7 @@ def make_card(
     written: Mapping[str, Written],
     *,
     records: int,
+    uses: dict[str, Any],
     mixed: dict[str, Any],
     leaks: dict[str, Any],
 ) -> dict[str, Any]:
@@ -69,6 +72,7 @@ def make_card(
 
     Args:
         records: records that passed reading and cleaning.
+        uses: `Funnel.as_dict`.
     """
     libraries = versions()
     row_hashes = {name: of.digest.hexdigest() for name, of in written.items()}
@@ -80,6 +84,7 @@ def make_card(
         "rows_read": sum(report.rows for report in reports),
         "records": records,
         "records_used": len(plan.rows),
+        "uses": uses,
         "rows": {name: of.rows for name, of in written.items()},
         "rows_by_source": {name: dict(sorted(of.sources.items())) for name, of in written.items()},
         "steps": tally.as_dict(),
@@ -147,7 +152,7 @@ def render(card: Mapping[str, Any]) -> str:
     ]
     mixed = [[kind, *(f"{n:,}" for n in counts.values())] for kind, counts in mix.items()]
     mixed_sources = list(next(iter(mix.values()), {}))
-    lines = [
+    content = [
         "# Data card",
         "",
         f"Fingerprint {card['fingerprint']}.",
@@ -158,6 +163,8 @@ def render(card: Mapping[str, Any]) -> str:
         "",
         *_unused_lines(card),
         f"{card['rows_read']:,} rows read, {card['records']:,} records made, {card['records_used']:,} used.",
+        "",
+        *(re.sub(r"^( *)", r"\1- ", line) for line in lines(card["uses"])),
         "",
         "## Sets",
         "",
@@ -185,7 +192,7 @@ def render(card: Mapping[str, Any]) -> str:
         "",
         "Libraries: " + ", ".join(f"{name} {version}" for name, version in card["libraries"].items()) + ".",
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(content) + "\n"
 
 
 def _source_rows(card: Mapping[str, Any]) -> Iterator[list[str]]:

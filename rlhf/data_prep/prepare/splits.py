@@ -216,6 +216,10 @@ def assign_stages(plan: Plan, prompts: Prompts, config: DataConfig) -> None:
         plan.becomes[rows] &= chosen[:, None] == np.arange(len(KINDS))
         plan.becomes[~plan.alive] = False
     _check_useful(plan)
+
+
+def drop_repeated_prompts(plan: Plan) -> None:
+    """Take rows out of the prompts whose prompt is among them already."""
     copies = plan.rows[plan.becomes[plan.rows, KINDS.index("prompts")]]
     later = copies[first_of_equal(plan.staged.hashes["prompt"][copies]) != np.arange(len(copies))]
     plan.take_out(later, "prompts", "stages", "its prompt is among the prompts already")
