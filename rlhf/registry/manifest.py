@@ -87,11 +87,13 @@ class Parent:
 
 
 class Overlap(TypedDict, total=False):
-    """Held-out prompts that were trained on."""
+    """Held-out rows that were trained on, counted by their answers or prompts."""
 
     held_out: int
+    by: str
     in_training: dict[str, int | None]
     """By artefact; None where its data is gone, or it was trained elsewhere."""
+    shared_prompts: int
 
 
 class Data(TypedDict, total=False):

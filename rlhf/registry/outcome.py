@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from rlhf.base.json_files import finite_number
+from rlhf.base.json_files import finite_number, section
 
 
 class Figure(NamedTuple):
@@ -71,3 +71,23 @@ def deciding_figure(stage: str, metrics: Mapping[str, Any]) -> str:
         return ""
     change, kl = first.before and f"{first.before} -> ", figures.get("KL to the SFT policy, nats a response")
     return f"{first.label.split(',')[0]} {change}{first.after}" + (f", KL {kl.after}" if kl else "")
+
+
+def overlap_lines(stage: str, data: Mapping[str, Any], of: str = "") -> list[str]:
+    """Return a line for each model that was trained on held-out rows, from the `data` of a manifest.
+
+    Earlier versions counted prompts in every stage; prompts that new answers share say nothing about figures of answers.
+
+    Args:
+        of: words after "held-out rows".
+    """
+    overlap = section(data, "overlap")
+    if overlap.get("by") is None and stage in ("sft", "reward"):
+        return []
+    what = (f"rows{of} have an answer", "") if overlap.get("by") == "answers" else (f"prompts{of}", " are among those")
+    return [
+        f"{count} of the {overlap.get('held_out')} held-out {''.join(what)} that "
+        f"{'the stage' if name == 'its own data' else name} was trained on"
+        for name, count in section(overlap, "in_training").items()
+        if count
+    ]

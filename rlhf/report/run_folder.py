@@ -13,6 +13,7 @@ from rlhf.base.errors import UserError, did_you_mean
 from rlhf.base.json_files import entries, finite_number, parse_object, read_bytes, section
 from rlhf.base.reading import FolderReader
 from rlhf.registry import MANIFEST
+from rlhf.registry.outcome import overlap_lines
 from rlhf.report import kinds
 from rlhf.run.metrics import LogRow
 
@@ -266,13 +267,8 @@ def overlaps(runs: Sequence[RunFolder]) -> list[str]:
     for run in runs:
         prefix = f"{run.label}: " if run.label else ""
         for stage, manifest in run.manifests.items():
-            overlap = section(section(manifest, "data"), "overlap")
-            for trained_on, count in section(overlap, "in_training").items():
-                if count:
-                    marks.append(
-                        f"{prefix}{count} of the {overlap.get('held_out')} held-out prompts of its {stage} stage are among "
-                        f"those that {trained_on} was trained on, so that its figures flatter it"
-                    )
+            lines = overlap_lines(stage, section(manifest, "data"), f" of its {stage} stage")
+            marks += [f"{prefix}{line}, so that its figures flatter it" for line in lines]
         marks += [f"{prefix}{mark}" for mark in entries(run.evaluation, "marks")]
         for model in mappings(run.evaluation, "models"):
             marks += [f"{prefix}{model.get('name')}: {mark}" for mark in entries(model, "marks")]

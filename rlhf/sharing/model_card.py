@@ -12,10 +12,10 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData, model_info, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-from rlhf.base.json_files import section
 from rlhf.models.catalogue import MODEL_PREFIX, MODELS
 from rlhf.registry import IMPORTED, Artifact, Registry
 from rlhf.registry.lineage import ancestors, data_lines
+from rlhf.registry.outcome import overlap_lines
 
 SUMMARIES = {
     "pretrain": "A language model trained from scratch on plain text, with a byte-level BPE tokenizer of its own.",
@@ -133,13 +133,7 @@ def _facts(artifact: Artifact, form: str, dtype: str) -> str:
     content = "one adapter on the base model" if form == "adapter" else f"the whole model, adapters merged in, {dtype}"
     lines = [f"- base model: {base}", f"- this folder: {content}", f"- registered: {m.created}"]
     lines.append(f"- pad token {m.pad_token_id}, stop tokens {', '.join(map(str, m.stop_token_ids))}")
-    overlap = section(m.data, "overlap")
-    lines += [
-        f"- {count} of the {overlap.get('held_out')} held-out prompts are among the training prompts of {name}: the figures are "
-        "too good"
-        for name, count in section(overlap, "in_training").items()
-        if count
-    ]
+    lines += [f"- {line}: the figures are too good" for line in overlap_lines(artifact.stage, m.data)]
     return "\n".join(lines)
 
 

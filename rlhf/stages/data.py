@@ -8,13 +8,13 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.base import distributed
-from rlhf.data_prep.formats.rows import prompt_key
 from rlhf.data_prep.load import NAMED_ROWS, Loaded, joint_fingerprint, load_rows
-from rlhf.data_prep.overlap import TrainingPrompts
+from rlhf.data_prep.overlap import TrainingPrompts, answer_keys, prompt_keys, shares_few_prompts
 from rlhf.data_prep.stage_rows import Kind
 from rlhf.data_prep.writable import TextsChanged, writable
 from rlhf.models.tokenization import encode_prompt, encode_response
 from rlhf.registry import Artifact, Registry
+from rlhf.registry.outcome import overlap_lines
 
 
 def load_splits(dataset: str, kind: Kind) -> dict[str, Loaded]:
@@ -104,19 +104,35 @@ def encode_demonstrations(
 
 
 def overlap(sets: dict[str, Loaded], parents: Sequence[Artifact], registry: Registry) -> dict[str, Any]:
-    """Count the held-out prompts that the stage, or a model that it starts from, is trained on.
+    """Count the held-out rows that the stage, or a model that it starts from, is trained on.
+
+    A row with answers counts if one of them was trained on as an answer to its prompt, and a prompt without answers if it
+    was trained on, except in a task whose few prompts training and evaluation share.
 
     Returns:
-        `held_out`: held-out prompts; `in_training`: counts by artefact, the stage's own as "its own data"; None where the
-        data of a parent is gone or has changed.
+        `held_out`: held-out rows; `by`: answers or prompts; `in_training`: counts by artefact, the stage's own as "its own
+        data"; None where the data of a parent is gone or has changed; `shared_prompts`: held-out rows whose prompt is in
+        the stage's own training rows.
     """
-    held_out = [row["prompt"] for row in sets["validation"].rows]
-    own = {prompt_key(row["prompt"]) for loaded in training_prompts(sets).values() for row in loaded.rows}
-    counts: dict[str, int | None] = {"its own data": sum(prompt_key(prompt) in own for prompt in held_out)}
-    training = TrainingPrompts(registry)
+    held_out, training = list(sets["validation"].rows), training_prompts(sets).values()
+    prompts = [key for loaded in training for row in loaded.rows for key in prompt_keys(row)]
+    own_prompts, held_out_prompts = set(prompts), [key for row in held_out for key in prompt_keys(row)]
+    shared = sum(key in own_prompts for key in held_out_prompts)
+    few = shares_few_prompts(prompts, held_out_prompts)
+    by = "answers" if few or answer_keys(held_out[0]) else "prompts"
+    keys = answer_keys if by == "answers" else prompt_keys
+    own = {key for loaded in training for row in loaded.rows for key in keys(row)}
+    counts: dict[str, int | None] = {"its own data": sum(not own.isdisjoint(keys(row)) for row in held_out)}
+    trained = TrainingPrompts(registry, keys)
     for parent in parents:
-        counts |= training.overlap(parent, held_out)
-    for name, count in counts.items():
-        if count and distributed.rank() == 0:
-            print(f"{count} of {len(held_out)} held-out prompts are among those that {name} was trained on", flush=True)
-    return {"held_out": len(held_out), "in_training": counts}
+        counts |= trained.overlap_of_rows(parent, held_out)
+    result = {"held_out": len(held_out), "by": by, "in_training": counts, "shared_prompts": shared}
+    if distributed.rank() == 0:
+        lines = overlap_lines("", {"overlap": result})
+        if by == "answers" and shared and not lines:
+            lines = [
+                f"held out are the answers, none of which was trained on; {shared:,} of {len(held_out):,} held-out rows share "
+                "their prompts with training rows"
+            ]
+        print("".join(f"{line}\n" for line in lines), end="", flush=True)
+    return result

@@ -465,7 +465,7 @@ def test_missing_and_added_files(registry: Registry) -> None:
         registry.get("sft/demo")
     (artifact.path / "chat_template.jinja").unlink()
     (artifact.path / "adapter_model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"adapter_model\.safetensors is missing; make it again with: python -m"):
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors is missing; make it again with: rlhf sft"):
         registry.get("sft/demo")
 
 
@@ -544,7 +544,7 @@ def test_missing_artefact_names_the_nearest_and_the_command(registry: Registry) 
 def test_default_registry_is_not_repeated_in_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a command that would make the artefact in another registry than the one that lacks it."""
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"stages\.ppo --name demo$"):
+    with pytest.raises(UserError, match=r"rlhf ppo --name demo$"):
         Registry("registry").get("ppo/demo")
     assert not Path("registry").exists()
 

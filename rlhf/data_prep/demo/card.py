@@ -11,8 +11,10 @@ from statistics import mean, median
 from typing import Any
 
 from rlhf.data_prep.demo.sentiment import Parsed, Row, Tables
+from rlhf.data_prep.formats.rows import prompt_key
 from rlhf.data_prep.prepare.card import table
 
+_SHARED = "held_out_rows_with_a_prompt_of_training"
 PAIR_DIFFERENCE = 1.0
 """Pairs are counted when their mean ratings (all raters) differ by at least this; closer ones are mostly noise."""
 
@@ -38,6 +40,8 @@ def make_card(
         "rows": {name: len(rows) for name, rows in tables.rows.items()},
         "sentences_used": {name: len(texts) for name, texts in _texts(tables).items()},
         "pairs_rated_at_least_1_apart": {split: sum(map(_clear_pairs, rows)) for split, rows in comparisons.items()},
+        "held_out_sentences_in_training": _sentences_in_training(tables),
+        _SHARED: _shared_prompts(tables),
         "dropped": {
             "sentences": {**parsed.dropped.as_dict(), **tables.dropped_sentences.as_dict()},
             "ratings": parsed.dropped_ratings.as_dict(),
@@ -87,6 +91,13 @@ def render(card: Mapping[str, Any]) -> str:
         f"Raters per sentence: {_inline(card['raters_per_sentence'])}.",
         f"Sentences by rounded mean rating: {_inline(card['sentences_by_rounded_mean_rating'])}.",
         "",
+        "## What is held out",
+        "",
+        "A prompt is the first word of a sentence, so prompts are few and sentences share them: "
+        + ", ".join(f"{shared:,} of {card['rows'][name]:,} rows of {name}" for name, shared in card[_SHARED].items())
+        + " have a prompt that training has. Held out are the sentences: "
+        f"{card['held_out_sentences_in_training']} of them are in a training set.",
+        "",
         "## Left out",
         "",
         *table(["what", "why", "count", "examples"], drops),
@@ -106,6 +117,26 @@ def _texts(tables: Tables) -> dict[str, list[str]]:
         for name, rows in tables.rows.items()
         if not name.startswith("prompts")
     }
+
+
+def _sentences_in_training(tables: Tables) -> int:
+    """Return the number of held-out sentences that are in a training set as well."""
+    texts = _texts(tables)
+    sides = {
+        split: {t for name, of in texts.items() if name.endswith(split) for t in of}
+        for split in ("train", "validation")
+    }
+    return len(sides["train"] & sides["validation"])
+
+
+def _shared_prompts(tables: Tables) -> dict[str, int]:
+    """Return for each validation set the number of its rows whose prompt is in the training set of its kind."""
+    shared = {}
+    for kind in ("demonstrations", "comparisons", "prompts"):
+        training = {prompt_key(row["prompt"]) for row in tables.rows[f"{kind}/train"]}
+        held_out = tables.rows[f"{kind}/validation"]
+        shared[f"{kind}/validation"] = sum(prompt_key(row["prompt"]) in training for row in held_out)
+    return shared
 
 
 def _clear_pairs(row: Row) -> int:

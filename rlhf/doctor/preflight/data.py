@@ -11,6 +11,7 @@ from rlhf.base.errors import UserError
 from rlhf.base.json_files import read_value
 from rlhf.data_prep.formats.rows import comparable, prompt_key
 from rlhf.data_prep.load import Loaded, joint_fingerprint, load_rows
+from rlhf.data_prep.overlap import shares_few_prompts
 from rlhf.data_prep.prepare.folder import CARD
 from rlhf.data_prep.stage_rows import Kind
 from rlhf.doctor.preflight.check import Check
@@ -78,7 +79,8 @@ def check_leaks(dataset: str, validation: Loaded, training: Mapping[str, Loaded]
     Args:
         dataset: source of the validation rows; overlaps that its card lists are let pass.
         training: training sets by name.
-        by: `prompt`, or `row` for prompt and answers: a supervised stage may see a prompt again with other answers.
+        by: `prompt`, or `row` for prompt and answers: a supervised stage may see a prompt again with other answers, and so may
+            PPO in a task of few prompts.
     """
     key = _row if by == "row" else lambda row: prompt_key(row["prompt"])
     held_out = {_digest(key(row)): key(row) for row in validation.rows}
@@ -96,6 +98,12 @@ def check_leaks(dataset: str, validation: Loaded, training: Mapping[str, Loaded]
     sound = f"none of {len(held_out)} held-out {by}s is in {', '.join(training)}"
     if allowed:
         sound = f"held-out {by}s in {', '.join(allowed)}, which the data's card lets pass"
+    own = [prompt_key(row["prompt"]) for row in training["train"].rows] if by == "prompt" else []
+    if leaks and shares_few_prompts(own, list(map(prompt_key, validation.rows["prompt"]))):
+        leaks, sound = (
+            [],
+            f"a task of {len(set(own))} prompts, which training and evaluation share; answers are sampled anew",
+        )
     return Check(
         name="no leak",
         passed=not leaks,
