@@ -10,8 +10,7 @@ GPU_PYTHON ?= python3
 
 demo: $(STAMP)
 	$(BIN)/python -m rlhf.pipeline --config configs/demo $(ARGS)
-	@echo "next: source $(BIN)/activate"
-	@echo "      rlhf chat --compare sft/demo ppo/demo      (rlhf --help has all verbs)"
+	@echo "The rlhf command is found after: source $(BIN)/activate"
 
 test: $(STAMP) lint
 	$(BIN)/python -m pytest -m "not gpu and not slow" $(ARGS)

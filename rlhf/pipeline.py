@@ -46,6 +46,7 @@ from rlhf.data_prep import prepare, read_recipe
 from rlhf.doctor.health.findings import actions
 from rlhf.registry import MANIFEST, Artifact, Registry
 from rlhf.report.run_page import print_results, write_report
+from rlhf.stages.next_steps import print_next
 
 #: Options of the same name but another meaning in pretraining: on the command line they go to the other stages only.
 NOT_OF_PRETRAINING = {
@@ -90,6 +91,7 @@ def run(folder: Path, overrides: dict[str, Any]) -> dict[str, Any]:
     storage.write_text(output / "results.json", json.dumps(results, indent=2) + "\n")
     print_results(results)
     print(f"report: {write_report(output)}")
+    print_next(artifacts["ppo"], configs["ppo"], [])
     return results
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rlhf.base import distributed, screen
+from rlhf.base import screen
 from rlhf.base.errors import UserError
 from rlhf.config import TrainingConfig
 from rlhf.config.shipped import find_config
@@ -36,7 +37,7 @@ def print_outcome(artifact: Artifact) -> None:
 
 def print_next(artifact: Artifact | None, config: TrainingConfig, argv: Sequence[str] | None = None) -> None:
     """Print the commands that come after a stage; nothing without an artefact, and in other processes than the first."""
-    if artifact is None or distributed.rank() > 0:
+    if artifact is None or os.environ.get("RANK", "0") != "0":
         return
     print("next:")
     for command in next_commands(artifact, config, sys.argv[1:] if argv is None else argv):
