@@ -15,6 +15,7 @@ from rlhf.config import parse_config
 ALIASES = {"data_prep": "data", "evaluation": "evaluate"}
 #: Sections of the help text by the verb at which each begins.
 SECTIONS = {
+    "migrate": "start",
     "pipeline": "train",
     "card": "judge",
     "generate": "use",
@@ -36,6 +37,7 @@ class Verb(NamedTuple):
 
 
 VERBS = {
+    "migrate": Verb("rlhf.migration.__main__", "turn a config of TRL, LLaMA-Factory or ms-swift into one of ours"),
     "pipeline": Verb("rlhf.pipeline", "data, SFT, reward model, PPO and report, in one go"),
     "data": Verb("rlhf.data_prep.__main__", "prepare demonstrations, comparisons and prompts"),
     "init": Verb("rlhf.init.__main__", "from your own data: a folder of configs for everything below"),
@@ -67,7 +69,6 @@ VERBS = {
         "talk to a model, or to several side by side",
         "rlhf.generation.config:ChatConfig",
     ),
-    "migrate": Verb("rlhf.migration.__main__", "turn a config of TRL, LLaMA-Factory or ms-swift into one of ours"),
     "registry": Verb(
         "rlhf.sharing.__main__", "registered artefacts: list, lineage, diff, export, push, reproduce, delete, ..."
     ),

@@ -76,7 +76,7 @@ def _stage(stage: str, argv: Sequence[str], given: dict[str, str], *inputs: str)
 
 def _carried(argv: Sequence[str]) -> list[tuple[str, str]]:
     words = [word.removeprefix("--").partition("=") if word.startswith("--") else ("", "", "") for word in argv]
-    values = zip(words, [*argv[1:], ""], strict=True)
+    values = zip(words, [*argv, ""][1:], strict=True)
     return [
         (name.replace("-", "_"), value if equals else following)
         for (name, equals, value), following in values

@@ -109,6 +109,13 @@ def test_next_commands_without_a_file(artifacts: dict[str, Artifact]) -> None:
     ]
 
 
+def test_next_commands_of_a_pipeline(artifacts: dict[str, Artifact]) -> None:
+    """Bug: a pipeline, whose stages have no command line, ended with a traceback."""
+    chat, evaluate, report = next_commands(artifacts["ppo"], config_of("ppo", output_dir="o"), [])
+    assert chat == ["rlhf", "chat", "--compare", "sft/demo@1", "ppo/demo@1"] and report == ["rlhf", "report", "o"]
+    assert evaluate[-2:] == ["--dataset", "my data"]
+
+
 def test_next_commands_beside_a_file(artifacts: dict[str, Artifact], tmp_path: Path) -> None:
     """Catches: a file of the next stage that is not there, or one that is there and not used."""
     (tmp_path / "reward.yaml").write_text("")
