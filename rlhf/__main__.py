@@ -15,7 +15,7 @@ from rlhf.config import parse_config
 ALIASES = {"data_prep": "data", "evaluation": "evaluate"}
 #: Sections of the help text by the verb at which each begins.
 SECTIONS = {
-    "migrate": "start",
+    "init": "start",
     "pipeline": "train",
     "card": "judge",
     "generate": "use",
@@ -37,10 +37,10 @@ class Verb(NamedTuple):
 
 
 VERBS = {
+    "init": Verb("rlhf.init.__main__", "from your own data: a folder of configs for everything below"),
     "migrate": Verb("rlhf.migration.__main__", "turn a config of TRL, LLaMA-Factory or ms-swift into one of ours"),
     "pipeline": Verb("rlhf.pipeline", "data, SFT, reward model, PPO and report, in one go"),
     "data": Verb("rlhf.data_prep.__main__", "prepare demonstrations, comparisons and prompts"),
-    "init": Verb("rlhf.init.__main__", "from your own data: a folder of configs for everything below"),
     "pretrain": Verb(
         "rlhf.stages.pretrain",
         "before stage 1: a tokenizer and a model of your own, from plain text",

@@ -39,7 +39,7 @@ LAYERS = (
     "__main__",
 )
 LARGEST_FILE = 500
-MOST_ARROWS = 100
+MOST_ARROWS = 110
 #: A string that names a module, or a function of one; `NAMED` stands for the place of such an import.
 NAMED_MODULE, NAMED = re.compile(r"rlhf(\.\w+)+(:\w+)?"), "main"
 #: Functions that may import the package when they are called: runners, and tables of verbs, which start quickly that way.
