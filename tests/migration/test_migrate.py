@@ -292,7 +292,7 @@ def test_a_migrated_config_runs_to_its_end(
     )
     place = ("--output_dir", tmp_path / "card")
     judged = call(
-        "rlhf.evaluation.card.report_card", "--model", "reward/rm", "--data", toy_data, *common, *place, *card
+        "rlhf.evaluation.card.report_card", "--model", "reward/rm", "--dataset", toy_data, *common, *place, *card
     )
     assert judged.code == 0, judged.err[-2000:]
     words = (*common, "--num_eval_samples", 6, "--reward", "reward/rm")
