@@ -18,7 +18,9 @@ from rlhf.report.run_folder import RunFolder, mappings
 def write_card_page(card: Mapping[str, Any], file: Path) -> Path:
     """Write a page of a report card alone and return its path."""
     content = card_section(card)
-    run = RunFolder(file.parent, results={"reward": _figures(card)}, reward_card=dict(card))
+    run = RunFolder(
+        file.parent, places={"reward": file.parent}, results={"reward": _figures(card)}, reward_card=dict(card)
+    )
     return write_page(
         file,
         "report.html.j2",
@@ -32,7 +34,7 @@ def write_card_page(card: Mapping[str, Any], file: Path) -> Path:
 
 def _figures(card: Mapping[str, Any]) -> dict[str, Any]:
     """Return a card's figures under the names that the reward stage registers."""
-    names = ("accuracy", "accuracy_held_out_prompts", "human_ceiling")
+    names = ("accuracy", "accuracy_held_out_prompts", "accuracy_held_out_raters", "human_ceiling")
     values = {name: finite_number(section(card, name).get("value")) for name in names}
     low, error = section(card, "accuracy").get("low"), section(card, "calibration").get("ece")
     return {**values, "accuracy_low": finite_number(low), "calibration_error": finite_number(error)}

@@ -63,7 +63,11 @@ def common_base(runs: Sequence[RunFolder]) -> str:
 
 
 def compared_verdict(
-    runs: Sequence[RunFolder], findings: Mapping[str, Sequence[Diagnosis]], marks: Sequence[str], incomparable: bool
+    runs: Sequence[RunFolder],
+    findings: Mapping[str, Sequence[Diagnosis]],
+    marks: Sequence[str],
+    incomparable: bool,
+    recommended: Sequence[str] = (),
 ) -> Verdict:
     """Return which run is ahead by the last stage's deciding figure, and what speaks against believing it.
 
@@ -71,12 +75,16 @@ def compared_verdict(
         findings: the doctor's, by the run's label.
         marks: reasons to distrust the figures.
         incomparable: the runs were measured by different reward models or on different prompts.
+        recommended: checkpoints that evaluations recommend, a sentence each.
     """
     if len(runs) == 1:
         outcome = verdict(runs[0], findings.get(runs[0].label, []))
         outcome.doubts = list(dict.fromkeys([*(sentence(mark) for mark in marks), *outcome.doubts]))
         return outcome
     outcome = Verdict("These runs cannot be ranked", "open") if incomparable else _ranking(runs)
+    if not runs:
+        outcome = Verdict("An evaluation without a run", "open", "Good")
+    outcome.better += recommended
     outcome.doubts += [sentence(mark) for mark in marks]
     for label, diagnoses in findings.items():
         names = [f.check.name.replace("_", " ") for diagnosis in diagnoses for f in diagnosis.findings]

@@ -51,6 +51,8 @@ def write_comparison(folders: Sequence[Path], file: Path, *, registry: Path | No
     judged = next((each for each in evaluations if each.evaluated), None)
     answers = samples.evaluation_samples(judged) if judged else samples.run_samples(runs)
     speakers = [model["label"] for model in judged.evaluated_models()] if judged else [run.label for run in runs]
+    tables = compare_tables.evaluated(evaluations)
+    recommended = [str(table["recommended"]) for table in tables if table["recommended"]]
     file.parent.mkdir(parents=True, exist_ok=True)
     return write_page(
         file,
@@ -58,7 +60,7 @@ def write_comparison(folders: Sequence[Path], file: Path, *, registry: Path | No
         title=f"{len(runs)} run{'' if len(runs) == 1 else 's'} compared",
         base_model=compare_first.common_base(runs),
         task=compare_first.common_task(runs),
-        verdict=compare_first.compared_verdict(runs, findings, doubts, bool(marks)),
+        verdict=compare_first.compared_verdict(runs, findings, doubts, bool(marks), recommended),
         table=compare_first.first_table(runs),
         examples=samples.examples(answers),
         rule=samples.example_rule(answers),
@@ -69,7 +71,7 @@ def write_comparison(folders: Sequence[Path], file: Path, *, registry: Path | No
         differences=compare_tables.differences(runs),
         common=compare_tables.common(runs),
         outcome=compare_tables.outcome(runs),
-        evaluated=compare_tables.evaluated(evaluations),
+        evaluated=tables,
         win_rates=compare_tables.win_rates(evaluations),
         cards=compare_tables.card_table(runs),
         health=compare_tables.health_table(runs),

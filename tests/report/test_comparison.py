@@ -224,6 +224,8 @@ def test_an_evaluation_is_part_of_the_page(runs: list[Path], tmp_path: Path) -> 
     assert best["y"][0] == 0 and best["x"][1] == pytest.approx((math.log(2) - 0.5) ** 0.5)
     assert "after 3.0" in text and "after 3.1" not in text, "the first sample of each prompt"
     assert "2 runs compared" in text, "an evaluation is no run"
+    alone = text_of(page_of([tmp_path / "evaluation"], tmp_path)).split("Measured on held-out prompts")[0]
+    assert "An evaluation without a run" in alone and "Recommended: cheap:4" in alone and "still to come" not in alone
 
 
 def test_runs_that_cannot_be_compared_are_refused(

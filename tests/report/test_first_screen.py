@@ -118,14 +118,22 @@ def test_held_out_prompts_that_were_trained_on_do_not_open_the_page(tmp_path: Pa
     run = made_up_run(tmp_path)
 
     def overlap(stage: str) -> str:
-        data = {"overlap": {"held_out": 9, "in_training": {"its own data": 4}}}
+        data = {
+            "overlap": {
+                "by": "answers" if stage == "sft" else "prompts",
+                "held_out": 9,
+                "in_training": {"its own data": 4},
+            }
+        }
         (run / stage / "manifest.json").write_text(json.dumps({"name": "d", "version": 1, "data": data}))
         return write_report(run).read_text(encoding="utf-8")
 
-    words = "4 of the 9 held-out prompts of its {} stage"
+    words = "4 of the 9 held-out {} of its {} stage"
     page = overlap("sft")
-    assert words.format("sft") in page.split('id="dataset"')[1] and words.format("sft") not in screen_of(page)
-    assert words.format("ppo") in screen_of(overlap("ppo"))
+    assert words.format("rows", "sft") in page.split('id="dataset"')[1] and words.format(
+        "rows", "sft"
+    ) not in screen_of(page)
+    assert words.format("prompts", "ppo") in screen_of(overlap("ppo"))
 
 
 def stage_by_hand(folder: Path, registry: Registry, stage: str, parents: list[Any], **metrics: Any) -> Any:
