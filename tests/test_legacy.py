@@ -71,6 +71,19 @@ NAMES = (
     "rlhf.config:EvaluationConfig",
     "rlhf.config:parse_config",
     "rlhf.evaluation.gold:vader",
+    "rlhf.base.errors:UserError",
+    "rlhf.data_prep:DataConfig",
+    "rlhf.data_prep:Source",
+    "rlhf.data_prep:prepare",
+    "rlhf.evaluation:compare",
+    "rlhf.generation.chat_model:open_models",
+    "rlhf.generation.config:GenerationConfig",
+    "rlhf.models.registered:merged_model",
+    "rlhf.ppo.state:Order",
+    "rlhf.registry:Registry",
+    "rlhf.stages:ppo",
+    "rlhf.stages:reward",
+    "rlhf.stages:sft",
 )
 
 Caller = Callable[..., Call]
@@ -238,7 +251,9 @@ def test_verbs_of_the_command(call: Caller) -> None:
 def test_names_are_where_they_were(name: str) -> None:
     """Catches: a class or function that moved without leaving its name behind."""
     module, attribute = name.split(":")
-    assert callable(getattr(importlib.import_module(module), attribute))
+    place = importlib.import_module(module)
+    is_module = hasattr(place, "__path__") and importlib.util.find_spec(f"{module}.{attribute}") is not None
+    assert is_module or callable(getattr(place, attribute))
 
 
 def test_judges_and_rewards_of_users(legacy: Path, call: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
