@@ -59,7 +59,7 @@ COMMANDS = (
 #: The verbs of the `rlhf` command.
 VERBS = {
     *("pipeline", "data", "pretrain", "sft", "reward", "ppo", "card", "evaluate", "generate", "chat", "registry"),
-    *("doctor", "report", "tracking", "completion"),
+    *("doctor", "report", "tracking", "completion", "init", "migrate"),
 }
 #: What users import or name in configs; the documentation has no other.
 NAMES = (
