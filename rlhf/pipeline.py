@@ -226,11 +226,9 @@ def _evaluation_config(folder: Path, overrides: dict[str, Any]) -> EvaluationCon
     if not file.is_file():
         return None
     shared = {option.name for option in dataclasses.fields(RunConfig)}
-    changes = {name: value for name, value in overrides.items() if name in shared}
+    changes = {name: value for name, value in overrides.items() if name in {*shared, "dataset"}}
     if "output_dir" in overrides:
         changes["output_dir"] = str(Path(overrides["output_dir"]) / "evaluation")
-    if "dataset" in overrides:
-        changes["prompts"] = overrides["dataset"]
     return build(EvaluationConfig, {**read_yaml(file), **changes}, str(file))
 
 

@@ -199,7 +199,7 @@ def evaluate(sizes: Sizes, data: Survey) -> list[Entry]:
     gpu = bool(sizes.machine.gpu)
     return [
         ("models", [sizes.policy, f"ppo/{sizes.name}"], "before and after; more may follow"),
-        ("prompts", f"outputs/{sizes.name}/data", "its held-out prompts"),
+        ("dataset", f"outputs/{sizes.name}/data", "its held-out prompts"),
         ("output_dir", f"outputs/{sizes.name}/evaluation", "evaluation.json and the answers"),
         ("num_prompts", 128 if gpu else 48, "the first of the held-out ones"),
         ("samples_per_prompt", 4 if gpu else 2, "answers of each model to a prompt"),

@@ -252,7 +252,7 @@ def test_the_pipeline_compares_policy_and_sft(
         (folder / file.name).write_text(file.read_text())
     dataset = read_yaml(folder / "ppo.yaml")["dataset"]
     (folder / "evaluate.yaml").write_text(
-        f"models: [sft/toy, ppo/toy]\nprompts: {dataset}\nnum_prompts: 1\nsamples_per_prompt: 2\nresponse_length: 4\nbest_of: 0\n"
+        f"models: [sft/toy, ppo/toy]\ndataset: {dataset}\nnum_prompts: 1\nsamples_per_prompt: 2\nresponse_length: 4\nbest_of: 0\n"
     )
     words = ("--registry", finished[0], "--output_dir", tmp_path / "out", "--wandb_mode", "disabled")
     done = call("rlhf.pipeline", "--config", folder, *words)
