@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import datetime
 import importlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -163,6 +164,8 @@ def _stage_process(stage: str, config: Any, sender: Connection) -> None:
     if hasattr(os, "setpgrp"):
         os.setpgrp()  # Ctrl-C keeps coming through the parent only
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    if stage != "ppo":
+        os.environ.pop("WANDB_SWEEP_ID", None)  # a sweep over pipelines looks at the last stage
 
     def work() -> None:
         if stage == "evaluate":
@@ -287,14 +290,16 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Path, dict[str, Any]]:
         raise UserError(f"--config takes a folder here, and {folder} is a file")
     names = {field.name for kind in STAGE_CONFIGS.values() for field in dataclasses.fields(kind)}
     overrides: dict[str, Any] = {}
-    words = iter(rest)
-    for word in words:
+    while rest:
+        word, *rest = rest
         name, _, value = word.removeprefix("--").partition("=")
         if not word.startswith("--") or name not in names:
             raise UserError(f"unknown option {word}{did_you_mean(name, names)}")
-        overrides[name] = value or next(words, None)
-        if overrides[name] is None:
+        values = [value] if value else list(itertools.takewhile(lambda word: not word.startswith("--"), rest))
+        if not values:
             raise UserError(f"{word} needs a value")
+        rest = rest if value else rest[len(values) :]
+        overrides[name] = values if len(values) > 1 else values[0]
     return folder, overrides
 
 

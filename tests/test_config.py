@@ -290,6 +290,15 @@ def test_options_of_the_other_stages_do_not_reach_pretraining() -> None:
     assert (ours["sft"].dataset, ours["sft"].max_steps, ours["ppo"].learning_rate) == ("mine", 3, 1e-5)
 
 
+def test_lists_on_the_pipelines_command_line_reach_the_stages() -> None:
+    """`--trackers wandb tensorboard`, of which the second word is an unknown option."""
+    words = ["--config", str(CONFIGS / "demo"), "--trackers", "wandb", "tensorboard", "--seed", "3"]
+    configs = pipeline._stage_configs(*pipeline.parse(words))
+    assert {(*config.trackers, config.seed) for config in configs.values()} == {("wandb", "tensorboard", 3)}
+    with pytest.raises(UserError, match="--trackers needs a value"):
+        pipeline.parse(words[:3])
+
+
 def test_abbreviations_are_refused() -> None:
     """argparse takes --lear for --learning_rate, and another option when a new one is added."""
     with pytest.raises(UserError, match="unknown option --learning_rat "):
@@ -383,5 +392,6 @@ def test_recipe_leaves_out_places_and_holds_the_rest() -> None:
 def test_stages_share_their_words() -> None:
     """One word per idea: an option of two stages with two meanings, types or defaults."""
     shared = {f.name for kind in (StageConfig, TrainingLength) for f in dataclasses.fields(kind)}
+    shared -= {"eval_steps"}  # in PPO an update is a whole rollout, so its default is lower
     for kind in (SFTConfig, RewardConfig, PPOConfig):
         assert not shared & set(inspect.get_annotations(kind))

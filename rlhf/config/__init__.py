@@ -7,6 +7,7 @@ and unit. Sizes are in sequences unless the help says tokens; steps are optimise
 from rlhf.config.evaluation import CHECKS, EvaluationConfig
 from rlhf.config.limits import divides, require_above_zero, require_at_least
 from rlhf.config.options import (
+    TRACKING_OPTIONS,
     ComputeConfig,
     RunConfig,
     StageConfig,

@@ -7,18 +7,31 @@ import inspect
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from rlhf.base.errors import require
+from rlhf.base.errors import did_you_mean, require
 from rlhf.base.functions import name_of
 from rlhf.config.limits import require_above_zero, require_at_least, require_below_one
 
+#: Programs that take a copy of a run's log.
+TRACKERS = ("wandb", "tensorboard", "mlflow", "trackio")
+#: Options of these copies.
+TRACKING_OPTIONS = (
+    "trackers",
+    "wandb_mode",
+    "wandb_entity",
+    "wandb_project",
+    "wandb_tags",
+    "wandb_notes",
+    "log_texts",
+)
 #: Options for where a run executes and is stored, and for memory against time. They are no part of a recipe.
 PLACE_OPTIONS = {
     "registry",
     "output_dir",
     "resume",
-    "wandb_mode",
-    "wandb_project",
+    *TRACKING_OPTIONS,
     "wandb_group",
+    "log_report",
+    "num_eval_prompts",
     "save_steps",
     "snapshot_steps",
     "logging_steps",
@@ -99,13 +112,42 @@ class RunConfig(ComputeConfig):
     """Options of a run that is logged."""
 
     GROUPS: ClassVar = {
-        "wandb_mode": "logging",
+        "trackers": "logging",
     }
 
+    trackers: list[str] = option(
+        "where a copy of the log goes: wandb, tensorboard, mlflow, trackio, several of them, or none", ["wandb"]
+    )
     wandb_mode: Literal["auto", "online", "offline", "disabled"] = option(
         "Weights & Biases; auto is online with a key and offline without", "auto"
     )
-    wandb_project: str = option("W&B project", "rlhf")
+    wandb_entity: str | None = option("W&B user or team; default: that of the key", None)
+    wandb_project: str = option("project of W&B and trackio, experiment of MLflow", "rlhf")
+    wandb_tags: list[str] = option("tags of the run in W&B and MLflow", [])
+    wandb_notes: str | None = option("notes on the run in W&B and MLflow", None)
+    log_texts: bool = option("send prompts and answers to W&B, too; without it they stay in the run's folder", False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        unknown = next((name for name in self.trackers if name not in (*TRACKERS, "none")), None)
+        require(
+            unknown is None,
+            f"trackers has '{unknown}'; it may have {', '.join(TRACKERS)}, or be none{did_you_mean(str(unknown), TRACKERS)}",
+        )
+        require("none" not in self.trackers or len(self.trackers) == 1, "trackers is none or a list of names, not both")
+
+    @property
+    def tracking(self) -> dict[str, Any]:
+        """The options of the run's copies, `TRACKING_OPTIONS`."""
+        return {
+            "trackers": self.trackers,
+            "wandb_mode": self.wandb_mode,
+            "wandb_entity": self.wandb_entity,
+            "wandb_project": self.wandb_project,
+            "wandb_tags": self.wandb_tags,
+            "wandb_notes": self.wandb_notes,
+            "log_texts": self.log_texts,
+        }
 
 
 @dataclass(kw_only=True)
@@ -162,6 +204,7 @@ class TrainingConfig(RunConfig):
         ["warn"],
     )
     wandb_group: str | None = option("W&B group of the runs of one pipeline; default: the name", None)
+    log_report: bool = option("send the run's report page, which holds prompts and answers, to W&B and MLflow", False)
 
     def __post_init__(self) -> None:
         super().__post_init__()

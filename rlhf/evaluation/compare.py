@@ -330,8 +330,7 @@ def _track(bench: Bench, result: Figures) -> None:
         name=f"{Path(c.output_dir).name}-evaluation",
         group=bench.comparison.reference.name,
         config=dataclasses.asdict(c),
-        wandb_mode=c.wandb_mode,
-        wandb_project=c.wandb_project,
+        **c.tracking,
     ) as tracker:
         for line in result["models"]:
             tracker.use_artifact(line["name"], line["hash"])

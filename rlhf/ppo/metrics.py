@@ -180,6 +180,16 @@ def correlation(x: Tensor, y: Tensor) -> Tensor:
     return (x * y).sum() / scale if scale > 0 else torch.zeros(())
 
 
+def histogram_values(rollout: Rollout) -> dict[str, list[float]]:
+    """Return the values of each response whose distributions are logged, by the names of the histograms."""
+    lengths = rollout.mask.sum(dim=1)
+    return {
+        "histogram/score": rollout.scores.tolist(),
+        "histogram/kl": rollout.kl.tolist(),
+        "histogram/length": lengths.tolist(),
+    }
+
+
 def sample_rows(rollout: Rollout, tokenizer: PreTrainedTokenizerBase, count: int) -> list[dict[str, Any]]:
     """Return the first `count` responses with their prompts, scores and KL, for the sample table."""
     kl = rollout.kl

@@ -22,7 +22,7 @@ from rlhf.ppo import draws
 from rlhf.ppo import functional as F
 from rlhf.ppo.credit import Credit, estimator
 from rlhf.ppo.gradients import accumulate, accumulate_texts
-from rlhf.ppo.metrics import Totals, sample_rows
+from rlhf.ppo.metrics import Totals, histogram_values, sample_rows
 from rlhf.ppo.rollout import Environment, SamplingOptions, collect
 from rlhf.ppo.state import TRAINED, Order, Outputs, TrainingState
 from rlhf.ppo.types import Rollout
@@ -221,6 +221,7 @@ class PPOTrainer:
         c, update, tracker = self.config, self.state.updates_done, self.outputs.tracker
         if update % c.logging_steps == 0:
             tracker.log({**metrics, "episodes": update * c.rollout_batch_size}, update)
+            tracker.log_histograms(histogram_values(rollout), update)
             tracker.log_samples(sample_rows(rollout, self.tokenizer, c.num_logged_samples), update)
 
     def _save_if_due(self, stop: StopRequest) -> None:

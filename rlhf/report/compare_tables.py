@@ -8,12 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rlhf.base.json_files import finite_number, section
+from rlhf.config import TRACKING_OPTIONS
 from rlhf.report.card_page import card_facts
 from rlhf.report.figures import BEFORE_AND_AFTER, NO_FIGURE, number, number_interval, percent, percent_interval
 from rlhf.report.run_folder import STAGES, RunFolder, judge_of, mappings, series
 from rlhf.run.metrics import METRICS
 
-_PLACES = {"registry", "output_dir", "resume", "name", "wandb_mode", "wandb_project", "wandb_group"}
+_PLACES = {"registry", "output_dir", "resume", "name", "wandb_group", "log_report", *TRACKING_OPTIONS}
 """Options that decide where a run is stored, not what it computes."""
 
 

@@ -136,6 +136,30 @@ _TABLE = (
            signs=(Sign("Spread of scores, last", _last, "Near 0 there is nothing to learn from."),)),
     Metric("objective/length_correlation", "score and length", "Pearson correlation of raw scores and lengths of the rollout",
            "beyond 0.6 while the length follows: the reward pays for length; see the reward model's report card"),
+    Metric("objective/gold", "judge", "mean score of the independent judge `gold`, in its own units; rises",
+           "falls while `objective/score` rises: over-optimised; raise `kl_coef` or stop earlier", shown=("report", "outcome"),
+           chart="Independent judge"),
+    Metric("objective/gold_correlation", "judge and score", "Pearson correlation of the judge's scores and the raw ones",
+           "near 0 or below: the reward does not measure what the judge does; see `docs/health.md`"),
+
+    Metric("eval/score", "held-out score",
+           "mean raw score of answers to the first `num_eval_prompts` held-out prompts, the same ones and the same random "
+           "numbers each time; at update 0 that of the SFT policy. Rises",
+           "falls while `objective/raw_score` rises: the training prompts are learned by heart; use more of them",
+           shown=("terminal", "report", "comparison", "outcome"), title="Held-out score", chart="Reward score",
+           note="Raw score on held-out prompts; it should follow the training score."),
+    Metric("eval/gold", "judge, held-out", "mean score of the independent judge on these answers; rises",
+           "at its best and falling: stop here, or raise `kl_coef`", shown=("terminal", "report", "comparison", "outcome"),
+           title="Independent judge, held-out", chart="Independent judge",
+           note="A judge that nothing is trained on. It should rise with the score; if it turns down, the reward is gamed."),
+    Metric("eval/kl", "held-out KL", "log pi - log pi_ref on the tokens of these answers (k1); 0 at update 0",
+           "far above `objective/kl`: the policy moves most on prompts that it has not seen", "nats a response",
+           ("report", "outcome"), chart="KL from the SFT model"),
+    Metric("eval/length", "held-out length", "mean length of these answers", "as `response/length`", "tokens", ("report",),
+           chart="Response length"),
+    Metric("eval/stop_rate", "held-out stop rate", "share of these answers that end by themselves", "as `response/stop_rate`"),
+    Metric("eval/distinct_2", "held-out word pairs", "distinct word pairs over all of these answers",
+           "as `response/distinct_2`"),
 
     Metric("response/length", "response length", "tokens, stop token included",
            "growing with the score: reward models like length (Singhal et al. 2023), compare at equal length. Shrinking: fewer "
@@ -284,6 +308,7 @@ def of_stage(stage: Stage) -> list[Metric]:
 def axes() -> dict[str, str]:
     """Return the axis over which W&B draws each family of metrics, e.g. `{"sft/*": "updates"}`; panels can choose the other."""
     families = dict.fromkeys(metric.family for metric in METRICS.values())
+    families |= dict.fromkeys(["histogram"])
     return {f"{family}/*": UPDATES if family in _SUPERVISED else EPISODES for family in families}
 
 

@@ -1,20 +1,13 @@
-"""The copy of a run in Weights & Biases, which may fail: whatever W&B does, the training goes on after one warning.
-
-All that talks to W&B runs in a thread of its own, in order: a server that stalls holds up nothing but the end of the run, and
-that for a bounded time.
-"""
+"""The copy of a run in Weights & Biases."""
 
 from __future__ import annotations
 
 import json
-import logging
 import netrc
 import os
-import queue
 import re
 import sys
-import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -23,19 +16,12 @@ from urllib.parse import urlsplit
 from rlhf.base.errors import UserError, did_you_mean
 from rlhf.base.redaction import redact
 from rlhf.run import metrics
-
-logger = logging.getLogger(__name__)
+from rlhf.run.copies import RunCopy, RunRecord, Severity
 
 WANDB_MODES = ("auto", "online", "offline", "disabled")
 
 INIT_TIMEOUT_SECONDS = 30.0
 """Time that a start waits for the W&B server before the run is kept offline instead."""
-
-FINISH_TIMEOUT_SECONDS = 300.0
-"""Time that the end of a run waits for what is still to be sent: W&B itself would retry for days."""
-
-MAX_WAITING = 10_000
-"""Calls that wait for W&B at most; beyond it, lines reach the local files only."""
 
 
 def resolve_wandb_mode(mode: str) -> str:
@@ -79,51 +65,64 @@ def split_reference(reference: str) -> tuple[str, str, str]:
     return path.split("/")[0], re.sub(r"[^A-Za-z0-9_.-]+", "-", path), re.sub(r"[^A-Za-z0-9_.-]+", "-", version)
 
 
-class WandbRun:
-    """The W&B run of a stage; its methods do nothing under `disabled`, and never raise because of W&B.
+class WandbRun(RunCopy):
+    """The W&B run of a stage; W&B writes to the subfolder `wandb` of the run's folder.
 
     Args:
-        run_dir: the run's folder; W&B writes to its subfolder `wandb`.
-        stage: job type in W&B.
-        name, group: the run's name, and the name that the runs of one pipeline share.
-        config: resolved config of the run; passwords and keys are blanked before it leaves this process.
-        wandb_mode: `auto` is online where there is a key (WANDB_API_KEY or netrc) and offline elsewhere, unless the environment
-            variable WANDB_MODE sets something else; or `online`, `offline`, `disabled`.
-        resume: go on with the W&B run of the same id.
+        mode: `auto` is online where there is a key (WANDB_API_KEY or netrc) and offline elsewhere, unless the environment
+            variable WANDB_MODE sets something else; or `online`, `offline`, `disabled`, under which the methods do nothing.
+        entity: user or team; default: that of the key.
     """
 
-    def __init__(
-        self,
-        run_dir: str | Path,
-        *,
-        stage: str,
-        name: str,
-        group: str,
-        config: Mapping[str, Any],
-        wandb_mode: str = "auto",
-        wandb_project: str = "rlhf",
-        resume: bool = False,
-    ) -> None:
-        self.run_dir = Path(run_dir).absolute()
-        self.stage, self.name, self.group = stage, redact(name), redact(group)
-        self.config = redact(config)
-        self.wandb_mode = resolve_wandb_mode(wandb_mode)
-        self.wandb_project = wandb_project
-        self.resume = resume
-        self.run_id = ""
-        self.inputs: dict[str, str] = {}
-        """Artefacts that this run starts from: reference -> hash."""
+    program = "W&B"
+    remedy = "`wandb sync` sends the rest"
+
+    def __init__(self, record: RunRecord, *, mode: str = "auto", entity: str | None = None) -> None:
+        super().__init__(record)
+        self.mode, self.entity = resolve_wandb_mode(mode), entity
         self._run: Any = None
         self._table: Any = None
-        self._warned = False
         self._owns_data_dir = False
-        self._calls: queue.Queue[tuple[str, Callable[[], None]] | None] = queue.Queue(MAX_WAITING)
-        self._thread: threading.Thread | None = None
+
+    def log(self, figures: Mapping[str, float], step: int) -> None:
+        """Send metrics of an update."""
+        line = {**figures, metrics.UPDATES: step}
+        self._later("log metrics", lambda: self._run.log(line, step=step))
+
+    def log_summary(self, figures: Mapping[str, float], step: int) -> None:
+        """Add final figures to the run's summary, after whatever W&B has made of the log."""
+        self._later("send the summary", lambda: self._run.summary.update(dict(figures)))
+
+    def log_histograms(self, values: Mapping[str, Sequence[float]], step: int) -> None:
+        """Send the distributions of an update's values."""
+        copies = {name: list(numbers) for name, numbers in values.items()}
+
+        def send() -> None:
+            import wandb
+
+            self._run.log({name: wandb.Histogram(numbers) for name, numbers in copies.items()}, step=step)
+
+        self._later("log histograms", send)
+
+    def log_samples(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+        """Append rows to the table of samples; the first row decides the columns."""
+        copies = [dict(row) for row in rows]
+
+        def send() -> None:
+            import wandb
+
+            if self._table is None:
+                # INCREMENTAL sends only the rows that are new; the default mode freezes a table after its first log.
+                columns: list[str | int] = ["step", *(column for column in copies[0] if column != "step")]
+                self._table = wandb.Table(columns=columns, log_mode="INCREMENTAL", allow_mixed_types=True)
+            for row in copies:
+                self._table.add_data(step, *(row.get(column) for column in self._table.columns[1:]))
+            self._run.log({f"{self.record.stage}/samples": self._table}, step=step)
+
+        self._later("log samples", send)
 
     def log_table(self, name: str, rows: Sequence[Mapping[str, Any]], step: int) -> None:
-        """Send rows as a table of their own, with the columns of the first; the caller keeps the local record."""
-        if not rows:
-            return
+        """Send rows as a table of their own, with the columns of the first."""
         columns: list[str | int] = list(rows[0])
         data = [[row.get(str(column)) for column in columns] for row in rows]
 
@@ -137,9 +136,7 @@ class WandbRun:
     def log_scatter(
         self, name: str, rows: Sequence[Mapping[str, float]], x: str, y: str, title: str, step: int
     ) -> None:
-        """Send a panel with a point a row; the caller keeps the local record."""
-        if not rows:
-            return
+        """Send a panel with a point a row."""
         data = [[row[x], row[y]] for row in rows]
 
         def send() -> None:
@@ -157,8 +154,7 @@ class WandbRun:
             path: the artefact's folder. Its files' checksums name the W&B artifact, so that this run and the one that made it
                 meet at one version of the lineage graph, in whatever order they are synced. Without it the graph has no edge.
         """
-        self.inputs[reference] = hash
-        inputs = dict(self.inputs)
+        inputs = dict(self.record.inputs)
 
         def send() -> None:
             self._run.config.update({"inputs": inputs}, allow_val_change=True)
@@ -179,7 +175,7 @@ class WandbRun:
 
             self._run.config.update({"data": content}, allow_val_change=True)
             place = "-".join(part for part in Path(dataset).parts[-2:] if part != "/")
-            _, name, _ = split_reference(f"data-{redact(place)}-{self.stage}")
+            _, name, _ = split_reference(f"data-{redact(place)}-{self.record.stage}")
             artifact = wandb.Artifact(name, type="data", metadata=redact({"dataset": dataset, **content}))
             with artifact.new_file("data.json", encoding="utf-8") as file:
                 json.dump(content, file, indent=2, sort_keys=True)
@@ -194,7 +190,7 @@ class WandbRun:
         the record that its own code writes online: "log this, then use it".
         """
         aliases = [alias] if alias else []
-        if self.wandb_mode == "online":
+        if self.mode == "online":
             self._run.use_artifact(artifact, aliases=aliases)
         else:
             self._run._log_artifact(artifact, aliases=aliases, is_user_created=True, use_after_commit=True)
@@ -205,7 +201,7 @@ class WandbRun:
         Only the files' names and checksums are sent (a W&B reference): the registry already keeps the weights, and an upload
         would make every run pay for a second copy.
         """
-        about = {"inputs": dict(self.inputs), **redact(metadata)}
+        about = {"inputs": dict(self.record.inputs), **redact(metadata)}
 
         def send() -> None:
             version = split_reference(reference)[2]
@@ -213,69 +209,58 @@ class WandbRun:
 
         self._later(f"record the artifact {reference}", send)
 
-    def alert(self, title: str, text: str, severity: Literal["warning", "critical"]) -> None:
+    def log_page(self, file: Path) -> None:
+        """Send the run's report page as an artifact."""
+
+        def send() -> None:
+            import wandb
+
+            _, name, _ = split_reference(f"report-{self.record.name}")
+            artifact = wandb.Artifact(name, type="report")
+            artifact.add_file(str(file))
+            self._run.log_artifact(artifact)
+
+        self._later("send the report page", send)
+
+    def alert(self, title: str, text: str, severity: Severity) -> None:
         """Send an alert, which W&B mails or posts as the user has set there."""
         level = {"warning": "WARN", "critical": "ERROR"}[severity]
         self._later("send an alert", lambda: self._run.alert(title=title, text=text, level=level))
 
+    def start(self) -> None:
+        """Begin to open the W&B run; one that cannot be online is kept offline, where `wandb sync` can find it later."""
+        if self.mode == "disabled":
+            return
+        if "WANDB_DATA_DIR" not in os.environ:
+            # Tables and artifacts wait here for their upload. The default is in the home folder, which a container
+            # loses long before somebody syncs an offline run.
+            os.environ["WANDB_DATA_DIR"] = str(self.record.run_dir / "wandb")
+            self._owns_data_dir = True
+        super().start()
+
     def finish(self, exit_code: int = 0) -> None:
-        """End the W&B run, once all that was logged is sent or `FINISH_TIMEOUT_SECONDS` are over; a second call does nothing."""
-        self._later("finish the run", lambda: self._run.finish(exit_code=exit_code))
-        if self._thread is not None:
-            with suppress(queue.Full):
-                self._calls.put_nowait(None)
-            self._thread.join(FINISH_TIMEOUT_SECONDS)
-            if self._thread.is_alive():
-                self._warn(f"W&B is still uploading after {FINISH_TIMEOUT_SECONDS:.0f} s; `wandb sync` sends the rest")
-            self._thread = None
+        """End the W&B run, as `RunCopy` does."""
+        super().finish(exit_code)
         self._run = None
         if self._owns_data_dir:
             os.environ.pop("WANDB_DATA_DIR", None)
             self._owns_data_dir = False
 
-    def _send_metrics(self, figures: Mapping[str, float], step: int) -> None:
-        line = {**figures, metrics.UPDATES: step}
-        self._later("log metrics", lambda: self._run.log(line, step=step))
-
-    def _send_samples(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
-        copies = [dict(row) for row in rows]
-
-        def send() -> None:
-            import wandb
-
-            if self._table is None:
-                # INCREMENTAL sends only the rows that are new; the default mode freezes a table after its first log.
-                columns: list[str | int] = ["step", *(column for column in copies[0] if column != "step")]
-                self._table = wandb.Table(columns=columns, log_mode="INCREMENTAL", allow_mixed_types=True)
-            for row in copies:
-                self._table.add_data(step, *(row.get(column) for column in self._table.columns[1:]))
-            self._run.log({f"{self.stage}/samples": self._table}, step=step)
-
-        self._later("log samples", send)
-
-    def _start(self) -> None:
-        """Begin to open the W&B run; one that cannot be online is kept offline, where `wandb sync` can find it later."""
-        if self.wandb_mode == "disabled":
-            return
-        if "WANDB_DATA_DIR" not in os.environ:
-            # Tables and artifacts wait here for their upload. The default is in the home folder, which a container
-            # loses long before somebody syncs an offline run.
-            os.environ["WANDB_DATA_DIR"] = str(self.run_dir / "wandb")
-            self._owns_data_dir = True
-        self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
-        self._thread.start()
+    def _close(self, exit_code: int) -> None:
+        self._run.finish(exit_code=exit_code)
 
     def _open(self) -> None:
-        if self.wandb_mode == "online" and not has_wandb_key():
+        if self.mode == "online" and not has_wandb_key():
             self._warn("W&B has no key (run `wandb login` or set WANDB_API_KEY); the run is kept offline")
-            self.wandb_mode = "offline"
-        if self.wandb_mode == "online":
+            self.mode = "offline"
+        if self.mode == "online":
             self._try("reach the server; the run is kept offline", self._connect)
             if self._run is None:
-                self.wandb_mode = "offline"
+                self.mode = "offline"
                 self._try("stop its service", _teardown)  # which still holds the run id of the failed attempt
         if self._run is None:
-            self._try("start", lambda: self._init("offline"))
+            self._init("offline")
+        self._is_open = True
 
     def _connect(self) -> None:
         _knock()
@@ -294,16 +279,20 @@ class WandbRun:
             disable_git=True,  # W&B would store remote URLs and uncommitted changes; the manifest keeps the commit
             x_disable_meta=redact(sys.argv) != sys.argv,  # which holds the command line
         )
+        record = self.record
         run = wandb.init(
-            project=self.wandb_project,
-            dir=str(self.run_dir),
+            entity=self.entity,
+            project=record.project,
+            dir=str(record.run_dir),
             mode=mode,
-            id=self.run_id,
-            resume="allow" if self.resume else None,
-            name=self.name,
-            group=self.group,
-            job_type=self.stage,
-            config=self.config,
+            id=record.run_id,
+            resume="allow" if record.resume else None,
+            name=record.name,
+            group=record.group,
+            job_type=record.stage,
+            tags=record.tags or None,
+            notes=record.notes,
+            config=record.config,
             settings=settings,
         )
         for axis in (metrics.UPDATES, metrics.EPISODES):
@@ -311,35 +300,6 @@ class WandbRun:
         for family, axis in metrics.axes().items():
             run.define_metric(family, step_metric=axis)
         self._run = run
-
-    def _later(self, action: str, call: Callable[[], None]) -> None:
-        """Let the thread make a call once those before it are done; without a thread there is no W&B run."""
-        if self._thread is None:
-            return
-        try:
-            self._calls.put_nowait((action, call))
-        except queue.Full:
-            self._warn(f"W&B could not {action} (it has not taken the {MAX_WAITING:,} calls before)")
-
-    def _work(self) -> None:
-        """Open the run, and make the calls in the order in which they come, until there is None."""
-        self._open()
-        while (item := self._calls.get()) is not None:
-            if self._run is not None:
-                self._try(*item)
-
-    def _try(self, action: str, call: Callable[[], object]) -> None:
-        """Make a call and turn any exception into a warning: nothing that W&B does may end a training run."""
-        try:
-            call()
-        except Exception as error:
-            reason = " ".join(redact(f"{type(error).__name__}: {error}").split())[:300]
-            self._warn(f"W&B could not {action} ({reason})")
-
-    def _warn(self, message: str) -> None:
-        """Log a warning the first time, and debug messages after it."""
-        logger.log(logging.DEBUG if self._warned else logging.WARNING, "%s. Metrics are in %s", message, self.run_dir)
-        self._warned = True
 
 
 def _knock() -> None:

@@ -101,7 +101,7 @@ def replayed_config(artifact: Artifact, folder: Path) -> TrainingConfig:
     if isinstance(recorded.get("reward"), list):
         inputs["reward"] = [parents["reward"] if is_registered_reward(r) else r for r in recorded["reward"]]
     place = {"registry": str(folder / "registry"), "output_dir": str(folder / "outputs")}
-    return kind(**{**recorded, **inputs, **place, "resume": False, "wandb_mode": "disabled"})
+    return kind(**{**recorded, **inputs, **place, "resume": False, "trackers": ["none"]})
 
 
 def _check_data(artifact: Artifact) -> None:

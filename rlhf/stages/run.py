@@ -34,6 +34,7 @@ from rlhf.models.compute import Compute
 from rlhf.models.inputs import UNKNOWN
 from rlhf.models.tokenization import stop_token_ids, tokenizer_hashes
 from rlhf.registry import MANIFEST, Artifact, Registry, changed_inputs, recipe_hash
+from rlhf.report.run_page import write_report
 from rlhf.run import checkpoint, memory, terminal
 from rlhf.run.timing import PhaseTimer
 from rlhf.run.tracker import RUN_FILE, Tracker
@@ -121,9 +122,19 @@ class Run(Generic[ConfigT]):
         self.tracker.log_artifact(artifact.reference, artifact.path, {**metrics, "hash": artifact.hash})
         if artifact.name == self.config.name:
             shutil.copy(artifact.path / MANIFEST, self.folder)  # a report on the folder needs no registry
+            self.tracker.log_summary(metrics)
+            self._send_report()
         print(f"registered {artifact.reference} in {self.registry.root}", flush=True)
         print_outcome(artifact)
         return artifact
+
+    def _send_report(self) -> None:
+        """Write the report page and send it, with `log_report`; a page that cannot be made does not end the run."""
+        if self.config.log_report:
+            try:
+                self.tracker.log_page(write_report(self.folder.parent))
+            except UserError as error:
+                print(f"the report page is not sent: {error}", flush=True)
 
     def _registered(self, name: str) -> Artifact | None:
         """Return the artefact that this run registered before it was killed and resumed, if any."""
@@ -196,9 +207,8 @@ def open_run(
                 name=f"{config.name}-{stage}",
                 group=config.wandb_group or config.name,
                 config=dataclasses.asdict(config),
-                wandb_mode=config.wandb_mode if distributed.rank() == 0 else "disabled",
-                wandb_project=config.wandb_project,
                 resume=config.resume,
+                **(config.tracking if distributed.rank() == 0 else {"trackers": ()}),
             ) as tracker,
             terminal.view(f"{stage}: {config.name} on {compute}"),
             memory.explained(timer),

@@ -69,5 +69,5 @@ def test_only_places_change(finished: tuple[Path, Path]) -> None:
     artifact = Registry(finished[0]).read("ppo/toy")
     config, recorded = replayed_config(artifact, Path("here")), artifact.manifest.config
     changed = {name for name, value in recorded.items() if getattr(config, name) != value}
-    assert changed <= {"registry", "output_dir", "resume", "wandb_mode", "wandb_group"}
+    assert changed <= {"registry", "output_dir", "resume", "trackers", "wandb_group"}
     assert config.recipe() == type(config)(**recorded).recipe()

@@ -21,6 +21,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from wandb_reader import OfflineRun, table_rows, wandb_records
 
 from rlhf.base.errors import UserError
+from rlhf.run import copies
 from rlhf.run import wandb as wandb_module
 from rlhf.run.callbacks import MetricsCallback, ProgressCallback, house_metrics
 from rlhf.run.timing import PhaseTimer, peak_rss_gb
@@ -47,6 +48,7 @@ def make(run_dir: Path, **options: Any) -> Tracker:
         "group": "demo",
         "config": {},
         "wandb_mode": "disabled",
+        "log_texts": True,
     }
     return Tracker(run_dir, **{**defaults, **options})
 
@@ -284,7 +286,7 @@ def test_an_unreachable_server_leaves_an_offline_run(
         tracker.log({"sft/loss": 1.0}, 1)
     assert time.monotonic() - start < 60
     assert any(record.WhichOneof("record_type") == "history" for record in wandb_records(tmp_path))
-    assert len([r for r in caplog.records if r.name == wandb_module.logger.name and r.levelno >= logging.WARNING]) == 1
+    assert len([r for r in caplog.records if r.name == copies.logger.name and r.levelno >= logging.WARNING]) == 1
 
 
 def test_a_silent_server_leaves_an_offline_run(
@@ -302,9 +304,9 @@ def test_a_silent_server_leaves_an_offline_run(
         tracker = make(tmp_path, wandb_mode="online")
         with tracker:
             pass
-        assert tracker.wandb_mode == "offline" and modes == ["offline"]
+        assert tracker.copies[0].mode == "offline" and modes == ["offline"]
         assert time.monotonic() - start < 20
-    assert len([r for r in caplog.records if r.name == wandb_module.logger.name and r.levelno >= logging.WARNING]) == 1
+    assert len([r for r in caplog.records if r.name == copies.logger.name and r.levelno >= logging.WARNING]) == 1
 
 
 class StalledRun:
@@ -322,7 +324,7 @@ def test_a_server_that_stalls_does_not_hold_the_run(
 ) -> None:
     """Bug: a server that accepts the run and then says nothing, before whose answer the first update does not begin; or training
     that is done while the process waits for hours to upload."""
-    monkeypatch.setattr(wandb_module, "FINISH_TIMEOUT_SECONDS", 0.1)
+    monkeypatch.setattr(copies, "FINISH_TIMEOUT_SECONDS", 0.1)
     monkeypatch.setattr(wandb, "init", lambda **_: StalledRun())
     start = time.monotonic()
     with make(tmp_path, wandb_mode="offline") as tracker:
@@ -341,13 +343,13 @@ def test_calls_that_wait_for_wandb_are_few(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Bug: memory that fills with lines for a server that takes none."""
-    monkeypatch.setattr(wandb_module, "FINISH_TIMEOUT_SECONDS", 0.1)
-    monkeypatch.setattr(wandb_module, "MAX_WAITING", 3)
+    monkeypatch.setattr(copies, "FINISH_TIMEOUT_SECONDS", 0.1)
+    monkeypatch.setattr(copies, "MAX_WAITING", 3)
     monkeypatch.setattr(wandb, "init", lambda **_: StalledRun())
     with make(tmp_path, wandb_mode="offline") as tracker:
         for step in range(10):
             tracker.log({"sft/loss": 1.0}, step)
-        assert tracker._calls.qsize() <= 3
+        assert tracker.copies[0]._calls.qsize() <= 3
     assert len(rows_of(tmp_path / "metrics.jsonl")) == 10
     assert "has not taken the 3 calls before" in caplog.text
 

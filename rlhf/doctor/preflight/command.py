@@ -54,7 +54,7 @@ def run(stage: str, config: TrainingConfig) -> None:
     place = Path(config.output_dir).absolute()
     beside = next(p for p in (place, *place.parents) if p.is_dir())  # on the disk that the checkpoints will be on
     with tempfile.TemporaryDirectory(prefix=".preflight-", dir=beside) as folder:
-        rehearsal = dataclasses.replace(config, output_dir=folder, wandb_mode="disabled", resume=False, preflight=True)
+        rehearsal = dataclasses.replace(config, output_dir=folder, trackers=["none"], resume=False, preflight=True)
         importlib.import_module(f"rlhf.stages.{stage}").run(rehearsal, only_preflight=True)
     print(f"preflight passed: {stage}/{config.name} can start")
 

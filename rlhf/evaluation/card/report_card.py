@@ -221,8 +221,7 @@ def run(config: RewardCardConfig) -> Card:
         name=f"{artifact.name}-card",
         group=artifact.name,
         config=dataclasses.asdict(config),
-        wandb_mode=config.wandb_mode,
-        wandb_project=config.wandb_project,
+        **config.tracking,
     ) as tracker:
         tracker.use_artifact(artifact.reference, artifact.hash, artifact.path)
         log_card(card, tracker, 0)
