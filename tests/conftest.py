@@ -27,7 +27,8 @@ TOY = {
     "eval_steps: 2\nsave_steps: 2\nresponse_length: 8\ncard_policy_samples: 6\ncard_likelihood_responses: 12\n"
     "card_probe_answers: 3\n",
     "ppo": "policy: sft/toy\nreward: reward/toy\ntotal_episodes: 16\nrollout_batch_size: 8\nminibatch_size: 4\n"
-    "microbatch_size: 2\nresponse_length: 8\nnum_eval_samples: 6\nsave_steps: 1\n",
+    "microbatch_size: 2\nresponse_length: 8\nnum_eval_samples: 6\nsave_steps: 1\n"
+    "eval_steps: 1\nnum_eval_prompts: 4\nlog_texts: true\n",
 }
 
 

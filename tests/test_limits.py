@@ -39,8 +39,8 @@ SMALLEST = {
     "value_warmup_updates min_response_length num_eval_samples num_logged_samples ptx_coef num_samples best_of "
     "eval_rating_difference min_rating_difference margin_per_rating center_rewards_coefficient",
     1: "save_steps logging_steps lora_r lora_alpha per_device_train_batch_size gradient_accumulation_steps "
-    "per_device_eval_batch_size max_length eval_steps max_eval_samples selection_samples response_length num_ppo_epochs "
-    "max_prompt_length kl_horizon microbatch_tokens num_hidden_layers intermediate_size sample_length "
+    "per_device_eval_batch_size max_length eval_steps max_eval_samples num_eval_prompts selection_samples response_length "
+    "num_ppo_epochs max_prompt_length kl_horizon microbatch_tokens num_hidden_layers intermediate_size sample_length "
     "early_stopping_patience max_characters card_policy_samples card_likelihood_responses card_probe_answers num_prompts "
     "samples_per_prompt best_of_prompts judge_pairs judge_parallel check_length task_limit",
     2: "min_responses",
@@ -58,6 +58,8 @@ def listed_limits(config_type: Any) -> set[Limit]:
     limits = {("require_at_least", name, smallest) for smallest, names in SMALLEST.items() for name in names.split()}
     if config_type is PretrainConfig:  # a block of one token has nothing to predict
         limits = limits - {("require_at_least", "max_length", 1)} | {("require_at_least", "max_length", 2)}
+    if config_type is PPOConfig:  # 0 leaves the evaluations out; in the other stages they choose the best checkpoint
+        limits = limits - {("require_at_least", "eval_steps", 1)} | {("require_at_least", "eval_steps", 0)}
     limits |= {("require_above_zero", name, 0) for name in ABOVE_ZERO.split()}
     limits |= {("require_below_one", name, 1) for name in SHARES.split()}
     return {limit for limit in limits if limit[1] in {field.name for field in dataclasses.fields(config_type)}}
@@ -143,6 +145,8 @@ WRITTEN_OUT: list[tuple[Any, dict[str, Any], dict[str, Any], str]] = [
     (PPOConfig, {"whiten_rewards": True, **sizes(8)}, {"whiten_rewards": True, **sizes(7)}, "at least 8, got 7"),
     (PPOConfig, SHARED, {**SHARED, "value_warmup_updates": 1}, "value_warmup_updates needs"),
     *((kind, FULL, {**FULL, "quantization": "8bit"}, "cannot train weights in 8bit") for kind in (PPOConfig, RewardConfig)),
+    (PPOConfig, {"trackers": ["wandb", "mlflow"]}, {"trackers": ["mlflwo"]}, "trackers has 'mlflwo'.*did you mean 'mlflow'"),
+    (PPOConfig, {"trackers": ["none"]}, {"trackers": ["wandb", "none"]}, "none or a list of names"),
     (PPOConfig, {"snapshot_steps": 1}, {"snapshot_steps": 0}, "snapshot_steps must be at least 1, got 0"),
     (PPOConfig, FULL, {**FULL, "snapshot_steps": 1}, "needs finetuning lora"),
     (PPOConfig, OFFLOAD, {**OFFLOAD, "gradient_checkpointing": False}, "offload_base needs .*gradient_checkpointing"),

@@ -64,6 +64,12 @@ class OfflineRun:
         ]
 
     @property
+    def summary(self) -> dict[str, Any]:
+        """The figures of the run as a whole, as last set."""
+        updates = [u for record in self._of("summary") for u in record.update]
+        return {"/".join(u.nested_key) or u.key: json.loads(u.value_json) for u in updates}
+
+    @property
     def axes(self) -> dict[str, str]:
         """Metric or family -> the metric over which it is drawn."""
         return {m.name or m.glob_name: m.step_metric for m in self._of("metric") if m.step_metric}

@@ -137,6 +137,10 @@ class PPOConfig(TextConfig, StageConfig):
         None,
     )
     num_eval_samples: int = option("responses to held-out prompts sampled before and after training", 256)
+    eval_steps: int = option(
+        "rollouts between evaluations on held-out prompts during training; 0 evaluates before and after it only", 10
+    )
+    num_eval_prompts: int = option("held-out prompts of each evaluation during training, always the first ones", 32)
     num_logged_samples: int = option("responses of each logged rollout in the sample table", 8)
     gold: str | None = option(
         "scorer that the policy is not trained on: package.module:function(responses) -> scores", None
@@ -154,8 +158,9 @@ class PPOConfig(TextConfig, StageConfig):
         require_above_zero(self, "temperature", "reward_timeout", "clip_range", "clip_range_value")
         require_above_zero(self, "kl_target", "max_approx_kl", "max_kl", "reward_clip")
         require_at_least(1, self, "num_ppo_epochs", "max_prompt_length", "response_length", "kl_horizon")
+        require_at_least(1, self, "num_eval_prompts")
         require_at_least(0, self, "kl_coef", "vf_coef", "value_learning_rate", "value_warmup_updates")
-        require_at_least(0, self, "min_response_length", "num_eval_samples", "num_logged_samples")
+        require_at_least(0, self, "min_response_length", "num_eval_samples", "eval_steps", "num_logged_samples")
         require(
             not self.reward_weights or len(self.reward_weights) == len(self.reward),
             f"reward_weights has {len(self.reward_weights)} numbers for {len(self.reward)} rewards; give one for each",
@@ -226,7 +231,10 @@ class PPOConfig(TextConfig, StageConfig):
 
     def recipe(self) -> dict[str, Any]:
         """Return the options that decide the result, with the names of rewards that are no artefacts."""
-        return {**super().recipe(), "other_rewards": [r for r in self.reward if not is_registered_reward(r)]}
+        shared = {
+            k: v for k, v in super().recipe().items() if k != "eval_steps"
+        }  # it decides what is logged and no more
+        return {**shared, "other_rewards": [r for r in self.reward if not is_registered_reward(r)]}
 
     @property
     def num_updates(self) -> int:

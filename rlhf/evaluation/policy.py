@@ -32,8 +32,24 @@ class PolicyEvaluation:
     answers: Answers
     scores: Tensor
     """(B,) scores of the reward, without penalties."""
+    kl: Tensor
+    """(B,) log pi - log pi_ref on sampled tokens (k1), nats."""
+    gold: Tensor | None
+    """(B,) scores of the independent judge, if there is one."""
     figures: dict[str, float | None]
     """Means over the answers, by the names of a PPO manifest."""
+
+    def metrics(self, count: int) -> dict[str, float]:
+        """Return means over the first `count` answers, by the names of the metrics during training."""
+        answers, gold = self.answers, {} if self.gold is None else {"eval/gold": float(self.gold[:count].mean())}
+        return {
+            "eval/score": float(self.scores[:count].mean()),
+            **gold,
+            "eval/kl": float(self.kl[:count].mean()),
+            "eval/length": float(answers.lengths[:count].mean()),
+            "eval/stop_rate": sum(answers.stopped[:count]) / len(answers.stopped[:count]),
+            "eval/distinct_2": distinct_n(answers.texts[:count], 2),
+        }
 
 
 @torch.no_grad()
@@ -65,35 +81,43 @@ def evaluate_policy(
     sequences = answers.sequences(prompts, options.pad_token_id, models.compute.device)
     batches = length_sorted_batches(sequences.lengths, batch_size, batch_tokens)
     scores, _ = reward(Responses(sequences=sequences, batches=batches, texts=answers.texts, rows=rows))
+    judged = None if gold is None else torch.tensor(gold(answers.texts))
+    kl, mean_kl = torch.zeros(len(sequences)), 0.0
+    if not reference:
+        kl, mean_kl = _kl(models, sequences, batches, options.temperature)
     figures = {
         "score": float(scores.mean()),
         "reward_positive": float((scores > 0).float().mean()),
         "distinct2": distinct_n(answers.texts, 2),
         "length": float(sequences.mask.sum(dim=1).float().mean()),
         "stop_rate": float(torch.tensor(answers.stopped).float().mean()),
-        **_gold_figures(gold, answers.texts),
-        "kl": 0.0 if reference else _mean_kl(models, sequences, batches, options.temperature),
+        **_gold_figures(judged),
+        "kl": mean_kl,
     }
-    return PolicyEvaluation(answers, scores.cpu(), figures)
+    return PolicyEvaluation(answers, scores.cpu(), kl, judged, figures)
 
 
-def _gold_figures(gold: GoldFunction | None, texts: list[str]) -> dict[str, float | None]:
-    """Return the shares of answers that the independent judge finds positive and negative."""
-    if gold is None:
-        return {"gold_positive": None, "gold_negative": None}
-    scores = torch.tensor(gold(texts))
+def _gold_figures(scores: Tensor | None) -> dict[str, float | None]:
+    """Return the mean of the independent judge's scores, and the shares of answers that it finds positive and negative."""
+    if scores is None:
+        return {"gold": None, "gold_positive": None, "gold_negative": None}
     return {
+        "gold": float(scores.mean()),
         "gold_positive": float((scores > GOLD_THRESHOLD).float().mean()),
         "gold_negative": float((scores < -GOLD_THRESHOLD).float().mean()),
     }
 
 
-def _mean_kl(models: RoleModels, sequences: Sequences, batches: Sequence[Tensor], temperature: float) -> float:
-    """Return log pi - log pi_ref on sampled tokens (k1), nats a response."""
-    total = 0.0
+def _kl(
+    models: RoleModels, sequences: Sequences, batches: Sequence[Tensor], temperature: float
+) -> tuple[Tensor, float]:
+    """Return log pi - log pi_ref on sampled tokens (k1), nats: of each response (B,), and their mean."""
+    kl, total = torch.zeros(len(sequences)), 0.0
     for rows in batches:
         batch = sequences.select(rows)
         new = forward.token_logprobs(models, "policy", batch, temperature)
         old = forward.token_logprobs(models, "reference", batch, temperature)
-        total += float(F.masked_sum(F.kl_k1(new, old), batch.mask))
-    return total / len(sequences)
+        k1 = F.kl_k1(new, old)
+        kl[rows.cpu()] = F.masked_sum(k1, batch.mask, dim=1).float().cpu()
+        total += float(F.masked_sum(k1, batch.mask))
+    return kl, total / len(sequences)

@@ -7,7 +7,6 @@ Registers the policy adapter as ppo/NAME.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,13 +17,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.base import distributed
 from rlhf.base.errors import UserError, require, run_command
-from rlhf.base.functions import GoldFunction
 from rlhf.config import PPOConfig, is_registered_reward, parse_config
 from rlhf.data_prep.corpus import Blocks, load_text
 from rlhf.data_prep.load import Loaded, load_rows
 from rlhf.doctor.live import LiveDoctor
 from rlhf.doctor.preflight.ppo import ppo as check_ppo
-from rlhf.evaluation.policy import PolicyEvaluation, evaluate_policy
+from rlhf.evaluation.policy import PolicyEvaluation
 from rlhf.models.adapters import lora_config
 from rlhf.models.base import context_length, load_policy
 from rlhf.models.compute import Compute
@@ -32,9 +30,9 @@ from rlhf.models.inputs import function_inputs
 from rlhf.models.roles import RoleModels, SharedModels
 from rlhf.models.sampling import fits_loop
 from rlhf.models.separate import SeparateModels
-from rlhf.models.tokenization import encode_prompt, last_user_text, load_tokenizer
+from rlhf.models.tokenization import encode_prompt, load_tokenizer
 from rlhf.ppo.metrics import sample_rows
-from rlhf.ppo.rollout import Environment, SamplingOptions
+from rlhf.ppo.rollout import Environment
 from rlhf.ppo.state import Order, Outputs
 from rlhf.ppo.trainer import PPOTrainer
 from rlhf.registry import IMPORTED, Artifact, Registry
@@ -44,11 +42,9 @@ from rlhf.reward.sources import AdapterReward, ModelReward, Reward, kind_of, ope
 from rlhf.run.memory import check_rollout_fits
 from rlhf.stages.callbacks import Callback, Update, call_back
 from rlhf.stages.data import add_dropped, describe_data, encode_demonstrations, load_splits, overlap, writable_sets
+from rlhf.stages.held_out import HeldOut, before_and_after
 from rlhf.stages.next_steps import print_next
 from rlhf.stages.run import Run, find_finished, open_run, preflight, stage_recipe
-
-#: Held-out prompts whose answers before and after are shown side by side.
-COMPARED_PROMPTS = 20
 
 
 def run(
@@ -84,9 +80,19 @@ def run(
         own_unit = any(IMPORTED in reward.manifest.config for reward in rewards)
         settings = {**dataclasses.asdict(config), "own_unit": own_unit}
         doctor = LiveDoctor("ppo", config.doctor, run.tracker, settings)
+        evaluation = HeldOut(
+            run=run,
+            models=models,
+            tokenizer=tokenizer,
+            data=held_out,
+            prompts=held_out_ids,
+            reward=reward_sum,
+            gold=gold,
+        )
 
         def observe(update: int, metrics: Mapping[str, float]) -> Order | None:
-            """Have the doctor and the callbacks look at an update."""
+            """Evaluate the policy where that is due, and have the doctor and the callbacks look at the update."""
+            evaluation.watch(update)
             order = doctor.observe(update, metrics)
             return _called_back(run, trainer, update, metrics) or order
 
@@ -105,8 +111,9 @@ def run(
         if config.resume:
             trainer.state.resume()
             doctor.read_log()
-        evaluate = partial(_evaluate, run, models, tokenizer, held_out_ids, held_out.rows, reward_sum, gold)
-        sft_answers = evaluate(reference=True)
+        sft_answers = evaluation.evaluate(reference=True)
+        if not run.tracker.logged():
+            evaluation.log(0, sft_answers)
         if (doctor.may_roll_back or callbacks) and trainer.state.updates_done == 0:
             trainer.state.save()  # a state to go back to
         trainer.train()
@@ -114,9 +121,9 @@ def run(
 
         def publish(name: str) -> Artifact:
             """Evaluate and register the policy with its current weights."""
-            answers = evaluate(reference=False)
-            if name == config.name and distributed.rank() == 0:
-                _write_comparison(run.folder / "comparison.jsonl", held_out, sft_answers, answers)
+            answers = evaluation.evaluate(reference=False)
+            if name == config.name:
+                evaluation.log_comparison(sft_answers, answers)
             return run.publish(
                 lambda folder: models.save_policy(folder, base_model=policy.manifest.base_model),
                 base_model=policy.manifest.base_model,
@@ -281,67 +288,16 @@ class _BlocksAsPairs(Sequence[tuple[list[int], list[int]]]):
         return block[:1], block[1:]
 
 
-def _evaluate(
-    run: Run[PPOConfig],
-    models: RoleModels,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[list[int]],
-    rows: Any,
-    reward: Reward,
-    gold: GoldFunction | None,
-    *,
-    reference: bool,
-) -> PolicyEvaluation:
-    """Sample answers to held-out prompts by the policy or the reference, and score them."""
-    config = run.config
-    count = max(config.num_eval_samples, min(len(prompts), COMPARED_PROMPTS))
-    chosen = [i % len(prompts) for i in range(count)]
-    with run.timer.phase("evaluate"):
-        return evaluate_policy(
-            models,
-            tokenizer,
-            [prompts[i] for i in chosen],
-            [rows[i] for i in chosen],
-            SamplingOptions.of(config, tokenizer),
-            reward,
-            reference=reference,
-            batch_size=config.microbatch_size,
-            batch_tokens=config.microbatch_tokens,
-            gold=gold,
-            seed=config.seed + 7,
-        )
-
-
-def _write_comparison(file: Path, held_out: Loaded, sft: PolicyEvaluation, ppo: PolicyEvaluation) -> None:
-    """Write the answers of SFT and PPO to held-out prompts side by side, for the report."""
-    prompts = [last_user_text(row["prompt"]) for row in held_out.rows]
-    rows = [
-        {
-            "prompt": prompts[i],
-            "sft_response": sft.answers.texts[i],
-            "ppo_response": ppo.answers.texts[i],
-            "sft_score": float(sft.scores[i]),
-            "ppo_score": float(ppo.scores[i]),
-        }
-        for i in range(min(len(prompts), COMPARED_PROMPTS))
-    ]
-    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-
-
 def _figures(run: Run[PPOConfig], trainer: PPOTrainer, sft: PolicyEvaluation, ppo: PolicyEvaluation) -> dict[str, Any]:
     """Return the manifest's figures: length and pace of the run, KL, and held-out figures before and after."""
     seconds, updates = {p["phase"]: p["seconds"] for p in run.timer.summary()}, trainer.state.updates_done
     training = sum(seconds.get(phase, 0.0) for phase in ("rollout", "score", "optimise"))
-    figures: dict[str, Any] = {
+    return {
         "episodes": updates * run.config.rollout_batch_size,
         "updates": updates,
         "seconds_per_update": round(training / max(updates, 1), 2),
-        "kl": ppo.figures["kl"],
+        **before_and_after(sft, ppo),
     }
-    for name in sft.figures:
-        if name != "kl":
-            figures[f"{name}_before"], figures[f"{name}_after"] = sft.figures[name], ppo.figures[name]
-    return figures
 
 
 def main() -> None:
