@@ -68,3 +68,18 @@ def test_nothing_is_sent_without_a_key(
     assert "wandb login" in call("rlhf.tracking", "dashboard", "--entity", "me").complaint
     assert "--entity" in call("rlhf.tracking", "dashboard", "--output", tmp_path / "w.json").complaint
     assert "invalid choice" in call("rlhf.tracking", "dashbord").complaint
+
+
+@pytest.mark.parametrize("page", ["dashboard", "report"])
+def test_both_pages_show_the_judge_on_held_out_prompts(page: str, tmp_path: Path, call: Callable[..., Call]) -> None:
+    """Runs that are compared by the score that they were trained on alone."""
+    file = tmp_path / "page.json"
+    done = call("rlhf.tracking", page, "--entity", "me", "--project", "films", "--group", "demo", "--output", file)
+    assert done.code == 0, done.err
+    content = json.loads(file.read_text())
+    plots = {(c.get("xAxis"), c.get("yAxis")) for c in values_of(content, "config") if isinstance(c, dict)}
+    assert ("summary:summary/kl", "summary:summary/gold_after") in plots
+    assert "eval/gold" in {metric for metrics in values_of(content, "metrics") if metrics for metric in metrics}
+    pinned = next(columns for columns in values_of(content, "columnPinned") if columns)
+    assert next(name for name in pinned if name.startswith("summary:")) == "summary:summary/gold_after"
+    assert "ppo/comparison" in json.dumps(content) and '["demo"]' in json.dumps(content)
