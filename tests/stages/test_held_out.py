@@ -158,7 +158,7 @@ def test_mlflow_reads_every_figure(runs: dict[str, Watched]) -> None:
 
 def test_options_of_the_log_are_no_part_of_the_recipe() -> None:
     """A finished run that is trained again because somebody wants another curve of it."""
-    base = ["--dataset", "d", "--policy", "sft/a", "--reward", "reward/a"]
+    base = ["--name", "n", "--dataset", "d", "--policy", "sft/a", "--reward", "reward/a"]
     logged = [
         "--eval_steps",
         "3",
