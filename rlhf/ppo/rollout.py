@@ -172,20 +172,21 @@ def respond(
     ids, mask = ids.to(device), mask.to(device)
     generator = torch.Generator().manual_seed(seed)
     own = torch.arange(distributed.rank(), len(prompts), distributed.size())
+    drawn = own if len(own) else torch.zeros(1, dtype=torch.long)  # fewer prompts than processes: drawn and thrown away
     merged = options.merge_adapter and not reference
     source = models.merged_policy() if merged else models.role("reference" if reference else "policy")
     with source:
         sampled = sample(
             models.causal,
-            ids[own],
-            mask[own],
+            ids[drawn],
+            mask[drawn],
             max_new_tokens=options.max_new_tokens,
             temperature=options.temperature,
             stop_token_ids=options.stop_token_ids,
             pad_token_id=options.pad_token_id,
             generator=generator,
             stop_strings=options.stop_strings,
-            batch_slice=(len(prompts), own),
+            batch_slice=(len(prompts), drawn),
             sampler=options.sampler,
         )
     if distributed.size() > 1:
@@ -199,7 +200,7 @@ def _all_rows(part: Sampled, own: Tensor, count: int, options: SamplingOptions) 
     def gather(x: Tensor) -> Tensor:
         whole = torch.zeros(count, options.max_new_tokens if x.dim() == 2 else 1, dtype=x.dtype, device=x.device)
         x = x if x.dim() == 2 else x[:, None]
-        whole[own, : x.shape[1]] = x
+        whole[own, : x.shape[1]] = x[: len(own)]
         return distributed.total(whole.long() if x.dtype == torch.bool else whole).to(x.dtype)
 
     mask = gather(part.mask)
