@@ -379,7 +379,7 @@ def test_the_command_prints_what_matters(world: World, folder: Path, tmp_path: P
     [
         ({"models": "ppo/toi"}, "did you mean 'ppo/toy'"),
         ({"models": "reward/toy"}, "is no policy"),
-        ({"prompts": "/no/such/data"}, "no data at /no/such/data"),
+        ({"dataset": "/no/such/data"}, "no data at /no/such/data"),
         ({"gold": "no_module:f"}, "no_module:f"),
         ({"gold": "reward/toi"}, "did you mean 'reward/toy'"),
         ({"judge_url": "http://localhost:1/v1"}, "needs both"),
@@ -397,7 +397,7 @@ def test_what_a_user_gets_wrong(
     base = options(world, tmp_path / "out", models=("ppo/toy",))
     plain = {f.name: getattr(base, f.name) for f in dataclasses.fields(base)}
     chosen = {
-        k: plain[k] for k in ("models", "prompts", "registry", "output_dir", "device", "dtype", "wandb_mode")
+        k: plain[k] for k in ("models", "dataset", "registry", "output_dir", "device", "dtype", "wandb_mode")
     } | given
     words = [w for k, v in chosen.items() for w in (f"--{k}", *(v if isinstance(v, list) else [v]))]
     assert told in call("rlhf.evaluation.__main__", *words).complaint
