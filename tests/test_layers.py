@@ -26,6 +26,7 @@ LAYERS = (
     "data_prep",
     "reward",
     "ppo",
+    "plan",
     "doctor",
     "report",
     "evaluation",

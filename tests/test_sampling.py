@@ -185,13 +185,13 @@ def test_a_token_of_probability_zero_is_never_drawn() -> None:
     below_one = 1 - 2**-24  # the largest number that torch.rand can give
     for u in (0.0, 1e-9, 1 / 3, 0.5, 2 / 3, below_one):
         for scale in (1.0, 7.3):
-            token, logprob = sampling._draw(logits + scale, torch.tensor([[u]]), 1.0)
+            token, logprob = sampling.draw_tokens(logits + scale, torch.tensor([[u]]), 1.0)
             assert int(token) in (1, 2, 4)
             assert float(logprob) == pytest.approx(-1.0986123, abs=1e-6)
     # Cumulative sums of fp32 probabilities end a little off 1; the draw must still stay inside.
     wide = torch.randn(64, 50_000, generator=torch.Generator().manual_seed(0))
     wide[:, -100:] = -torch.inf
-    token, _ = sampling._draw(wide, torch.full((64, 1), below_one), 1.0)
+    token, _ = sampling.draw_tokens(wide, torch.full((64, 1), below_one), 1.0)
     assert int(token.max()) < 50_000 - 100
 
 
@@ -211,7 +211,7 @@ def test_at_temperature_zero_the_likeliest_tokens_are_taken(sampler: Sampler) ->
 def test_top_p_leaves_the_likeliest_tokens() -> None:
     """Catches: a nucleus without the token that fills it up, or probabilities that no longer add up to 1."""
     logits = torch.tensor([[0.1, 0.4, 0.2, 0.3]]).log()
-    drawn = [sampling._draw(logits, torch.tensor([[u / 100]]), 1.0, 0.6) for u in range(100)]
+    drawn = [sampling.draw_tokens(logits, torch.tensor([[u / 100]]), 1.0, 0.6) for u in range(100)]
     assert {int(token) for token, _ in drawn} == {1, 3}
     for token, logprob in drawn:
         assert float(logprob.exp()) == pytest.approx({1: 4 / 7, 3: 3 / 7}[int(token)], abs=1e-6)

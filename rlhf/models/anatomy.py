@@ -71,6 +71,14 @@ def anatomy(model: PreTrainedModel) -> Anatomy:
     return _ANATOMIES[model]
 
 
+def assume_usual(model: PreTrainedModel) -> None:
+    """Take the usual anatomy for a model without weights, which no pass can show: a plain head after its decoder."""
+    trunk = getattr(model, model.base_model_prefix, None) or model.get_decoder()
+    name = next(name for name, module in model.named_modules() if module is trunk)
+    embedding: Any = model.get_output_embeddings() or model.get_input_embeddings()
+    _ANATOMIES[model] = Anatomy(name, int(embedding.weight.shape[1]), True, True, frozenset(), frozenset())
+
+
 def backbone(model: PreTrainedModel) -> nn.Module:
     """Return the transformer below the language-model head or score head, ending in its last norm."""
     made_of = _ANATOMIES.get(model)

@@ -184,9 +184,7 @@ def ordered_weights(model: PreTrainedModel) -> Iterator[None]:
 
     Otherwise each step reorders them, which takes longer than the product of a few rows with them.
     """
-    layers = [layer for layer in model.modules() if _can_be_ordered(layer)] if has_ordered_products() else []
-    if sum(layer.weight.nbytes for layer in layers) > _ORDERED_AT_MOST:
-        layers = []
+    layers = _ordered_layers(model)
     try:
         for layer in layers:
             weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
@@ -195,6 +193,16 @@ def ordered_weights(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for layer in layers:
             vars(layer).pop("forward", None)
+
+
+def _ordered_layers(model: nn.Module) -> list[nn.Linear]:
+    layers = [layer for layer in model.modules() if _can_be_ordered(layer)] if has_ordered_products() else []
+    return layers if sum(layer.weight.nbytes for layer in layers) <= _ORDERED_AT_MOST else []
+
+
+def ordered_bytes(model: nn.Module) -> int:
+    """Return the bytes that `ordered_weights` holds a second time."""
+    return sum(layer.weight.nbytes for layer in _ordered_layers(model))
 
 
 def has_ordered_products() -> bool:

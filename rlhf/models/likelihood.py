@@ -17,6 +17,19 @@ from rlhf.models.sequences import pad, prompt_batches
 _TOKENS_AT_ONCE = 128
 
 
+def answer_loss(
+    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, labels: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the negative log-likelihood of all labelled tokens, nats, with their logits (N, V) and the tokens (N,).
+
+    Args: labels (B, T), -100 where there is no loss; no logits are made there.
+    """
+    answer = labels[:, 1:] != -100
+    states, head = states_and_head(model, input_ids, attention_mask)
+    logits, tokens = head(states[:, :-1][answer]), labels[:, 1:][answer]
+    return -sequence_logprobs(logits, tokens, temperature=1.0).sum(), logits, tokens
+
+
 @torch.no_grad()
 def mean_logprobs(
     policy: PreTrainedModel,

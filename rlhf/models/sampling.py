@@ -109,7 +109,7 @@ def sample(
     steps = [torch.rand(total, 1, generator=generator, device=generator.device) for _ in range(max_new_tokens)]
     buffer = ResponseBuffer(
         torch.stack(steps).to(prompts.device)[:, numbers.to(prompts.device)],
-        functools.partial(_draw, temperature=temperature, top_p=top_p),
+        functools.partial(draw_tokens, temperature=temperature, top_p=top_p),
         torch.tensor(stop_token_ids, device=prompts.device),
         pad_token_id,
         stop_strings,
@@ -175,7 +175,7 @@ class ResponseBuffer:
         )
 
 
-def _draw(logits: Tensor, uniform: Tensor, temperature: float, top_p: float = 1.0) -> tuple[Tensor, Tensor]:
+def draw_tokens(logits: Tensor, uniform: Tensor, temperature: float, top_p: float = 1.0) -> tuple[Tensor, Tensor]:
     """Return one token a row of (B, V) logits by inverse CDF, and its log-probability in fp32.
 
     `torch.multinomial` draws a random number for every entry of the vocabulary, on one thread; this takes one a row.

@@ -55,6 +55,19 @@ def smallest_8bit(parameters: Iterable[nn.Parameter]) -> int:
     return max([MIN_8BIT_SIZE, *(size + 1 for size in heads)])
 
 
+def parameter_bytes(parameters: Sequence[nn.Parameter]) -> int:
+    """Return the bytes of the parameters."""
+    return sum(p.numel() * p.element_size() for p in parameters)
+
+
+def optimizer_bytes(parameters: Sequence[nn.Parameter], config: TrainingConfig) -> int:
+    """Return the bytes of Adam's two moments of each parameter."""
+    eight_bit = config.optim == "adamw_8bit"
+    return sum(
+        2 * p.numel() * (1 if eight_bit and p.numel() >= MIN_8BIT_SIZE else p.element_size()) for p in parameters
+    )
+
+
 def build_scheduler(optimizer: torch.optim.Optimizer, config: TrainingConfig, num_updates: int) -> LambdaLR:
     """Return the schedule of the step size over optimiser updates (not episodes).
 

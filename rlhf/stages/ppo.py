@@ -44,7 +44,7 @@ from rlhf.stages.callbacks import Callback, Update, call_back
 from rlhf.stages.data import add_dropped, describe_data, encode_demonstrations, load_splits, overlap, writable_sets
 from rlhf.stages.held_out import HeldOut, before_and_after
 from rlhf.stages.next_steps import print_next
-from rlhf.stages.run import Run, find_finished, open_run, preflight, stage_recipe
+from rlhf.stages.run import Run, announce, find_finished, open_run, preflight, stage_recipe
 
 
 def run(
@@ -68,6 +68,7 @@ def run(
     with open_run("ppo", config, [policy, *rewards], data, recipe, inputs, callbacks) as run:
         tokenizer = load_tokenizer(str(policy.path))
         sets = writable_sets(sets, tokenizer, run.data)
+        announce(run, policy.manifest.base_model, sets, tokenizer)
         prompts, held_out = sets["train"], sets["validation"]
         train_ids = encode_prompts(prompts, tokenizer, config.max_prompt_length)
         held_out_ids = encode_prompts(held_out, tokenizer, config.max_prompt_length)

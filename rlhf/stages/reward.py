@@ -46,7 +46,7 @@ from rlhf.stages.callbacks import Callback
 from rlhf.stages.data import add_dropped, describe_data, load_splits, overlap, writable_sets
 from rlhf.stages.next_steps import print_next
 from rlhf.stages.normalization import NormalizingRows, normalization, normalizing_data, normalizing_rows
-from rlhf.stages.run import Run, find_finished, open_run, preflight, require_one_process, stage_recipe
+from rlhf.stages.run import Run, announce, find_finished, open_run, preflight, require_one_process, stage_recipe
 from rlhf.stages.trainer import on_one_device, train, trainer_arguments
 
 #: Beginning of the name of the folder that holds the trained model until it is registered.
@@ -98,6 +98,7 @@ def run(
         base = load_policy(policy, config, run.compute)
         tokenizer = load_tokenizer(str(policy.path))
         sets = writable_sets(sets, tokenizer, run.data)
+        announce(run, policy.manifest.base_model, sets, tokenizer)
         prepared = prepare(run, base, tokenizer, sets)
         # Training uses the policy up, so its own figures come first.
         figures_of_policy = None if only_preflight else measure_policy(run, base, prepared, zero_data)

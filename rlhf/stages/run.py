@@ -33,6 +33,7 @@ from rlhf.doctor.preflight.context import PreflightContext
 from rlhf.models.compute import Compute
 from rlhf.models.inputs import UNKNOWN
 from rlhf.models.tokenization import stop_token_ids, tokenizer_hashes
+from rlhf.plan.show import print_plan
 from rlhf.registry import MANIFEST, Artifact, Registry, changed_inputs, recipe_hash
 from rlhf.report.run_page import write_report
 from rlhf.run import checkpoint, memory, terminal
@@ -310,6 +311,12 @@ def preflight(
         return examine(context)
 
     require_checks(run, checks)
+
+
+def announce(run: Run[Any], base_model: str, sets: dict[str, Loaded], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Print what the stage will take, before its models are loaded; without the preflight, nothing."""
+    if run.config.preflight and distributed.rank() == 0:
+        print_plan(run.config, base_model, run.compute, sets, tokenizer)
 
 
 def require_checks(run: Run[Any], checks: Callable[[], list[Check]]) -> None:

@@ -39,10 +39,8 @@ from rlhf.models.adapters import (
 )
 from rlhf.models.base import context_length, load_base
 from rlhf.models.catalogue import pretrained, recorded_name, resolve_model
-from rlhf.models.heads import states_and_head
 from rlhf.models.inputs import model_inputs
-from rlhf.models.likelihood import mean_logprobs
-from rlhf.models.logprobs import sequence_logprobs
+from rlhf.models.likelihood import answer_loss, mean_logprobs
 from rlhf.models.responses import answer_prompts, answerable
 from rlhf.models.tokenization import check_rows, closing_text, encode_prompt, freeze_date, load_tokenizer
 from rlhf.models.vocabulary import add_tokens, grow_embeddings, learn_tokens
@@ -53,7 +51,7 @@ from rlhf.run.resumable import ResumableTrainer
 from rlhf.stages.callbacks import Callback
 from rlhf.stages.data import add_dropped, describe_data, encode_demonstrations, load_splits, overlap, writable_sets
 from rlhf.stages.next_steps import print_next
-from rlhf.stages.run import Run, find_finished, open_run, preflight, require_one_process, stage_recipe
+from rlhf.stages.run import Run, announce, find_finished, open_run, preflight, require_one_process, stage_recipe
 from rlhf.stages.trainer import SortedStepSampler, on_one_device, train, trainer_arguments
 
 #: Name of the reward model's score among the figures of an evaluation.
@@ -98,6 +96,7 @@ def run(
         )
         freeze_template_date(run, tokenizer)
         sets = writable_sets(sets, tokenizer, run.data)
+        announce(run, config.model_name_or_path, sets, tokenizer)
         if mark := closing_text(tokenizer):
             print(
                 f"sft: the template ends answers with {mark!r}, which is no token of this model but text: sampled answers will "
@@ -311,16 +310,13 @@ class AnswerTrainer(ResumableTrainer, SFTTrainer):
                 counted = (inputs["labels"][:, 1:] != -100).sum() if num_items_in_batch is None else num_items_in_batch
                 self._nats += float(loss) * int(counted)
             return result
-        answer = inputs["labels"][:, 1:] != -100
         with self.accelerator.autocast():  # accelerate wraps only the outermost forward, which is not called here
-            states, head = states_and_head(causal, inputs["input_ids"], inputs["attention_mask"])
-            logits, tokens = head(states[:, :-1][answer]), inputs["labels"][:, 1:][answer]
-        total = -sequence_logprobs(logits, tokens, temperature=1.0).sum()
+            total, logits, tokens = answer_loss(causal, inputs["input_ids"], inputs["attention_mask"], inputs["labels"])
         accuracy = (logits.detach().argmax(dim=-1) == tokens).float().mean()
         self._metrics["train" if model.training else "eval"]["mean_token_accuracy"].append(float(accuracy))
         if not model.training:
             self._nats += float(total)
-        loss = total / (answer.sum() if num_items_in_batch is None else num_items_in_batch)
+        loss = total / (len(tokens) if num_items_in_batch is None else num_items_in_batch)
         return (loss, {"loss": loss}) if return_outputs else loss
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from rlhf.config import TrainingConfig
 from rlhf.doctor.preflight.check import Check
 from rlhf.run import memory
-from rlhf.run.optim import MIN_8BIT_SIZE
+from rlhf.run.optim import optimizer_bytes, parameter_bytes
 
 #: Checkpoints on the disk at once: the last two, and the one that is being written.
 CHECKPOINTS = 3
@@ -23,19 +23,6 @@ CHECKPOINTS = 3
 RESULTS = 2
 #: Bytes of logs, samples, tokenizer files and report.
 OTHER_FILES = 50_000_000
-
-
-def parameter_bytes(parameters: Sequence[nn.Parameter]) -> int:
-    """Return the bytes of the parameters."""
-    return sum(p.numel() * p.element_size() for p in parameters)
-
-
-def optimizer_bytes(parameters: Sequence[nn.Parameter], config: TrainingConfig) -> int:
-    """Return the bytes of Adam's two moments of each parameter."""
-    eight_bit = config.optim == "adamw_8bit"
-    return sum(
-        2 * p.numel() * (1 if eight_bit and p.numel() >= MIN_8BIT_SIZE else p.element_size()) for p in parameters
-    )
 
 
 def check_disk(parameters: Sequence[nn.Parameter], config: TrainingConfig, folder: Path, registry: Path) -> Check:

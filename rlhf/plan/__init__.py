@@ -1,0 +1,1 @@
+"""Memory, time and disk of stages, estimated before they run."""
