@@ -152,11 +152,11 @@ def stage_options(kind: str, model: str, folder: Path, rows: int, tokens: int) -
 def plans(*, works: Sequence[Mapping[str, str]], model: str, device: str) -> dict[str, Any]:
     """Plan stages from their config files, with times in processor seconds."""
     from rlhf.config import STAGE_CONFIGS, parse_config
+    from rlhf.doctor.plan.estimate import MARGIN, as_dict, libraries, make_plan
+    from rlhf.doctor.plan.twin import read_shape
+    from rlhf.doctor.plan.work import read_work
     from rlhf.models.compute import Compute
     from rlhf.models.tokenization import load_tokenizer
-    from rlhf.plan.estimate import MARGIN, as_dict, libraries, make_plan
-    from rlhf.plan.twin import read_shape
-    from rlhf.plan.work import read_work
 
     for kind in TIMED:
         importlib.import_module(f"rlhf.stages.{kind}")

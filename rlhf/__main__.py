@@ -41,7 +41,7 @@ VERBS = {
     "migrate": Verb("rlhf.migration.__main__", "turn a config of TRL, LLaMA-Factory or ms-swift into one of ours"),
     "pipeline": Verb("rlhf.pipeline", "data, SFT, reward model, PPO and report, in one go"),
     "data": Verb("rlhf.data_prep.__main__", "prepare demonstrations, comparisons and prompts"),
-    "plan": Verb("rlhf.plan.__main__", "memory, time and disk of the stages before they run"),
+    "plan": Verb("rlhf.doctor.plan.__main__", "memory, time and disk of the stages before they run"),
     "pretrain": Verb(
         "rlhf.stages.pretrain",
         "before stage 1: a tokenizer and a model of your own, from plain text",

@@ -26,7 +26,6 @@ LAYERS = (
     "data_prep",
     "reward",
     "ppo",
-    "plan",
     "doctor",
     "report",
     "evaluation",

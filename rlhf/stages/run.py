@@ -28,12 +28,12 @@ from rlhf.base.redaction import redact
 from rlhf.config import TrainingConfig
 from rlhf.data_prep.load import Loaded
 from rlhf.doctor.health.findings import actions
+from rlhf.doctor.plan.show import print_plan
 from rlhf.doctor.preflight.check import Check, require_all
 from rlhf.doctor.preflight.context import PreflightContext
 from rlhf.models.compute import Compute
 from rlhf.models.inputs import UNKNOWN
 from rlhf.models.tokenization import stop_token_ids, tokenizer_hashes
-from rlhf.plan.show import print_plan
 from rlhf.registry import MANIFEST, Artifact, Registry, changed_inputs, recipe_hash
 from rlhf.report.run_page import write_report
 from rlhf.run import checkpoint, memory, terminal

@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from rlhf.config import PPOConfig, RewardConfig, SFTConfig, TrainingConfig
+from rlhf.doctor.plan.rehearsal import Count, Rehearsal
+from rlhf.doctor.plan.twin import twin
+from rlhf.doctor.plan.work import Row, Work
 from rlhf.models.adapters import direct_casting, fitted, lora_config, with_adapter
 from rlhf.models.anatomy import assume_usual
 from rlhf.models.compute import Compute
@@ -25,9 +28,6 @@ from rlhf.models.roles import RoleModels, SharedModels
 from rlhf.models.sampling import SAMPLED_AT_ONCE, draw_tokens
 from rlhf.models.separate import SeparateModels
 from rlhf.models.sequences import pad, prompt_batches
-from rlhf.plan.rehearsal import Count, Rehearsal
-from rlhf.plan.twin import twin
-from rlhf.plan.work import Row, Work
 from rlhf.ppo import forward
 from rlhf.ppo.credit import Credit
 from rlhf.ppo.gradients import accumulate

@@ -16,15 +16,15 @@ import torch
 
 from rlhf.base.cli import Parser
 from rlhf.base.errors import UserError, did_you_mean, run_command
-from rlhf.config import STAGE_CONFIGS, build, read_yaml
+from rlhf.config import STAGE_CONFIGS, build, find_config, folder_name, read_yaml
+from rlhf.doctor.plan.estimate import as_dict, libraries, make_plan
+from rlhf.doctor.plan.rates import GPUS, LAUNCH, UTILISATION, find_gpu
+from rlhf.doctor.plan.show import lines
+from rlhf.doctor.plan.twin import read_shape
+from rlhf.doctor.plan.work import Work, assumed_work, read_work
 from rlhf.models.catalogue import resolve_model
 from rlhf.models.compute import Compute
 from rlhf.models.tokenization import load_tokenizer
-from rlhf.plan.estimate import as_dict, libraries, make_plan
-from rlhf.plan.rates import GPUS, LAUNCH, UTILISATION, find_gpu
-from rlhf.plan.show import lines
-from rlhf.plan.twin import read_shape
-from rlhf.plan.work import Work, assumed_work, read_work
 from rlhf.registry import Registry
 
 #: Stages that are planned; pretraining is not.
@@ -44,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--answer_tokens", type=int, default=128, help="tokens of its answers")
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments, rest = parser.parse_known_args(argv)
+    arguments.config = find_config(arguments.config)
     overrides = _overrides(rest)
     gpu = find_gpu(arguments.gpu) if arguments.gpu else None
     plans = []
@@ -73,15 +74,13 @@ def _stages(place: Path) -> dict[str, dict[str, Any]]:
     if place.is_dir():
         files = {stage: place / f"{stage}.yaml" for stage in STAGES if (place / f"{stage}.yaml").is_file()}
         if not files:
-            raise UserError(f"{place} holds no sft.yaml, reward.yaml or ppo.yaml")
-        stages = {stage: read_yaml(file) for stage, file in files.items()}
+            raise UserError(f"{place} holds no {', '.join(f'{stage}.yaml' for stage in STAGES)}")
+        stages = {stage: {"name": folder_name(file), **read_yaml(file)} for stage, file in files.items()}
     else:
         values = read_yaml(place)
-        names = set(values)
-        kind = "sft" if "model_name_or_path" in names else "ppo" if "reward" in names else "reward"
-        if kind == "reward" and "policy" not in names:
-            raise UserError(f"{place} is of no stage that is planned: {', '.join(STAGES)}")
-        stages = {kind: values}
+        stage = place.stem if place.stem in STAGES else "sft" if "model_name_or_path" in values else ""
+        stage = stage or ("ppo" if "rollout_batch_size" in values or "reward" in values else "reward")
+        stages = {stage: {"name": folder_name(place), **values}}
     data = (place if place.is_dir() else place.parent) / "data.yaml"
     if data.is_file():
         recipe = read_yaml(data)

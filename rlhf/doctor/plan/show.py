@@ -8,10 +8,10 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.config import PPOConfig, TrainingConfig
 from rlhf.data_prep.load import Loaded
+from rlhf.doctor.plan.estimate import MARGIN, Plan, make_plan, parameters
+from rlhf.doctor.plan.twin import read_shape
+from rlhf.doctor.plan.work import work_of
 from rlhf.models.compute import Compute
-from rlhf.plan.estimate import MARGIN, Plan, make_plan, parameters
-from rlhf.plan.twin import read_shape
-from rlhf.plan.work import work_of
 
 #: Parameters below which a stage starts without a plan: it needs no room worth mentioning.
 SMALL = 5_000_000

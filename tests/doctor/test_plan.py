@@ -12,14 +12,14 @@ from transformers import LlamaConfig
 
 from rlhf.base.errors import UserError
 from rlhf.config import PPOConfig, RewardConfig, SFTConfig
+from rlhf.doctor.plan import __main__ as command
+from rlhf.doctor.plan import estimate
+from rlhf.doctor.plan.estimate import MARGIN, Phase, make_plan, parameters, rehearse
+from rlhf.doctor.plan.rates import GPUS, find_gpu
+from rlhf.doctor.plan.show import lines
+from rlhf.doctor.plan.twin import shortened
+from rlhf.doctor.plan.work import Work, assumed_work
 from rlhf.models.compute import Compute
-from rlhf.plan import __main__ as command
-from rlhf.plan import estimate
-from rlhf.plan.estimate import MARGIN, Phase, make_plan, parameters, rehearse
-from rlhf.plan.rates import GPUS, find_gpu
-from rlhf.plan.show import lines
-from rlhf.plan.twin import shortened
-from rlhf.plan.work import Work, assumed_work
 from tests.toys import build_model
 
 SHAPE = LlamaConfig(
@@ -31,10 +31,12 @@ SHAPE = LlamaConfig(
     num_key_value_heads=2,
     max_position_embeddings=256,
 )
-SFT = SFTConfig(dataset="none", model_name_or_path="none", per_device_train_batch_size=4, gradient_accumulation_steps=1)
-REWARD = RewardConfig(dataset="none", policy="sft/x", per_device_train_batch_size=2)
+SFT = SFTConfig(
+    name="x", dataset="none", model_name_or_path="none", per_device_train_batch_size=4, gradient_accumulation_steps=1
+)
+REWARD = RewardConfig(name="x", dataset="none", policy="sft/x", per_device_train_batch_size=2)
 PPO = PPOConfig(
-    dataset="none", policy="sft/x", reward=["reward/x"], total_episodes=16, rollout_batch_size=8, minibatch_size=8,
+    name="x", dataset="none", policy="sft/x", reward=["reward/x"], total_episodes=16, rollout_batch_size=8, minibatch_size=8,
     microbatch_size=4, response_length=8,
 )  # fmt: skip
 CPU = Compute(torch.device("cpu"), torch.float32)
@@ -54,9 +56,9 @@ def test_matrix_products_are_those_of_a_real_pass() -> None:
     """Catches: operators of the rehearsal that the run does not call, or layers left out."""
     from torch.utils.flop_counter import FlopCounterMode
 
+    from rlhf.doctor.plan.phases import _labelled
     from rlhf.models.adapters import fitted, lora_config, with_adapter
     from rlhf.models.likelihood import answer_loss
-    from rlhf.plan.phases import _labelled
 
     model = build_model("llama", 1 << 15)
     shape = model.config

@@ -13,7 +13,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 from rlhf.base.errors import UserError, did_you_mean
-from rlhf.plan.rehearsal import Operator, Shape
+from rlhf.doctor.plan.rehearsal import Operator, Shape
 
 #: Seconds that a calibration may take, and those of Python's work around an operator.
 BUDGET, AROUND = 3.0, 2e-5

@@ -15,13 +15,13 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from rlhf.config import PPOConfig, RewardConfig, SFTConfig, TrainingConfig
+from rlhf.doctor.plan.phases import REHEARSALS, Stage
+from rlhf.doctor.plan.rates import BUDGET, Gpu, calibrated, on_gpu
+from rlhf.doctor.plan.rehearsal import Count, Operator
+from rlhf.doctor.plan.twin import layers, shortened
+from rlhf.doctor.plan.work import Work
 from rlhf.models.compute import Compute
 from rlhf.models.sampling import SAMPLED_AT_ONCE
-from rlhf.plan.phases import REHEARSALS, Stage
-from rlhf.plan.rates import BUDGET, Gpu, calibrated, on_gpu
-from rlhf.plan.rehearsal import Count, Operator
-from rlhf.plan.twin import layers, shortened
-from rlhf.plan.work import Work
 from rlhf.run.memory import free_bytes
 from rlhf.run.optim import parameter_bytes
 
