@@ -83,6 +83,7 @@ def test_every_verb_refuses_an_unknown_option(rlhf: Caller, toy_config: Path, ve
     """argparse's own way out is exit code 2 as well, but with the whole usage before the error."""
     needed = {
         "pipeline": ["--config", str(toy_config)],
+        "plan": ["--config", str(toy_config)],
         "init": ["file.jsonl"],
         "registry": ["list"],
         "report": ["folder"],

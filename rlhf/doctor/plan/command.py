@@ -1,0 +1,122 @@
+"""The plan command: configs, models and data of a command line."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf.base.errors import UserError, did_you_mean
+from rlhf.config import STAGE_CONFIGS, build, find_config, folder_name, read_yaml
+from rlhf.doctor.plan.estimate import as_dict, libraries, make_plan
+from rlhf.doctor.plan.rates import LAUNCH, UTILISATION, find_gpu
+from rlhf.doctor.plan.show import lines
+from rlhf.doctor.plan.twin import read_shape
+from rlhf.doctor.plan.work import Work, assumed_work, read_work
+from rlhf.models.catalogue import resolve_model
+from rlhf.models.compute import Compute
+from rlhf.models.tokenization import load_tokenizer
+from rlhf.registry import Registry
+
+#: Stages that are planned; pretraining is not.
+STAGES = ("sft", "reward", "ppo")
+
+
+def run(arguments: Namespace, rest: Sequence[str]) -> None:
+    """Print the plans of the stages that the command line names."""
+    arguments.config = find_config(arguments.config)
+    overrides = _overrides(rest)
+    gpu = find_gpu(arguments.gpu) if arguments.gpu else None
+    plans = []
+    for stage, values in _stages(arguments.config).items():
+        config: Any = _config(stage, values, overrides, arguments.config)
+        importlib.import_module(f"rlhf.stages.{stage}")
+        libraries()
+        compute = Compute(torch.device("cpu"), torch.bfloat16) if gpu else Compute.choose(config)
+        name, tokenizer_source = _model(config, arguments)
+        shape = read_shape(name, config.registry, trust_remote_code=getattr(config, "trust_remote_code", False))
+        work = _work(config, tokenizer_source, arguments)
+        plan = make_plan(config, shape, compute, work, gpu=gpu)
+        plans.append(plan)
+        if not arguments.json:
+            print("\n".join(lines(plan, config, f"one {arguments.gpu}" if gpu else str(compute))), flush=True)
+    if arguments.json:
+        print(json.dumps([as_dict(plan) for plan in plans], indent=2))
+    elif gpu:
+        print(
+            f"assumed: {UTILISATION:.0%} of the published rates, {LAUNCH * 1e6:g} microseconds to launch an operator; attention "
+            "counted without fused kernels, so memory is at most this"
+        )
+
+
+def _stages(place: Path) -> dict[str, dict[str, Any]]:
+    """Return the options of the stages in a folder, or of one file, by stage; the data of `data.yaml` is theirs."""
+    if place.is_dir():
+        files = {stage: place / f"{stage}.yaml" for stage in STAGES if (place / f"{stage}.yaml").is_file()}
+        if not files:
+            raise UserError(f"{place} holds no {', '.join(f'{stage}.yaml' for stage in STAGES)}")
+        stages = {stage: {"name": folder_name(file), **read_yaml(file)} for stage, file in files.items()}
+    else:
+        values = read_yaml(place)
+        stage = place.stem if place.stem in STAGES else "sft" if "model_name_or_path" in values else ""
+        stage = stage or ("ppo" if "rollout_batch_size" in values or "reward" in values else "reward")
+        stages = {stage: {"name": folder_name(place), **values}}
+    data = (place if place.is_dir() else place.parent) / "data.yaml"
+    if data.is_file():
+        recipe = read_yaml(data)
+        folder = Path(str(recipe.get("output_dir", "")))
+        dataset = str(folder if folder.is_dir() else recipe.get("source", folder))
+        for values in stages.values():
+            if not Path(str(values.get("dataset", dataset))).exists() or "dataset" not in values:
+                values["dataset"] = dataset
+    return stages
+
+
+def _overrides(words: Sequence[str]) -> dict[str, str]:
+    names = {name for stage in STAGES for name in STAGE_CONFIGS[stage].__dataclass_fields__}
+    values: dict[str, str] = {}
+    rest = iter(words)
+    for word in rest:
+        name, _, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or name not in names:
+            raise UserError(f"unknown option {word}{did_you_mean(name, [*names, 'gpu', 'model', 'json'])}")
+        values[name] = value or next(rest, "")
+    return values
+
+
+def _config(stage: str, values: dict[str, Any], overrides: dict[str, str], source: Path) -> Any:
+    kind = STAGE_CONFIGS[stage]
+    own = {name: value for name, value in overrides.items() if name in kind.__dataclass_fields__}
+    return build(kind, {**values, **own}, str(source))
+
+
+def _model(config: Any, arguments: Any) -> tuple[str, str]:
+    """Return the base model of a stage, and where its tokenizer is."""
+    if arguments.model or hasattr(config, "model_name_or_path"):
+        name = str(arguments.model or config.model_name_or_path)
+        return name, name
+    try:
+        policy = Registry(config.registry).get(config.policy, expect_stage="sft")
+        return policy.manifest.base_model, str(policy.path)
+    except UserError as error:
+        folder = arguments.config if arguments.config.is_dir() else arguments.config.parent
+        if (folder / "sft.yaml").is_file():
+            name = str(read_yaml(folder / "sft.yaml")["model_name_or_path"])
+            return name, name
+        raise UserError(f"{config.policy} is not registered yet; name its base with --model") from error
+
+
+def _work(config: Any, tokenizer_source: str, arguments: Any) -> Work:
+    """Return the work of the data if it and a tokenizer are on this machine, else of the lengths in the options."""
+    if Path(config.dataset).exists():
+        source = resolve_model(tokenizer_source, config.registry)
+        tokenizer = load_tokenizer(source, chat_template=getattr(config, "chat_template", None), untrained=True)
+        return read_work(config, config.dataset, tokenizer)
+    longest = getattr(config, "response_length", arguments.answer_tokens)
+    answers = longest if hasattr(config, "rollout_batch_size") else arguments.answer_tokens
+    return assumed_work(config, prompt_tokens=arguments.prompt_tokens, answer_tokens=answers, rows=arguments.rows)
