@@ -72,7 +72,7 @@ def test_configs_take_callables_and_single_values() -> None:
     assert PPOConfig(name="x", dataset="d", reward="reward/x").reward == ["reward/x"]  # type: ignore[arg-type]
     assert PPOConfig(name="x", dataset="d", reward=("reward/x", length)).reward == ["reward/x", own]  # type: ignore[arg-type]
     assert RewardConfig(name="x", dataset="d", gold=length).gold == own  # type: ignore[arg-type]
-    assert EvaluationConfig(models="ppo/x", prompts="d", gold=[length]).gold == [own]  # type: ignore[list-item,arg-type]
+    assert EvaluationConfig(models="ppo/x", dataset="d", gold=[length]).gold == [own]  # type: ignore[list-item,arg-type]
 
 
 def test_only_a_source_file_can_be_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
