@@ -35,9 +35,10 @@ def notebook(script: str) -> nbformat.NotebookNode:
 
 def execute(notebook: nbformat.NotebookNode, folder: Path) -> None:
     """Run all cells in order, in a folder; their outputs become part of the notebook."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "PYTHONWARNINGS": "ignore"}
+    one_thread = {"OMP_NUM_THREADS": "1"}  # more would wait for one another in so small a model
+    quiet = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "PYTHONWARNINGS": "ignore"}
     client = NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(folder)}})
-    with client.setup_kernel(env=environment):
+    with client.setup_kernel(env={**os.environ, **one_thread, **quiet}):
         for number, cell in enumerate(notebook.cells):
             client.execute_cell(cell, number)
     for cell in notebook.cells:
