@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 # The GPU targets install nothing: a GPU machine often has its own torch, and no network.
 GPU_PYTHON ?= python3
 
-.PHONY: demo test test-slow lint test-gpu bench-gpu clean
+.PHONY: demo test test-slow test-wheel lint test-gpu bench-gpu clean
 
 demo: $(STAMP)
 	$(BIN)/python -m rlhf.pipeline --config configs/demo $(ARGS)
@@ -22,6 +22,16 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The built file, installed with its dependencies in a new environment, trains in a folder that is not this one.
+test-wheel:
+	rm -rf .whl && mkdir -p .whl/place && $(PYTHON) -m venv .whl/venv
+	.whl/venv/bin/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	.whl/venv/bin/python -m pip wheel --quiet --disable-pip-version-check --no-deps -w .whl .
+	.whl/venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "$$(echo .whl/*.whl)[demo]"
+	cd .whl/place && ../venv/bin/rlhf data --config demo/data.yaml
+	cd .whl/place && ../venv/bin/rlhf sft --config demo/sft.yaml --max_steps 2 --per_device_train_batch_size 4 --max_eval_samples 8
+	cd .whl/place && ../venv/bin/rlhf registry export sft/demo model && ../venv/bin/rlhf registry list
 
 test-gpu:
 	$(GPU_PYTHON) -m pytest -m gpu tests/test_gpu.py $(ARGS)
