@@ -13,31 +13,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
-# (stage, figure, label, what the project wants of it)
+# (stage, figure before training if there is one, figure, label, what the project wants of it)
 FIGURES = (
-    ("sft", "eval_loss_before", "SFT: held-out loss before", ""),
-    ("sft", "eval_loss_after", "SFT: held-out loss after", "<= 3.70"),
-    ("reward", "accuracy", "reward: accuracy, held-out sentences", ">= .93"),
-    ("reward", "accuracy_held_out_raters", "reward: accuracy, held-out raters", ">= .92"),
-    ("reward", "human_ceiling", "reward: human ceiling", ""),
-    ("reward", "vader_accuracy", "reward: VADER on the same pairs", ""),
-    ("ppo", "reward_positive_before", "PPO: share with reward above 0, before", ""),
-    ("ppo", "reward_positive_after", "PPO: share with reward above 0, after", ">= .95"),
-    ("ppo", "gold_positive_before", "PPO: positive by VADER, before", ""),
-    ("ppo", "gold_positive_after", "PPO: positive by VADER, after", ">= .85"),
-    ("ppo", "gold_negative_before", "PPO: negative by VADER, before", ""),
-    ("ppo", "gold_negative_after", "PPO: negative by VADER, after", "<= .04"),
-    ("ppo", "kl", "PPO: KL to SFT, nats a response", "<= 8"),
-    ("ppo", "distinct2_before", "PPO: distinct-2, before", ""),
-    ("ppo", "distinct2_after", "PPO: distinct-2, after", ">= .9 of before"),
-    ("ppo", "length_before", "PPO: tokens a response, before", ""),
-    ("ppo", "length_after", "PPO: tokens a response, after", ">= .6 of before"),
-    ("ppo", "stop_rate_after", "PPO: stop rate, after", ">= .97"),
-    ("sft", "seconds", "SFT: seconds", ""),
-    ("reward", "seconds", "reward: seconds", ""),
-    ("ppo", "seconds", "PPO: seconds", ""),
-    ("", "total_seconds", "whole: seconds", "<= 1200"),
-    ("", "peak_rss_gb", "whole: peak memory, GB", "<= 6"),
+    ("sft", "eval_loss_before", "eval_loss_after", "SFT: held-out loss, nats a token", "<= 3.70"),
+    ("reward", "", "accuracy", "reward model: accuracy, held-out sentences", ">= .93"),
+    ("reward", "", "accuracy_held_out_raters", "the same, by raters it never saw", ">= .92"),
+    ("reward", "", "human_ceiling", "how often these raters agree", ""),
+    ("reward", "", "vader_accuracy", "VADER on the same pairs", ""),
+    ("ppo", "reward_positive_before", "reward_positive_after", "PPO: liked by the reward model", ">= .95"),
+    ("ppo", "gold_positive_before", "gold_positive_after", "positive by VADER", ">= .85"),
+    ("ppo", "gold_negative_before", "gold_negative_after", "negative by VADER", "<= .04"),
+    ("ppo", "", "kl", "KL to SFT, nats a response", "<= 8"),
+    ("ppo", "distinct2_before", "distinct2_after", "distinct-2", ">= .9 of before"),
+    ("ppo", "length_before", "length_after", "tokens a response", ">= .6 of before"),
+    ("ppo", "stop_rate_before", "stop_rate_after", "answers that end by themselves", ">= .97"),
+    ("", "", "peak_rss_gb", "peak memory, GB", "<= 6"),
 )
 
 
@@ -57,10 +47,11 @@ def table(runs: list[dict[str, Any]]) -> str:
         " | ".join(["| figure | target", *(f"seed {run['seed']}" for run in runs)]) + " |",
         "|---" * (2 + len(runs)) + "|",
     ]
-    for stage, name, label, target in FIGURES:
-        values = [(run[stage] if stage else run)[name] for run in runs]
-        if None not in values:
-            lines.append(" | ".join([f"| {label}", target, *(f"{value:.4g}" for value in values)]) + " |")
+    for stage, before, after, label, target in FIGURES:
+        figures = [run[stage] if stage else run for run in runs]
+        if all(part[after] is not None for part in figures):
+            values = [(f"{part[before]:.3g} → " if before else "") + f"{part[after]:.3g}" for part in figures]
+            lines.append(" | ".join([f"| {label}", target, *values]) + " |")
     return "\n".join(lines)
 
 
