@@ -34,7 +34,9 @@ def test_a_command_of_the_readme_is_one(command: str) -> None:
             assert find_config(following).exists()
 
 
-@pytest.mark.parametrize("link", sorted(set(re.findall(r"`((?:docs|notebooks|benchmarks|configs|rlhf)/[\w/.]+)`", PAGE))))
+@pytest.mark.parametrize(
+    "link", sorted(set(re.findall(r"`((?:docs|notebooks|benchmarks|configs|rlhf)/[\w/.]+)`", PAGE)))
+)
 def test_what_the_readme_points_to_is_there(link: str) -> None:
     """A page or file that was moved."""
     assert (ROOT / link).exists()
