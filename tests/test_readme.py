@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import re
 import shlex
 from pathlib import Path
@@ -29,7 +30,7 @@ def test_a_command_of_the_readme_is_one(command: str) -> None:
     for word in words:
         if word.startswith("--") and options:
             assert word.removeprefix("--") in {*options, "config", "help"}, f"{verb} has no {word}"
-    for place, following in zip(words, words[1:], strict=False):
+    for place, following in itertools.pairwise(words):
         if place == "--config" and not following.startswith(("mine", "FILE", "FOLDER")):
             assert find_config(following).exists()
 
