@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shlex
@@ -14,9 +15,9 @@ import yaml
 
 from rlhf.base.errors import UserError
 from rlhf.base.redaction import redact
-from rlhf.config import STAGE_CONFIGS, SFTConfig, parse_config
+from rlhf.config import STAGE_CONFIGS, SFTConfig, build
 from rlhf.migration.reading import ReadOptions
-from rlhf.migration.rules import Left, Line, Project, RefusedValue, slug, words
+from rlhf.migration.rules import Left, Line, Project, RefusedValue, Stage, Values, slug, words
 
 _REQUIRED = {
     "dataset": "prepared data: a file, a folder made by rlhf data, or a hub name",
@@ -45,14 +46,13 @@ def convert(project: Project, stage: str, options: ReadOptions, name: str) -> Co
     """Return the config of our stage; each option of the file is in it, or left with the reason."""
     kind = project.stages[stage]
     own = {key: value for key, value in options.values.items() if value is not None}
-    lines: dict[str, Line] = {}
-    left = list(options.left)
-    order = {key: place for place, key in enumerate(kind.rules)}
-    unread = {one.name: one for one in left if one.name in kind.rules}
+    unread = {one.name: one for one in options.left if one.name in kind.rules}
     defaults = {key: value for key, value in kind.defaults.items() if key not in own and key not in unread}
-    for source, is_own in ((own, True), (defaults, False)):
-        for key, value in sorted(source.items(), key=lambda item: order.get(item[0], len(order))):
-            _take(project, stage, key, value, lines, left, default=not is_own)
+    lines: dict[str, Line] = {}
+    left, ranks = list(options.left), {key: rank for rank, key in enumerate(kind.rules)}
+    for source in (own, defaults):
+        for key in sorted(source, key=lambda key: ranks.get(key, len(ranks))):
+            _take(project, stage, key, source[key], lines, left, default=source is defaults)
     missing = [
         Line(option, None, f"{key}: {one.value}, which {one.reason.partition(';')[0]}")
         for key, one in unread.items()
@@ -60,15 +60,11 @@ def convert(project: Project, stage: str, options: ReadOptions, name: str) -> Co
         if option not in lines
     ]
     uncertain = {line.option for line in missing}
-    values = {**kind.defaults, **own, "processes": options.processes}
-    try:
-        for line in kind.together(values):
-            if line.value is None:
-                missing.append(line)
-            elif line.option not in uncertain:
-                lines.setdefault(line.option, line)
-    except (RefusedValue, ZeroDivisionError, ValueError, TypeError) as error:
-        raise UserError(f"the sizes of this config cannot be converted: {error}") from error
+    for line in _combined(kind, {**kind.defaults, **own, "processes": options.processes}):
+        if line.value is None:
+            missing.append(line)
+        elif line.option not in uncertain:
+            lines.setdefault(line.option, line)
     origins = " ".join(line.origin for line in (*lines.values(), *missing))
     left += [
         Left(key, value, "without effect beside the other options")
@@ -76,25 +72,33 @@ def convert(project: Project, stage: str, options: ReadOptions, name: str) -> Co
         if key in kind.rules and kind.rules[key].convert is None and not re.search(rf"\b{key}\b", origins)
     ]
     lines.setdefault("name", Line("name", slug(own.get("output_dir", name)), "name of the file or of its output_dir"))
-    missing += [Line(o, None, text) for o, text in _REQUIRED.items() if o in _fields(stage) and o not in lines]
-    _fit(stage, lines)
-    order = {option: place for place, option in enumerate(_fields(stage))}  # as in --help
-    converted = Converted(
+    order = [field.name for field in dataclasses.fields(STAGE_CONFIGS[stage])]  # as in --help
+    missing += [Line(o, None, text) for o, text in _REQUIRED.items() if o in order and o not in lines]
+    if stage == "sft":
+        _fit_save_steps(lines)
+    return Converted(
         project=project,
         stage=stage,
-        lines=sorted(lines.values(), key=lambda line: order[line.option]),
+        lines=sorted(lines.values(), key=lambda line: order.index(line.option)),
         missing=list({line.option: line for line in missing}.values()),
         left=left,
+        problem=_problem(stage, lines),
     )
-    converted.problem = _problem(converted)
-    return converted
+
+
+def _combined(kind: Stage, values: Values) -> list[Line]:
+    """Return the lines that are made of several options."""
+    try:
+        return list(kind.together(values))
+    except (RefusedValue, ZeroDivisionError, ValueError, TypeError) as error:
+        raise UserError(f"the sizes of this config cannot be converted: {error}") from error
 
 
 def _take(
     project: Project, stage: str, key: str, value: Any, lines: dict[str, Line], left: list[Left], *, default: bool
 ) -> None:
+    """Add what an option becomes to `lines`, or the reason why it becomes nothing to `left`."""
     rule = project.stages[stage].rules.get(key)
-    origin = f"{key}: {_shown(value)}" + (f" ({project.name}'s default)" if default else "")
     if rule is None:
         left.append(Left(key, value, project.reason(key) or "has no counterpart"))
         return
@@ -105,16 +109,17 @@ def _take(
     except RefusedValue as reason:
         left.append(Left(key, value, str(reason)))
         return
-    if converted is None:
-        if not default:
-            left.append(Left(key, value, rule.note or "is so here without an option"))
-    elif rule.option not in lines:
+    taken = lines.get(rule.option)
+    if converted is not None and taken is None:
         name = converted[0] if isinstance(converted, list) and converted else converted
         policy = lines["policy"].value if "policy" in lines else "sft/NAME"
         note = rule.note.replace("FOLDER", _last(value)).replace("STAGE/NAME", str(name)).replace("POLICY", str(policy))
+        origin = f"{key}: {_shown(value)}" + (f" ({project.name}'s default)" if default else "")
         lines[rule.option] = Line(rule.option, converted, origin + (f"; {note}" if note else ""))
-    elif not default and lines[rule.option].value != converted:
-        left.append(Left(key, value, f"{rule.option} comes from {lines[rule.option].origin.split(':')[0]} already"))
+    elif converted is None and not default:
+        left.append(Left(key, value, rule.note or "is so here without an option"))
+    elif taken is not None and not default and taken.value != converted:
+        left.append(Left(key, value, f"{rule.option} comes from {taken.origin.split(':')[0]} already"))
 
 
 def _last(value: Any) -> str:
@@ -122,29 +127,22 @@ def _last(value: Any) -> str:
     return shlex.quote(words(value)[-1] if words(value) else "")
 
 
-def _fit(stage: str, lines: dict[str, Line]) -> None:
+def _fit_save_steps(lines: dict[str, Line]) -> None:
     """Round `save_steps` of SFT to whole evaluations."""
-    if stage == "sft" and "save_steps" in lines:
-        every = lines["eval_steps"].value if "eval_steps" in lines else SFTConfig.eval_steps
-        steps = int(lines["save_steps"].value)
-        if steps % every:
-            rounded = max(every, round(steps / every) * every)
-            lines["save_steps"] = Line("save_steps", rounded, f"save_steps: {steps}, to a multiple of eval_steps")
+    every = lines["eval_steps"].value if "eval_steps" in lines else SFTConfig.eval_steps
+    steps = int(lines["save_steps"].value) if "save_steps" in lines else 0
+    if steps % every:
+        rounded = max(every, round(steps / every) * every)
+        lines["save_steps"] = Line("save_steps", rounded, f"save_steps: {steps}, to a multiple of eval_steps")
 
 
-def _fields(stage: str) -> Any:
-    return STAGE_CONFIGS[stage].__dataclass_fields__
-
-
-def _problem(converted: Converted) -> str:
-    """Return why the stage would refuse the config, once what is missing is own; empty: it would not."""
-    arguments: list[str] = []
-    stand_in = {"policy": "sft/x", "reward": "reward/x", "dataset": "x", "model_name_or_path": "x"}
-    for option, value in {**stand_in, **{line.option: line.value for line in converted.lines}}.items():
-        if option in _fields(converted.stage):
-            arguments += [f"--{option}", *map(str, value if isinstance(value, list) else [value])]
+def _problem(stage: str, lines: dict[str, Line]) -> str:
+    """Return why the stage would refuse the config once what is missing is given; empty: it would not."""
+    stand_ins = {"policy": "sft/x", "reward": "reward/x", "dataset": "x", "model_name_or_path": "x"}
+    names = {field.name for field in dataclasses.fields(STAGE_CONFIGS[stage])}
+    values = {name: value for name, value in stand_ins.items() if name in names}
     try:
-        parse_config(STAGE_CONFIGS[converted.stage], arguments)
+        build(STAGE_CONFIGS[stage], values | {line.option: line.value for line in lines.values()}, "the config")
     except UserError as error:
         return str(error)
     return ""
@@ -162,19 +160,15 @@ def as_yaml(converted: Converted, source: str) -> str:
     if converted.missing:
         parts += ["", "# To be given:"]
         parts += [f"# {line.option}:  # {line.origin}" for line in converted.missing]
-    if converted.left:
-        parts += ["", "# Not taken over:"]
-        parts += [
-            line
-            for one in left_lines(converted.left)
-            for line in textwrap.wrap(one, 116, initial_indent="# ", subsequent_indent="#     ")
-        ]
-    if converted.problem:
-        parts += [
-            "",
-            *textwrap.wrap(f"To be mended: {converted.problem}", 116, initial_indent="# ", subsequent_indent="#     "),
-        ]
+    paragraphs = list(left_lines(converted.left))
+    parts += ["", "# Not taken over:"] if paragraphs else []
+    parts += [line for text in paragraphs for line in _wrapped(text)]
+    parts += ["", *_wrapped(f"To be mended: {converted.problem}")] if converted.problem else []
     return redact("\n".join(parts) + "\n")
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, 116, initial_indent="# ", subsequent_indent="#     ")
 
 
 def left_lines(left: list[Left]) -> Iterator[str]:
@@ -189,7 +183,7 @@ def left_lines(left: list[Left]) -> Iterator[str]:
 def _value(value: Any) -> str:
     if isinstance(value, str | list | bool):
         return yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("\n").removesuffix("\n...")
-    return f"{value:g}" if isinstance(value, float) and abs(value) < 1e6 else str(value)
+    return f"{value:.12g}" if isinstance(value, float) else str(value)
 
 
 def _shown(value: Any) -> str:

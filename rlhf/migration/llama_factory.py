@@ -6,7 +6,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from rlhf.migration.rules import (
+    BASE_MODEL,
+    MAX_LENGTH,
     PLACES,
+    POLICY,
+    REWARD_ADAPTER,
+    SAMPLING,
     SPEED,
     SUPERVISED,
     SUPERVISED_DEFAULTS,
@@ -19,14 +24,14 @@ from rlhf.migration.rules import (
     Stage,
     Values,
     attention,
+    choice,
     dtype,
     episodes,
     number,
     on,
+    only,
     rollouts,
     same,
-    sft_policy,
-    slug,
     supervised,
     targets,
     together,
@@ -34,27 +39,21 @@ from rlhf.migration.rules import (
     warmup,
     whole,
 )
-from rlhf.migration.trl import ADAPTERS_ONLY, IMPORT_REWARD, POLICY_NOTE, kl_control
+from rlhf.migration.trl import ADAPTERS_ONLY, kl_control
 
-
-def quantization(value: Any) -> str:
-    """Return the storage of the frozen base."""
-    if whole(value) not in (4, 8):
-        raise RefusedValue("there are 4 and 8 bits here")
-    return f"{whole(value)}bit"
-
-
-def finetuning(value: Any) -> str:
-    """Return whether adapters or all weights are trained."""
-    if value not in ("lora", "full"):
-        raise RefusedValue("there are lora and full here")
-    return str(value)
-
-
-def only_adapters(value: Any) -> None:
-    """Accept adapters, which are all that the SFT stage trains."""
-    if value != "lora":
-        raise RefusedValue(ADAPTERS_ONLY)
+quantization = choice("4bit", "8bit", **{"4": "4bit", "8": "8bit"})
+finetuning = choice("lora", "full")
+#: The SFT stage trains adapters only.
+ADAPTERS = Rule("lora_r", only("lora", reason=ADAPTERS_ONLY))
+chat_template = choice(
+    "chatml",
+    qwen="chatml",
+    reason="the tokenizer's own chat template is used; for one that has none: chat_template chatml, plain or a file",
+)
+reward_kind = only(
+    *("lora", "full", "oft"),
+    reason="an endpoint here gets prompts and responses apart, and answers with scores: docs/ppo.md, Rewards",
+)
 
 
 def data_set(value: Any) -> str:
@@ -65,28 +64,6 @@ def data_set(value: Any) -> str:
             "names entries of dataset_info.json; give the file or hub name that stands there. Several files: rlhf data"
         )
     return name
-
-
-def chat_template(value: Any) -> str | None:
-    """Return a chat template by its name; those of models are in their tokenizers."""
-    if value in ("chatml", "qwen"):
-        return "chatml"
-    raise RefusedValue(
-        "the tokenizer's own chat template is used; for one that has none: chat_template chatml, plain or a file"
-    )
-
-
-def value_head(value: Any) -> list[str]:
-    """Return the registered name of a reward model that is to be imported."""
-    return [f"reward/{slug(value)}"]
-
-
-def reward_kind(value: Any) -> None:
-    """Accept reward models in folders; servers of LLaMA-Factory speak otherwise than endpoints here."""
-    if value == "api":
-        raise RefusedValue(
-            "an endpoint here gets prompts and responses apart, and answers with scores: docs/ppo.md, Rewards"
-        )
 
 
 def ppo_sizes(values: Values) -> Iterator[Line]:
@@ -125,21 +102,17 @@ def adapter_scale(values: Values) -> Iterator[Line]:
 COMMON: dict[str, Rule] = {
     **TRAINING,
     "lora_rank": Rule("lora_r", whole),
-    "lora_alpha": Rule("lora_alpha", whole),
-    "lora_dropout": Rule("lora_dropout", number, "always off in PPO"),
     "lora_target": Rule("lora_target_modules", targets),
-    "use_rslora": Rule("use_rslora", truth),
-    "use_dora": Rule("use_dora", truth),
     "quantization_bit": Rule("quantization", quantization),
     "pure_bf16": on("dtype", "bfloat16"),
     "compute_dtype": Rule("dtype", dtype),
     "flash_attn": Rule("attn_implementation", attention),
-    "dataset": Rule("dataset", data_set),
+    **same(data_set, "dataset"),
     "finetuning_type": Rule("finetuning", finetuning),
     "disable_gradient_checkpointing": on("gradient_checkpointing", False),
 }
-CUTOFF = {"cutoff_len": Rule("max_length", whole, "longer rows are left out and counted, not cut")}
-POLICY = {name: Rule("policy", sft_policy, POLICY_NOTE) for name in ("adapter_name_or_path", "model_name_or_path")}
+CUTOFF = {"cutoff_len": MAX_LENGTH}
+START = dict.fromkeys(("adapter_name_or_path", "model_name_or_path"), POLICY)
 ADAPTER_DEFAULTS = {"lora_rank": 8, "finetuning_type": "lora"}
 DEFAULTS = {**SUPERVISED_DEFAULTS, **ADAPTER_DEFAULTS, "cutoff_len": 2048}
 SFT = Stage(
@@ -147,25 +120,19 @@ SFT = Stage(
         **COMMON,
         **SUPERVISED,
         **CUTOFF,
-        **same("model_name_or_path"),
+        **BASE_MODEL,
         "template": Rule("chat_template", chat_template),
-        "model_revision": Rule("model_revision", lambda value: None if value == "main" else str(value)),
-        "trust_remote_code": Rule("trust_remote_code", truth),
-        "finetuning_type": Rule("lora_r", only_adapters),
+        "finetuning_type": ADAPTERS,
     },
     defaults=DEFAULTS,
     together=supervised_sizes,
 )
-REWARD = Stage(
-    rules={**COMMON, **SUPERVISED, **CUTOFF, **POLICY},
-    defaults=DEFAULTS,
-    together=supervised_sizes,
-)
+REWARD = Stage(rules={**COMMON, **SUPERVISED, **CUTOFF, **START}, defaults=DEFAULTS, together=supervised_sizes)
 PPO = Stage(
     rules={
         **COMMON,
-        **POLICY,
-        "reward_model": Rule("reward", value_head, IMPORT_REWARD),
+        **START,
+        "reward_model": REWARD_ADAPTER,
         "ppo_epochs": Rule("num_ppo_epochs", whole),
         "ppo_whiten_rewards": Rule("whiten_rewards", truth),
         "max_new_tokens": Rule("response_length", whole),
@@ -209,10 +176,7 @@ REFUSED: dict[str, str] = {
     "a running mean and spread of the scores would change the reward during the run; reward_clip limits scores": """
         ppo_score_norm
     """,
-    (
-        "responses are drawn from the whole softmax: with top-k, top-p or a penalty they come from another policy "
-        "than the one whose KL and ratios are computed"
-    ): "top_k top_p do_sample num_beams repetition_penalty length_penalty",
+    SAMPLING: "top_k top_p do_sample num_beams repetition_penalty length_penalty",
     "response_length is the longest answer; prompt and answer fit the model's context": "max_length model_max_length",
     "data sets are prepared by rlhf data: shares, filters, deduplication, splits without shared prompts": """
         dataset_dir media_dir max_samples val_size eval_dataset eval_on_each_dataset mix_strategy interleave_probs

@@ -26,9 +26,16 @@ _SCRIPTS = {
     "train_bash": llama_factory.PROJECT,
     "llamafactory": llama_factory.PROJECT,
     "src/train": llama_factory.PROJECT,
-    "swift/cli/": swift.PROJECT,
+    "swift/cli/sft": swift.PROJECT,
+    "swift/cli/rlhf": swift.PROJECT,
 }
-_LAUNCHERS = ("accelerate", "torchrun", "deepspeed")
+_STAGES = ("ppo", "reward", "sft")
+_LAUNCHERS = {"accelerate", "torchrun", "deepspeed"}
+_OF_LAUNCHER = "an option of the launcher; PPO on several GPUs: torchrun, docs/ppo.md"
+_ONE_PROCESS = (
+    "is not in the command: the sizes are those of one process; multiply rollout_batch_size and minibatch_size"
+)
+_UNSET_VARIABLE = "has a variable of the shell that the file does not set; write it by hand"
 _OTHER_STAGES = "only SFT, reward models and PPO are here"
 
 
@@ -184,47 +191,41 @@ def _of_command(file: Path, words: list[str]) -> ReadOptions | None:
     environment = [word for word in words if re.match(r"[A-Z_]+=", word)]
     words = [word for word in words if word not in environment]
     programs = {word.rsplit("/", 1)[-1] for word in words}
-    if "swift" in programs and {"rlhf", "sft"} & programs:
-        at, project, stage = max(words.index(w) for w in words if w in ("rlhf", "sft")), swift.PROJECT, None
-    elif "llamafactory-cli" in programs or "llamafactory" in programs:
-        at, project, stage = words.index("train") if "train" in words else len(words) - 1, llama_factory.PROJECT, None
-    elif "trl" in programs and {"sft", "reward", "ppo"} & programs:
-        at, project, stage = next(i for i, w in enumerate(words) if w in ("sft", "reward", "ppo")), None, None
-        stage = words[at]
-    else:
-        scripts = [i for i, word in enumerate(words) if word.endswith(".py") or word in ("-m",)]
-        launched = programs & {"python", "python3", *_LAUNCHERS}
-        if not scripts or not launched:
-            return None
-        at = scripts[0] + (words[scripts[0]] == "-m")
-        name = words[min(at, len(words) - 1)]
-        project = (
-            llama_factory.PROJECT if "train_bash" in name or "llamafactory" in name or "src/train" in name else None
-        )
-        stage = next(
-            (s for s in ("ppo", "reward", "sft") if project is None and re.search(rf"(^|[/_.]){s}", name)), None
-        )
+    place = _place_of_options(words, programs)
+    if place is None:
+        return None
+    at, project, stage = place
     options = _of_words(file, words[at + 1 :])
+    options.project, options.stage = project, stage
     launcher = _pairs([*words[:at], *(f"--{word}" for word in environment)])
     for name, value in launcher.items():
         if name in _PROCESSES and str(value).isdigit():
             options.processes = int(str(value))
-        elif not (name == "CUDA_VISIBLE_DEVICES" or name.isupper()):
-            options.left.append(
-                Left(name, value, "an option of the launcher; PPO on several GPUs: torchrun, docs/ppo.md")
-            )
-    if programs & set(_LAUNCHERS) and not _PROCESSES & launcher.keys():
-        reason = (
-            "is not in the command: the sizes are those of one process; multiply rollout_batch_size and minibatch_size"
-        )
-        options.left.append(Left("num_processes", "", reason))
-    options.project, options.stage = project, stage
+        elif not name.isupper():
+            options.left.append(Left(name, value, _OF_LAUNCHER))
+    if programs & _LAUNCHERS and not _PROCESSES & launcher.keys():
+        options.left.append(Left("num_processes", "", _ONE_PROCESS))
     for name in [name for name, value in options.values.items() if "$" in str(value)]:
-        value = options.values.pop(name)
-        options.left.append(
-            Left(name, value, "has a variable of the shell that the file does not set; write it by hand")
-        )
+        options.left.append(Left(name, options.values.pop(name), _UNSET_VARIABLE))
     return options
+
+
+def _place_of_options(words: list[str], programs: set[str]) -> tuple[int, Project | None, str | None] | None:
+    """Return the word after which a command's options begin, its project and our stage as far as the command names them."""
+    if "swift" in programs and {"rlhf", "sft"} & programs:
+        return max(words.index(word) for word in words if word in ("rlhf", "sft")), swift.PROJECT, None
+    if {"llamafactory-cli", "llamafactory"} & programs:
+        return words.index("train") if "train" in words else len(words) - 1, llama_factory.PROJECT, None
+    if "trl" in programs and programs & {*_STAGES}:
+        at = next(i for i, word in enumerate(words) if word in _STAGES)
+        return at, None, words[at]
+    scripts = [i for i, word in enumerate(words) if word.endswith(".py") or words[i - 1 : i] == ["-m"]]
+    if not scripts or not programs & {"python", "python3", *_LAUNCHERS}:
+        return None
+    at = scripts[0]
+    project = next((project for part, project in _SCRIPTS.items() if part in words[at].replace(".", "/")), None)
+    stages = (stage for stage in _STAGES if project is None and re.search(rf"(^|[/_.]){stage}", words[at]))
+    return at, project, next(stages, None)
 
 
 def _of_words(file: Path, words: list[str]) -> ReadOptions:

@@ -79,9 +79,9 @@ def together(combine: str, *names: str) -> dict[str, Rule]:
     return {name: Rule(combine, None) for name in names}
 
 
-def same(*names: str) -> dict[str, Rule]:
+def same(convert: Callable[[Any], Any], *names: str) -> dict[str, Rule]:
     """Return rules of options that have the same name and meaning here."""
-    return {name: Rule(name) for name in names}
+    return {name: Rule(name, convert) for name in names}
 
 
 # Conversions of values
@@ -93,9 +93,38 @@ def slug(value: Any) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", last).strip("-._") or "migrated"
 
 
-def sft_policy(value: Any) -> str:
-    """Return the registered name of an SFT model that is to be imported."""
-    return f"sft/{slug(value)}"
+def imported(stage: str) -> Callable[[Any], Any]:
+    """Return the conversion of a folder, or of the last of several, into the name under which it is to be imported."""
+
+    def convert(value: Any) -> Any:
+        last = value[-1:] if isinstance(value, list) else [value]
+        names = [f"{stage}/{slug(folder)}" for folder in last]
+        return names if stage == "reward" else next(iter(names), None)
+
+    return convert
+
+
+def choice(*names: str, reason: str = "", **renamed: str) -> Callable[[Any], str]:
+    """Return the conversion of a word, which may be `renamed`, into one of our names; others are refused for the reason."""
+
+    def convert(value: Any) -> str:
+        word = str(value).lower().rpartition(".")[2]
+        name = renamed.get(word, word)
+        if name not in names:
+            raise RefusedValue(reason or f"there are {', '.join(names[:-1])} and {names[-1]} here")
+        return name
+
+    return convert
+
+
+def only(*values: str, reason: str) -> Callable[[Any], None]:
+    """Return the conversion of an option whose `values` are so here without an option; others are refused for the reason."""
+
+    def convert(value: Any) -> None:
+        if str(value) not in values:
+            raise RefusedValue(reason)
+
+    return convert
 
 
 def number(value: Any) -> float:
@@ -137,42 +166,18 @@ def targets(value: Any) -> list[str]:
     return ["all-linear"] if names in (["all"], ["all-linear"]) else names
 
 
-def schedule(value: Any) -> str:
-    """Return the schedule of the step size."""
-    name = str(value).lower().rpartition(".")[2]
-    name = {"constant": "constant_with_warmup"}.get(name, name)
-    if name not in ("cosine_with_min_lr", "cosine", "linear", "constant_with_warmup"):
-        raise RefusedValue("there are cosine_with_min_lr, cosine, linear and constant_with_warmup here")
-    return name
-
-
-def optimizer(value: Any) -> str:
-    """Return the optimiser."""
-    name = str(value).lower().rpartition(".")[2]
-    if name in ("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit"):
-        return "adamw_8bit"
-    if name.startswith("adamw_torch") or name in ("adamw_hf", "paged_adamw_32bit", "paged_adamw"):
-        return "adamw_torch"
-    raise RefusedValue("there are adamw_torch and adamw_8bit here")
-
-
-def dtype(value: Any) -> str:
-    """Return the compute type by its name."""
-    name = str(value).rpartition(".")[2]
-    name = {"bf16": "bfloat16", "fp32": "float32", "float": "float32"}.get(name, name)
-    if name not in ("auto", "bfloat16", "float32", "float64"):
-        raise RefusedValue("half precision (float16) overflows in training; bfloat16 and float32 are here")
-    return name
-
-
-def attention(value: Any) -> str:
-    """Return the attention implementation."""
-    name = {"fa2": "flash_attention_2", "flash_attn": "flash_attention_2", "disabled": "eager"}.get(
-        str(value), str(value)
-    )
-    if name not in ("auto", "eager", "sdpa", "flash_attention_2"):
-        raise RefusedValue("there are auto, eager, sdpa and flash_attention_2 here")
-    return name
+schedule = choice("cosine_with_min_lr", "cosine", "linear", "constant_with_warmup", constant="constant_with_warmup")
+optimizer = choice(
+    "adamw_torch", "adamw_8bit", **dict.fromkeys(("adamw_bnb_8bit", "paged_adamw_8bit", "adamw_torch_8bit"), "adamw_8bit"),
+    **dict.fromkeys(("adamw_torch_fused", "adamw_hf", "paged_adamw_32bit", "paged_adamw"), "adamw_torch"),
+)  # fmt: skip
+dtype = choice(
+    "auto", "bfloat16", "float32", "float64", bf16="bfloat16", fp32="float32", float="float32",
+    reason="half precision (float16) overflows in training; bfloat16 and float32 are here",
+)  # fmt: skip
+attention = choice(
+    "auto", "eager", "sdpa", "flash_attention_2", fa2="flash_attention_2", flash_attn="flash_attention_2", disabled="eager"
+)  # fmt: skip
 
 
 def tracking(value: Any) -> str:
@@ -201,20 +206,18 @@ def on(option: str, setting: Any, reason: str = "") -> Rule:
     return Rule(option, convert)
 
 
-#: transformers' TrainingArguments, in all stages.
+#: transformers' TrainingArguments, in all stages, and options of adapters that have one name in all projects.
 TRAINING: dict[str, Rule] = {
-    **{
-        name: Rule(name, number)
-        for name in ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
-    },
+    **same(number, "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
+    **same(whole, "lora_alpha", "logging_steps"),
+    **same(truth, "use_rslora", "use_dora", "gradient_checkpointing"),
+    "lora_dropout": Rule("lora_dropout", number, "always off in PPO"),
     "max_grad_norm": Rule("max_grad_norm", number, "in PPO policy and value model have each its own norm"),
     "lr_scheduler_type": Rule("lr_scheduler_type", schedule),
     "optim": Rule("optim", optimizer),
     "seed": Rule("seed", whole, "the same seed draws other numbers here"),
     "output_dir": Rule("output_dir"),
-    "logging_steps": Rule("logging_steps", whole),
     "save_steps": Rule("save_steps", whole, "in PPO: rollouts"),
-    "gradient_checkpointing": Rule("gradient_checkpointing", truth),
     "bf16": on("dtype", "bfloat16"),
     "report_to": Rule("wandb_mode", tracking),
     "run_name": Rule("name", slug),
@@ -224,11 +227,22 @@ TRAINING: dict[str, Rule] = {
 }
 #: TrainingArguments of supervised stages.
 SUPERVISED: dict[str, Rule] = {
-    **{name: Rule(name, whole) for name in ("per_device_eval_batch_size", "max_steps", "eval_steps")},
-    "num_train_epochs": Rule("num_train_epochs", number),
+    **same(whole, "per_device_eval_batch_size", "max_steps", "eval_steps"),
+    **same(number, "num_train_epochs"),
     **together("per_device_train_batch_size", "per_device_train_batch_size"),
     **together("gradient_accumulation_steps", "gradient_accumulation_steps"),
 }
+#: Models of the SFT stage, and of all others.
+BASE_MODEL: dict[str, Rule] = {
+    "model_name_or_path": Rule("model_name_or_path"),
+    "model_revision": Rule("model_revision", lambda value: None if value == "main" else str(value)),
+    **same(truth, "trust_remote_code"),
+}
+POLICY = Rule("policy", imported("sft"), "first: rlhf registry import FOLDER --as STAGE/NAME")
+REWARD_ADAPTER = Rule(
+    "reward", imported("reward"), "first: rlhf registry import FOLDER --as STAGE/NAME --policy POLICY"
+)
+MAX_LENGTH = Rule("max_length", whole, "longer rows are left out and counted, not cut")
 #: What transformers sets where nothing is given, and what is another value here.
 TRAINING_DEFAULTS: dict[str, Any] = {
     "learning_rate": 5e-5,
@@ -243,6 +257,10 @@ SUPERVISED_DEFAULTS = {
     "per_device_train_batch_size": 8,
     "gradient_accumulation_steps": 1,
 }
+SAMPLING = (
+    "responses are drawn from the whole softmax: with top-k, top-p or a penalty they come from another policy than the one whose "
+    "KL and ratios are computed"
+)
 PLACES = "where it runs, saves, loads or logs; no effect on the result, and not needed here"
 SPEED = "speed or memory only; here microbatches, packing and attention are chosen for that"
 TRAINING_REFUSED: dict[str, str] = {

@@ -6,9 +6,13 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from rlhf.migration.llama_factory import CUTOFF, finetuning, only_adapters, quantization
+from rlhf.migration.llama_factory import ADAPTERS, finetuning, quantization
 from rlhf.migration.rules import (
+    MAX_LENGTH,
     PLACES,
+    POLICY,
+    REWARD_ADAPTER,
+    SAMPLING,
     SPEED,
     SUPERVISED,
     TRAINING,
@@ -21,15 +25,14 @@ from rlhf.migration.rules import (
     attention,
     dtype,
     number,
-    sft_policy,
+    same,
     supervised,
     targets,
     together,
-    truth,
     whole,
     words,
 )
-from rlhf.migration.trl import IMPORT_REWARD, POLICY_NOTE, REWARD_NOTE, missing_eos, ppo_sizes, reward_source
+from rlhf.migration.trl import NEW_TRAINER, NEW_TRAINER_DEFAULTS, REWARD_MODEL, ppo_sizes
 
 
 def data_set(value: Any) -> str:
@@ -38,16 +41,6 @@ def data_set(value: Any) -> str:
     if len(names) != 1 or "#" in names[0] or names[0].count(":"):
         raise RefusedValue("several data sets, subsets (:NAME) and shares (#COUNT) are put together by rlhf data")
     return names[0]
-
-
-def registered(stage: str) -> Any:
-    """Return the conversion of a list of adapters into the registered name of the last one."""
-
-    def convert(value: Any) -> Any:
-        name = f"{stage}/{sft_policy(words(value)[-1]).removeprefix('sft/')}" if words(value) else None
-        return [name] if name and stage == "reward" else name
-
-    return convert
 
 
 def tuned(values: Values) -> Iterator[Line]:
@@ -81,23 +74,15 @@ def sizes(values: Values) -> Iterator[Line]:
 COMMON: dict[str, Rule] = {
     **TRAINING,
     "lora_rank": Rule("lora_r", whole),
-    "lora_alpha": Rule("lora_alpha", whole),
-    "lora_dropout": Rule("lora_dropout", number, "always off in PPO"),
     "target_modules": Rule("lora_target_modules", targets),
-    "use_rslora": Rule("use_rslora", truth),
-    "use_dora": Rule("use_dora", truth),
     "quant_bits": Rule("quantization", quantization),
     "torch_dtype": Rule("dtype", dtype),
     "attn_impl": Rule("attn_implementation", attention),
-    "dataset": Rule("dataset", data_set),
-    "train_type": Rule("finetuning", finetuning),
-    "tuner_type": Rule("finetuning", finetuning),
+    **same(data_set, "dataset"),
+    **dict.fromkeys(("train_type", "tuner_type"), Rule("finetuning", finetuning)),
 }
-LENGTH = {"max_length": CUTOFF["cutoff_len"]}
-POLICY = {
-    "adapters": Rule("policy", registered("sft"), POLICY_NOTE),
-    "model": Rule("policy", sft_policy, POLICY_NOTE),
-}
+LENGTH = {"max_length": MAX_LENGTH}
+START = dict.fromkeys(("adapters", "model"), POLICY)
 DEFAULTS: dict[str, Any] = {
     "weight_decay": 0.1,
     "adam_beta2": 0.95,
@@ -109,57 +94,30 @@ DEFAULTS: dict[str, Any] = {
     "lora_dropout": 0.05,
     "per_device_train_batch_size": 1,
 }
-SFT_KIND = {name: Rule("lora_r", only_adapters) for name in ("train_type", "tuner_type")}
+SFT_KIND = dict.fromkeys(("train_type", "tuner_type"), ADAPTERS)
 SFT = Stage(
     rules={**COMMON, **SUPERVISED, **LENGTH, **SFT_KIND, "model": Rule("model_name_or_path")},
     defaults={**DEFAULTS, "num_train_epochs": 3.0},
     together=supervised_sizes,
 )
 REWARD = Stage(
-    rules={
-        **COMMON,
-        **SUPERVISED,
-        **LENGTH,
-        **POLICY,
-        "center_rewards_coefficient": Rule("center_rewards_coefficient", number),
-    },
+    rules={**COMMON, **SUPERVISED, **LENGTH, **START, **same(number, "center_rewards_coefficient")},
     defaults={**DEFAULTS, "num_train_epochs": 3.0},
     together=supervised_sizes,
 )
 PPO = Stage(
     rules={
         **COMMON,
-        **POLICY,
-        **{name: Rule(name, number) for name in ("kl_coef", "gamma", "lam")},
-        "vf_coef": Rule("vf_coef", number, "times half the clipped squared error, in both"),
-        "temperature": Rule("temperature", number, "divides all log-probabilities, in both"),
-        "num_ppo_epochs": Rule("num_ppo_epochs", whole),
-        "cliprange": Rule("clip_range", number),
-        "cliprange_value": Rule("clip_range_value", number, "in units of the score, in both"),
-        "whiten_rewards": Rule("whiten_rewards", truth),
-        "missing_eos_penalty": Rule("missing_eos_penalty", missing_eos),
-        "reward_adapters": Rule("reward", registered("reward"), IMPORT_REWARD),
-        "reward_model": Rule("reward", reward_source, REWARD_NOTE),
+        **START,
+        **NEW_TRAINER,
+        "reward_adapters": REWARD_ADAPTER,
+        "reward_model": REWARD_MODEL,
         "max_length": Rule(
             "max_prompt_length", whole, "there prompt and answer together; longer prompts are refused, not cut"
         ),
         **together("response_length", "response_length", "max_new_tokens", "max_completion_length"),
-        **together(
-            "rollout_batch_size, minibatch_size, microbatch_size",
-            *("per_device_train_batch_size", "gradient_accumulation_steps", "num_mini_batches"),
-        ),
-        **together("total_episodes", "num_train_epochs"),
     },
-    defaults={
-        **DEFAULTS,
-        "num_mini_batches": 1,
-        "num_ppo_epochs": 4,
-        "kl_coef": 0.05,
-        "vf_coef": 0.1,
-        "temperature": 0.9,
-        "max_completion_length": 512,
-        "missing_eos_penalty": "none",
-    },
+    defaults={**DEFAULTS, **NEW_TRAINER_DEFAULTS, "temperature": 0.9, "max_completion_length": 512},
     together=sizes,
 )
 REFUSED: dict[str, str] = {
@@ -183,10 +141,7 @@ REFUSED: dict[str, str] = {
         stopping_strategy shuffle_buffer_size strict disable_auto_column_mapping truncation_strategy download_mode
         load_from_cache_file train_dataloader_shuffle lazy_tokenize max_epochs external_plugins decision_*
     """,
-    (
-        "responses are drawn from the whole softmax: with top-k, top-p or a penalty they come from another policy "
-        "than the one whose KL and ratios are computed"
-    ): "top_k top_p min_p repetition_penalty num_beams",
+    SAMPLING: "top_k top_p min_p repetition_penalty num_beams",
     "responses end with the stop token of the chat template, and with stop_strings": "stop_words",
     "scoring and sampling use microbatch_size": "local_rollout_forward_batch_size",
     "not taken over; PPO here lists what is logged under num_logged_samples and num_eval_samples": """

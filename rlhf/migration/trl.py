@@ -6,7 +6,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from rlhf.migration.rules import (
+    BASE_MODEL,
+    MAX_LENGTH,
     PLACES,
+    POLICY,
+    SAMPLING,
     SPEED,
     SUPERVISED,
     SUPERVISED_DEFAULTS,
@@ -23,9 +27,9 @@ from rlhf.migration.rules import (
     episodes,
     number,
     on,
+    only,
     rollouts,
     same,
-    sft_policy,
     supervised,
     targets,
     together,
@@ -36,27 +40,16 @@ from rlhf.migration.rules import (
 
 #: ModelConfig and ScriptArguments.
 MODEL: dict[str, Rule] = {
-    **{name: Rule(name, whole) for name in ("lora_r", "lora_alpha")},
-    "lora_dropout": Rule("lora_dropout", number, "always off in PPO"),
-    "lora_target_modules": Rule("lora_target_modules", targets),
-    "use_rslora": Rule("use_rslora", truth),
-    "use_dora": Rule("use_dora", truth),
+    **same(whole, "lora_r"),
+    **same(targets, "lora_target_modules"),
     "load_in_4bit": on("quantization", "4bit"),
     "load_in_8bit": on("quantization", "8bit"),
-    "attn_implementation": Rule("attn_implementation", attention),
-    "torch_dtype": Rule("dtype", dtype),
-    "dtype": Rule("dtype", dtype),
+    **same(attention, "attn_implementation"),
+    **dict.fromkeys(("torch_dtype", "dtype"), Rule("dtype", dtype)),
     "dataset_name": Rule("dataset"),
 }
 ADAPTERS_ONLY = "the SFT stage trains adapters; for all weights use reward and PPO's finetuning full, on an SFT adapter"
-POLICY_NOTE = "first: rlhf registry import FOLDER --as STAGE/NAME"
-IMPORT_REWARD = "first: rlhf registry import FOLDER --as STAGE/NAME --policy POLICY"
-REWARD_NOTE = "imported it is read at the stop token, as there; a LoRA or value head has to be: docs/migrating.md"
-
-
-def finetuning(value: Any) -> str:
-    """Return whether adapters or all weights are trained."""
-    return "lora" if truth(value) else "full"
+USE_PEFT = Rule("finetuning", lambda value: "lora" if truth(value) else "full")
 
 
 def missing_eos(value: Any) -> float:
@@ -71,18 +64,15 @@ def reward_source(value: Any) -> list[str]:
     return [str(value)]
 
 
-def estimator(value: Any) -> None:
-    """Accept the estimator of the KL that is used here."""
-    if str(value) not in ("k1", "kl"):
-        raise RefusedValue(
-            "the reward takes k1, log pi_old - log pi_ref: the others are biased as a penalty, or not of its sign"
-        )
-
-
-def stop(value: Any) -> None:
-    """Accept the end of responses that is used here."""
-    if value != "eos":
-        raise RefusedValue("responses end with the stop token of the chat template, and with stop_strings")
+REWARD_MODEL = Rule(
+    "reward",
+    reward_source,
+    "imported it is read at the stop token, as there; a LoRA or value head has to be: docs/migrating.md",
+)
+estimator = only(
+    "k1", "kl", reason="the reward takes k1, log pi_old - log pi_ref: the others are biased as a penalty, or not of its sign"
+)  # fmt: skip
+stop = only("eos", reason="responses end with the stop token of the chat template, and with stop_strings")
 
 
 def ppo_sizes(values: Values) -> Iterator[Line]:
@@ -130,26 +120,48 @@ def kl_control(origin: str, target: Any, horizon: Any) -> Iterator[Line]:
     yield Line("kl_horizon", whole(horizon), f"horizon of the adaptive KL coefficient: {horizon} responses in both")
 
 
+#: What all of TRL's PPO trainers have, and ms-swift's.
 PPO_COMMON: dict[str, Rule] = {
-    **{name: Rule(name, number) for name in ("gamma", "lam")},
+    **same(number, "gamma", "lam"),
+    **same(truth, "whiten_rewards"),
     "vf_coef": Rule("vf_coef", number, "times half the clipped squared error, in both"),
     "cliprange": Rule("clip_range", number),
     "cliprange_value": Rule("clip_range_value", number, "in units of the score, in both"),
-    "whiten_rewards": Rule("whiten_rewards", truth),
-    "max_prompt_length": Rule("max_prompt_length", whole, "longer prompts are refused, not cut"),
-    "use_peft": Rule("finetuning", finetuning),
+}
+PROMPT_LENGTH = {"max_prompt_length": Rule("max_prompt_length", whole, "longer prompts are refused, not cut")}
+#: Options of the trainer of TRL 0.12 and later, which is ms-swift's too.
+NEW_TRAINER: dict[str, Rule] = {
+    **PPO_COMMON,
+    **same(number, "kl_coef"),
+    **same(whole, "num_ppo_epochs"),
+    **same(missing_eos, "missing_eos_penalty"),
+    "temperature": Rule("temperature", number, "divides all log-probabilities, in both"),
+    **together(
+        "rollout_batch_size, minibatch_size, microbatch_size",
+        *("per_device_train_batch_size", "gradient_accumulation_steps", "num_mini_batches"),
+    ),
+    **together("total_episodes", "num_train_epochs"),
+}
+NEW_TRAINER_DEFAULTS = {
+    "num_mini_batches": 1,
+    "num_ppo_epochs": 4,
+    "kl_coef": 0.05,
+    "vf_coef": 0.1,
+    "missing_eos_penalty": "none",
 }
 OLD_PPO = Stage(
     rules={
         **{name: rule for name, rule in TRAINING.items() if not name.startswith("warmup")},
         **MODEL,
         **PPO_COMMON,
+        **PROMPT_LENGTH,
+        "use_peft": USE_PEFT,
         "init_kl_coef": Rule("kl_coef", number),
         "kl_penalty": Rule("kl_coef", estimator),
         "ppo_epochs": Rule("num_ppo_epochs", whole),
-        "model_name": Rule("policy", sft_policy, POLICY_NOTE),
+        "model_name": POLICY,
         "query_dataset": Rule("dataset"),
-        **{name: Rule("reward", reward_source, REWARD_NOTE) for name in ("reward_model_name", "reward_model")},
+        **dict.fromkeys(("reward_model_name", "reward_model"), REWARD_MODEL),
         "save_freq": Rule("save_steps", whole, "rollouts, in both"),
         "output_max_length": Rule(
             "response_length", whole, "upper end of a length that TRL's script draws for each batch"
@@ -189,10 +201,10 @@ PPO = Stage(
     rules={
         **TRAINING,
         **MODEL,
-        **PPO_COMMON,
-        **{name: Rule(name, number) for name in ("kl_coef", "temperature")},
-        **{name: Rule(name, whole) for name in ("response_length", "num_ppo_epochs")},
-        "missing_eos_penalty": Rule("missing_eos_penalty", missing_eos),
+        **NEW_TRAINER,
+        **PROMPT_LENGTH,
+        "use_peft": USE_PEFT,
+        **same(whole, "response_length"),
         "non_eos_penalty": Rule(
             "missing_eos_penalty",
             lambda value: 1.0 if truth(value) else 0.0,
@@ -200,45 +212,30 @@ PPO = Stage(
         ),
         "kl_estimator": Rule("kl_coef", estimator),
         "stop_token": Rule("stop_strings", stop, "a response always ends with its stop token"),
-        "sft_model_path": Rule("policy", sft_policy, POLICY_NOTE),
-        "model_name_or_path": Rule("policy", sft_policy, POLICY_NOTE),
-        "base_model": Rule("policy", sft_policy, POLICY_NOTE),
-        "reward_model_path": Rule("reward", reward_source, REWARD_NOTE),
-        **together(
-            "rollout_batch_size, minibatch_size, microbatch_size",
-            *("per_device_train_batch_size", "gradient_accumulation_steps", "num_mini_batches"),
-        ),
-        **together("total_episodes", "total_episodes", "num_train_epochs"),
+        **dict.fromkeys(("sft_model_path", "model_name_or_path", "base_model"), POLICY),
+        "reward_model_path": REWARD_MODEL,
+        **together("total_episodes", "total_episodes"),
     },
     defaults={
         **TRAINING_DEFAULTS,
+        **NEW_TRAINER_DEFAULTS,
         "per_device_train_batch_size": 8,
         "gradient_accumulation_steps": 1,
-        "num_mini_batches": 1,
-        "num_ppo_epochs": 4,
         "learning_rate": 3e-6,
-        "kl_coef": 0.05,
-        "vf_coef": 0.1,
         "temperature": 0.7,
         "response_length": 53,
-        "missing_eos_penalty": "none",
         "use_peft": False,
     },
     together=ppo_sizes,
 )
-LENGTH = {
-    name: Rule("max_length", whole, "longer rows are left out and counted, not cut")
-    for name in ("max_length", "max_seq_length")
-}
+LENGTH = dict.fromkeys(("max_length", "max_seq_length"), MAX_LENGTH)
 SFT = Stage(
     rules={
         **TRAINING,
         **SUPERVISED,
         **MODEL,
         **LENGTH,
-        **same("model_name_or_path"),
-        "model_revision": Rule("model_revision", lambda value: None if value == "main" else str(value)),
-        "trust_remote_code": Rule("trust_remote_code", truth),
+        **BASE_MODEL,
         "chat_template_path": Rule("chat_template", str),
         "use_peft": on("lora_r", None, ADAPTERS_ONLY),
     },
@@ -251,9 +248,9 @@ REWARD = Stage(
         **SUPERVISED,
         **MODEL,
         **LENGTH,
-        "model_name_or_path": Rule("policy", sft_policy, POLICY_NOTE),
-        "center_rewards_coefficient": Rule("center_rewards_coefficient", number),
-        "use_peft": Rule("finetuning", finetuning),
+        "model_name_or_path": POLICY,
+        **same(number, "center_rewards_coefficient"),
+        "use_peft": USE_PEFT,
     },
     defaults={**SUPERVISED_DEFAULTS, "learning_rate": 1e-4, "lora_dropout": 0.05, "use_peft": False},
     together=supervised,
@@ -287,10 +284,7 @@ REFUSED: dict[str, str] = {
         "a running mean and spread of the scores would change the reward during the run; reward models of this "
         "registry are normalised once, and reward_clip limits scores"
     ): "use_score_scaling use_score_norm",
-    (
-        "responses are drawn from the whole softmax: with top-k, top-p or a penalty they come from another policy "
-        "than the one whose KL and ratios are computed"
-    ): "top_k top_p min_p do_sample repetition_penalty num_beams min_length length_penalty",
+    SAMPLING: "top_k top_p min_p do_sample repetition_penalty num_beams min_length length_penalty",
     "padding, stop token and tokenizer are those of the SFT policy": "pad_token_id eos_token_id tokenizer_name",
     "answers count in the loss, prompts do not": "completion_only_loss assistant_only_loss loss_type",
     "the vocabulary's new tokens train with new_tokens or learn_tokens": "lora_modules_to_save modules_to_save",

@@ -255,6 +255,21 @@ def test_a_config_file_on_the_command_line_is_read(tmp_path: Path, call: Callabl
     assert (float(values["learning_rate"]), values["num_ppo_epochs"], values["lora_r"]) == (3e-5, 1, 16)
 
 
+def test_all_digits_of_a_number_are_kept(tmp_path: Path, call: Callable[..., Call]) -> None:
+    """Catches: a step size that is rounded to six digits on its way."""
+    _, folder = migrate(call, tmp_path, "lf.yaml", yaml.safe_dump({**LF_PPO, "learning_rate": 1.23456789e-5}))
+    assert float(yaml.safe_load((folder / "ppo.yaml").read_text())["learning_rate"]) == 1.23456789e-5
+
+
+@pytest.mark.parametrize("start", ["torchrun src/swift/cli/sft.py", "python3 -m swift.cli.sft", "swift sft"])
+def test_a_project_is_known_by_its_script(start: str, tmp_path: Path) -> None:
+    """Catches: a command of ms-swift that is taken for one of TRL, and options that begin at the wrong word."""
+    file = tmp_path / "run.sh"
+    file.write_text(f"{start} --model org/base --learning_rate 1e-4\n")
+    project, stage, options = read_config(file)
+    assert (project.name, stage, options.values) == ("ms-swift", "sft", {"model": "org/base", "learning_rate": "1e-4"})
+
+
 RUN = """accelerate launch ppo.py --dataset_name {data} --output_dir {out} --sft_model_path {sft} --reward_model_path {rm} \\
   --per_device_train_batch_size 2 --gradient_accumulation_steps 4 --num_mini_batches 1 --total_episodes 16 --num_ppo_epochs 2 \\
   --response_length 8 --temperature 1.0 --missing_eos_penalty 1.0 --use_peft --lora_r 4 --learning_rate 1e-3 --report_to none
