@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import datetime
 import importlib
-import itertools
 import json
 import multiprocessing
 import os
@@ -31,7 +30,7 @@ from typing import Any
 
 from rlhf.base import storage
 from rlhf.base.cli import Parser
-from rlhf.base.errors import UserError, did_you_mean, run_command
+from rlhf.base.errors import UserError, run_command
 from rlhf.config import (
     STAGE_CONFIGS,
     EvaluationConfig,
@@ -41,6 +40,7 @@ from rlhf.config import (
     find_config,
     folder_name,
     is_registered_reward,
+    read_overrides,
     read_yaml,
 )
 from rlhf.data_prep import prepare, read_recipe
@@ -92,7 +92,7 @@ def run(folder: Path, overrides: dict[str, Any]) -> dict[str, Any]:
     storage.write_text(output / "results.json", json.dumps(results, indent=2) + "\n")
     print_results(results)
     print(f"report: {write_report(output)}")
-    print_next(artifacts["ppo"], configs["ppo"], [])
+    print_next([*artifacts.values()][-1], last, [])
     return results
 
 
@@ -288,19 +288,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Path, dict[str, Any]]:
     folder = find_config(arguments.config)
     if not folder.is_dir():
         raise UserError(f"--config takes a folder here, and {folder} is a file")
-    names = {field.name for kind in STAGE_CONFIGS.values() for field in dataclasses.fields(kind)}
-    overrides: dict[str, Any] = {}
-    while rest:
-        word, *rest = rest
-        name, _, value = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or name not in names:
-            raise UserError(f"unknown option {word}{did_you_mean(name, names)}")
-        values = [value] if value else list(itertools.takewhile(lambda word: not word.startswith("--"), rest))
-        if not values:
-            raise UserError(f"{word} needs a value")
-        rest = rest if value else rest[len(values) :]
-        overrides[name] = values if len(values) > 1 else values[0]
-    return folder, overrides
+    return folder, read_overrides(rest, STAGE_CONFIGS.values())
 
 
 def main(argv: Sequence[str] | None = None) -> None:

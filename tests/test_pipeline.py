@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -139,6 +140,22 @@ def test_results_hold_every_promised_figure(finished: tuple[Path, Path]) -> None
     assert results["ppo"]["episodes"] == 16 and results["ppo"]["updates"] == 2
     assert results["total_seconds"] > 0 and results["peak_rss_gb"] > 0
     assert (finished[1] / "report.html").stat().st_size > 10_000
+
+
+def test_a_folder_of_one_stage_ends_with_the_commands_that_come_next(
+    finished: tuple[Path, Path],
+    toy_config: Path,
+    tmp_path: Path,
+    command: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
+    """Catches: a pipeline without PPO, as `rlhf init` writes it for data without preferences, that crashes at its end."""
+    folder = tmp_path / toy_config.name
+    folder.mkdir()
+    shutil.copy(toy_config / "sft.yaml", folder)
+    done = command("rlhf.pipeline", "--config", folder, "--registry", finished[0], "--output_dir", tmp_path / "out")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("skipped") == 1 and (tmp_path / "out" / "report.html").exists()
+    assert "next:\n  rlhf reward --policy sft/" in done.stdout
 
 
 def test_second_run_skips_what_is_registered(

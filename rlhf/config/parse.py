@@ -6,8 +6,10 @@ import argparse
 import dataclasses
 import datetime
 import functools
+import itertools
 import math
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -108,6 +110,25 @@ def parse_config(config_type: type[T], argv: list[str] | None = None) -> T:
         if isinstance(value, int) and abs(value) > MAX_INTEGER:
             raise UserError(f"{name} must be {MAX_INTEGER:.0e} at most, got {value:.3g}")
     return config
+
+
+def read_overrides(words: Sequence[str], config_types: Iterable[Any]) -> dict[str, Any]:
+    """Return `--option value ...` by option, for options of any of the classes; several values are a list."""
+    names = {field.name for kind in config_types for field in dataclasses.fields(kind)}
+    overrides: dict[str, Any] = {}
+    rest = list(words)
+    while rest:
+        word, *rest = rest
+        name, _, value = word.removeprefix("--").partition("=")
+        name = name.replace("-", "_")
+        if not word.startswith("--") or name not in names:
+            raise UserError(f"unknown option {word}{did_you_mean(name, names)}")
+        values = [value] if value else list(itertools.takewhile(lambda word: not word.startswith("--"), rest))
+        if not values:
+            raise UserError(f"{word} needs a value")
+        rest = rest if value else rest[len(values) :]
+        overrides[name] = values if len(values) > 1 else values[0]
+    return overrides
 
 
 def _refuse_unknown(arguments: list[str], names: list[str]) -> None:

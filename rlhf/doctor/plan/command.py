@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from rlhf.base.errors import UserError, did_you_mean
-from rlhf.config import STAGE_CONFIGS, build, find_config, folder_name, read_yaml
+from rlhf.base.errors import UserError
+from rlhf.config import STAGE_CONFIGS, build, find_config, folder_name, read_overrides, read_yaml
 from rlhf.doctor.plan.estimate import as_dict, libraries, make_plan
 from rlhf.doctor.plan.rates import LAUNCH, UTILISATION, find_gpu
 from rlhf.doctor.plan.show import lines
@@ -30,11 +30,13 @@ STAGES = ("sft", "reward", "ppo")
 def run(arguments: Namespace, rest: Sequence[str]) -> None:
     """Print the plans of the stages that the command line names."""
     arguments.config = find_config(arguments.config)
-    overrides = _overrides(rest)
+    overrides = read_overrides(rest, (STAGE_CONFIGS[stage] for stage in STAGES))
     gpu = find_gpu(arguments.gpu) if arguments.gpu else None
     plans = []
     for stage, values in _stages(arguments.config).items():
-        config: Any = _config(stage, values, overrides, arguments.config)
+        kind = STAGE_CONFIGS[stage]
+        own = {name: value for name, value in overrides.items() if name in kind.__dataclass_fields__}
+        config: Any = build(kind, {**values, **own}, str(arguments.config))
         importlib.import_module(f"rlhf.stages.{stage}")
         libraries()
         compute = Compute(torch.device("cpu"), torch.bfloat16) if gpu else Compute.choose(config)
@@ -75,24 +77,6 @@ def _stages(place: Path) -> dict[str, dict[str, Any]]:
             if not Path(str(values.get("dataset", dataset))).exists() or "dataset" not in values:
                 values["dataset"] = dataset
     return stages
-
-
-def _overrides(words: Sequence[str]) -> dict[str, str]:
-    names = {name for stage in STAGES for name in STAGE_CONFIGS[stage].__dataclass_fields__}
-    values: dict[str, str] = {}
-    rest = iter(words)
-    for word in rest:
-        name, _, value = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or name not in names:
-            raise UserError(f"unknown option {word}{did_you_mean(name, [*names, 'gpu', 'model', 'json'])}")
-        values[name] = value or next(rest, "")
-    return values
-
-
-def _config(stage: str, values: dict[str, Any], overrides: dict[str, str], source: Path) -> Any:
-    kind = STAGE_CONFIGS[stage]
-    own = {name: value for name, value in overrides.items() if name in kind.__dataclass_fields__}
-    return build(kind, {**values, **own}, str(source))
 
 
 def _model(config: Any, arguments: Any) -> tuple[str, str]:
