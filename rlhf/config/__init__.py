@@ -16,7 +16,7 @@ from rlhf.config.options import (
     TrainingLength,
     option,
 )
-from rlhf.config.parse import build, folder_name, options_parser, parse_config, read_overrides, read_yaml
+from rlhf.config.parse import build, folder_name, options_parser, parse_config, read_overrides, read_yaml, yaml_value
 from rlhf.config.ppo import REGISTERED_REWARD, PPOConfig, is_registered_reward
 from rlhf.config.pretrain import PretrainConfig
 from rlhf.config.reward import CardConfig, RewardCardConfig, RewardConfig

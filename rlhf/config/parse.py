@@ -71,6 +71,12 @@ def build(config_type: type[T], values: dict[str, Any], source: str) -> T:
     return parse_config(config_type, _as_arguments(config_type, values, source))
 
 
+def yaml_value(value: Any) -> str:
+    """Return a value as it stands behind `option:` in one line of YAML."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
 def folder_name(file: str | Path) -> str:
     """Return the name of a config file's folder, which names a run that has no other name."""
     return find_config(file).resolve().parent.name

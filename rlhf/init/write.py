@@ -7,9 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from rlhf.base import storage
+from rlhf.config import yaml_value
 from rlhf.data_prep import Source
 from rlhf.init.sizes import FILES, Entry, Sizes
 from rlhf.init.survey import Survey
@@ -83,11 +82,6 @@ def _source(source: Source, report: dict[str, Any]) -> list[Entry]:
 def _render(title: str, entries: Iterable[Entry]) -> str:
     lines = [f"# {title}"]
     for option, value, reason in entries:
-        line = f"{option}:" if value is None else f"{option}: {_scalar(value)}"
+        line = f"{option}:" if value is None else f"{option}: {yaml_value(value)}"
         lines.append(f"{line:{COMMENTS}}  # {reason}" if reason else line)
     return "\n".join(lines) + "\n"
-
-
-def _scalar(value: Any) -> str:
-    text = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
-    return text.removesuffix("\n").removesuffix("\n...")

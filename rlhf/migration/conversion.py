@@ -11,11 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
 from rlhf.base.errors import UserError
 from rlhf.base.redaction import redact
-from rlhf.config import STAGE_CONFIGS, SFTConfig, build
+from rlhf.config import STAGE_CONFIGS, SFTConfig, build, yaml_value
 from rlhf.migration.reading import ReadOptions
 from rlhf.migration.rules import Left, Line, Project, RefusedValue, Stage, Values, slug, words
 
@@ -154,7 +152,7 @@ def _problem(stage: str, lines: dict[str, Line]) -> str:
 def as_yaml(converted: Converted, source: str) -> str:
     """Return the config as YAML in which each line says where it is from."""
     parts = [f"# Made by rlhf migrate from {source}, a config of {converted.project.name}.", ""]
-    texts = [f"{line.option}: {_value(line.value)}" for line in converted.lines]
+    texts = [f"{line.option}: {yaml_value(line.value)}" for line in converted.lines]
     width = min(40, max(map(len, texts), default=0))
     parts += [f"{text:{width}}  # {line.origin}" for text, line in zip(texts, converted.lines, strict=True)]
     if converted.missing:
@@ -178,12 +176,6 @@ def left_lines(left: list[Left]) -> Iterator[str]:
         reasons.setdefault(one.reason, []).append(f"{one.name}: {_shown(one.value)}" if one.value != "" else one.name)
     for reason, names in reasons.items():
         yield f"{', '.join(names)} ({reason})"
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, str | list | bool):
-        return yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("\n").removesuffix("\n...")
-    return f"{value:.12g}" if isinstance(value, float) else str(value)
 
 
 def _shown(value: Any) -> str:

@@ -110,7 +110,7 @@ def old_ppo_sizes(values: Values) -> Iterator[Line]:
     if truth(values["adap_kl_ctrl"]):
         yield from kl_control("target of adap_kl_ctrl", values["target"], values["horizon"])
     if truth(values.get("early_stopping", False)):
-        limit = 1.5 * number(values["target_kl"])
+        limit = round(1.5 * number(values["target_kl"]), 9)
         yield Line("max_approx_kl", limit, "early_stopping at 1.5 times target_kl; here k3 of the tokens, there k1")
 
 

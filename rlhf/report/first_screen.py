@@ -15,6 +15,7 @@ from rlhf.doctor.diagnosis import Diagnosis
 from rlhf.report.figures import BEFORE_AND_AFTER, MINUS, NO_FIGURE, number, percent, percent_interval
 from rlhf.report.run_folder import TITLES, RunFolder, judge_of, mappings, overlaps, series
 from rlhf.report.samples import cut, gain
+from rlhf.run.progress import in_words
 
 ISOLATE, POP = "\N{FIRST STRONG ISOLATE}", "\N{POP DIRECTIONAL ISOLATE}"
 """They keep a prompt that runs from right to left from turning the sentence around it."""
@@ -105,10 +106,8 @@ def _shown_prompt(row: Mapping[str, Any]) -> str:
 
 
 def _judged_by(run: RunFolder) -> str:
-    configured = run.config("ppo").get("reward") or []
-    rewards = [configured] if isinstance(configured, str) else [str(reward) for reward in configured]
-    others = [reward for reward in rewards if not reward.startswith("reward/")]
-    if others:
+    rewards = run.rewards
+    if any(not reward.startswith("reward/") for reward in rewards):
         return " + ".join(rewards)
     pairs = finite_number(run.figures("reward").get("pairs"))
     name = rewards[0] if rewards else str(run.artifact("reward").get("reference") or "")
@@ -155,11 +154,8 @@ def compared(run: RunFolder) -> list[Tile]:
         if any(value is not None for value in before_after(ppo, key))
     ]  # fmt: skip
     if finite_number(ppo.get("kl")) is not None:
-        rows.append(
-            Tile(
-                "KL from SFT", f"{number(ppo['kl'])} nats", "0", note="How far PPO went from the SFT model, per answer."
-            )
-        )
+        note = "How far PPO went from the SFT model, per answer."
+        rows.append(Tile("KL from SFT", f"{number(ppo['kl'])} nats", "0", note=note))
     return rows
 
 
@@ -224,7 +220,7 @@ def verdict(run: RunFolder, diagnoses: Sequence[Diagnosis]) -> Verdict:
     """Return the outcome of the last stage that has figures; the doctor's findings and missing judges are its doubts."""
     lead = lead_stage(run)
     makers = {"pretrain": _fall, "sft": _fall, "reward": _reward_verdict, "ppo": _ppo_verdict}
-    outcome = makers[lead](run, lead) if lead else Verdict("No stage has finished yet", "open")
+    outcome = makers[lead](run) if lead else Verdict("No stage has finished yet", "open")
     _add_findings(outcome, diagnoses)
     flags = entries(run.reward_card, "flags")
     if flags and lead == "ppo":
@@ -241,7 +237,7 @@ def verdict(run: RunFolder, diagnoses: Sequence[Diagnosis]) -> Verdict:
     seconds = {stage: finite_number(run.figures(stage).get("seconds")) for stage in TITLES}
     timed = [stage for stage in TITLES if seconds[stage]]
     if timed:
-        total = _time(sum(seconds[stage] or 0 for stage in timed))
+        total = in_words(sum(seconds[stage] or 0 for stage in timed))
         outcome.cost.append(f"{total} of training ({_names(timed)}).")
     return outcome
 
@@ -259,7 +255,7 @@ def _add_findings(outcome: Verdict, diagnoses: Sequence[Diagnosis]) -> None:
         outcome.level = "mixed"
 
 
-def _ppo_verdict(run: RunFolder, lead: str) -> Verdict:
+def _ppo_verdict(run: RunFolder) -> Verdict:
     figures, judge = run.figures("ppo"), judge_of(run)
     old, new = before_after(figures, "score")
     gold_old, gold_new = before_after(figures, "gold_positive")
@@ -316,7 +312,7 @@ def _style_costs(figures: Mapping[str, Any]) -> list[str]:
     return costs
 
 
-def _reward_verdict(run: RunFolder, lead: str) -> Verdict:
+def _reward_verdict(run: RunFolder) -> Verdict:
     figures, card = run.figures("reward"), run.reward_card
     accuracy, low = finite_number(figures.get("accuracy")), finite_number(figures.get("accuracy_low"))
     outcome = Verdict(f"The reward model ranks {percent(accuracy)} of held-out pairs as people do", "good", "Good")
@@ -337,10 +333,10 @@ def _reward_verdict(run: RunFolder, lead: str) -> Verdict:
     return outcome
 
 
-def _fall(run: RunFolder, lead: str) -> Verdict:
+def _fall(run: RunFolder) -> Verdict:
     """Return the verdict of a stage whose figure is a loss."""
     tile = next(iter(tiles(run)), None)
-    name = TITLES[lead]
+    name = TITLES[lead_stage(run)]
     if tile is None or not tile.before:
         return Verdict(f"{name} has finished{f': {tile.label} {tile.value}' if tile else ''}", "open")
     what = f"{tile.label[0].lower()}{tile.label[1:]}"
@@ -384,14 +380,3 @@ def _count(count: int, word: str) -> str:
 def listed(words: Sequence[str]) -> str:
     """Return `a, b and c`."""
     return " and ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
-
-
-def _time(seconds: float) -> str:
-    minutes = seconds / 60
-    return (
-        f"{seconds:.0f} seconds"
-        if minutes < 2
-        else f"{minutes:.0f} minutes"
-        if minutes < 120
-        else f"{minutes / 60:.1f} hours"
-    )

@@ -64,6 +64,12 @@ class RunFolder(FolderReader):
         """Return the resolved options of a stage."""
         return section(self.manifests.get(stage, {}), "config") or section(self.records.get(stage, {}), "config")
 
+    @property
+    def rewards(self) -> list[str]:
+        """PPO's rewards, as its options name them; older runs have one, which is no list."""
+        names = self.config("ppo").get("reward") or []
+        return [str(name) for name in ([names] if isinstance(names, str) else names)]
+
     def figures(self, stage: str) -> dict[str, Any]:
         """Return the final figures of a stage."""
         return section(self.results, stage) or section(self.manifests.get(stage, {}), "metrics")
@@ -243,9 +249,7 @@ def _rewards(run: RunFolder) -> tuple[str, str] | None:
     artifact = run.artifact("reward")
     if not adapters and not run.parents("ppo") and artifact.get("hash"):
         adapters = {str(artifact.get("reference")): str(artifact["hash"])}
-    configured = run.config("ppo").get("reward") or []
-    rewards = [configured] if isinstance(configured, str) else configured
-    others = [str(reward) for reward in rewards if not str(reward).startswith("reward/")]
+    others = [reward for reward in run.rewards if not reward.startswith("reward/")]
     if not adapters and not others:
         return None
     names = [*(f"{ref} {digest[:8]}" for ref, digest in adapters.items()), *others]

@@ -14,14 +14,15 @@ from typing import Any
 from rlhf.base import screen
 from rlhf.base.errors import UserError
 from rlhf.base.json_files import finite_number, section
+from rlhf.registry.outcome import outcome
 from rlhf.report import first_screen, kinds, samples
 from rlhf.report.card_page import card_section
 from rlhf.report.charts import phase_charts, run_charts
 from rlhf.report.compare_tables import evaluated
-from rlhf.report.figures import NO_FIGURE, duration, flatten, number, percent
+from rlhf.report.figures import duration, flatten, number, percent
 from rlhf.report.first_screen import before_after
 from rlhf.report.page import diagnoses, evenly_spaced, write_page
-from rlhf.report.run_folder import STAGES, TITLES, RunFolder, judge_of, overlaps, read_parents, read_run, series
+from rlhf.report.run_folder import TITLES, RunFolder, judge_of, overlaps, read_parents, read_run, series
 from rlhf.run.progress import format_seconds
 
 Results = Mapping[str, Any]
@@ -135,31 +136,14 @@ def print_results(results: Results) -> None:
     table = Table(title="Results", title_justify="left", caption_justify="left", show_edge=False, pad_edge=False)
     for column in ("stage", "measure", "before", "after"):
         table.add_column(column, justify="right" if column in ("before", "after") else "left")
-    for row in _table_rows(results):
-        table.add_row(*row)
+    for stage, title in TITLES.items():
+        figures = section(results, stage)
+        for row in outcome(stage, {**figures, "gold_accuracy": figures.get("vader_accuracy")}):
+            table.add_row(title, *row)
     seconds, memory = finite_number(results.get("total_seconds")), finite_number(results.get("peak_rss_gb"))
     total = f"{format_seconds(seconds)} in all" if seconds is not None else ""
     table.caption = ", ".join(filter(None, (total, f"{memory:.1f} GB of memory" if memory is not None else "")))
     screen.console().print(table)
-
-
-def _table_rows(results: Results) -> list[tuple[str, str, str, str]]:
-    """Return stage, measure, before and after; no rows without figures."""
-    sft, reward, ppo = (section(results, stage) for stage in STAGES)
-    bits = number(section(results, "pretrain").get("eval_bits_per_character"))
-    rows = [
-        ("pretraining", "held-out bits per character", "", bits),
-        ("SFT", "held-out loss", number(sft.get("eval_loss_before")), number(sft.get("eval_loss_after"))),
-        ("reward", "held-out accuracy", "", percent(reward.get("accuracy"))),
-        ("reward", "  raters it never saw", "", percent(reward.get("accuracy_held_out_raters"))),
-        ("reward", "  independent judge", "", percent(reward.get("vader_accuracy"))),
-        ("reward", "  human ceiling", "", percent(reward.get("human_ceiling"))),
-    ]
-    rows += [
-        ("PPO", row.label, row.before, row.value)
-        for row in first_screen.compared(RunFolder(Path(), results={"ppo": ppo}))
-    ]
-    return [row for row in rows if {row[2], row[3]} - {"", NO_FIGURE}]
 
 
 # The chain: a box for each stage, with its figure on a scale beside the marks that it is to be read against.

@@ -38,7 +38,7 @@ class Sample(NamedTuple):
     """What samples are sorted by."""
 
     @property
-    def middle_gain(self) -> float | None:
+    def mean_gain(self) -> float | None:
         """The mean gain of its answers, None where no score is known."""
         gains = [answer.gain for answer in self.answers if answer.gain is not None]
         return sum(gains) / len(gains) if gains else None
@@ -60,9 +60,7 @@ def own_samples(run: RunFolder) -> list[Sample]:
 
 def examples(samples: Sequence[Sample], answers: int = 4) -> list[Sample]:
     """Return the prompts at the lower quartile, the median and the upper quartile of the gain in score, with short texts."""
-    scored = sorted(
-        ((sample.middle_gain, index) for index, sample in enumerate(samples) if sample.middle_gain is not None)
-    )
+    scored = sorted(((sample.mean_gain, index) for index, sample in enumerate(samples) if sample.mean_gain is not None))
     last = len(scored) - 1
     chosen = scored if last < 3 else [scored[round(last * share)] for share in (0.25, 0.5, 0.75)]
     return [

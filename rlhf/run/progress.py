@@ -105,6 +105,13 @@ def format_seconds(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+def in_words(seconds: float) -> str:
+    """Return seconds as `40 s`, `12 min` or `3.5 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 def _format_figures(figures: dict[str, float | str]) -> str:
     return " ".join(f"{name} {value if isinstance(value, str) else f'{value:.3g}'}" for name, value in figures.items())
 

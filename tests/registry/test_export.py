@@ -199,6 +199,16 @@ def test_the_card_names_the_public_base_and_its_licence(tmp_path: Path) -> None:
     assert public_base(str(tmp_path)) == (None, None)
 
 
+def test_a_hub_that_does_not_answer_costs_the_licence_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches: an export that ends with a traceback where the network is down; the hub's client has errors of its own."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise type("ConnectError", (Exception,), {})("refused")  # which is no OSError
+
+    monkeypatch.setattr("rlhf.sharing.model_card.model_info", refuse)
+    assert public_base("org/name-1.5B") == ("org/name-1.5B", None)
+
+
 def test_adapters_are_added_up_by_rank_and_scale() -> None:
     """A scale that is applied twice, an rsLoRA scale taken for a plain one, or a layer that only one of them changes."""
     torch.manual_seed(0)

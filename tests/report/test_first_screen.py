@@ -55,7 +55,7 @@ def test_costs_and_doubts_are_named(tmp_path: Path) -> None:
     run.places = {"ppo": run.folder}
     outcome = first_screen.verdict(run, [])
     costs = " ".join(outcome.cost)
-    assert "6.4 nats" in costs and "13% longer" in costs and "83.0% → 71.0%" in costs and "9 minutes" in costs
+    assert "6.4 nats" in costs and "13% longer" in costs and "83.0% → 71.0%" in costs and "9 min of training" in costs
     assert "Fewer answers end by themselves: 94.0% → 90.0%" in costs
     run.figures("ppo")["length_after"] = run.figures("ppo")["length_before"] * 1.09
     assert "longer" not in " ".join(first_screen.verdict(run, []).cost)

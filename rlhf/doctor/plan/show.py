@@ -12,6 +12,7 @@ from rlhf.doctor.plan.estimate import MARGIN, Plan, make_plan, parameters
 from rlhf.doctor.plan.twin import read_shape
 from rlhf.doctor.plan.work import work_of
 from rlhf.models.compute import Compute
+from rlhf.run.progress import in_words
 
 #: Parameters below which a stage starts without a plan: it needs no room worth mentioning.
 SMALL = 5_000_000
@@ -24,14 +25,14 @@ def lines(plan: Plan, config: TrainingConfig, place: str) -> list[str]:
         place: what it is for, in words.
     """
     phases = "; ".join(
-        f"{phase.name} {_gigabytes(phase.peak)}" + (f", {duration(phase.seconds)}" if phase.seconds else "")
+        f"{phase.name} {_gigabytes(phase.peak)}" + (f", {in_words(phase.seconds)}" if phase.seconds else "")
         for phase in plan.phases
     )
     fits = f"fits: {_gigabytes(plan.peak)} of {_gigabytes(plan.available)}" if plan.fits else _remedy(plan, config)
     return [
         f"plan of {plan.stage} on {place}: {plan.parameters / 1e6:,.1f}M parameters, {plan.trained / 1e6:,.1f}M trained, "
         f"{plan.tokens:,} tokens ({plan.source})",
-        f"  memory, time: {phases}" + (f"; {duration(plan.seconds)} in all" if plan.seconds else ""),
+        f"  memory, time: {phases}" + (f"; {in_words(plan.seconds)} in all" if plan.seconds else ""),
         f"  {fits}; largest {row_option(config)} that fits: {plan.largest} (now {plan.microbatch}); "
         f"disk {_gigabytes(plan.disk)}, {_gigabytes(plan.checkpoint)} a checkpoint",
     ]
@@ -80,13 +81,6 @@ def _remedy(plan: Plan, config: TrainingConfig) -> str:
         f"does NOT fit: {worst.name} takes {_gigabytes(worst.peak)} (with a margin {_gigabytes(MARGIN * worst.peak)}) of "
         f"{_gigabytes(plan.available)}: {', or '.join(ways)}"
     )
-
-
-def duration(seconds: float) -> str:
-    """Return seconds in words."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _gigabytes(count: float) -> str:
