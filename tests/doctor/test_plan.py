@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from rlhf.base.errors import UserError
 from rlhf.config import PPOConfig, RewardConfig, SFTConfig
@@ -181,3 +182,23 @@ def test_mistakes_are_one_line(folder: Path, words: list[str], message: str) -> 
     with pytest.raises(UserError, match=message) as error:
         command.main(["--config", str(folder / "ppo.yaml"), "--registry", str(folder / "registry"), *words])
     assert "\n" not in str(error.value)
+
+
+def test_command_makes_the_data_of_the_folder_and_reads_its_lengths(
+    folder: Path, toy_tokenizer: PreTrainedTokenizerFast, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches: lengths that are assumed although data.yaml says where the rows are, and a plan that training cannot reuse."""
+    toy_tokenizer.save_pretrained(folder / "model")
+    words = [a + b + c for a in "bdkmt" for b in "aeiou" for c in "lnrst"]
+    rows = [{"prompt": f"{a} {b}?", "completion": f"{b} {a} {b}."} for a, b in pairwise(words)]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "data.yaml").write_text(
+        json.dumps({"sources": [{"path": str(folder / "rows.jsonl")}], "output_dir": str(folder / "data")})
+    )
+    (folder / "reward.yaml").unlink()
+    (folder / "ppo.yaml").unlink()
+    command.main(
+        ["--config", str(folder), "--json", "--chat_template", "plain", "--registry", str(folder / "registry")]
+    )
+    (plan,) = json.loads(capsys.readouterr().out)
+    assert str(folder / "data/demonstrations") in plan["source"] and (folder / "data/card.json").is_file()

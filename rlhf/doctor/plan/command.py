@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import json
+import sys
 from argparse import Namespace
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ import torch
 
 from rlhf.base.errors import UserError
 from rlhf.config import STAGE_CONFIGS, build, find_config, folder_name, read_overrides, read_yaml
+from rlhf.data_prep import DataConfig, prepare, read_recipe
+from rlhf.data_prep.prepare.recipe import local
 from rlhf.doctor.plan.estimate import as_dict, libraries, make_plan
 from rlhf.doctor.plan.rates import LAUNCH, UTILISATION, find_gpu
 from rlhf.doctor.plan.show import lines
@@ -70,13 +74,19 @@ def _stages(place: Path) -> dict[str, dict[str, Any]]:
         stages = {stage: {"name": folder_name(place), **values}}
     data = (place if place.is_dir() else place.parent) / "data.yaml"
     if data.is_file():
-        recipe = read_yaml(data)
-        folder = Path(str(recipe.get("output_dir", "")))
-        dataset = str(folder if folder.is_dir() else recipe.get("source", folder))
+        dataset = _dataset(data)
         for values in stages.values():
-            if not Path(str(values.get("dataset", dataset))).exists() or "dataset" not in values:
-                values["dataset"] = dataset
+            values["dataset"] = dataset
     return stages
+
+
+def _dataset(file: Path) -> str:
+    """Return the data folder of `data.yaml`; it is made if its sources are on this machine, as the training would make it."""
+    recipe = read_recipe(read_yaml(file), str(file))
+    if not isinstance(recipe, DataConfig) or not all(map(local, recipe.sources)):
+        return recipe.output_dir
+    with redirect_stdout(sys.stderr):
+        return str(prepare(recipe))
 
 
 def _model(config: Any, arguments: Any) -> tuple[str, str]:
