@@ -66,9 +66,7 @@ VERBS = {
         "rlhf.generation.config:GenerateConfig",
     ),
     "chat": Verb(
-        "rlhf.generation.chat",
-        "talk to a model, or to several side by side",
-        "rlhf.generation.config:ChatConfig",
+        "rlhf.generation.chat", "talk to a model, or to several side by side", "rlhf.generation.config:ChatConfig"
     ),
     "registry": Verb(
         "rlhf.sharing.__main__", "registered artefacts: list, lineage, diff, export, push, reproduce, delete, ..."

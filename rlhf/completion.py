@@ -20,19 +20,9 @@ SHELLS = {
 }
 #: Options and arguments whose values are artefacts, and those whose values are files or folders.
 ARTEFACTS = {
-    "policy",
-    "reward",
-    "model",
-    "models",
-    "compare",
-    "reference",
-    "baseline",
-    "selection_reward",
-    "ref",
-    "a",
-    "b",
+    "policy", "reward", "model", "models", "compare", "reference", "baseline", "selection_reward", "ref", "a", "b",
     "run",
-}
+}  # fmt: skip
 FILES = {"config", "dataset", "output_dir", "registry", "output", "folder", "into", "runs", "load", "save"}
 #: Functions that list `sft/demo`, `reward/demo`, ... from the folders of a registry.
 _LIST = {

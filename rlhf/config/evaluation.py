@@ -19,21 +19,11 @@ class EvaluationConfig(RunConfig):
 
     RENAMED: ClassVar = {"prompts": "dataset"}
     GROUPS: ClassVar = {
-        "models": "model",
-        "dataset": "data",
-        "output_dir": "places and checkpoints",
-        "runs": "model",
-        "reward": "reward",
-        "reference": "model",
-        "force": "checks",
-        "num_prompts": "data",
-        "samples_per_prompt": "sampling",
-        "max_prompt_length": "data",
-        "per_device_eval_batch_size": "computing",
-        "best_of": "sampling",
-        "judge_url": "judges",
-        "texts": "benchmarks",
-    }
+        "models": "model", "dataset": "data", "output_dir": "places and checkpoints", "runs": "model",
+        "reward": "reward", "reference": "model", "force": "checks", "num_prompts": "data",
+        "samples_per_prompt": "sampling", "max_prompt_length": "data", "per_device_eval_batch_size": "computing",
+        "best_of": "sampling", "judge_url": "judges", "texts": "benchmarks",
+    }  # fmt: skip
 
     models: list[str] = option("policies: pretrain/NAME, sft/NAME, ppo/NAME, with @VERSION or the latest")
     dataset: str = option("held-out prompts: folder made by rlhf data, a data file, or a hub name")

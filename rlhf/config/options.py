@@ -14,15 +14,7 @@ from rlhf.config.limits import require_above_zero, require_at_least, require_bel
 #: Programs that take a copy of a run's log.
 TRACKERS = ("wandb", "tensorboard", "mlflow", "trackio")
 #: Options of these copies.
-TRACKING_OPTIONS = (
-    "trackers",
-    "wandb_mode",
-    "wandb_entity",
-    "wandb_project",
-    "wandb_tags",
-    "wandb_notes",
-    "log_texts",
-)
+TRACKING_OPTIONS = ("trackers", "wandb_mode", "wandb_entity", "wandb_project", "wandb_tags", "wandb_notes", "log_texts")
 #: Options for where a run executes and is stored, and for memory against time. They are no part of a recipe.
 PLACE_OPTIONS = {
     "registry",
@@ -79,10 +71,7 @@ def option_groups(config_type: type) -> dict[str, str]:
 class ComputeConfig:
     """Options for finding models and computing with them."""
 
-    GROUPS: ClassVar = {
-        "registry": "places and checkpoints",
-        "seed": "computing",
-    }
+    GROUPS: ClassVar = {"registry": "places and checkpoints", "seed": "computing"}
 
     registry: str = option("folder of the model registry", "registry")
     seed: int = option("seed of data order, initialisation and sampling", 0)
@@ -111,9 +100,7 @@ class ComputeConfig:
 class RunConfig(ComputeConfig):
     """Options of a run that is logged."""
 
-    GROUPS: ClassVar = {
-        "trackers": "logging",
-    }
+    GROUPS: ClassVar = {"trackers": "logging"}
 
     trackers: list[str] = option(
         "where a copy of the log goes: wandb, tensorboard, mlflow, trackio, several of them, or none", ["wandb"]
@@ -155,16 +142,10 @@ class TrainingConfig(RunConfig):
     """Options of every training run."""
 
     GROUPS: ClassVar = {
-        "name": "places and checkpoints",
-        "dataset": "data",
-        "gradient_checkpointing": "computing",
-        "optim": "optimisation",
-        "save_steps": "places and checkpoints",
-        "logging_steps": "logging",
-        "resume": "places and checkpoints",
-        "preflight": "checks",
-        "wandb_group": "logging",
-    }
+        "name": "places and checkpoints", "dataset": "data", "gradient_checkpointing": "computing",
+        "optim": "optimisation", "save_steps": "places and checkpoints", "logging_steps": "logging",
+        "resume": "places and checkpoints", "preflight": "checks", "wandb_group": "logging",
+    }  # fmt: skip
 
     name: str = option("name under which the result is registered: STAGE/NAME; default: the config file's folder")
     output_dir: str = option(
@@ -184,8 +165,7 @@ class TrainingConfig(RunConfig):
     adam_epsilon: float = option("Adam's epsilon", 1e-8)
     max_grad_norm: float = option("gradients are scaled down to this global norm", 1.0)
     lr_scheduler_type: Literal["cosine_with_min_lr", "cosine", "linear", "constant_with_warmup"] = option(
-        "schedule of the step size; cosine_with_min_lr falls to 10% of the peak (InstructGPT)",
-        "cosine_with_min_lr",
+        "schedule of the step size; cosine_with_min_lr falls to 10% of the peak (InstructGPT)", "cosine_with_min_lr"
     )
     warmup_steps: int = option(
         "updates over which the step size rises linearly: from a tenth of the peak in PPO (InstructGPT), from 0 in the other "
@@ -223,9 +203,7 @@ class TrainingConfig(RunConfig):
 class StageConfig(TrainingConfig):
     """Options of the three stages that train adapters."""
 
-    GROUPS: ClassVar = {
-        "lora_r": "adapters (LoRA)",
-    }
+    GROUPS: ClassVar = {"lora_r": "adapters (LoRA)"}
 
     lora_r: int = option("rank of the adapters", 16)
     lora_alpha: int = option("scale of the adapters: the update is multiplied by lora_alpha / lora_r", 32)
@@ -247,12 +225,9 @@ class TrainingLength:
     """Length and batch sizes of supervised training."""
 
     GROUPS: ClassVar = {
-        "per_device_train_batch_size": "optimisation",
-        "per_device_eval_batch_size": "evaluation",
-        "num_train_epochs": "optimisation",
-        "max_length": "data",
-        "eval_steps": "evaluation",
-    }
+        "per_device_train_batch_size": "optimisation", "per_device_eval_batch_size": "evaluation",
+        "num_train_epochs": "optimisation", "max_length": "data", "eval_steps": "evaluation",
+    }  # fmt: skip
 
     per_device_train_batch_size: int = option("examples per forward pass (in reward modelling: prompts)", 16)
     gradient_accumulation_steps: int = option("forward passes per update", 4)
@@ -276,9 +251,7 @@ class TrainingLength:
 class TextConfig:
     """Options for reading plain text as a stream of documents."""
 
-    GROUPS: ClassVar = {
-        "text_field": "data",
-    }
+    GROUPS: ClassVar = {"text_field": "data"}
 
     text_field: str = option("column of data files and hub datasets that holds the text", "text")
     text_subset: str | None = option("configuration of a hub dataset that has several", None)

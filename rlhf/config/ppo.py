@@ -21,25 +21,13 @@ class PPOConfig(TextConfig, StageConfig):
     """PPO against a reward model, with a KL penalty to the SFT reference."""
 
     GROUPS: ClassVar = {
-        "policy": "model",
-        "reward": "reward",
-        "total_episodes": "optimisation",
-        "microbatch_size": "computing",
-        "sampler": "sampling",
-        "num_ppo_epochs": "optimisation",
-        "max_prompt_length": "sampling",
-        "kl_coef": "KL penalty",
-        "reward_clip": "reward",
-        "value_warmup_updates": "optimisation",
-        "finetuning": "model",
-        "value_learning_rate": "optimisation",
-        "ptx_coef": "PPO-ptx",
-        "missing_eos_penalty": "reward",
-        "snapshot_steps": "places and checkpoints",
-        "num_eval_samples": "evaluation",
-        "num_logged_samples": "logging",
-        "gold": "evaluation",
-    }
+        "policy": "model", "reward": "reward", "total_episodes": "optimisation", "microbatch_size": "computing",
+        "sampler": "sampling", "num_ppo_epochs": "optimisation", "max_prompt_length": "sampling",
+        "kl_coef": "KL penalty", "reward_clip": "reward", "value_warmup_updates": "optimisation",
+        "finetuning": "model", "value_learning_rate": "optimisation", "ptx_coef": "PPO-ptx",
+        "missing_eos_penalty": "reward", "snapshot_steps": "places and checkpoints", "num_eval_samples": "evaluation",
+        "num_logged_samples": "logging", "gold": "evaluation",
+    }  # fmt: skip
 
     policy: str = option("the SFT policy: sft/NAME or sft/NAME@VERSION; default: the one of this run's name", "")
     reward: list[str] = option(
@@ -83,8 +71,7 @@ class PPOConfig(TextConfig, StageConfig):
     num_responses_per_prompt: int = option("responses sampled for each prompt; divides rollout_batch_size", 1)
     kl_coef: float = option("penalty per nat of log pi - log pi_ref on sampled tokens, in units of the score", 0.1)
     kl_target: float | None = option(
-        "target of an adaptive kl_coef: KL, nats per response (Ziegler et al. 2019: 6); none keeps kl_coef fixed",
-        None,
+        "target of an adaptive kl_coef: KL, nats per response (Ziegler et al. 2019: 6); none keeps kl_coef fixed", None
     )
     kl_horizon: int = option(
         "responses over which an adaptive kl_coef changes; a relative error counts 0.2 at most", 10_000
@@ -172,10 +159,7 @@ class PPOConfig(TextConfig, StageConfig):
         divides(
             "num_responses_per_prompt", self.num_responses_per_prompt, "rollout_batch_size", self.rollout_batch_size
         )
-        require(
-            self.kl_target is None or self.kl_coef > 0,
-            "kl_target needs a kl_coef above 0, which it multiplies",
-        )
+        require(self.kl_target is None or self.kl_coef > 0, "kl_target needs a kl_coef above 0, which it multiplies")
         require(
             self.ema_decay is None or 0 < self.ema_decay < 1,
             f"ema_decay must be between 0 and 1, both excluded, got {self.ema_decay}",

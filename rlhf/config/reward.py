@@ -14,9 +14,7 @@ from rlhf.config.options import RunConfig, StageConfig, TrainingLength, option
 class CardConfig:
     """Options of a reward model's report card."""
 
-    GROUPS: ClassVar = {
-        "eval_rating_difference": "report card",
-    }
+    GROUPS: ClassVar = {"eval_rating_difference": "report card"}
 
     eval_rating_difference: float = option("least difference in rating of the pairs that accuracy is measured on", 1.0)
     slice_columns: list[str] = option(
@@ -43,11 +41,7 @@ class CardConfig:
 class RewardConfig(CardConfig, TrainingLength, StageConfig):
     """Training of a reward model on rankings of K responses to a prompt, starting from the SFT policy."""
 
-    GROUPS: ClassVar = {
-        "policy": "model",
-        "min_rating_difference": "data",
-        "margin_per_rating": "ranking loss",
-    }
+    GROUPS: ClassVar = {"policy": "model", "min_rating_difference": "data", "margin_per_rating": "ranking loss"}
 
     policy: str = option(
         "the SFT policy it starts from: sft/NAME or sft/NAME@VERSION; default: the one of this run's name", ""
@@ -61,8 +55,7 @@ class RewardConfig(CardConfig, TrainingLength, StageConfig):
     )
     min_responses: int = option("fewest responses of a training ranking; 2 keeps all rankings", 2)
     margin_per_rating: float = option(
-        "margin of the scores per unit of difference in rating (Llama 2, section 3.2.2); 0 trains the order only",
-        0.0,
+        "margin of the scores per unit of difference in rating (Llama 2, section 3.2.2); 0 trains the order only", 0.0
     )
     label_smoothing: float = option("assumed share of pairs labelled the wrong way round, below 0.5", 0.0)
     center_rewards_coefficient: float = option(
@@ -100,12 +93,9 @@ class RewardCardConfig(CardConfig, RunConfig):
 
     RENAMED: ClassVar = {"data": "dataset"}
     GROUPS: ClassVar = {
-        "model": "model",
-        "dataset": "data",
-        "output_dir": "places and checkpoints",
-        "per_device_eval_batch_size": "computing",
-        "max_length": "data",
-    }
+        "model": "model", "dataset": "data", "output_dir": "places and checkpoints",
+        "per_device_eval_batch_size": "computing", "max_length": "data",
+    }  # fmt: skip
 
     model: str = option("the reward model: reward/NAME or reward/NAME@VERSION")
     dataset: str = option("comparisons: folder, data file or hub name; their train split feeds the baselines")

@@ -17,10 +17,7 @@ from rlhf.config.options import StageConfig, TrainingLength, option
 class SFTConfig(TrainingLength, StageConfig):
     """Supervised fine-tuning on demonstrations, with the loss on the answers only."""
 
-    GROUPS: ClassVar = {
-        "model_name_or_path": "model",
-        "selection_reward": "evaluation",
-    }
+    GROUPS: ClassVar = {"model_name_or_path": "model", "selection_reward": "evaluation"}
 
     def __post_init__(self) -> None:
         super().__post_init__()

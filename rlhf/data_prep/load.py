@@ -36,15 +36,7 @@ from datasets import Dataset
 
 from rlhf.base import distributed
 from rlhf.base.errors import UserError, did_you_mean
-from rlhf.data_prep.formats.files import (
-    Line,
-    hub_error,
-    is_data,
-    is_readable,
-    looks_local,
-    read_file,
-    without_media,
-)
+from rlhf.data_prep.formats.files import Line, hub_error, is_data, is_readable, looks_local, read_file, without_media
 from rlhf.data_prep.formats.readers import READERS, NoReader, Reading, SourceReader, mapped
 from rlhf.data_prep.formats.records import Record
 from rlhf.data_prep.formats.rows import Malformed, Row, Untrainable, prompt_key, show_value

@@ -139,10 +139,7 @@ def _setting(bench: Bench, broken: list[str]) -> Figures:
 
 
 def _models(
-    bench: Bench,
-    models: Sequence[Measured],
-    base: Sequence[tuple[Array, Array]],
-    checks: Mapping[str, Figures],
+    bench: Bench, models: Sequence[Measured], base: Sequence[tuple[Array, Array]], checks: Mapping[str, Figures]
 ) -> list[Figures]:
     training, prompts = TrainingPrompts(bench.registry), [row["prompt"] for row in bench.rows]
     lines = []

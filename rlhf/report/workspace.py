@@ -76,9 +76,7 @@ def workspace(entity: str, project: str, name: str, groups: Sequence[str] = ()) 
         sections=sections,
         settings=ws.WorkspaceSettings(x_axis=EPISODES),
         runset_settings=ws.RunsetSettings(
-            filters=filters,
-            groupby=[expr.Metric("Group"), expr.Metric("JobType")],
-            pinned_columns=list(_COLUMNS),
+            filters=filters, groupby=[expr.Metric("Group"), expr.Metric("JobType")], pinned_columns=list(_COLUMNS)
         ),
     )
 

@@ -50,12 +50,11 @@ class AcceleratedRun(RunCopy):
 
     def log_histograms(self, values: Mapping[str, Sequence[float]], step: int) -> None:
         """Send the distributions of an update's values to TensorBoard; the others have no such panel."""
-        copies = {name: list(numbers) for name, numbers in values.items()}
 
         def send() -> None:
             import numpy as np
 
-            for name, numbers in copies.items():
+            for name, numbers in values.items():
                 self._run.writer.add_histogram(name, np.array(numbers), global_step=step)
 
         if self.tracker == "tensorboard" and step > self._seen:

@@ -129,8 +129,9 @@ class Tracker:
 
     def log_histograms(self, values: Mapping[str, Sequence[float]], step: int) -> None:
         """Send the distributions of an update's values to the copies."""
+        figures = {name: list(numbers) for name, numbers in values.items()}
         for copy in self.copies:
-            copy.log_histograms(values, int(step))
+            copy.log_histograms(figures, int(step))
 
     def log_summary(self, figures: Mapping[str, Any]) -> None:
         """Send final figures to the copies as `summary/NAME`, by which runs can be sorted; what is no number is left out."""

@@ -95,12 +95,11 @@ class WandbRun(RunCopy):
 
     def log_histograms(self, values: Mapping[str, Sequence[float]], step: int) -> None:
         """Send the distributions of an update's values."""
-        copies = {name: list(numbers) for name, numbers in values.items()}
 
         def send() -> None:
             import wandb
 
-            self._run.log({name: wandb.Histogram(numbers) for name, numbers in copies.items()}, step=step)
+            self._run.log({name: wandb.Histogram(numbers) for name, numbers in values.items()}, step=step)
 
         self._later("log histograms", send)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import tempfile
 from collections.abc import Callable
 from datetime import date
@@ -51,7 +52,7 @@ from rlhf.reward.scorer import Scorer
 
 _CPU = Compute(torch.device("cpu"), torch.float32)
 _VALUE_HEADS = ("value_head.safetensors", "v_head.safetensors")
-_SCORE, _HEAD, _BIAS = "base_model.model.score.weight", "v_head.summary.weight", "v_head.summary.bias"
+_SCORE, _HEAD = "base_model.model.score.weight", "v_head.summary.weight"
 _TEXTS = (
     ("What is a tide?", "The rise and fall of the sea, twice a day."),
     ("Name a colour.", "Blue"),
@@ -66,9 +67,9 @@ class Foreign(NamedTuple):
     score: Callable[[list[int]], Tensor]
     """Raw score of one token row, without the head's bias."""
     bias: float
-    save_adapter: Callable[[Path], None] | None
+    save_adapter: Callable[[Path], object] | None
     """Writes its adapter and head, to be put on `base`; None: it is a whole model."""
-    save_whole: Callable[[Path], None]
+    save_whole: Callable[[Path], object]
     base: PreTrainedModel | None
     """The model that the adapter was trained on."""
 
@@ -153,8 +154,8 @@ def import_reward(
     """
     with tempfile.TemporaryDirectory() as scratch:
         form, saved = Path(scratch, "form"), Path(scratch, "saved")
-        form.mkdir()
-        saved.mkdir()
+        for empty in (form, saved):
+            empty.mkdir()
         base_model = _base_of(folder, base) if (folder / ADAPTER_CONFIG).is_file() else recorded_name(str(folder))
         tokenizer = _reward_tokenizer(_tokenizer_place(folder, base_model), policy, chat_template)
         pad, config = int(tokenizer.pad_token_id), _config(registry)
@@ -162,21 +163,21 @@ def import_reward(
         rows = [_encode(tokenizer, *texts) for texts in _TEXTS]
         with torch.no_grad():
             scores = torch.stack([model.score(row) for row in rows])
-        is_adapter = model.save_adapter is not None and _on_policy(model.base, policy, tokenizer, config)
-        (model.save_adapter if is_adapter and model.save_adapter else model.save_whole)(saved)
+        save_adapter = model.save_adapter if _on_policy(model.base, policy, tokenizer, config) else None
+        (save_adapter or model.save_whole)(saved)
         loaded = load_reward_model(saved, policy, config, _CPU, pad)
         scorer = Scorer(loaded, tokenizer, _CPU, len(rows), mean=-model.bias, std=1.0)
         difference = require_parity(scores, scorer, rows)
 
         def write(target: Path) -> None:
             for file in saved.iterdir():
-                file.rename(target / file.name)
+                shutil.move(file, target)  # the registry may be on another disk than temporary files
             Probe.of(rows, scores, torch.float32).save(target)
 
         return _publish(
             registry, "reward", name, folder, write, [policy], tokenizer,
-            policy.manifest.base_model if is_adapter else base_model,
-            kind="adapter" if is_adapter else "full",
+            policy.manifest.base_model if save_adapter else base_model,
+            kind="adapter" if save_adapter else "full",
             reward_mean=-model.bias, reward_std=1.0, metrics={"reload_difference": difference},
         )  # fmt: skip
 
@@ -193,14 +194,10 @@ def _open(folder: Path, form: Path, base_model: str, pad: int, config: ComputeCo
         base = load_base(base_model, config, _CPU)
         adapted = attach_adapter(sequence_classifier(base, pad, seed=0), form).eval()
 
-        def copy(target: Path) -> None:
-            for file in form.iterdir():
-                (target / file.name).write_bytes(file.read_bytes())
-
         def merge(target: Path) -> None:
             cast(Any, adapted).merge_and_unload().save_pretrained(target)
 
-        return Foreign(partial(_score, adapted), bias, copy, merge, base)
+        return Foreign(partial(_score, adapted), bias, partial(shutil.copytree, form, dirs_exist_ok=True), merge, base)
     try:
         own = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -278,11 +275,10 @@ def _value_head(folder: Path) -> tuple[Tensor | None, float]:
     if not files:
         return None, 0.0
     with safe_open(files[0], "pt") as head:
-        names = list(head.keys())
-        weight = next((n for n in names if n.endswith("summary.weight")), None)
-        bias = next((n for n in names if n.endswith("summary.bias")), None)
-        require(weight is not None, f"{files[0]} holds no {_HEAD}")
-        return head.get_tensor(cast(str, weight)).float(), float(head.get_tensor(bias)) if bias else 0.0
+        parts = {key.rpartition("summary.")[2]: key for key in head.keys() if "summary." in key}  # noqa: SIM118
+        require("weight" in parts, f"{files[0]} holds no {_HEAD}")
+        bias = float(head.get_tensor(parts["bias"])) if "bias" in parts else 0.0
+        return head.get_tensor(parts["weight"]).float(), bias
 
 
 def _holds(file: Path, name: str) -> bool:

@@ -83,10 +83,7 @@ def run(
 def data_sets(config: PretrainConfig) -> dict[str, Loaded]:
     """Return everything that the stage reads, by split."""
     return load_text(
-        config.dataset,
-        config,
-        validation_share=config.validation_share,
-        max_characters=config.max_characters,
+        config.dataset, config, validation_share=config.validation_share, max_characters=config.max_characters
     )
 
 

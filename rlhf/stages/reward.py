@@ -191,12 +191,7 @@ def make_trainer(run: Run[RewardConfig], model: Any, prepared: Prepared) -> Rank
 
 
 def train_and_save(
-    run: Run[RewardConfig],
-    model: Any,
-    trainer: RankingTrainer,
-    policy: Artifact,
-    prepared: Prepared,
-    folder: Path,
+    run: Run[RewardConfig], model: Any, trainer: RankingTrainer, policy: Artifact, prepared: Prepared, folder: Path
 ) -> tuple[Tensor, dict[str, str]]:
     """Train the model and save it; return its raw scores of `prepared.texts`, and the digests of its tensors."""
     with direct_casting(model, run.compute):

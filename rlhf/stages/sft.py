@@ -76,10 +76,7 @@ def run(
         parents = [base_artifact, *rewards]
     recipe = stage_recipe(config, parents, data)
     inputs = model_inputs(
-        config.model_name_or_path,
-        config.registry,
-        revision=config.model_revision,
-        chat_template=config.chat_template,
+        config.model_name_or_path, config.registry, revision=config.model_revision, chat_template=config.chat_template
     )
     if reuse and (artifact := find_finished("sft", config, recipe, inputs)):
         return artifact
@@ -235,12 +232,7 @@ class Selection:
     """
 
     def __init__(
-        self,
-        run: Run[SFTConfig],
-        tokenizer: PreTrainedTokenizerBase,
-        held_out: Loaded,
-        reward: Artifact,
-        context: int,
+        self, run: Run[SFTConfig], tokenizer: PreTrainedTokenizerBase, held_out: Loaded, reward: Artifact, context: int
     ) -> None:
         """Leave out prompts after which an answer has no room in the policy's `context`, or in the reward model's."""
         self.config, self.compute, self.tokenizer = run.config, run.compute, tokenizer

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -175,6 +178,29 @@ def test_value_head_on_a_whole_model(
     done = take(call, tmp_path, tmp_path / "rm", "reward/old", "--policy", "sft/old")
     assert done.code == 0 and "a whole model" in done.out, done.err
     assert imported_scores(tmp_path / "registry", "reward/old") == pytest.approx(expected, abs=1e-5, rel=1e-5)
+
+
+def test_temporary_files_may_lie_on_another_disk(
+    policy: Callable[..., Path], tmp_path: Path, call: Callable[..., Call], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches: an import that works only where the registry and /tmp are on one file system."""
+    scratch, rename, policy_folder = tmp_path / "scratch", os.rename, policy()
+    scratch.mkdir()
+    AutoModelForSequenceClassification.from_pretrained(policy_folder, num_labels=1, pad_token_id=0).save_pretrained(
+        tmp_path / "rm"
+    )
+
+    def rename_on_one_disk(source: Any, target: Any, **options: Any) -> None:
+        if (scratch in Path(source).parents) != (scratch in Path(target).parents):
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        rename(source, target, **options)
+
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    monkeypatch.setattr(os, "rename", rename_on_one_disk)
+    done = take(call, tmp_path, tmp_path / "rm", "reward/old", "--policy", "sft/old")
+    assert done.code == 0, done.err
+    assert (Registry(tmp_path / "registry").get("reward/old").path / "model.safetensors").is_file()
+    assert not any(scratch.iterdir())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -9,15 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from rlhf.base.cli import RawHelpFormatter
 from rlhf.base.errors import UserError, did_you_mean, require
-from rlhf.config import (
-    build,
-    option,
-    options_parser,
-    parse_config,
-    read_yaml,
-    require_above_zero,
-    require_at_least,
-)
+from rlhf.config import build, option, options_parser, parse_config, read_yaml, require_above_zero, require_at_least
 from rlhf.config.limits import require_below_one
 
 KINDS = ("demonstrations", "comparisons", "prompts")
@@ -73,15 +65,10 @@ class Options:
     """Sources -> checked demonstrations, comparisons and prompts with a data card."""
 
     GROUPS: ClassVar = {
-        "output_dir": "places and checkpoints",
-        "seed": "splits and stages",
-        "max_row_megabytes": "reading",
-        "clean": "cleaning",
-        "tokenizer": "lengths",
-        "similarity": "duplicates",
-        "preference_rule": "preferences",
+        "output_dir": "places and checkpoints", "seed": "splits and stages", "max_row_megabytes": "reading",
+        "clean": "cleaning", "tokenizer": "lengths", "similarity": "duplicates", "preference_rule": "preferences",
         "split_by": "splits and stages",
-    }
+    }  # fmt: skip
 
     output_dir: str = option("folder to make; a folder with the same recipe is left as it is", "outputs/data")
     seed: int = option("seed of the splits, the stages and every choice by hash; it has nothing to do with training", 0)

@@ -32,8 +32,7 @@ def read_shape(
     try:
         source = resolve_model(name_or_path, registry)
         return cast(
-            PreTrainedConfig,
-            AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code),
+            PreTrainedConfig, AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
         )
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the config of '{name_or_path}': {str(error).splitlines()[0]}") from error
