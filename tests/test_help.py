@@ -165,7 +165,7 @@ def complete(scripts: dict[str, str], tmp_path: Path) -> Callable[..., list[str]
 @pytest.mark.parametrize(
     "words, offered",
     [
-        (["p"], ["pipeline", "pretrain", "ppo"]),
+        (["p"], ["pipeline", "plan", "pretrain", "ppo"]),
         (["ppo", "--kl"], ["--kl_coef", "--kl_target", "--kl_horizon"]),
         (["ppo", "--dtype", "b"], ["bfloat16"]),
         (["ppo", "--policy", "s"], ["sft/mine"]),
