@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from test_models import fill_adapters, ppo_config, wide_model
+from toys import build_model
 from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from rlhf.base.errors import UserError
 from rlhf.models.adapters import (
@@ -21,6 +24,8 @@ from rlhf.models.adapters import (
     save_adapter,
     with_adapter,
 )
+from rlhf.models.base import load_base
+from rlhf.models.compute import Compute
 
 
 @pytest.fixture
@@ -142,3 +147,12 @@ def test_an_adapter_that_lacks_tensors_is_refused(folder: Path) -> None:
     (folder / ADAPTER_FILE).write_bytes(b"cut")
     with pytest.raises(UserError, match="holds no adapter"):
         attach_adapter(base(), folder)
+
+
+def test_loading_shows_no_progress_of_the_library(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Bug: `Loading weights: 0%|` between the results of evaluate, export and generate, which are no stages."""
+    build_model("llama", 48).save_pretrained(tmp_path)
+    transformers_logging.enable_progress_bar()
+    capfd.readouterr()
+    load_base(str(tmp_path), ppo_config(), Compute(torch.device("cpu"), torch.float32))
+    assert "Loading" not in capfd.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from argparse import Namespace
 from pathlib import Path
 
@@ -56,14 +57,22 @@ def run(arguments: Namespace, name: str, folder: Path, scratch: Path) -> None:
     try:
         data = survey(sources, scratch, tokenizer, sizes.limits)
     except UserError as error:
-        if "chat template" not in str(error):
-            raise
-        raise UserError(f"{error}; try another --chat_template, or a --model that has one for such rows") from error
+        raise UserError(_with_advice(str(error))) from error
     stages, missing = plan_stages(data, policy=bool(policy), reward=bool(arguments.reward))
     write_folder(folder, texts(sizes, data, stages))
     console = screen.console(highlight=False, soft_wrap=True)
     for line in [*describe(data), *_describe_lengths(sizes, data), *missing, *_commands(sizes, folder, stages)]:
         console.print(line, markup=False)
+
+
+def _with_advice(message: str) -> str:
+    """Return an error of the preparation with what to change on this command line, where there is no data.yaml yet."""
+    if "chat template" in message:
+        return f"{message}; try another --chat_template, or a --model that has one for such rows"
+    if "no reader knows" in message:
+        return f"{message}; rlhf init takes --reader NAME and --columns prompt=THEIRS ..."
+    few, found, _ = message.partition(": too few groups of prompts")
+    return f"{few}: some prompts are held out, so give at least two different ones" if found else message
 
 
 def _template(model: BaseModel) -> str | None:
@@ -124,6 +133,8 @@ def describe(data: Survey) -> list[str]:
     lines += [f"  left out: {count:,} for: {reason}" for reason, count in reasons[:SHOWN_REASONS]]
     if len(reasons) > SHOWN_REASONS:
         lines.append(f"  left out: {sum(count for _, count in reasons[SHOWN_REASONS:]):,} for other reasons")
+    if data.recipe.long_prompts != "drop":
+        lines.append(f"  prompts are cut to their last {data.recipe.max_prompt_length} tokens: too few are shorter")
     if data.sampled:
         lines.append("  numbers are estimates from the first rows")
     return lines
@@ -136,7 +147,7 @@ def _describe_lengths(sizes: Sizes, data: Survey) -> list[str]:
     how = "estimated: the tokenizer is not on this machine" if lengths.estimated else f"tokenizer of {sizes.tokenizer}"
     return [
         f"tokens, median: {', '.join(parts)}; {how}",
-        f"model: {sizes.model.name}, about {sizes.model.parameters / 1e6:,.0f}M parameters",
+        f"model: {sizes.model}",
         f"machine: {sizes.machine}",
     ]
 
@@ -144,7 +155,7 @@ def _describe_lengths(sizes: Sizes, data: Survey) -> list[str]:
 def _commands(sizes: Sizes, folder: Path, stages: list[str]) -> list[str]:
     files = ", ".join(f"{name}.yaml" for name in ("data", *stages))
     lines = [f"wrote {folder}: {files}; change what you like", "", "next:"]
-    lines += [f"  rlhf plan --config {folder}", f"  rlhf pipeline --config {folder}"]
+    commands = [["plan", "--config", str(folder)], ["pipeline", "--config", str(folder)]]
     if "ppo" in stages:
-        lines.append(f"  rlhf chat --compare {sizes.policy} ppo/{sizes.name}")
-    return lines
+        commands.append(["chat", "--compare", sizes.policy, f"ppo/{sizes.name}"])
+    return lines + [f"  rlhf {shlex.join(command)}" for command in commands]

@@ -60,6 +60,8 @@ class BaseModel:
     folder: Path | None
     """Where it is on this machine, or None."""
     parameters: float
+    measured: bool
+    """Whether its files or its name tell the number of parameters."""
     context: int
     """Tokens that it has positions for."""
 
@@ -76,7 +78,13 @@ class BaseModel:
         written = re.search(r"(\d+(?:\.\d+)?)\s*([bm])\b", name, re.IGNORECASE)
         if not size and written:
             size = float(written[1]) * {"b": 1e9, "m": 1e6}[written[2].lower()]
-        return cls(name=name, folder=folder, parameters=size or USUAL_PARAMETERS, context=int(context))
+        return cls(
+            name=name, folder=folder, parameters=size or USUAL_PARAMETERS, measured=size > 0, context=int(context)
+        )
+
+    def __str__(self) -> str:
+        size = f"{self.parameters / 1e6:,.0f}M parameters"
+        return f"{self.name}, about {size}" if self.measured else f"{self.name}, not on this machine; assumed: {size}"
 
     @property
     def small(self) -> bool:

@@ -103,13 +103,13 @@ def sft(sizes: Sizes, data: Survey) -> list[Entry]:
     updates, reason = _updates(rows, 1 if rows >= 5000 else 2, sizes.affordable("sft", mean), batch)
     each = sizes.fitting_rows(length, batch)
     rate, why = sizes.step_size(1e-3, 2e-4)
-    template = [("chat_template", sizes.chat_template, "short, and without a system prompt of the model's maker")]
+    template = [("chat_template", sizes.chat_template, "how turns become text; without this line: the model's own")]
     return [
-        ("model_name_or_path", sizes.model.name, f"for {sizes.machine}; rlhf init --model NAME takes another"),
+        ("model_name_or_path", sizes.model.name, f"for this machine: {sizes.machine}"),
         *(template if sizes.chat_template else []),
         ("dataset", f"outputs/{sizes.name}/data", "made from data.yaml"),
         ("max_length", length, "tokens of prompt and answer; longer demonstrations are left out and counted"),
-        ("max_steps", updates, f"updates: the {rows:,} demonstrations {reason}"),
+        ("max_steps", updates, f"updates: {rows:,} demonstrations, {reason}"),
         ("per_device_train_batch_size", each, "demonstrations a forward pass: what fits into memory"),
         ("gradient_accumulation_steps", batch // each, f"forward passes an update, which sees {batch} demonstrations"),
         *_evaluation(sizes, data, updates, "demonstrations", length),
@@ -133,7 +133,7 @@ def reward(sizes: Sizes, data: Survey) -> list[Entry]:
         ("policy", sizes.policy, "it starts from the SFT model, with a head for the score"),
         ("dataset", f"outputs/{sizes.name}/data", "made from data.yaml"),
         ("max_length", length, "tokens of prompt and answer; comparisons with longer ones are left out and counted"),
-        ("max_steps", updates, f"updates: the {rows:,} comparisons {reason}; a second time reward models overfit"),
+        ("max_steps", updates, f"updates: {rows:,} comparisons, {reason}; after the first pass reward models overfit"),
         ("per_device_train_batch_size", each, f"comparisons a forward pass, of {data.responses:.3g} answers each"),
         ("gradient_accumulation_steps", batch // each, f"forward passes an update, which sees {batch} comparisons"),
         *_evaluation(sizes, data, updates, "comparisons", length),
@@ -142,7 +142,7 @@ def reward(sizes: Sizes, data: Survey) -> list[Entry]:
         (
             "eval_rating_difference",
             difference,
-            "accuracy is measured on pairs this far apart, three in four of the held-out",
+            "accuracy is measured on pairs this far apart, at least three in four of the held-out",
         ),
         ("response_length", sizes.answer_length(data), "as in ppo.yaml: the report card scores sampled answers, too"),
         *([] if sizes.machine.gpu else _CPU_CARD),
@@ -169,7 +169,7 @@ def ppo(sizes: Sizes, data: Survey) -> list[Entry]:
     return [
         ("policy", sizes.policy, "the start, and the reference that the KL penalty holds it near"),
         ("reward", sizes.reward, "what scores the answers"),
-        ("dataset", f"outputs/{sizes.name}/data", f"made from data.yaml: {prompts:,} prompts"),
+        ("dataset", f"outputs/{sizes.name}/data", f"made from data.yaml; prompts to train on: {prompts:,}"),
         ("total_episodes", updates * rollout, f"sampled answers: {updates} rollouts"),
         ("rollout_batch_size", rollout, "answers sampled with one state of the policy"),
         ("minibatch_size", rollout // 2, "two optimiser updates a rollout"),
@@ -178,7 +178,7 @@ def ppo(sizes: Sizes, data: Survey) -> list[Entry]:
             sizes.fitting_rows(prompt + answer, rollout // 2),
             "answers a forward pass: what fits into memory",
         ),
-        ("max_prompt_length", prompt, "tokens; data.yaml leaves longer prompts out"),
+        ("max_prompt_length", prompt, "tokens, as in data.yaml"),
         (
             "response_length",
             answer,
@@ -225,8 +225,10 @@ def _updates(rows: int, passes: int, affordable: int, batch: int) -> tuple[int, 
     """Return the number of updates, and in words which rows they take."""
     updates = max(FEWEST_UPDATES, round(min(rows * passes, affordable) / batch))
     seen = updates * batch / rows
-    part = f"{seen:.0%} of them, for the time it takes" if seen < 0.95 else f"{seen:.2g} times"
-    return updates, {1.0: "once", 2.0: "twice"}.get(round(seen, 1), part)
+    part = f"{seen:.0%} of them, for the time it takes" if seen < 0.95 else f"each {seen:.2g} times"
+    if updates == FEWEST_UPDATES and seen > passes + 0.05:
+        return updates, f"{part}, as fewer updates teach nothing"
+    return updates, {1.0: "each once", 2.0: "each twice"}.get(round(seen, 1), part)
 
 
 def _evaluation(sizes: Sizes, data: Survey, updates: int, kind: str, length: int) -> list[Entry]:

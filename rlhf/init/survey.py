@@ -155,13 +155,16 @@ def _sample(source: Source, folder: Path) -> tuple[Source, float]:
 def _prepared(config: DataConfig, folder: Path) -> tuple[DataConfig, dict[str, Any]]:
     """Prepare the data in a folder, and return the recipe with which it worked, and the card.
 
-    Where a recipe finds too few prompts to hold some out, or too many that are alike, the next one is tried.
+    Where a recipe finds too few prompts to hold some out, or too many that are alike, the next one is tried; long prompts are
+    cut only where nothing else works.
 
     Raises:
         UserError: of the first try, where none works.
     """
     changes: list[dict[str, Any]] = [{}, {"similarity": 1.0}, {"validation_share": 0.35}]
     changes += [{**changes[1], **changes[2]}, {**changes[1], "validation_share": 0.5}]
+    if config.max_prompt_length:
+        changes += [{**change, "long_prompts": "truncate_left"} for change in changes]
     errors: list[UserError] = []
     for change in changes:
         tried = dataclasses.replace(config, output_dir=str(folder), **change)

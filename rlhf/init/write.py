@@ -25,7 +25,12 @@ TITLES = {
 
 def texts(sizes: Sizes, data: Survey, stages: Iterable[str]) -> dict[str, str]:
     """Return the files of a folder by name: `data.yaml` and those of the stages."""
-    files = {"data.yaml": _render("Data: the files, and how the rows become three sets.", _data(sizes, data))}
+    files = {
+        "data.yaml": _render(
+            "Data: the files, and how the rows become three sets. Paths begin in the folder where the commands run.",
+            _data(sizes, data),
+        )
+    }
     for stage in stages:
         files[f"{stage}.yaml"] = _render(TITLES[stage], FILES[stage](sizes, data))
     return files
@@ -45,6 +50,12 @@ def _data(sizes: Sizes, data: Survey) -> list[Entry]:
         "shared": "every prompt serves all stages: the data are too few to share them out (disjoint)",
         "disjoint": "a prompt serves one stage only, so that none is judged on what another learnt; or: shared",
     }
+    cut = recipe.long_prompts != "drop"
+    longer = (
+        "of longer ones the end is kept"
+        if cut
+        else "longer prompts are left out; long_prompts: truncate_left cuts them"
+    )
     similar = "texts at least so similar count as copies; 1 because the prompts share a template"
     return [
         ("output_dir", f"outputs/{sizes.name}/data", "made once, and again when this file changes"),
@@ -52,11 +63,8 @@ def _data(sizes: Sizes, data: Survey) -> list[Entry]:
         *(entry for pair in zip(recipe.sources, data.sources, strict=True) for entry in _source(*pair)),
         ("tokenizer", recipe.tokenizer, "lengths are counted with it"),
         *([("chat_template", recipe.chat_template, "as in sft.yaml")] if recipe.chat_template else []),
-        (
-            "max_prompt_length",
-            recipe.max_prompt_length,
-            "tokens; longer prompts are left out. long_prompts: truncate_left cuts them",
-        ),
+        ("max_prompt_length", recipe.max_prompt_length, f"tokens; {longer}"),
+        *([("long_prompts", recipe.long_prompts, "or: drop, which leaves too few")] if cut else []),
         ("validation_share", recipe.validation_share, f"share of the prompts held out for evaluation: {shares}"),
         ("test_share", recipe.test_share, "share of the prompts set aside for one last look"),
         ("stages", recipe.stages, stages[recipe.stages]),

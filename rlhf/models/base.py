@@ -18,7 +18,7 @@ from rlhf.config import ComputeConfig
 from rlhf.models.adapters import attach_adapter, read_adapter_config
 from rlhf.models.anatomy import anatomy
 from rlhf.models.catalogue import resolve_model
-from rlhf.models.compute import Compute
+from rlhf.models.compute import Compute, quiet_transformers
 from rlhf.models.inputs import require_same_base
 from rlhf.models.packing import pack_rows
 from rlhf.models.tokenization import load_tokenizer
@@ -45,6 +45,7 @@ def load_base(
     Raises:
         UserError: the model cannot be loaded.
     """
+    quiet_transformers()
     load = partial(
         AutoModelForCausalLM.from_pretrained,
         resolve_model(name_or_path, config.registry),

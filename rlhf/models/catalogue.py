@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 
 from rlhf.base.assets import Asset, cache_dir, extract, fetch, show_progress
 from rlhf.base.errors import UserError, did_you_mean, install
@@ -73,13 +74,20 @@ def resolve_model(name_or_path: str, registry: str | Path = "registry") -> str:
 
 
 def local_folder(name_or_path: str) -> Path | None:
-    """Return the folder of a base model that is on this machine, or None: it would have to be downloaded."""
+    """Return the folder of a base model that is on this machine, or None: it would have to be downloaded.
+
+    Raises:
+        UserError: the name is neither a folder's nor one that a model could have.
+    """
     if name_or_path.startswith(MODEL_PREFIX):
         folder = _folder(name_or_path)
         return folder if _intact(folder) else None
     if Path(name_or_path).is_dir() or pretrained(name_or_path, "registry"):
         return Path(resolve_model(name_or_path))
-    file = try_to_load_from_cache(name_or_path, "config.json")
+    try:
+        file = try_to_load_from_cache(name_or_path, "config.json")
+    except HFValidationError as error:
+        raise UserError(f"no model '{name_or_path}': there is no such folder, and it cannot be a hub name") from error
     return Path(file).parent if isinstance(file, str) else None
 
 

@@ -17,6 +17,7 @@ from transformers import (
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from rlhf.models.anatomy import anatomy, left_justified, run_backbone, takes
+from rlhf.models.compute import quiet_transformers
 
 #: End of the names of generic classes, in `architectures` of a saved config.
 GENERIC = "ForScoring"
@@ -50,6 +51,7 @@ def fresh_classifier(config: PreTrainedConfig, causal: PreTrainedModel) -> Any:
 
 def open_classifier(folder: Any, **options: Any) -> Any:
     """Load a saved classifier, transformers' own or a generic one; raises what transformers raises."""
+    quiet_transformers()
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if is_generic(config):
         kind: Any = generic_class(cast(Any, MODEL_FOR_CAUSAL_LM_MAPPING)[type(config)])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers.utils import logging as transformers_logging
 
 from rlhf.base.errors import UserError
 from rlhf.config import ComputeConfig
@@ -60,3 +62,9 @@ class Compute:
             else f"{torch.get_num_threads()} threads"
         )
         return f"{self.device.type} ({name}), {str(self.dtype).removeprefix('torch.')}"
+
+
+def quiet_transformers() -> None:
+    """Keep the library's progress bars, and deprecations that no user can mend, out of what commands print."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
+    transformers_logging.disable_progress_bar()

@@ -9,7 +9,6 @@ import os
 import shutil
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -18,7 +17,6 @@ from typing import Any, Generic, Literal, TypeVar
 
 import datasets
 from transformers import PreTrainedTokenizerBase, set_seed
-from transformers.utils import logging as transformers_logging
 
 from rlhf.base import distributed, storage
 from rlhf.base.errors import UserError
@@ -31,7 +29,7 @@ from rlhf.doctor.health.findings import actions
 from rlhf.doctor.plan.show import print_plan
 from rlhf.doctor.preflight.check import Check, require_all
 from rlhf.doctor.preflight.context import PreflightContext
-from rlhf.models.compute import Compute
+from rlhf.models.compute import Compute, quiet_transformers
 from rlhf.models.inputs import UNKNOWN
 from rlhf.models.tokenization import stop_token_ids, tokenizer_hashes
 from rlhf.registry import MANIFEST, Artifact, Registry, changed_inputs, recipe_hash
@@ -240,9 +238,8 @@ def require_one_process(stage: str) -> None:
 
 
 def _quiet_libraries() -> None:
-    """Keep the libraries' progress bars, and deprecations that no user can mend, out of logs and the live view."""
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
-    transformers_logging.disable_progress_bar()
+    """Keep the libraries' progress bars and deprecations out of logs and the live view."""
+    quiet_transformers()
     datasets.disable_progress_bars()
 
 

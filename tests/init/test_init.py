@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -194,6 +195,48 @@ def test_inputs_that_cannot_be_used(init: Init, words: list[str], part: str) -> 
     before = {file.name for file in Path().iterdir()} | {"pairs.jsonl"}
     assert part in init(*words).complaint
     assert {file.name for file in Path().iterdir()} <= before and Path("full/mine.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "count, words, part",
+    [
+        (1, [], "at least two different ones"),
+        (40, ["--model", "../no model"], "no model '../no model'"),
+        (40, ["--columns", "prompt=nothing"], "nothing"),
+    ],
+)
+def test_mistakes_are_answered_for_this_command(init: Init, count: int, words: list[str], part: str) -> None:
+    """Bug: advice to change a data.yaml that was not written, and a traceback for a folder's name with a typing mistake."""
+    write(Path("pairs.jsonl"), [PREFERENCES["pairs.jsonl"](i) for i in range(count)])
+    complaint = init("pairs.jsonl", *words).complaint
+    assert part in complaint and "validation_share" not in complaint and not Path("pairs").exists()
+
+
+def test_two_rows_are_enough_for_configs_that_tell_the_truth(init: Init) -> None:
+    """Bug: "the 1 comparisons 64 times; a second time reward models overfit"."""
+    write(Path("two.jsonl"), [PREFERENCES["pairs.jsonl"](i) for i in range(2)])
+    assert init("two.jsonl").code == 0
+    assert "1 comparisons, each 64 times, as fewer updates teach nothing" in Path("two/reward.yaml").read_text()
+
+
+def test_prompts_that_are_all_too_long_keep_their_ends(init: Init, call: Callable[..., Call]) -> None:
+    """Bug: "no row is left", and no option of init to do anything about it."""
+    long = [
+        {"prompt": " ".join(ask(i + 50 * k) for k in range(60)), "chosen": good(i), "rejected": bad(i)}
+        for i in range(COUNT)
+    ]
+    write(Path("long.jsonl"), long)
+    done = init("long.jsonl")
+    recipe = read_yaml("long/data.yaml")
+    assert recipe["long_prompts"] == "truncate_left" and f"their last {recipe['max_prompt_length']} tokens" in done.out
+    assert call("rlhf.data_prep", "--config", "long/data.yaml").code == 0
+
+
+def test_commands_can_be_copied_where_folders_have_spaces(init: Init) -> None:
+    """Bug: `rlhf pipeline --config my place/pairs`."""
+    done = init("pairs.jsonl", "--output", "my place/pairs")
+    lines = [shlex.split(line) for line in done.out.splitlines() if line.startswith("  rlhf p")]
+    assert lines == [["rlhf", verb, "--config", "my place/pairs"] for verb in ("plan", "pipeline")]
 
 
 def test_columns_with_other_names(init: Init) -> None:

@@ -15,6 +15,7 @@ from rlhf.config import ComputeConfig
 from rlhf.models.anatomy import assume_usual, backbone
 from rlhf.models.base import load_with_attention
 from rlhf.models.catalogue import resolve_model
+from rlhf.models.compute import quiet_transformers
 from rlhf.models.packing import pack_unprobed
 
 #: Elements that share a scale in 4 bits.
@@ -66,6 +67,7 @@ def twin(shape: PreTrainedConfig, config: ComputeConfig, dtype: torch.dtype) -> 
                 ),
             )
 
+    quiet_transformers()
     model = load_with_attention(lambda attn_implementation: build(attn_implementation), config)
     model.config.use_cache = True
     assume_usual(model)
