@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +46,11 @@ def read_python(file: Path) -> tuple[dict[str, Any], str, list[Left]]:
         raise UserError(f"{file} makes several configs ({lines}); leave one of them in a copy")
     (name, config), values, left = configs[0], dict[str, Any](), list[Left]()
     for kind, call in [(name, config), *((n, c) for n, c in calls if n in _OTHERS)]:
-        _add(call, _OTHERS.get(kind, {}), constants, values, left)
+        later = _set_later(tree, call)
+        whole = ast.Call(
+            call.func, call.args, [k for k in call.keywords if k.arg not in {s.arg for s in later}] + later
+        )
+        _add(whole, _OTHERS.get(kind, {}), constants, values, left)
     if any(kind == "LoraConfig" for kind, _ in calls):
         values.setdefault("use_peft", True)
     for name_of, mapping in constants.items():
@@ -57,24 +64,51 @@ def _class_of(call: ast.Call) -> str | None:
     return name if name in _CONFIGS or name in _OTHERS else None
 
 
-def _constants(tree: ast.Module) -> dict[str, Any]:
-    """Return names that are assigned once, with literals; of dictionaries, the entries that are literals."""
-    values: dict[str, Any] = {}
-    repeated: set[str] = set()
+def _set_later(tree: ast.Module, call: ast.Call) -> list[ast.keyword]:
+    """Return what a script sets on the config that a call makes, after it, as arguments of the call."""
+    conditions = {
+        id(node): block.test
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and "__name__" not in ast.unparse(block.test)
+        for node in ast.walk(block)
+    }
+    named = {target.id for target, value in _assignments(tree) if value is call and isinstance(target, ast.Name)}
+    return [
+        ast.keyword(
+            target.attr, ast.IfExp(test, value, ast.Constant(...)) if (test := conditions.get(id(value))) else value
+        )
+        for target, value in _assignments(tree)
+        if isinstance(target, ast.Attribute) and isinstance(target.value, ast.Name) and target.value.id in named
+    ]
+
+
+def _assignments(tree: ast.Module) -> Iterator[tuple[ast.expr, ast.expr]]:
+    """Yield targets and values of assignments."""
     for node in ast.walk(tree):
-        if not (isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name)):
+        if isinstance(node, ast.Assign):
+            for target in node.targets:
+                pairs = isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple)
+                yield from zip(target.elts, node.value.elts, strict=False) if pairs else [(target, node.value)]
+        elif isinstance(node, ast.AnnAssign) and node.value is not None:
+            yield node.target, node.value
+
+
+def _constants(tree: ast.Module) -> dict[str, Any]:
+    """Return names that are bound once, to literals; of dictionaries, the entries that are literals."""
+    bound = Counter(
+        node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+    )
+    bound.update(node.arg for node in ast.walk(tree) if isinstance(node, ast.arg))
+    values: dict[str, Any] = {}
+    for target, value in _assignments(tree):
+        if not isinstance(target, ast.Name) or bound[target.id] != 1:
             continue
-        name = node.targets[0].id
-        if name in values:
-            repeated.add(name)
-        elif isinstance(node.value, ast.Dict):
-            values[name] = _literal_entries(node.value)
+        if isinstance(value, ast.Dict):
+            values[target.id] = _literal_entries(value)
         else:
-            try:
-                values[name] = ast.literal_eval(node.value)
-            except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
-                continue
-    return {name: value for name, value in values.items() if name not in repeated}
+            with suppress(ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+                values[target.id] = ast.literal_eval(value)
+    return values
 
 
 def _literal_entries(node: ast.Dict) -> dict[str, Any]:

@@ -19,8 +19,10 @@ from rlhf.migration.rules import Left, Project
 
 #: Projects by their names on the command line.
 PROJECTS = {"trl": trl.NEW, "trl-0.11": trl.OLD, "llama-factory": llama_factory.PROJECT, "ms-swift": swift.PROJECT}
-#: Options of launchers that say how many processes train.
-_PROCESSES = {"num_processes", "nproc_per_node", "NPROC_PER_NODE"}
+#: Options of launchers that say how many processes train: all of them, or those of a machine.
+_PROCESSES = ("num_processes", "nproc_per_node", "NPROC_PER_NODE", "num_gpus")
+#: Options of launchers that say how many machines there are.
+_MACHINES = ("nnodes", "NNODES", "num_nodes")
 #: Projects by parts of the names of scripts that they are started with.
 _SCRIPTS = {
     "train_bash": llama_factory.PROJECT,
@@ -36,6 +38,8 @@ _ONE_PROCESS = (
     "is not in the command: the sizes are those of one process; multiply rollout_batch_size and minibatch_size"
 )
 _UNSET_VARIABLE = "has a variable of the shell that the file does not set; write it by hand"
+#: Words that end a command.
+_ENDS = (">", ">>", "2>&1", "|", "&", "&&", ";", "<")
 _OTHER_STAGES = "only SFT, reward models and PPO are here"
 
 
@@ -106,7 +110,17 @@ def _recognised(file: Path, options: ReadOptions, wanted: str | None) -> tuple[P
         raise UserError(
             f"{file} is of {project.name}, which has no stage {stage} here; there is {', '.join(project.stages)}"
         )
-    unknown = [name for name in values if name not in project.stages[stage].rules and project.reason(name) is None]
+
+    def is_option(name: str) -> bool:
+        return name in project.stages[stage].rules or project.reason(name) is not None
+
+    for name in [name for name, value in values.items() if value is True and name.startswith("no_")]:
+        if not is_option(name) and is_option(
+            name[3:]
+        ):  # the parser of transformers takes --no_NAME for a switch that is on
+            del values[name]
+            values[name[3:]] = False
+    unknown = [name for name in values if not is_option(name)]
     if unknown:
         names = [*project.stages[stage].rules, *(p for text in project.refused.values() for p in text.split())]
         raise UserError(
@@ -156,23 +170,47 @@ def _of_script(file: Path) -> ReadOptions:
 
 
 def _commands(text: str) -> Iterator[list[str]]:
-    """Yield the words of each command, with variables that the script sets replaced."""
+    """Yield the words of each command, with variables that the script sets replaced, behind those that it exports."""
     variables: dict[str, str] = {}
-    for line in re.sub(r"\\[ \t]*\r?\n", " ", text).splitlines():
-        try:
-            words = shlex.split(_replaced(line, variables), comments=True)
-        except ValueError:  # a quotation over several lines
+    exported: dict[str, None] = {}
+    for line in _lines(re.sub(r"\\[ \t]*\r?\n", " ", text).splitlines()):
+        line = _replaced(line, variables)
+        if array := re.fullmatch(r"\s*(\w+)(\+?)=\((.*)\)\s*", line, re.DOTALL):
+            before = variables.get(array[1], "") if array[2] else ""
+            variables[array[1]] = f"{before} {shlex.join(shlex.split(array[3], comments=True))}".strip()
             continue
-        words = [word for word in words if word != "export"]
-        set_here = dict(word.split("=", 1) for word in words if re.fullmatch(r"[A-Za-z_]\w*=.*", word, re.DOTALL))
-        if set_here and len(set_here) == len(words):
-            variables |= set_here
+        words = shlex.split(line, comments=True)
+        is_export, words = words[:1] == ["export"], [word for word in words if word != "export"]
+        settings = [re.fullmatch(r"([A-Za-z_]\w*)(\+?)=(.*)", word, re.DOTALL) for word in words]
+        if is_export or (words and all(settings)):
+            for setting in filter(None, settings):
+                variables[setting[1]] = (variables.get(setting[1], "") if setting[2] else "") + setting[3]
+            exported |= dict.fromkeys(word.partition("=")[0] for word in words) if is_export else {}
         elif words:
-            yield words
+            yield [*(f"{name}={variables[name]}" for name in exported if name in variables), *words]
+
+
+def _lines(physical: list[str]) -> Iterator[str]:
+    """Yield lines with all that a quotation or an array of words goes on to; one that never ends is left out."""
+    start = 0
+    while start < len(physical):
+        for end in range(start + 1, len(physical) + 1):
+            line = "\n".join(physical[start:end])
+            try:
+                words = shlex.split(line, comments=True)
+            except ValueError:  # an open quotation
+                continue
+            if not (words and re.match(r"\w+\+?=\(", words[0]) and not words[-1].endswith(")")):
+                yield line
+                start = end
+                break
+        else:
+            start += 1
 
 
 def _replaced(line: str, variables: Mapping[str, str]) -> str:
-    """Return a line with the values of variables, and of quotients and products of two numbers."""
+    """Return a line with the values of variables and arrays, and of quotients and products of two numbers."""
+    line = re.sub(r'"?\$\{(\w+)\[[@*]\]\}"?', lambda match: variables.get(match[1], match[0]), line)
     line = re.sub(
         r"\$\{(\w+)(?::?-([^}]*))?\}|\$(\w+)",
         lambda match: variables.get(match[1] or match[3], match[2] if match[2] is not None else match[0]),
@@ -188,7 +226,7 @@ def _replaced(line: str, variables: Mapping[str, str]) -> str:
 
 def _of_command(file: Path, words: list[str]) -> ReadOptions | None:
     """Return the options of a command line; None for commands that train nothing."""
-    environment = [word for word in words if re.match(r"[A-Z_]+=", word)]
+    environment = [word for word in words if re.match(r"[A-Z][A-Z0-9_]*=", word)]
     words = [word for word in words if word not in environment]
     programs = {word.rsplit("/", 1)[-1] for word in words}
     place = _place_of_options(words, programs)
@@ -198,13 +236,7 @@ def _of_command(file: Path, words: list[str]) -> ReadOptions | None:
     options = _of_words(file, words[at + 1 :])
     options.project, options.stage = project, stage
     launcher = _pairs([*words[:at], *(f"--{word}" for word in environment)])
-    for name, value in launcher.items():
-        if name in _PROCESSES and str(value).isdigit():
-            options.processes = int(str(value))
-        elif not name.isupper():
-            options.left.append(Left(name, value, _OF_LAUNCHER))
-    if programs & _LAUNCHERS and not _PROCESSES & launcher.keys():
-        options.left.append(Left("num_processes", "", _ONE_PROCESS))
+    _take_launcher(options, launcher, is_launched=bool(programs & _LAUNCHERS), project=project)
     for name in [name for name, value in options.values.items() if "$" in str(value)]:
         options.left.append(Left(name, options.values.pop(name), _UNSET_VARIABLE))
     return options
@@ -228,18 +260,47 @@ def _place_of_options(words: list[str], programs: set[str]) -> tuple[int, Projec
     return at, project, next(stages, None)
 
 
+def _take_launcher(
+    options: ReadOptions, launcher: Mapping[str, Any], *, is_launched: bool, project: Project | None
+) -> None:
+    """Read the number of processes from a launcher's options and the environment; name its other options."""
+    counts = {name: int(str(value)) for name, value in launcher.items() if str(value).isdigit()}
+    number = next((name for name in _PROCESSES if name in counts), None)
+    visible = [device for device in str(launcher.get("CUDA_VISIBLE_DEVICES", "")).split(",") if device]
+    if number is not None:
+        machines = next((counts[name] for name in _MACHINES if name in counts), 1)
+        options.processes = counts[number] * (1 if number == "num_processes" else machines)
+    elif project is llama_factory.PROJECT and len(visible) > 1:
+        options.processes = len(visible)  # its command starts a process for each
+    elif is_launched or "FORCE_TORCHRUN" in launcher:
+        options.left.append(Left("num_processes", "", _ONE_PROCESS))
+    for name, value in launcher.items():
+        if not name.isupper() and not (name in counts and name in (*_PROCESSES, *_MACHINES)):
+            options.left.append(Left(name, value, _OF_LAUNCHER))
+
+
 def _of_words(file: Path, words: list[str]) -> ReadOptions:
     """Return the options of a command, its config files included; what stands on the command line wins."""
     values: dict[str, Any] = {}
-    rest = list(words)
-    while rest and (rest[0].endswith((".yaml", ".yml", ".json")) or rest[0] == "--config"):
+    lists = [word for word in words if re.fullmatch(r"\$[@*]|\$\{[@*].*\}|\$\{\w+\[[@*]\]\}", word)]
+    left = [Left(word, "", "stands for options that are not in the file; write them by hand") for word in lists]
+    rest = [word for word in words if word not in lists]
+    if "--config" in rest[1:-1]:
+        at = rest.index("--config", 1)
+        rest = [*rest[at : at + 2], *rest[:at], *rest[at + 2 :]]
+    while (rest and not (rest[0].startswith("--") or "=" in rest[0])) or rest[:1] == ["--config"]:
         name = rest.pop(0)
+        if name in _ENDS or name.startswith((">", "2>")):
+            break
         name = rest.pop(0) if name == "--config" and rest else name
+        if not name.endswith((".yaml", ".yml", ".json")):
+            left.append(Left(name, "", "stands without a name, so it is not read; write it by hand"))
+            continue
         place = next((p for p in (Path(name), file.parent / name) if p.is_file()), None)
         if place is None:
             raise UserError(f"{file} names the config {name}, which is not there; give that file itself")
         values |= read_object(place) if place.suffix == ".json" else read_yaml(place)
-    return ReadOptions(values=values | _pairs(rest))
+    return ReadOptions(values=values | _pairs(rest), left=left)
 
 
 def _pairs(words: list[str]) -> dict[str, Any]:
@@ -247,7 +308,7 @@ def _pairs(words: list[str]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     name = ""
     for word in words:
-        if word in (">", ">>", "2>&1", "|", "&", "&&", ";", "<") or word.startswith((">", "2>")):
+        if word in _ENDS or word.startswith((">", "2>")):
             break
         if match := re.fullmatch(r"-{0,2}(?:\w+\.)?([A-Za-z_][\w-]*)=(.*)", word, re.DOTALL):
             name = match[1].replace("-", "_")

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from rlhf.config.options import TRACKERS
+
 Values = Mapping[str, Any]
 
 
@@ -180,14 +182,18 @@ attention = choice(
 )  # fmt: skip
 
 
-def tracking(value: Any) -> str:
-    """Return the mode of Weights & Biases."""
-    names = words(value)
-    if set(names) <= {"none", "None"}:
-        return "disabled"
-    if not {"wandb", "all"} & set(names):
-        raise RefusedValue("only W&B is set by this option; see the options of the stage for other trackers")
-    return "auto"
+def tracking(value: Any) -> list[str]:
+    """Return the programs that take a copy of the log."""
+    names = [name.lower() for name in words(value)]
+    if set(names) <= {"none", "null"}:
+        return ["none"]
+    if names == ["all"]:
+        raise RefusedValue("names every tracker that is installed; here they are named in trackers, wandb by default")
+    if unknown := [name for name in names if name not in TRACKERS]:
+        others = [name for name in names if name in TRACKERS]
+        remedy = f"; for the others: trackers {' '.join(others)}" if others else ""
+        raise RefusedValue(f"{', '.join(unknown)} is none of {', '.join(TRACKERS)}{remedy}")
+    return names
 
 
 # Options that several projects share
@@ -219,7 +225,7 @@ TRAINING: dict[str, Rule] = {
     "output_dir": Rule("output_dir"),
     "save_steps": Rule("save_steps", whole, "in PPO: rollouts"),
     "bf16": on("dtype", "bfloat16"),
-    "report_to": Rule("wandb_mode", tracking),
+    "report_to": Rule("trackers", tracking),
     "run_name": Rule("name", slug),
     **together("warmup_steps", "warmup_steps", "warmup_ratio"),
     "use_cpu": on("device", "cpu"),

@@ -91,7 +91,7 @@ EXPECTED: dict[str, tuple[str, dict[str, Any]]] = {
         "policy": "sft/sft", "learning_rate": 2e-5, "rollout_batch_size": 32, "minibatch_size": 16, "microbatch_size": 4,
         "num_ppo_epochs": 3, "kl_coef": 0.15, "kl_target": 4.5, "kl_horizon": 5000, "clip_range": 0.1, "clip_range_value": 0.3,
         "vf_coef": 0.2, "gamma": 0.99, "lam": 0.9, "max_approx_kl": 0.3, "total_episodes": 1024, "reward_clip": 5.0, "seed": 7,
-        "wandb_mode": "auto", "max_grad_norm": 1e6, "whiten_rewards": True, "lora_r": 8, "lora_alpha": 16, "finetuning": "lora",
+        "trackers": ["wandb"], "max_grad_norm": 1e6, "whiten_rewards": True, "lora_r": 8, "lora_alpha": 16, "finetuning": "lora",
         "lora_target_modules": ["q_proj", "v_proj"], "response_length": 20, "missing_eos_penalty": 0.0, "adam_beta2": 0.999,
         "lr_scheduler_type": "constant_with_warmup",
     }),
@@ -99,7 +99,7 @@ EXPECTED: dict[str, tuple[str, dict[str, Any]]] = {
         "dataset": "own/prompts", "output_dir": "runs/new-ppo", "name": "new-ppo", "policy": "sft/sft", "reward": ["models/rm"],
         "rollout_batch_size": 32, "minibatch_size": 32, "microbatch_size": 4, "total_episodes": 1024, "num_ppo_epochs": 2,
         "kl_coef": 0.02, "clip_range": 0.15, "response_length": 40, "temperature": 1.0, "missing_eos_penalty": 2.0, "lora_r": 8,
-        "finetuning": "lora", "lora_target_modules": ["q_proj", "v_proj"], "wandb_mode": "disabled", "dtype": "bfloat16",
+        "finetuning": "lora", "lora_target_modules": ["q_proj", "v_proj"], "trackers": ["none"], "dtype": "bfloat16",
         "warmup_steps": 6, "whiten_rewards": True, "vf_coef": 0.1, "learning_rate": 3e-6, "lr_scheduler_type": "linear",
     }),
     "lf_ppo.yaml": ("ppo", {
@@ -268,6 +268,81 @@ def test_a_project_is_known_by_its_script(start: str, tmp_path: Path) -> None:
     file.write_text(f"{start} --model org/base --learning_rate 1e-4\n")
     project, stage, options = read_config(file)
     assert (project.name, stage, options.values) == ("ms-swift", "sft", {"model": "org/base", "learning_rate": "1e-4"})
+
+
+SIZES = ("rollout_batch_size", "minibatch_size", "microbatch_size")
+ARRAY = """ARGS=(
+  --sft_model_path models/sft   # the policy
+  --per_device_train_batch_size 4
+)
+ARGS+=(--total_episodes 320 --dataset_kwargs '{"a": 1,
+  "b": 2}')
+torchrun --nproc-per-node 2 --nnodes 2 ppo.py "${ARGS[@]}" --no_bf16 --no-gradient-checkpointing --reward_model_path rm "$@"
+"""
+LATER = """rate: float = 2e-6
+size = 8
+size *= 2
+def main(steps, debug):
+    config = PPOConfig(ppo_epochs=2, learning_rate=rate, batch_size=size, mini_batch_size=4, steps=steps, target=1)
+    config.init_kl_coef, other = 0.3, 1
+    config.target: float = 4
+    if debug:
+        config.horizon = 5
+if __name__ == "__main__":
+    steps = 100
+    config.seed = 9
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "values", "messages"),
+    [
+        ("array.sh", ARRAY, {"policy": "sft/sft", "rollout_batch_size": 16, "gradient_checkpointing": False},
+         ("$@ (stands for options", "bf16: false (", "dataset_kwargs: {")),
+        ("swift.sh", "export NPROC_PER_NODE=4\n" + SWIFT_PPO.replace("NPROC_PER_NODE=2", ""), dict.fromkeys(SIZES[:2], 16), ()),
+        ("swift2.sh", f"NNODES=2 {SWIFT_PPO.strip()}", dict.fromkeys(SIZES[:2], 16), ()),
+        ("lf.sh", "CUDA_VISIBLE_DEVICES=0,1 llamafactory-cli train lf.json", dict(zip(SIZES, (32, 16, 2), strict=True)), ()),
+        ("one.sh", "CUDA_VISIBLE_DEVICES=1 llamafactory-cli train lf.json", dict(zip(SIZES, (16, 8, 2), strict=True)), ()),
+        ("some.sh", "FORCE_TORCHRUN=1 llamafactory-cli train lf.json extra", {"rollout_batch_size": 16},
+         ("num_processes (is not in the command", "extra (stands without a name")),
+        ("ds.sh", "deepspeed --num_gpus 4 ppo.py --sft_model_path s --kl_coef 0.1 --config own.yaml",
+         {"rollout_batch_size": 32, "vf_coef": 0.3}, ()),
+        ("later.py", LATER, {"learning_rate": 2e-6, "kl_horizon": None, "kl_coef": 0.3, "seed": 9},
+         ("batch_size: size", "steps: steps", "horizon: 5 if debug else ...")),
+    ],
+)  # fmt: skip
+def test_rare_forms_lose_nothing(
+    name: str, text: str, values: dict[str, Any], messages: tuple[str, ...], tmp_path: Path, call: Callable[..., Call]
+) -> None:
+    """Catches: arrays, exported variables, switches that are off, processes, and what a script sets later, without a word."""
+    (tmp_path / "lf.json").write_text(json.dumps(LF_PPO))
+    (tmp_path / "own.yaml").write_text("vf_coef: 0.3\n")
+    done, folder = migrate(call, tmp_path, name, text)
+    assert done.code == 0, done.err
+    config = yaml.safe_load((folder / "ppo.yaml").read_text())
+    read = {option: float(v) if isinstance(v := config.get(option), str) and "e-" in v else v for option in values}
+    assert read == values
+    assert [message for message in messages if message not in done.out] == [], done.out
+
+
+@pytest.mark.parametrize(
+    ("value", "trackers", "message"),
+    [
+        ("tensorboard", ["tensorboard"], ""),
+        ("wandb mlflow trackio", ["wandb", "mlflow", "trackio"], ""),
+        ("none", ["none"], ""),
+        ("all", None, "every tracker that is installed"),
+        ("tensorboard swanlab", None, "swanlab is none of wandb, tensorboard, mlflow, trackio; for the others: trackers tens"),
+    ],
+)  # fmt: skip
+def test_report_to_becomes_trackers(
+    value: str, trackers: list[str] | None, message: str, tmp_path: Path, call: Callable[..., Call]
+) -> None:
+    """Catches: a tracker that is set there and forgotten here."""
+    done, folder = migrate(call, tmp_path, "a.sh", f"{SWIFT_PPO.strip()} --report_to {value}\n")
+    config = yaml.safe_load((folder / "ppo.yaml").read_text())
+    assert config.get("trackers") == trackers and message in done.out
+    assert ("  report_to:" in done.out) == bool(message)
 
 
 RUN = """accelerate launch ppo.py --dataset_name {data} --output_dir {out} --sft_model_path {sft} --reward_model_path {rm} \\
