@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -40,13 +41,16 @@ class AcceleratedRun(RunCopy):
 
     def log(self, figures: Mapping[str, float], step: int) -> None:
         """Send metrics of an update, unless an earlier process has sent that update."""
-        line = {**figures, metrics.UPDATES: float(step)}
         if step > self._seen:
-            self._later("log metrics", lambda: self._run.log(line, step=step))
+            self._send("log metrics", {**figures, metrics.UPDATES: float(step)}, step)
 
     def log_summary(self, figures: Mapping[str, float], step: int) -> None:
         """Send final figures as metrics of the last update."""
-        self._later("send the summary", lambda: self._run.log(dict(figures), step=step))
+        self._send("send the summary", figures, step)
+
+    def _send(self, action: str, figures: Mapping[str, float], step: int) -> None:
+        line = {_key(name) if self.tracker == "mlflow" else name: figure for name, figure in figures.items()}
+        self._later(action, lambda: self._run.log(line, step=step))
 
     def log_histograms(self, values: Mapping[str, Sequence[float]], step: int) -> None:
         """Send the distributions of an update's values to TensorBoard; the others have no such panel."""
@@ -108,12 +112,17 @@ class AcceleratedRun(RunCopy):
         earlier = mlflow.search_runs(
             experiment_names=[record.project], filter_string=f"tags.run_id = '{record.run_id}'", output_format="list"
         )
-        tags = {"run_id": record.run_id, "stage": record.stage, "group": record.group, **dict.fromkeys(record.tags, "")}
+        tags = {
+            "run_id": record.run_id,
+            "stage": record.stage,
+            "group": record.group,
+            **dict.fromkeys(map(_key, record.tags), ""),
+        }
         return tracking.MLflowTracker(
             record.project,
             run_id=earlier[0].info.run_id if earlier else None,
             run_name=record.name,
-            tags=tags,
+            tags=tags | dict.fromkeys(map(_key, record.tags), ""),
             description=record.notes,
         )
 
@@ -135,6 +144,11 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
         name: value if isinstance(value, bool | int | float) else _text(value)[:LONGEST_SETTING]
         for name, value in config.items()
     }
+
+
+def _key(name: str) -> str:
+    """Return a tag or a metric's name in the characters that MLflow allows; it refuses a whole line for one other."""
+    return re.sub(r"[^\w .:/-]", "_", name, flags=re.ASCII)
 
 
 def _text(value: Any) -> str:

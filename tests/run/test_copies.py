@@ -74,14 +74,16 @@ def test_a_new_run_in_an_old_folder_has_its_own_curves(tmp_path: Path, store: Pa
 def test_secrets_and_texts_stay_here(tmp_path: Path, store: Path) -> None:
     """A key among the options, or an answer, in somebody's dashboard; lists and missing values that a program refuses."""
     config = {"lr": 1e-5, "api_key": "sesame", "reward": ["a", "b"], "gold": None, "long": "x" * 9000}
-    with make(tmp_path / "run", *OFFLINE, config=config, wandb_tags=["first"], wandb_notes="why") as tracker:
+    with make(tmp_path / "run", *OFFLINE, config=config, wandb_tags=["first", "späť!"], wandb_notes="why") as tracker:
         tracker.log_samples([{"prompt": "p", "response": "an answer", "score": 1.0}], 1)
-        tracker.log({"objective/kl": float("nan")}, 1)
+        tracker.log({"objective/kl": float("nan"), "reward/a folder!": 2.0}, 1)
     (run,) = mlflow_runs(store)
     assert run.data.params == {
         "lr": "1e-05", "api_key": "***", "reward": '["a", "b"]', "gold": "null", "long": "x" * 500,
     }  # fmt: skip
-    assert "first" in run.data.tags and run.data.tags["mlflow.note.content"] == "why"
+    assert run.data.metrics["reward/a folder_"] == 2.0
+    assert {"first", "sp___"} <= run.data.tags.keys()  # MLflow refuses other characters
+    assert run.data.tags["mlflow.note.content"] == "why"
     sent = b"".join(
         f.read_bytes() for d in (store, tmp_path / "run" / "tensorboard") for f in d.rglob("*") if f.is_file()
     )
