@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import operator
 import re
 import sys
 from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 from rlhf.base.errors import UserError
@@ -30,7 +32,9 @@ def name_of(function: Callable[..., Any]) -> str:
     if getattr(sys.modules.get(module), own, None) is function and re.fullmatch(r"\w+", own):
         return f"{module}:{own}"
     label, number = _OBJECT + (re.sub(r"\W", "", own) or "object"), 1
-    while (name := label if number == 1 else f"{label}_{number}") in _OBJECTS and _OBJECTS[name] is not function:
+    # A bound method is another object at each access.
+    same = operator.eq if isinstance(function, MethodType) else operator.is_
+    while (name := label if number == 1 else f"{label}_{number}") in _OBJECTS and not same(_OBJECTS[name], function):
         number += 1
     _OBJECTS[name] = function
     return name

@@ -80,8 +80,15 @@ def one_line_errors(name: str) -> Iterator[None]:
 @contextlib.contextmanager
 def _contained() -> Iterator[None]:
     """Context for users' code: it prints to standard error, programs that it starts do, and what it sets for all is set back."""
+    with settings_restored(), contextlib.redirect_stdout(sys.stderr), _descriptor_to_stderr():
+        yield
+
+
+@contextlib.contextmanager
+def settings_restored() -> Iterator[None]:
+    """Context for users' code, after which the working folder and torch's gradients and default type are as before."""
     gradients, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
-    with contextlib.chdir("."), contextlib.redirect_stdout(sys.stderr), _descriptor_to_stderr():
+    with contextlib.chdir("."):
         try:
             yield
         finally:

@@ -13,7 +13,7 @@ from rlhf.base import distributed
 from rlhf.base.functions import name_of
 from rlhf.ppo.state import Order
 from rlhf.ppo.types import Rollout
-from rlhf.reward.functions import RewardError, one_line_errors
+from rlhf.reward.functions import RewardError, one_line_errors, settings_restored
 
 _KINDS: list[tuple[Any, Any]] = list(product(("stop", "roll_back"), ("learning_rate", "kl_coef")))
 """Actions and remedies of orders, by the number under which process 0 sends them to the others."""
@@ -27,7 +27,7 @@ class Update:
     step: int
     """Updates done, this one included; in supervised stages a line of metrics may come without one, as of an evaluation."""
     metrics: Mapping[str, float]
-    """By the names of `rlhf.run.metrics`."""
+    """A copy, by the names of `rlhf.run.metrics`."""
     rollout: Rollout | None = None
     """In PPO: tokens, log-probabilities, KL, values and scores that the update was made from."""
     samples: Sequence[Mapping[str, Any]] = ()
@@ -52,7 +52,7 @@ def call_back(callbacks: Sequence[Callback], update: Update) -> Order | None:
 def _order(callback: Callback, update: Update) -> Order | None:
     name = f"callback {name_of(callback)}"
     try:
-        with one_line_errors(name):
+        with one_line_errors(name), settings_restored():
             order = callback(update)
             if order is not None and (not isinstance(order, Order) or (order.action, order.remedy) not in _KINDS):
                 raise TypeError(f"returned {order!r:.80}; a callback returns None or an Order to stop or roll back")

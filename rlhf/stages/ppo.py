@@ -147,7 +147,8 @@ def _called_back(run: Run[PPOConfig], trainer: PPOTrainer, update: int, metrics:
     if not run.callbacks or rollout is None:
         return None
     samples = sample_rows(rollout, trainer.tokenizer, len(rollout))
-    return call_back(run.callbacks, Update(stage="ppo", step=update, metrics=metrics, rollout=rollout, samples=samples))
+    seen = Update(stage="ppo", step=update, metrics=dict(metrics), rollout=rollout, samples=samples)
+    return call_back(run.callbacks, seen)
 
 
 def data_sets(config: PPOConfig) -> dict[str, Loaded]:

@@ -78,7 +78,7 @@ def train(trainer: Any, run: Run[Any]) -> None:
 
         def observe(step: int, metrics: Mapping[str, float]) -> Order | None:
             order = doctor.examine(step, metrics)
-            return call_back(run.callbacks, Update(stage=run.stage, step=step, metrics=metrics)) or order
+            return call_back(run.callbacks, Update(stage=run.stage, step=step, metrics=dict(metrics))) or order
 
         observer = ObserverCallback(run.stage, observe)
         trainer.add_callback(observer)

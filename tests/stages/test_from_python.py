@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -11,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 from rlhf.base.errors import UserError
 from rlhf.base.functions import load_function, name_of
@@ -47,6 +50,13 @@ def run_ppo(finished: tuple[Path, Path], toy_data: Path, tmp_path: Path) -> Call
 # ---- callables ------------------------------------------------------------------------------------------------------
 
 
+class Judge:
+    """A judge with a state of its own."""
+
+    def score(self, texts: Any) -> Any:
+        return self
+
+
 def test_a_callable_has_a_name_that_leads_back_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches: two lambdas under one name, a name that leads to another object, and a second name for the same one."""
     module = ModuleType("own_scorers")
@@ -60,6 +70,10 @@ def test_a_callable_has_a_name_that_leads_back_to_it(monkeypatch: pytest.MonkeyP
     assert [load_function(name) for name in names] == [one, two, one]
     module.score = one  # type: ignore[attr-defined]
     assert name_of(score) == "python:score"  # what is called so now is another
+    judges = [Judge(), Judge()]
+    names = [name_of(judge.score) for judge in [*judges, *judges]]  # each access makes another object
+    assert names[:2] == names[2:] == ["python:score_2", "python:score_3"]
+    assert load_function(names[1])([]) is judges[1]
     with pytest.raises(UserError, match="'python:gone' was an object of another Python program"):
         load_function("python:gone")
 
@@ -140,7 +154,19 @@ def test_a_callback_sees_each_update_and_changes_nothing(
 ) -> None:
     """Catches: an update that is left out, samples of another rollout, and a run that ends in other bytes when watched."""
     updates: list[Update] = []
-    plain, watched = run_ppo(), run_ppo(callbacks=[updates.append])
+
+    def meddle(update: Update) -> None:
+        """Change whatever is in reach, after the other callback has looked at it."""
+        assert update.rollout is not None
+        update.rollout.logprobs.zero_()
+        update.rollout.responses.zero_()
+        update.metrics.clear()  # type: ignore[attr-defined]
+        torch.manual_seed(0)
+        torch.set_grad_enabled(False)
+        torch.set_default_dtype(torch.float64)
+        os.chdir(tmp_path)
+
+    plain, watched = run_ppo(), run_ppo(callbacks=[lambda update: updates.append(copy.deepcopy(update)), meddle])
     assert plain is not None and watched is not None
     assert watched.manifest.files["adapter_model.safetensors"] == plain.manifest.files["adapter_model.safetensors"]
     assert [update.step for update in updates] == [1, 2]
