@@ -87,8 +87,10 @@ def _assignments(tree: ast.Module) -> Iterator[tuple[ast.expr, ast.expr]]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign):
             for target in node.targets:
-                pairs = isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple)
-                yield from zip(target.elts, node.value.elts, strict=False) if pairs else [(target, node.value)]
+                if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
+                    yield from zip(target.elts, node.value.elts, strict=False)
+                else:
+                    yield target, node.value
         elif isinstance(node, ast.AnnAssign) and node.value is not None:
             yield node.target, node.value
 
