@@ -91,13 +91,8 @@ def plan_stages(data: Survey, *, policy: bool, reward: bool) -> tuple[list[str],
     """
     answers = policy or data.count("demonstrations") > 0
     judged = reward or data.count("comparisons") > 0
-    trains_reward = answers and judged and not reward
-    flags = {
-        "sft": answers and not policy,
-        "reward": trains_reward,
-        "ppo": answers and judged,
-        "evaluate": answers and judged,
-    }
+    both = answers and judged
+    flags = {"sft": answers and not policy, "reward": both and not reward, "ppo": both, "evaluate": both}
     stages = [stage for stage, flag in flags.items() if flag]
     missing = []
     if not answers:

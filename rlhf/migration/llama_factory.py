@@ -128,6 +128,11 @@ SFT = Stage(
     together=supervised_sizes,
 )
 REWARD = Stage(rules={**COMMON, **SUPERVISED, **CUTOFF, **START}, defaults=DEFAULTS, together=supervised_sizes)
+PPO_DEFAULTS: dict[str, Any] = {
+    **TRAINING_DEFAULTS, **ADAPTER_DEFAULTS, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1,
+    "ppo_buffer_size": 1, "ppo_epochs": 4, "ppo_target": 6.0, "cutoff_len": 2048, "max_new_tokens": 1024,
+    "temperature": 0.95, "top_p": 0.7, "top_k": 50,
+}  # fmt: skip
 PPO = Stage(
     rules={
         **COMMON,
@@ -146,20 +151,7 @@ PPO = Stage(
         **together("max_prompt_length", "cutoff_len"),
         "reward_model_type": Rule("reward", reward_kind, "the import sees what the folder holds"),
     },
-    defaults={
-        **TRAINING_DEFAULTS,
-        **ADAPTER_DEFAULTS,
-        "per_device_train_batch_size": 8,
-        "gradient_accumulation_steps": 1,
-        "ppo_buffer_size": 1,
-        "ppo_epochs": 4,
-        "ppo_target": 6.0,
-        "cutoff_len": 2048,
-        "max_new_tokens": 1024,
-        "temperature": 0.95,
-        "top_p": 0.7,
-        "top_k": 50,
-    },
+    defaults=PPO_DEFAULTS,
     together=ppo_sizes,
 )
 REFUSED: dict[str, str] = {

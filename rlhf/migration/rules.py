@@ -251,18 +251,11 @@ REWARD_ADAPTER = Rule(
 MAX_LENGTH = Rule("max_length", whole, "longer rows are left out and counted, not cut")
 #: What transformers sets where nothing is given, and what is another value here.
 TRAINING_DEFAULTS: dict[str, Any] = {
-    "learning_rate": 5e-5,
-    "adam_beta2": 0.999,
-    "lr_scheduler_type": "linear",
-    "optim": "adamw_torch",
-    "seed": 42,
-}
+    "learning_rate": 5e-5, "adam_beta2": 0.999, "lr_scheduler_type": "linear", "optim": "adamw_torch", "seed": 42,
+}  # fmt: skip
 SUPERVISED_DEFAULTS = {
-    **TRAINING_DEFAULTS,
-    "num_train_epochs": 3.0,
-    "per_device_train_batch_size": 8,
-    "gradient_accumulation_steps": 1,
-}
+    **TRAINING_DEFAULTS, "num_train_epochs": 3.0, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1,
+}  # fmt: skip
 SAMPLING = (
     "responses are drawn from the whole softmax: with top-k, top-p or a penalty they come from another policy than the one whose "
     "KL and ratios are computed"

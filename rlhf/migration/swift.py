@@ -84,16 +84,9 @@ COMMON: dict[str, Rule] = {
 LENGTH = {"max_length": MAX_LENGTH}
 START = dict.fromkeys(("adapters", "model"), POLICY)
 DEFAULTS: dict[str, Any] = {
-    "weight_decay": 0.1,
-    "adam_beta2": 0.95,
-    "lr_scheduler_type": "cosine",
-    "optim": "adamw_torch",
-    "seed": 42,
-    "lora_rank": 8,
-    "lora_alpha": 32,
-    "lora_dropout": 0.05,
-    "per_device_train_batch_size": 1,
-}
+    "weight_decay": 0.1, "adam_beta2": 0.95, "lr_scheduler_type": "cosine", "optim": "adamw_torch", "seed": 42,
+    "lora_rank": 8, "lora_alpha": 32, "lora_dropout": 0.05, "per_device_train_batch_size": 1,
+}  # fmt: skip
 SFT_KIND = dict.fromkeys(("train_type", "tuner_type"), ADAPTERS)
 SFT = Stage(
     rules={**COMMON, **SUPERVISED, **LENGTH, **SFT_KIND, "model": Rule("model_name_or_path")},

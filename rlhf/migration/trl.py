@@ -143,12 +143,14 @@ NEW_TRAINER: dict[str, Rule] = {
     **together("total_episodes", "num_train_epochs"),
 }
 NEW_TRAINER_DEFAULTS = {
-    "num_mini_batches": 1,
-    "num_ppo_epochs": 4,
-    "kl_coef": 0.05,
-    "vf_coef": 0.1,
-    "missing_eos_penalty": "none",
-}
+    "num_mini_batches": 1, "num_ppo_epochs": 4, "kl_coef": 0.05, "vf_coef": 0.1, "missing_eos_penalty": "none",
+}  # fmt: skip
+OLD_DEFAULTS: dict[str, Any] = {
+    "learning_rate": 1.41e-5, "lr_scheduler_type": "constant", "optim": "adamw_torch", "adam_beta2": 0.999,
+    "max_grad_norm": 1e6, "init_kl_coef": 0.2, "adap_kl_ctrl": True, "target": 6.0, "horizon": 10_000,
+    "target_kl": 1.0, "vf_coef": 0.1, "batch_size": 128, "mini_batch_size": 128, "gradient_accumulation_steps": 1,
+    "steps": 20_000, "ppo_epochs": 4,
+}  # fmt: skip
 OLD_PPO = Stage(
     rules={
         **{name: rule for name, rule in TRAINING.items() if not name.startswith("warmup")},
@@ -177,26 +179,13 @@ OLD_PPO = Stage(
         **together("kl_target, kl_horizon", "adap_kl_ctrl", "target", "horizon"),
         **together("max_approx_kl", "early_stopping", "target_kl"),
     },
-    defaults={
-        "learning_rate": 1.41e-5,
-        "lr_scheduler_type": "constant",
-        "optim": "adamw_torch",
-        "adam_beta2": 0.999,
-        "max_grad_norm": 1e6,
-        "init_kl_coef": 0.2,
-        "adap_kl_ctrl": True,
-        "target": 6.0,
-        "horizon": 10_000,
-        "target_kl": 1.0,
-        "vf_coef": 0.1,
-        "batch_size": 128,
-        "mini_batch_size": 128,
-        "gradient_accumulation_steps": 1,
-        "steps": 20_000,
-        "ppo_epochs": 4,
-    },
+    defaults=OLD_DEFAULTS,
     together=old_ppo_sizes,
 )
+PPO_DEFAULTS: dict[str, Any] = {
+    **TRAINING_DEFAULTS, **NEW_TRAINER_DEFAULTS, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1,
+    "learning_rate": 3e-6, "temperature": 0.7, "response_length": 53, "use_peft": False,
+}  # fmt: skip
 PPO = Stage(
     rules={
         **TRAINING,
@@ -216,16 +205,7 @@ PPO = Stage(
         "reward_model_path": REWARD_MODEL,
         **together("total_episodes", "total_episodes"),
     },
-    defaults={
-        **TRAINING_DEFAULTS,
-        **NEW_TRAINER_DEFAULTS,
-        "per_device_train_batch_size": 8,
-        "gradient_accumulation_steps": 1,
-        "learning_rate": 3e-6,
-        "temperature": 0.7,
-        "response_length": 53,
-        "use_peft": False,
-    },
+    defaults=PPO_DEFAULTS,
     together=ppo_sizes,
 )
 LENGTH = dict.fromkeys(("max_length", "max_seq_length"), MAX_LENGTH)

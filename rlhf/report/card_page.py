@@ -135,14 +135,8 @@ def _distance(value: float, bound: Any) -> float:
 
 def _line_chart(title: str, axis: str, unit: str, note: str, traces: list[dict[str, Any]]) -> Chart:
     return {
-        "kind": "lines",
-        "section": "card",
-        "title": title,
-        "axis": axis,
-        "unit": unit,
-        "note": note,
-        "traces": traces,
-    }
+        "kind": "lines", "section": "card", "title": title, "axis": axis, "unit": unit, "note": note, "traces": traces
+    }  # fmt: skip
 
 
 def _calibration_chart(card: Mapping[str, Any]) -> Chart | None:

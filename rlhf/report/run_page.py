@@ -187,10 +187,8 @@ def _pretrain_box(run: RunFolder) -> dict[str, Any]:
 
 
 def _sft_box(run: RunFolder) -> dict[str, Any]:
-    return {
-        "what": "held-out loss, nats per token; lower is better",
-        **_fall(*before_after(run.figures("sft"), "eval_loss")),
-    }
+    what = "held-out loss, nats per token; lower is better"
+    return {"what": what, **_fall(*before_after(run.figures("sft"), "eval_loss"))}
 
 
 def _fall(old: float | None, new: float | None) -> dict[str, Any]:
@@ -208,14 +206,8 @@ def _reward_box(run: RunFolder) -> dict[str, Any]:
         (judge_of(run), finite_number(reward.get("vader_accuracy", reward.get("gold_accuracy"))), "base"),
         ("human ceiling", finite_number(reward.get("human_ceiling")), "ceiling"), text=percent,
     )  # fmt: skip
-    what = "held-out pairs ranked as people do"
-    return {
-        "figure": percent(reward.get("accuracy")),
-        "what": what,
-        "low": "50% (a coin)",
-        "high": "100%",
-        "marks": marks,
-    }
+    what, accuracy = "held-out pairs ranked as people do", percent(reward.get("accuracy"))
+    return {"figure": accuracy, "what": what, "low": "50% (a coin)", "high": "100%", "marks": marks}
 
 
 def _ppo_box(run: RunFolder) -> dict[str, Any]:

@@ -85,7 +85,6 @@ class WandbRun(RunCopy):
         self._owns_data_dir = False
 
     def log(self, figures: Mapping[str, float], step: int) -> None:
-        """Send metrics of an update."""
         line = {**figures, metrics.UPDATES: step}
         self._later("log metrics", lambda: self._run.log(line, step=step))
 
@@ -94,7 +93,6 @@ class WandbRun(RunCopy):
         self._later("send the summary", lambda: self._run.summary.update(dict(figures)))
 
     def log_histograms(self, values: Mapping[str, Sequence[float]], step: int) -> None:
-        """Send the distributions of an update's values."""
 
         def send() -> None:
             import wandb
@@ -104,7 +102,6 @@ class WandbRun(RunCopy):
         self._later("log histograms", send)
 
     def log_samples(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
-        """Append rows to the table of samples; the first row decides the columns."""
         copies = [dict(row) for row in rows]
 
         def send() -> None:
@@ -121,7 +118,6 @@ class WandbRun(RunCopy):
         self._later("log samples", send)
 
     def log_table(self, name: str, rows: Sequence[Mapping[str, Any]], step: int) -> None:
-        """Send rows as a table of their own, with the columns of the first."""
         columns: list[str | int] = list(rows[0])
         data = [[row.get(str(column)) for column in columns] for row in rows]
 
@@ -135,7 +131,6 @@ class WandbRun(RunCopy):
     def log_scatter(
         self, name: str, rows: Sequence[Mapping[str, float]], x: str, y: str, title: str, step: int
     ) -> None:
-        """Send a panel with a point a row."""
         data = [[row[x], row[y]] for row in rows]
 
         def send() -> None:
