@@ -192,7 +192,10 @@ def _open(folder: Path, form: Path, base_model: str, pad: int, config: ComputeCo
     if (folder / ADAPTER_CONFIG).is_file():
         _registry_form(folder, form, weight)
         base = load_base(base_model, config, _CPU)
-        adapted = attach_adapter(sequence_classifier(base, pad, seed=0), form).eval()
+        try:
+            adapted = attach_adapter(sequence_classifier(base, pad, seed=0), form).eval()
+        except UserError as error:
+            raise UserError(f"{folder} does not fit on {base_model}: {str(error).partition(': ')[2]}") from error
 
         def merge(target: Path) -> None:
             cast(Any, adapted).merge_and_unload().save_pretrained(target)
@@ -303,6 +306,7 @@ def _registry_form(folder: Path, form: Path, head: Tensor | None) -> None:
             'modules_to_save=["score"]',
         )
         head = state[heads[0]]
+        require(len(head) == 1, f"{folder} has {len(head)} outputs; a reward model has one")
     matrices = {key.replace(".default.", "."): tensor for key, tensor in state.items() if ".lora_" in key}
     other = sorted(set(state) - set(heads) - {key for key in state if ".lora_" in key})
     require(

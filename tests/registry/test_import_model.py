@@ -16,6 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from toys import Call
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -301,6 +302,12 @@ def refusals(tmp_path: Path, base: Path) -> dict[str, tuple[Path, str, tuple[obj
     state = load_file(headless / "adapter_model.safetensors")
     save_file({k: v for k, v in state.items() if ".score." not in k}, headless / "adapter_model.safetensors")
     AutoModelForSequenceClassification.from_pretrained(base, num_labels=2, pad_token_id=0).save_pretrained(two)
+    pair = AutoModelForSequenceClassification.from_pretrained(two)
+    get_peft_model(pair, lora("SEQ_CLS")).save_pretrained(tmp_path / "pair")
+    get_peft_model(classifier, lora("SEQ_CLS")).save_pretrained(tmp_path / "fine")
+    thin = AutoConfig.from_pretrained(base)
+    thin.intermediate_size = 8
+    AutoModelForCausalLM.from_config(thin).save_pretrained(tmp_path / "thin")
     small = {
         "hidden_size": 8,
         "num_hidden_layers": 1,
@@ -323,6 +330,13 @@ def refusals(tmp_path: Path, base: Path) -> dict[str, tuple[Path, str, tuple[obj
         "another width": (wide, "reward/a", policy, "the value head in"),
         "no head": (headless, "reward/a", policy, "its scores would be random"),
         "two outputs": (two, "reward/a", policy, "has 2 outputs; a reward model has one"),
+        "two outputs of an adapter": (
+            tmp_path / "pair",
+            "reward/a",
+            policy,
+            "pair has 2 outputs; a reward model has one",
+        ),
+        "another base": (tmp_path / "fine", "reward/a", (*policy, "--base", tmp_path / "thin"), "fine does not fit on"),
         "no decoder": (bert, "reward/a", policy, "give the folder to PPO as it is: --reward"),
         "a pickle": (pickled, "reward/a", policy, "is a pickle, which can run code"),
         "no reward model": (base, "reward/a", policy, "holds no reward model"),
