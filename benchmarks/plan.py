@@ -61,6 +61,7 @@ VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
 )
 #: Configurations of the 21 that are not measured: full copies of the widest model take longest.
 LEFT_OUT = (("plan-wide", "reward", FULL),)
+MARKS = ("<!-- plans: made by benchmarks/plan.py -->", "<!-- end of plans -->")
 #: Phases whose time is compared; the others are mostly not passes of a model.
 TIMED = {"sft": ("train",), "reward": ("train",), "ppo": ("rollout", "score", "optimise")}
 
@@ -72,6 +73,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=list(common.SHAPES), default=list(SHAPES))
     parser.add_argument("--rows", type=common.count, default=16, help="rows of a pass")
     parser.add_argument("--tokens", type=common.count, default=32, help="tokens of a prompt, and of an answer")
+    parser.add_argument("--write", type=Path, help="page with the marks between which the table is put")
     arguments = parser.parse_args()
     arguments.device = "cpu"
     machine, cases = common.machine("cpu"), []
@@ -92,9 +94,13 @@ def main() -> None:
                     flush=True,
                 )
                 cases.append({"shape": shape, **case})
-        summary = summarise(cases)
-        common.save("plan", arguments, {"machine": machine, "summary": summary, "cases": cases})
-    print(table(summary, cases))
+        common.save("plan", arguments, {"machine": machine, "summary": summarise(cases), "cases": cases})
+    page = table(summarise(cases), cases)
+    print(page)
+    if arguments.write:
+        text, (begin, end) = arguments.write.read_text(encoding="utf-8"), MARKS
+        head, _, rest = text.partition(begin)
+        arguments.write.write_text(f"{head}{begin}\n{page}\n{end}{rest.partition(end)[2]}", encoding="utf-8")
 
 
 def written(
@@ -127,13 +133,13 @@ def stage_options(kind: str, model: str, folder: Path, rows: int, tokens: int) -
     shared = {"registry": f"{folder}/registry", "dataset": f"{folder}/data", "output_dir": f"{folder}/out"}
     shared |= {"name": "run", "wandb_mode": "disabled", "device": "cpu", "save_steps": 2, "preflight": False}
     if kind == "ppo":
-        sizes = {"rollout_batch_size": 4 * rows, "minibatch_size": 2 * rows, "microbatch_size": rows}
+        sizes = {"rollout_batch_size": 2 * rows, "minibatch_size": rows, "microbatch_size": rows}
         chain = {"policy": "sft/run@1", "reward": ["reward/run@1"]}
         return {
             **shared,
             **chain,
             **sizes,
-            "total_episodes": 8 * rows,
+            "total_episodes": 4 * rows,
             "response_length": tokens,
             "num_eval_samples": rows,
         }

@@ -96,6 +96,40 @@ def test_activations_grow_with_the_rows_and_shrink_by_recomputing() -> None:
     assert activations(gradient_checkpointing=True) < 0.7 * few
 
 
+def test_an_update_reaches_every_trained_tensor() -> None:
+    """Catches: the optimiser's time left out, or its first update, which makes the states, taken for the usual one."""
+    update = counts(SFT)["train: update"].operators
+    calls = {
+        name: sum(n for o, n in update.items() if name in str(o.function))
+        for name in ("optimizer_update", "zeros_like")
+    }
+    assert calls == {
+        "optimizer_update": 2 * 7 * 6,
+        "zeros_like": 0,
+    }  # two matrices a linear layer, seven layers a block
+    assert min(update.values()) >= 0
+
+
+@pytest.mark.parametrize(("on_gpu", "beside"), [(True, 1e9), (False, 3e9)])
+def test_what_lasts_takes_its_bytes_and_passes_the_allocators(
+    on_gpu: bool, beside: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches: gradients and optimiser states of full fine-tuning that are multiplied as activations are."""
+    monkeypatch.setattr(estimate, "libraries", lambda: 3e9 - estimate.LATE - estimate.KERNELS[SFTConfig])
+    size = {"load": estimate.Count(peak=100), "train": estimate.Count(peak=400, lasting=200)}
+    size["train: update"] = estimate.Count(peak=310, lasting=200)
+    factor = estimate.GPU_HELD if on_gpu else estimate.HELD
+    assert estimate.process_bytes("train", size, SFT, on_gpu=on_gpu) == pytest.approx(
+        beside + 300 + factor * 100, abs=0.01
+    )
+
+
+@pytest.mark.parametrize(("short", "rows"), [(0, 8), (1, 4)])
+def test_most_rows_leave_room_for_what_lasts(short: float, rows: int) -> None:
+    phases = [Phase("load", 100.0, 0.0), Phase("train", 500.0, 0.0)]  # 200 of it last, so a row takes 50
+    assert estimate._largest(4, phases, MARGIN * (300 + 8 * 50) - short, lasting=200) == rows
+
+
 def test_four_bit_weights_take_about_half_a_byte() -> None:
     """Catches: quantised layers counted in full, or the embedding counted as quantised."""
     plain, small = (counts(SFTConfig(**{**vars(SFT), "quantization": kind}))["load"].peak for kind in ("none", "4bit"))

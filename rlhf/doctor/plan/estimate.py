@@ -130,8 +130,9 @@ def rehearse(
         last = stages[-1].counts[name]
         operators = Counter[Operator]()
         for operator in first.operators.keys() | last.operators.keys():
-            operators[operator] = round(line(first.operators[operator], last.operators[operator]))
-        counts[name] = Count(peak=round(line(first.peak, last.peak)), operators=operators)
+            operators[operator] = max(round(line(first.operators[operator], last.operators[operator])), 0)
+        sums = {size: round(line(getattr(first, size), getattr(last, size))) for size in ("peak", "lasting")}
+        counts[name] = Count(**sums, operators=operators)
     return _Rehearsed(
         counts,
         round(sizes(lambda stage: sum(p.numel() for p in stage.trained))),
@@ -148,13 +149,18 @@ def process_bytes(
     Args:
         varied: the passes of the phase have many lengths.
     """
-    loaded = counts["load"].peak
-    peak = max(count.peak for key, count in counts.items() if key.split(":")[0] == name)
+    factor = GPU_HELD if on_gpu else HELD_VARIED if varied and not isinstance(config, PPOConfig) else HELD
+    held = max(_held(counts, count, factor) for key, count in counts.items() if key.split(":")[0] == name)
     if on_gpu:
-        return CONTEXT + loaded + GPU_HELD * (peak - loaded)
-    held = HELD_VARIED if varied and not isinstance(config, PPOConfig) else HELD
+        return CONTEXT + held
     kernels = KERNELS[type(config)] if name != "load" else 0
-    return libraries() + LATE + kernels + loaded + held * (peak - loaded)
+    return libraries() + LATE + kernels + held
+
+
+def _held(counts: dict[str, Count], count: Count, factor: float) -> float:
+    """Return what a pass takes: weights, gradients and states as they are, what comes and goes with the allocator's share."""
+    lasting = counts["load"].peak - counts["load"].lasting + count.lasting
+    return lasting + factor * max(count.peak - lasting, 0)
 
 
 _LIBRARIES: list[float] = []
@@ -187,12 +193,15 @@ def passes(config: Any, work: Work) -> dict[str, dict[str, float]]:
         return {
             "rollout": {name: rounds * times for name, times in rollout.items()},
             "score": {"score": rounds * parts},
-            "optimise": {"optimise": rounds * parts * config.num_ppo_epochs},
+            "optimise": {
+                "optimise": rounds * parts * config.num_ppo_epochs,
+                "optimise: update": rounds * config.num_ppo_epochs * config.rollout_batch_size / config.minibatch_size,
+            },
             "evaluate": {**{name: 2 * share * times for name, times in rollout.items()}, "score": 2 * share * parts},
         }
     held_out = min(work.validation, config.max_eval_samples)
     evaluations = rounds // config.eval_steps + 1
-    training = {"train": float(rounds * config.gradient_accumulation_steps)}
+    training = {"train": float(rounds * config.gradient_accumulation_steps), "train: update": float(rounds)}
     if not isinstance(config, RewardConfig):
         return {
             "train": {**training, "evaluate": evaluations * math.ceil(held_out / config.per_device_eval_batch_size)}
@@ -245,8 +254,8 @@ def make_plan(
     usual = _usual_share(config, work)
 
     def seconds(row: dict[str, float]) -> float:
-        return usual * sum(
-            times * calls * cost(operator)
+        return sum(
+            (1.0 if name.endswith(": update") else usual) * times * calls * cost(operator)
             for name, times in row.items()
             for operator, calls in result.counts[name].operators.items()
         )
@@ -270,17 +279,22 @@ def make_plan(
         checkpoint=checkpoint,
         disk=3 * checkpoint + 3 * result.weights + _snapshots(config, result.weights) + 50_000_000,
         microbatch=rows,
-        largest=_largest(rows, phases, available),
+        largest=_largest(rows, phases, available, _lasting(result.counts)),
         source=work.source,
     )
 
 
-def _largest(rows: int, phases: list[Phase], available: float) -> int:
-    """Return the most rows of a pass that fit: activations grow with the rows, what is loaded does not."""
-    loaded = phases[0].peak
+def _lasting(counts: dict[str, Count]) -> int:
+    """Return the bytes of gradients and optimiser states that training adds to what is loaded."""
+    return max(counts[name].lasting for name in ("train", "optimise") if name in counts) - counts["load"].lasting
+
+
+def _largest(rows: int, phases: list[Phase], available: float, lasting: float) -> int:
+    """Return the most rows of a pass that fit: activations grow with the rows, weights, gradients and states do not."""
+    fixed = phases[0].peak + lasting
     peak = max(phase.peak for phase in phases if phase.name in ("train", "optimise"))
-    room = available / MARGIN - loaded
-    count = int(rows * room / max(peak - loaded, 1.0)) if room > 0 else 0
+    room = available / MARGIN - fixed
+    count = int(rows * room / max(peak - fixed, 1.0)) if room > 0 else 0
     return 1 << (count.bit_length() - 1) if count else 0
 
 

@@ -33,7 +33,7 @@ from rlhf.ppo.credit import Credit
 from rlhf.ppo.gradients import accumulate
 from rlhf.ppo.types import Rollout
 from rlhf.reward.ranking import Objective, ordered_pairs, ranking_loss, score_rows
-from rlhf.run.optim import optimizer_bytes
+from rlhf.run.optim import build_optimizer, optimizer_bytes
 
 
 class Stage:
@@ -53,9 +53,11 @@ class Stage:
 
     def count(self, name: str, rehearse: Callable[[], Any]) -> None:
         """Count what a phase holds and calls, optimiser states included."""
+        gradients = sum(p.grad.nbytes for p in self.trained if p.grad is not None)
         with self.rehearsal.phase() as count:
             rehearse()
         count.peak += self.states
+        count.lasting = self.states + gradients
         self.counts[name] = count
 
     def place(self, model: nn.Module) -> None:
@@ -63,13 +65,25 @@ class Stage:
         self.rehearsal.placeholders(model)
         self.count("load", lambda: None)
 
-    def train(self, model: nn.Module) -> None:
-        """Give a model's trained weights gradients and optimiser states, as from the second update on."""
+    def train(self, model: nn.Module, phase: str) -> None:
+        """Give a model's trained weights gradients and optimiser states, as from the second update on; count an update."""
         self.trained = [p for p in model.parameters() if p.requires_grad]
-        self.states = optimizer_bytes(self.trained, self.config)
         with self.rehearsal.phase():
             for parameter in self.trained:
                 parameter.grad = torch.zeros_like(parameter)
+        optimizer = build_optimizer([{"params": self.trained}], self.config)
+        with self.rehearsal.phase():
+            optimizer.step()  # makes the states
+
+        def update() -> None:
+            nn.utils.clip_grad_norm_(self.trained, 1.0)
+            optimizer.step()
+
+        self.count(f"{phase}: update", update)
+        self.states = optimizer_bytes(self.trained, self.config)
+        self.counts[
+            f"{phase}: update"
+        ].lasting += self.states  # which the optimiser held there; from here on, their bytes count
 
     def forget_gradients(self) -> None:
         """Drop the gradients, as an update does at its end."""
@@ -130,7 +144,7 @@ def rehearse_sft(stage: Stage) -> None:
 
     stage.count("evaluate", lambda: loss(work.largest(config.per_device_eval_batch_size), train=False))
     _checkpointed(model, config)
-    stage.train(model)
+    stage.train(model, "train")
     stage.count("train", lambda: loss(work.largest(config.per_device_train_batch_size), train=True))
     stage.forget_gradients()
 
@@ -167,7 +181,7 @@ def rehearse_reward(stage: Stage) -> None:
         "evaluate: scores", lambda: scores(work.largest_groups(1, config.per_device_eval_batch_size), train=False)
     )
     _checkpointed(model, config)
-    stage.train(model)
+    stage.train(model, "train")
     stage.count("train", lambda: scores(work.largest_groups(config.per_device_train_batch_size), train=True))
     stage.forget_gradients()
 
@@ -189,7 +203,8 @@ def rehearse_ppo(stage: Stage) -> None:
     batch = _rollout(work.largest(config.microbatch_size))
     stage.count("score", lambda: _score(models, batch, config))
     models.train(config.gradient_checkpointing)
-    stage.train(models)
+    stage.states = 0
+    stage.train(models, "optimise")
     zeros = torch.zeros(batch.mask.shape)
     credit = Credit(advantages=zeros, returns=zeros, metrics={})
     rows = [torch.arange(len(batch))]

@@ -84,6 +84,8 @@ class Count:
 
     peak: int = 0
     """Most bytes alive at once, weights included."""
+    lasting: int = 0
+    """Bytes of gradients and optimiser states among them."""
     operators: Counter[Operator] = field(default_factory=Counter)
 
 
