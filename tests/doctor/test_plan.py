@@ -189,11 +189,11 @@ def folder(tmp_path: Path) -> Path:
     """Configs of a chain whose model is a config alone."""
     SHAPE.save_pretrained(tmp_path / "model")
     common = {"dataset": str(tmp_path / "nowhere"), "output_dir": str(tmp_path / "out")}
-    (tmp_path / "sft.yaml").write_text(
-        json.dumps({**common, "model_name_or_path": str(tmp_path / "model"), "max_steps": 2})
-    )
-    (tmp_path / "reward.yaml").write_text(json.dumps({**common, "policy": "sft/demo", "max_steps": 2}))
-    (tmp_path / "ppo.yaml").write_text(json.dumps({**common, "policy": "sft/demo", "reward": ["reward/demo"]}))
+    few = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2, "max_steps": 2}
+    sizes = {"rollout_batch_size": 8, "minibatch_size": 8, "microbatch_size": 4, "response_length": 8}
+    (tmp_path / "sft.yaml").write_text(json.dumps({**common, **few, "model_name_or_path": str(tmp_path / "model")}))
+    (tmp_path / "reward.yaml").write_text(json.dumps({**common, **few, "policy": "sft/demo", "response_length": 8}))
+    (tmp_path / "ppo.yaml").write_text(json.dumps({**common, **sizes, "policy": "sft/demo", "reward": ["reward/demo"]}))
     return tmp_path
 
 
