@@ -178,7 +178,7 @@ def test_a_judge_that_fails_in_the_middle_leaves_a_checkpoint(
     assert done.code == 2 and "gave nan for response 1 of" in done.complaint
     latest = checkpoint.latest(tmp_path / "out" / "ppo" / "checkpoints")
     assert latest is not None and latest.name == "checkpoint-1"
-    assert json.loads((tmp_path / "out" / "ppo" / "metrics.jsonl").read_text().splitlines()[0])["step"] == 1
+    assert json.loads((tmp_path / "out" / "ppo" / "metrics.jsonl").read_text().splitlines()[1])["step"] == 1
     assert not (finished[0] / "ppo" / "judged").exists()
 
 

@@ -33,7 +33,6 @@ class ComparisonRow(TypedDict, total=False):
 class Settings(TypedDict, total=False):
     """Options of a run that the checks read, beside those that are numbers."""
 
-    reward: list[str]
     own_unit: bool
     """True for a reward model that was trained elsewhere, whose scores have a zero and unit of their own."""
 
@@ -83,8 +82,9 @@ class History:
 
     @property
     def steps(self) -> list[int]:
-        """Updates that were logged, in order."""
-        return sorted({step for steps, _ in self._finite.values() for step in steps} | set(self._broken.values()))
+        """Updates that were logged, in order; 0, of an evaluation before the first of them, is none."""
+        steps = {step for steps, _ in self._finite.values() for step in steps} | set(self._broken.values())
+        return sorted(steps - {0})
 
     def until(self, step: int) -> History:
         """Return the history as it was after that update; it shares the figures."""

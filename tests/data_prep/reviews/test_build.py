@@ -164,7 +164,7 @@ def test_real_data(real_reviews: Path, tmp_path: Path) -> None:
     assert card["sentences_read"] == 10_605
     assert card["fingerprint"].startswith("8ad76fb6591da966")
     assert card["held_out_sentences_in_training"] == 0, "held out are sentences: prompts are few first words"
-    assert list(card["held_out_rows_with_a_prompt_of_training"].values()) == [386, 71, 0]
+    assert list(card["held_out_rows_with_a_prompt_of_training"].values()) == [386, 103, 0]
     assert "386 of 1,001 rows of demonstrations/validation" in (tmp_path / "data" / "card.md").read_text()
     wrong = subprocess.run([*command, "--sede", "1"], capture_output=True, text=True)
     assert wrong.returncode == 2 and wrong.stderr == "error: unknown option --sede (did you mean 'seed'?)\n"
