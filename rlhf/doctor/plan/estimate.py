@@ -38,7 +38,8 @@ HELD, HELD_VARIED = 1.8, 2.4
 VARIED = 0.95
 #: What a GPU's library takes for itself, bytes (an assumption), and its allocator for a byte.
 CONTEXT, GPU_HELD = 1_000_000_000, 1.1
-#: An estimate may be too small by this factor: what fits has room for it. The largest of 20 shortfalls (benchmarks/plan.py) is 1.36.
+#: An estimate may be too small by this factor: what fits has room for it. The largest of 20 that were measured
+#: (benchmarks/plan.py) is 1.36.
 MARGIN = 1.4
 
 

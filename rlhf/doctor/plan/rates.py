@@ -36,9 +36,9 @@ class Gpu:
     """Dense bf16 operations a second."""
 
 
-#: Memory, bandwidth and dense bf16 rate with sums in fp32 (half of what sheets give with sparsity), of the SXM form where there are
-#: several, as the maker publishes them. Only A100, L4, L40S and RTX 4090, and memory and bandwidth of H100 and H200, were compared with
-#: pages that repeat the sheets.
+#: Memory, bandwidth and dense bf16 rate with sums in fp32 (half of what sheets give with sparsity), as the maker publishes them,
+#: of the SXM form where there are several. Only A100, L4, L40S and RTX 4090, and memory and bandwidth of H100 and H200, were
+#: compared with pages that repeat the sheets.
 GPUS = {
     "a100-40gb": Gpu(40e9, 1.555e12, 312e12),
     "a100-80gb": Gpu(80e9, 2.039e12, 312e12),
