@@ -291,7 +291,7 @@ def _ppo_title(
     if gold_old is None or gold_new is None:
         return Verdict("PPO raised the reward model's score", "mixed")
     if gold_new <= gold_old:
-        return Verdict(f"The score rose, but {judge} does not find better answers, which is over-optimisation", "bad")
+        return Verdict(f"The score rose, but {judge} does not find better answers: a sign of over-optimisation", "bad")
     return Verdict(f"PPO made the answers better, by its reward model and by {judge}, which it never saw", "good")
 
 

@@ -35,7 +35,7 @@ def ppo_run(**figures: Any) -> RunFolder:
     ("figures", "level", "words"),
     [
         ({}, "good", "made the answers better, by its reward model and by the independent judge"),
-        ({"gold_positive_after": 0.41}, "bad", "which is over-optimisation"),
+        ({"gold_positive_after": 0.41}, "bad", "a sign of over-optimisation"),
         ({"gold_positive_after": None}, "mixed", "raised the reward model's score"),
         ({"score_after": -0.12}, "bad", "did not raise the reward model's score"),
         ({"score_before": None}, "open", "not measured"),

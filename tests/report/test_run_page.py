@@ -307,11 +307,11 @@ def test_figures_that_are_null_or_nan_are_left_out(run: Path) -> None:
 def test_over_optimisation_is_called_by_its_name(run: Path) -> None:
     """Bug: the headline praises a score that rose while the outside judge saw no improvement."""
     results = made_up_results()
-    assert "which is over-optimisation" not in write_report(run).read_text(encoding="utf-8")
+    assert "a sign of over-optimisation" not in write_report(run).read_text(encoding="utf-8")
     results["ppo"]["gold_positive_after"] = 0.40
     (run / "results.json").write_text(json.dumps(results))
     page = write_report(run).read_text(encoding="utf-8")
-    assert "Not better</span>The score rose, but" in page and "which is over-optimisation</h1>" in page
+    assert "Not better</span>The score rose, but" in page and "a sign of over-optimisation</h1>" in page
 
 
 def test_long_runs_are_thinned_but_keep_their_last_point(run: Path) -> None:
