@@ -61,7 +61,12 @@ SHAPES: dict[str, dict[str, int]] = {
 #: A stop token that no model samples: every response has the full length, so all do the same work.
 NEVER = -1
 #: What a PPO config must name, and the benchmarks make themselves.
-_ROLES: dict[str, Any] = {"dataset": "none", "policy": "sft/benchmark", "reward": ["reward/benchmark"]}
+_ROLES: dict[str, Any] = {
+    "name": "benchmark",
+    "dataset": "none",
+    "policy": "sft/benchmark",
+    "reward": ["reward/benchmark"],
+}
 _QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
     "TRL_EXPERIMENTAL_SILENCE": "1",
@@ -207,7 +212,9 @@ def compute_type(device: str) -> str:
     from rlhf.config import StageConfig
     from rlhf.models.compute import Compute
 
-    return str(Compute.choose(StageConfig(dataset="none", device=device)).dtype).removeprefix("torch.")
+    return str(Compute.choose(StageConfig(name="benchmark", dataset="none", device=device)).dtype).removeprefix(
+        "torch."
+    )
 
 
 @contextlib.contextmanager
@@ -285,7 +292,7 @@ def _publish_chain(model: str, registry: str) -> None:
     from rlhf.models.tokenization import load_tokenizer, stop_token_ids, tokenizer_hashes
     from rlhf.registry import Registry
 
-    config = StageConfig(dataset="none", device="cpu", dtype="bfloat16")
+    config = StageConfig(name="benchmark", dataset="none", device="cpu", dtype="bfloat16")
     tokenizer = load_tokenizer(model, chat_template="plain")
     pad = int(tokenizer.pad_token_id)
     fields: dict[str, Any] = {"kind": "adapter", "base_model": model, **tokenizer_hashes(tokenizer)}
