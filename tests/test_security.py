@@ -215,6 +215,7 @@ def test_secrets_stay_in_the_process(
     shutil.copytree(finished[0], tmp_path / "registry")
     shutil.copytree(finished[1], tmp_path / "out", ignore=shutil.ignore_patterns("ppo"))
     words = ["rlhf.stages.ppo", "--config", toy_config / "ppo.yaml", "--registry", tmp_path / "registry"]
+    words += ["--eval_steps", 0]  # of one answer each, where the endpoint gives two scores
     words += ["--output_dir", tmp_path / "out", "--wandb_group", f"team-{SECRETS['SCORER_PASSWORD']}", "--reward"]
     done = call(*words, "reward/toy", url)
     assert done.code == 0 and asked, done.err[-3000:]
