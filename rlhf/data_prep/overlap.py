@@ -19,8 +19,6 @@ from rlhf.registry import IMPORTED, Artifact, Lineage, Registry
 
 #: Kind of the rows that a stage trains on.
 _KINDS: dict[str, Kind] = {"sft": "demonstrations", "reward": "comparisons", "ppo": "prompts"}
-
-
 #: Rows for each prompt, on average, from which on a task has few prompts.
 ROWS_A_PROMPT = 4
 #: Least share of the held-out prompts that training has, in a task of few prompts.
@@ -44,9 +42,9 @@ def answer_keys(row: Row) -> list[str]:
 
 def shares_few_prompts(training: Sequence[str], held_out: Sequence[str]) -> bool:
     """Return True for the prompts' keys of a task in which few prompts, the same in training and evaluation, have many rows."""
-    known = set(training)
-    few = len(training) >= ROWS_A_PROMPT * len(known)
-    return few and sum(key in known for key in held_out) >= SHARED * len(held_out)
+    prompts = set(training)
+    few = len(training) >= ROWS_A_PROMPT * len(prompts)
+    return few and sum(key in prompts for key in held_out) >= SHARED * len(held_out)
 
 
 class TrainingPrompts:

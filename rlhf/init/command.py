@@ -71,8 +71,8 @@ def _with_advice(message: str) -> str:
         return f"{message}; try another --chat_template, or a --model that has one for such rows"
     if "no reader knows" in message:
         return f"{message}; rlhf init takes --reader NAME and --columns prompt=THEIRS ..."
-    few, found, _ = message.partition(": too few groups of prompts")
-    return f"{few}: some prompts are held out, so give at least two different ones" if found else message
+    few, reason, _ = message.partition(": too few groups of prompts")
+    return f"{few}: some prompts are held out, so give at least two different ones" if reason else message
 
 
 def _template(model: BaseModel) -> str | None:

@@ -24,7 +24,7 @@ USUAL_PARAMETERS, USUAL_CONTEXT = 1.5e9, 2048
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What there is to compute with."""
+    """Processor or GPU, memory and cores of this machine."""
 
     gpu: str
     """Its name; empty on a CPU."""
@@ -61,7 +61,7 @@ class BaseModel:
     """Where it is on this machine, or None."""
     parameters: float
     measured: bool
-    """Whether its files or its name tell the number of parameters."""
+    """True if its files or its name tell the number of parameters."""
     context: int
     """Tokens that it has positions for."""
 
@@ -88,5 +88,5 @@ class BaseModel:
 
     @property
     def small(self) -> bool:
-        """Whether it takes the demo's step sizes; larger ones take those published for LoRA."""
+        """True if it takes the demo's step sizes; larger models take those published for LoRA."""
         return self.parameters <= 3e8

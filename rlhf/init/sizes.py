@@ -31,7 +31,7 @@ Entry = tuple[str, Any, str]
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """What the options of the stages are computed from."""
+    """Machine, model and names from which the options of the stages are computed."""
 
     name: str
     model: BaseModel

@@ -55,7 +55,7 @@ class Lengths:
 
 @dataclass(frozen=True, kw_only=True)
 class Survey:
-    """What the data can feed."""
+    """Rows, lengths and recipe of data that was looked at."""
 
     recipe: DataConfig
     """The preparation that works."""

@@ -1,4 +1,4 @@
-"""What an artefact reached: the figures of its manifest that decide about it."""
+"""The figures of an artefact's manifest that decide about it."""
 
 from __future__ import annotations
 

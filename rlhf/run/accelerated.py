@@ -19,7 +19,6 @@ from rlhf.run.copies import RunCopy, RunRecord
 LONGEST_SETTING = 500
 """Characters of an option's value; MLflow refuses longer ones in some of its stores."""
 
-
 #: Names of the programs, by the modules to import.
 TITLES = {"tensorboard": "TensorBoard", "mlflow": "MLflow", "trackio": "trackio"}
 
@@ -112,12 +111,7 @@ class AcceleratedRun(RunCopy):
         earlier = mlflow.search_runs(
             experiment_names=[record.project], filter_string=f"tags.run_id = '{record.run_id}'", output_format="list"
         )
-        tags = {
-            "run_id": record.run_id,
-            "stage": record.stage,
-            "group": record.group,
-            **dict.fromkeys(map(_key, record.tags), ""),
-        }
+        tags = {"run_id": record.run_id, "stage": record.stage, "group": record.group}
         return tracking.MLflowTracker(
             record.project,
             run_id=earlier[0].info.run_id if earlier else None,

@@ -70,7 +70,8 @@ def _stage(stage: str, argv: Sequence[str], given: dict[str, str], *inputs: str)
     beside: list[str] = []
     for file in files:
         with contextlib.suppress(UserError):  # there is none
-            beside += ["--config", str(find_config(file) and file)]
+            find_config(file)
+            beside += ["--config", str(file)]
     return ["rlhf", stage, *beside, *(word for name, value in given.items() for word in (f"--{name}", value)), *inputs]
 
 

@@ -22,6 +22,7 @@ from rlhf.doctor.plan.rates import LAUNCH, UTILISATION, find_gpu
 from rlhf.doctor.plan.show import lines
 from rlhf.doctor.plan.twin import read_shape
 from rlhf.doctor.plan.work import Work, assumed_work, read_work
+from rlhf.doctor.preflight.command import stage_of
 from rlhf.models.catalogue import resolve_model
 from rlhf.models.compute import Compute
 from rlhf.models.tokenization import load_tokenizer
@@ -69,8 +70,9 @@ def _stages(place: Path) -> dict[str, dict[str, Any]]:
         stages = {stage: {"name": folder_name(file), **read_yaml(file)} for stage, file in files.items()}
     else:
         values = read_yaml(place)
-        stage = place.stem if place.stem in STAGES else "sft" if "model_name_or_path" in values else ""
-        stage = stage or ("ppo" if "rollout_batch_size" in values or "reward" in values else "reward")
+        stage = stage_of(str(place), values)
+        if stage not in STAGES:
+            raise UserError(f"{place} is a config of {stage}, which has no plan; {', '.join(STAGES)} have")
         stages = {stage: {"name": folder_name(place), **values}}
     data = (place if place.is_dir() else place.parent) / "data.yaml"
     if data.is_file():
@@ -99,9 +101,9 @@ def _model(config: Any, arguments: Any) -> tuple[str, str]:
         return policy.manifest.base_model, str(policy.path)
     except UserError as error:
         folder = arguments.config if arguments.config.is_dir() else arguments.config.parent
-        if (folder / "sft.yaml").is_file():
-            name = str(read_yaml(folder / "sft.yaml")["model_name_or_path"])
-            return name, name
+        file = folder / "sft.yaml"
+        if file.is_file() and (name := read_yaml(file).get("model_name_or_path")):
+            return str(name), str(name)
         raise UserError(f"{config.policy} is not registered yet; name its base with --model") from error
 
 

@@ -1,4 +1,4 @@
-"""What a stage takes: memory and time by phase, disk, and the largest microbatch that fits."""
+"""Estimates of memory and time by phase, of disk, and of the largest microbatch that fits."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Phase:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a stage takes."""
+    """Memory, time and disk of a stage, as estimated."""
 
     stage: str
     phases: list[Phase]

@@ -80,7 +80,7 @@ class Shape:
 
 @dataclass
 class Count:
-    """What a phase held and called."""
+    """Bytes that a phase held, and operators that it called."""
 
     peak: int = 0
     """Most bytes alive at once, weights included."""

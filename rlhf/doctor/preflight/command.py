@@ -13,26 +13,24 @@ import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from rlhf.base.errors import UserError, run_command
-from rlhf.config import PPOConfig, PretrainConfig, RewardConfig, SFTConfig, TrainingConfig, parse_config, read_yaml
+from rlhf.config import STAGE_CONFIGS, TrainingConfig, parse_config, read_yaml
 
 USAGE = "usage: rlhf doctor preflight --config FILE [--option value ...], FILE and options of a stage"
-STAGES: dict[str, Any] = {"pretrain": PretrainConfig, "sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig}
 
 
 def stage_of(file: str, options: Iterable[str]) -> str:
     """Return the stage that a config file is named after, else the one whose options these are.
 
-    Only SFT has a base model, only PPO a reward, and pretraining no policy.
+    Only SFT has a base model, only PPO a reward or a rollout, and pretraining no policy.
     """
     names = set(options)
-    if (stage := Path(file).stem) in STAGES:
+    if (stage := Path(file).stem) in STAGE_CONFIGS:
         return stage
     if "model_name_or_path" in names:
         return "sft"
-    return "ppo" if "reward" in names else "reward" if "policy" in names else "pretrain"
+    return "ppo" if names & {"reward", "rollout_batch_size"} else "reward" if "policy" in names else "pretrain"
 
 
 def parse(argv: Sequence[str]) -> tuple[str, TrainingConfig]:
@@ -42,7 +40,7 @@ def parse(argv: Sequence[str]) -> tuple[str, TrainingConfig]:
         raise UserError(USAGE)
     words = [word.removeprefix("--").split("=")[0] for word in argv if word.startswith("--")]
     stage = stage_of(files[-1], [*words, *(name for file in files for name in read_yaml(file))])
-    return stage, parse_config(STAGES[stage], list(argv))
+    return stage, parse_config(STAGE_CONFIGS[stage], list(argv))
 
 
 def run(stage: str, config: TrainingConfig) -> None:
