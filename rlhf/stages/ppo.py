@@ -120,25 +120,31 @@ def run(
         trainer.train()
         run.tracker.log_frontier()
 
-        def publish(name: str) -> Artifact:
-            """Evaluate and register the policy with its current weights."""
-            answers = evaluation.evaluate(reference=False)
-            if name == config.name:
-                evaluation.log_comparison(sft_answers, answers)
-            return run.publish(
-                lambda folder: models.save_policy(folder, base_model=policy.manifest.base_model),
-                base_model=policy.manifest.base_model,
-                base_model_revision=policy.manifest.base_model_revision,
-                tokenizer=tokenizer,
-                metrics=_figures(run, trainer, sft_answers, answers),
-                name=name,
-                kind="full" if config.finetuning == "full" else "adapter",
-            )
-
+        publish = partial(_publish, trainer, evaluation, policy, sft_answers)
         if config.ema_decay is not None:
             with trainer.state.averaged_policy():
                 publish(f"{config.name}-ema")
         return publish(config.name)
+
+
+def _publish(
+    trainer: PPOTrainer, evaluation: HeldOut, policy: Artifact, sft_answers: PolicyEvaluation, name: str
+) -> Artifact:
+    """Evaluate and register the policy with its current weights, under this name."""
+    run = evaluation.run
+    answers = evaluation.evaluate(reference=False)
+    if name == run.config.name:
+        evaluation.log_comparison(sft_answers, answers)
+    base_model = policy.manifest.base_model
+    return run.publish(
+        lambda folder: evaluation.models.save_policy(folder, base_model=base_model),
+        base_model=base_model,
+        base_model_revision=policy.manifest.base_model_revision,
+        tokenizer=evaluation.tokenizer,
+        metrics=_figures(run, trainer, sft_answers, answers),
+        name=name,
+        kind="full" if run.config.finetuning == "full" else "adapter",
+    )
 
 
 def _called_back(run: Run[PPOConfig], trainer: PPOTrainer, update: int, metrics: Mapping[str, float]) -> Order | None:

@@ -102,8 +102,9 @@ def _model(config: Any, arguments: Any) -> tuple[str, str]:
     except UserError as error:
         folder = arguments.config if arguments.config.is_dir() else arguments.config.parent
         file = folder / "sft.yaml"
-        if file.is_file() and (name := read_yaml(file).get("model_name_or_path")):
-            return str(name), str(name)
+        base = read_yaml(file).get("model_name_or_path") if file.is_file() else None
+        if base:
+            return str(base), str(base)
         raise UserError(f"{config.policy} is not registered yet; name its base with --model") from error
 
 
