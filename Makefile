@@ -38,6 +38,7 @@ test-gpu:
 
 bench-gpu:
 	$(GPU_PYTHON) benchmarks/rollout.py --device cuda --variants default sampler=compiled $(ARGS)
+	$(GPU_PYTHON) benchmarks/floor.py --device cuda $(ARGS)
 	$(GPU_PYTHON) benchmarks/memory.py --device cuda $(ARGS)
 	$(GPU_PYTHON) benchmarks/scaling.py --device cuda $(ARGS)
 

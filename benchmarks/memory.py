@@ -60,7 +60,23 @@ def main() -> None:
 def stages(
     folder: Path, model: str, arguments: argparse.Namespace, dtype: str, options: Mapping[str, str]
 ) -> dict[str, Callable[[], dict[str, Any]]]:
-    """Writes the configs of the stages; returns what runs each in a process of its own.
+    """Writes the configs of the stages; returns what runs each in a process of its own."""
+    made = configs(folder, model, arguments, dtype, options)
+    # A new version of sft/chain would part PPO from its reward model.
+    made["sft again"] = {**made["sft"], "name": "again"}
+    runs = {}
+    for name, config in made.items():
+        file = folder / f"{name}.yaml"
+        file.write_text(json.dumps({**config, "output_dir": str(folder / name)}))  # JSON is YAML, too
+        work = {"kind": name.split()[0], "config": str(file), "device": arguments.device}
+        runs[name] = partial(common.measure, __file__, "stage", work)
+    return runs
+
+
+def configs(
+    folder: Path, model: str, arguments: argparse.Namespace, dtype: str, options: Mapping[str, str]
+) -> dict[str, dict[str, Any]]:
+    """The options of each stage, on the data of `write_data` in the folder.
 
     A demonstration is as long as an episode, so a microbatch of either stage has the same tokens.
     """
@@ -76,15 +92,7 @@ def stages(
     ppo = {**shared, "policy": "sft/chain", "reward": ["reward/chain"], "num_eval_samples": a.episodes}
     ppo |= {"total_episodes": a.episodes * a.updates, "rollout_batch_size": a.episodes, "minibatch_size": a.episodes}
     ppo |= {"microbatch_size": a.microbatch, "response_length": a.response, **options}
-    configs = {"sft": sft, "reward": reward, "ppo": ppo}
-    configs["sft again"] = {**sft, "name": "again"}  # a new version of sft/chain would part PPO from its reward model
-    runs = {}
-    for name, config in configs.items():
-        file = folder / f"{name}.yaml"
-        file.write_text(json.dumps({**config, "output_dir": str(folder / name)}))  # JSON is YAML, too
-        work = {"kind": name.split()[0], "config": str(file), "device": a.device}
-        runs[name] = partial(common.measure, __file__, "stage", work)
-    return runs
+    return {"sft": sft, "reward": reward, "ppo": ppo}
 
 
 def write_data(folder: Path, rows: int, vocab_size: int, prompt: int, response: int) -> None:

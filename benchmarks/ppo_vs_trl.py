@@ -24,8 +24,6 @@ from typing import Any
 import common
 
 TRL = "trl==1.12.0"
-#: Of an update of ours, in order.
-PHASES = ("rollout", "score", "optimise")
 
 
 def main() -> None:
@@ -91,14 +89,19 @@ def make_environment(folder: Path) -> Path:
 
 
 def ours(*, updates: int, device: str, **work: Any) -> dict[str, Any]:
-    """Updates of our trainer, where their time goes, and after them where the bytes of one more go."""
+    """Updates of our trainer, where their time goes, times over their floors, and where the bytes of one more update go."""
+    from floor import Clock
+    from products import PHASES, SIZES, Floor
+
     with common.ppo_trainer(**work, device=device, updates=updates + 1) as trainer:
-        told: list[dict[str, float]] = []
-        seconds = common.seconds_of(lambda: told.append(trainer.step()), updates, device)
-        warm = told[1:] or told
-        phases = {name: statistics.median(metrics[f"time/{name}"] for metrics in warm) for name in PHASES}
+        floor = Floor("ppo", work["model"], trainer.config, *(work[name] for name in SIZES))
+        clock = Clock(floor, updates - 1, profiled=False)
+        clock.updates_of(trainer)
+        phases = {name: statistics.median(step[name]["seconds"] for step in clock.timed) for name in PHASES}
+        ratios = [step["update"]["ratio"] for step in clock.timed]
+        over = {f"over its floor, {kind}": statistics.median(ratio[kind] for ratio in ratios) for kind in ratios[0]}
         tokens = work["episodes"] * (work["prompt"] + work["response"])
-        return {"seconds": seconds, "phases": phases, "gb": gigabytes(trainer, tokens)}
+        return {"seconds": clock.seconds, "phases": phases, "times": over, "gb": gigabytes(trainer, tokens)}
 
 
 def gigabytes(trainer: Any, tokens: int) -> dict[str, float]:
@@ -228,12 +231,12 @@ def table(summary: Mapping[str, Any]) -> str:
 
 
 def parts(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """Markdown: where the time and the bytes of our updates go."""
+    """Markdown: where the time and the bytes of our updates go, and how far they are from their floors (`floor.py`)."""
     own = {name: of for name, of in runs.items() if name != "trl"}
     lines = ["| " + " | ".join(["", *own]) + " |", "|---" * (1 + len(own)) + "|"]
-    for key, unit in (("phases", "s"), ("gb", "GB")):
+    for key, unit in (("phases", "s"), ("times", "times"), ("gb", "GB")):
         for part in next(iter(own.values()))[0][key]:
-            figures = [f"{statistics.median(run[key][part] for run in of):.3g}" for of in own.values()]
+            figures = [common.show(common.spread([run[key][part] for run in of])) for of in own.values()]
             lines.append("| " + " | ".join([f"{part}, {unit}", *figures]) + " |")
     return "\n".join(lines)
 

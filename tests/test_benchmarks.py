@@ -135,9 +135,10 @@ def test_ppo_as_a_user_starts_it(tmp_path: Path) -> None:
     assert len(run["seconds"]) == 2 and run["peak_rss_gb"] > 0.1
     assert result["summary"]["seconds_per_update"]["ours, default"]["median"] == run["seconds"][1]
     assert sum(run["phases"].values()) <= run["seconds"][1], "the warm-up's phases, or phases counted twice"
-    assert all(figure > 0 for figure in run["gb"].values())
+    assert all(figure > 0 for key in ("gb", "times") for figure in run[key].values())
+    assert run["times"]["over its floor, base"] >= run["times"]["over its floor, with adapters"]
     assert run["gb"]["optimiser states"] == pytest.approx(2 * run["gb"]["trained weights"], rel=0.01)
-    assert "| optimiser states, GB |" in done.stdout
+    assert "| optimiser states, GB |" in done.stdout and "| over its floor, base, times |" in done.stdout
 
 
 @pytest.mark.skipif(not TRL_PYTHON.is_file(), reason="needs TRL 1.12.0 in .venv-trl, which the first run makes")
@@ -298,6 +299,7 @@ def test_a_run_that_fails_ends_the_benchmark(
         ("rollout", ["--variants", "default", "sampling=none"], "unknown key 'sampling'"),
         ("rollout", ["--variants", "fast"], "'fast' must be 'default' or 'name=value,name=value'"),
         ("ppo_vs_trl", ["--microbatch", 3], r"must be a multiple of --microbatch \(3\)"),
+        ("floor", ["--microbatch", 3], r"must be a multiple of --microbatch \(3\)"),
         ("memory", ["--microbatch", 3], r"must be a multiple of --microbatch \(3\)"),
         ("scaling", ["--rollouts", 3, "--microbatch", 2], r"responses an update \(3\) must be a multiple"),
     ],
