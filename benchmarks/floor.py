@@ -80,13 +80,14 @@ class Clock(TrainerCallback):
                 metrics = trainer.step()
                 self.on_step_end(phases={name: metrics[f"time/{name}"] for name in PHASES})
 
-    def operators(self) -> dict[str, Any]:
+    def operators(self, times: Times) -> dict[str, Any]:
         """Seconds and calls of the operators that cost most besides the base products, and the sum of those.
 
         A product with a side that is smaller than any layer, and that is no number of rows, is an adapter's or a score head's.
         """
         floor, seconds, calls = self.floor, Counter[str](), Counter[str]()
-        narrow = min(min(layer.inputs, layer.outputs) for layer in floor.layers)
+        sides = [side for layer in floor.layers for side in (layer.inputs, layer.outputs) if side > layer.rank]
+        narrow = min(sides, default=0)  # of layers but for routers, which are narrower than adapters
         rows = {floor.rows, floor.answers, floor.at_once, floor.episodes}
         for event in cast(profile, self.profiler).key_averages(group_by_input_shape=True):
             name = event.key.removeprefix("aten::")
@@ -96,17 +97,18 @@ class Clock(TrainerCallback):
             name = BASE if name == "mkldnn::_linear_pointwise" else name  # sampling, with the policy's adapter merged
             seconds[name] += (event.self_device_time_total if self.cuda else event.self_cpu_time_total) / 1e6
             calls[name] += event.count
-        sums = {BASE: seconds.pop(BASE, 0.0), "other operators": sum(seconds.values())}
-        sums["outside operators"] = self.seconds[-1] - sum(sums.values())
+        parts = {BASE: seconds.pop(BASE, 0.0), "other operators": sum(seconds.values())}
+        parts["outside operators"] = self.seconds[-1] - sum(parts.values())
         top = [{"name": name, "seconds": own, "calls": calls[name]} for name, own in seconds.most_common(TOP)]
-        return {"whole step": self.seconds[-1], **sums, "top": top}
+        least = list(floor.pieces.values())[-1].seconds(times)["base"]
+        return {"whole step": self.seconds[-1], "floor of the base products": least, **parts, "top": top}
 
     def report(self) -> dict[str, Any]:
         """What a worker reports."""
         times = self.floor.times()
         counted = {"pieces": {name: piece.flops() for name, piece in self.floor.pieces.items()}}
         rates = {"modules": self.floor.modules(times), "gb_per_second": 1e-9 / times[None]}
-        return {"timed": self.timed, **counted, **rates, "operators": self.operators()}
+        return {"timed": self.timed, **counted, **rates, "operators": self.operators(times)}
 
 
 class Measured(Exception):
@@ -127,11 +129,8 @@ def supervised(*, kind: str, model: str, registry: str, dtype: str, updates: int
     arguments = argparse.Namespace(**work, updates=updates + 3)
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         options = {**memory.configs(Path(folder), model, arguments, dtype, {})[kind], "registry": registry}
-        options |= {
-            "output_dir": folder,
-            "preflight": False,
-            **({"policy": "sft/benchmark"} if kind == "reward" else {}),
-        }
+        options |= {"output_dir": folder, "preflight": False}
+        options |= {"policy": "sft/benchmark"} if kind == "reward" else {}
         size = read_shape(model, registry).vocab_size
         memory.write_data(Path(folder, "data"), 2 * work["episodes"], size, work["prompt"], work["response"])
         config: Any = build(STAGE_CONFIGS[kind], options, "benchmark")
