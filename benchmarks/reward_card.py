@@ -37,7 +37,7 @@ from rlhf.config import RewardConfig, SFTConfig, build, parse_config, read_yaml
 from rlhf.data_prep.load import load_rows
 from rlhf.evaluation.card import statistics as cards
 from rlhf.evaluation.card.judged import Judged, rated_pairs
-from rlhf.models.adapters import direct_casting
+from rlhf.models.adapters import fast_adapters
 from rlhf.models.base import load_policy
 from rlhf.models.compute import Compute
 from rlhf.models.reward_model import trainable_reward_model
@@ -299,7 +299,7 @@ def time_step(model: Any, rows: list[Row], pad_id: int, compute: Compute, respon
     for first in range(0, len(rows), size):
         batch = {name: value.to(compute.device) for name, value in collator(rows[first : first + size]).items()}
         batches = prompt_batches(batch["prompt"], responses)
-        with direct_casting(model, compute), compute.autocast():
+        with fast_adapters(model, compute), compute.autocast():
             scores = score_rows(model, batch["input_ids"], batch["attention_mask"], batches)
         pairs = ordered_pairs(batch["ratings"], batch["prompt"])
         ranking_loss(scores, pairs, int(batch["prompt"].max()) + 1).backward()

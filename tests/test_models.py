@@ -99,7 +99,7 @@ def reward_model(
 
 def shared_models(family: str, folder: Path, config: PPOConfig, *, seed: int = 21, fresh: bool = False) -> SharedModels:
     """The models of PPO with a reward adapter made in `folder`; the policy has moved from its start unless `fresh`."""
-    compute = Compute(torch.device("cpu"), getattr(torch, config.dtype))
+    compute = Compute(torch.device("cpu"), getattr(torch, config.dtype), config.fuse_adapters)
     if config.quantization == "none":
         base = build_model(family, VOCAB, dtype=compute.dtype)
         reward_model(family, folder, config)
@@ -124,7 +124,7 @@ def separate_models(
 ) -> SeparateModels:
     """The same with a model for each role (`finetuning: full`)."""
     reward_model(family, folder, config)
-    compute = Compute(torch.device("cpu"), getattr(torch, config.dtype))
+    compute = Compute(torch.device("cpu"), getattr(torch, config.dtype), config.fuse_adapters)
     base = build_model(family, VOCAB, dtype=compute.dtype)
     assert pack_rows(base)
     models = SeparateModels(base, compute, shared_trunk=config.value_model == "shared_trunk")

@@ -35,6 +35,7 @@ PLACE_OPTIONS = {
     "offload_base",
     "sampler",
     "merge_adapter",
+    "fuse_adapters",
     "preflight",
 }
 #: Options that name an input by its place; a recipe holds the input's hash instead.
@@ -84,6 +85,7 @@ class ComputeConfig:
         "attention implementation; auto leaves out padding and computes shared prefixes once, with sdpa for other models",
         "auto",
     )
+    fuse_adapters: bool = option("compute a linear layer and its LoRA adapter as one function; false: peft's way", True)
 
     def __post_init__(self) -> None:
         for one in dataclasses.fields(self):  # from Python, a list of one may come alone, and a scorer as itself

@@ -20,6 +20,8 @@ class Compute:
 
     device: torch.device
     dtype: torch.dtype
+    fuse_adapters: bool = True
+    """Compute a layer and its adapter as one function."""
 
     @classmethod
     def choose(cls, config: ComputeConfig) -> Compute:
@@ -45,7 +47,7 @@ class Compute:
             dtype = torch.bfloat16 if fast else torch.float32
         # TF32 for the fp32 products of a bf16 run; a run in float32 means all of its 24 bits.
         torch.backends.cuda.matmul.allow_tf32 = dtype == torch.bfloat16
-        return cls(device, dtype)
+        return cls(device, dtype, config.fuse_adapters)
 
     @property
     def bf16(self) -> bool:

@@ -26,7 +26,7 @@ from rlhf.base.errors import UserError
 from rlhf.models.adapters import (
     ADAPTER_FILE,
     added_to_base,
-    direct_casting,
+    fast_adapters,
     fitted,
     lora_layers,
     read_adapter_config,
@@ -138,7 +138,7 @@ class RoleModels(nn.Module, abc.ABC):
     @contextlib.contextmanager
     def training_as(self, role: Role) -> Iterator[None]:
         """Context of a role's forward pass *and its backward*: recomputed activations need its adapter again."""
-        with self.role(role), direct_casting(self, self.compute):
+        with self.role(role), fast_adapters(self, self.compute):
             yield
 
     def _disable_dropout(self) -> None:
@@ -152,7 +152,7 @@ class RoleModels(nn.Module, abc.ABC):
 
     def hidden(self, input_ids: Tensor, mask: Tensor) -> Tensor:
         """Return the current role's last hidden states (B, T, d); positions count real tokens only."""
-        with self.compute.autocast(), direct_casting(self, self.compute):
+        with self.compute.autocast(), fast_adapters(self, self.compute):
             return hidden_states(self.causal, input_ids, mask)
 
     def logits(self, hidden: Tensor) -> Tensor:

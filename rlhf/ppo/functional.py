@@ -99,8 +99,7 @@ def entropy(log_pi: Tensor) -> Tensor:
 
     Args: log_pi (..., V), where -inf means a token that cannot be drawn and adds 0. Returns: (...), from 0 to log V.
     """
-    pi = log_pi.exp()
-    return -(pi * log_pi.masked_fill(pi == 0, 0.0)).sum(-1)  # 0 log 0 = 0, and not 0 * -inf = NaN
+    return -_expectation(log_pi.exp(), log_pi)
 
 
 def full_kl(log_pi: Tensor, log_ref: Tensor) -> Tensor:
@@ -110,8 +109,7 @@ def full_kl(log_pi: Tensor, log_ref: Tensor) -> Tensor:
     cannot.
     """
     check_shapes(log_pi.shape, log_ref=log_ref)
-    pi = log_pi.exp()
-    return (pi * (log_pi - log_ref).masked_fill(pi == 0, 0.0)).sum(-1)
+    return _expectation(log_pi.exp(), log_pi - log_ref)
 
 
 def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
@@ -241,6 +239,15 @@ def _masked(x: Tensor, mask: Tensor) -> Tensor:
 def _next(x: Tensor) -> Tensor:
     """Return x at t + 1, zero or False after the end: (B, R) -> (B, R)."""
     return torch.cat([x[:, 1:], torch.zeros_like(x[:, :1])], dim=1)
+
+
+def _expectation(pi: Tensor, x: Tensor) -> Tensor:
+    """Return sum_v pi_v x_v (...), where x may be infinite or NaN at tokens of probability 0, which add 0."""
+    if x.device.type == "cpu":  # elsewhere the look at the result would wait for the device
+        total = torch.linalg.vecdot(pi, x)
+        if not bool(total.isnan().any()):
+            return total
+    return (pi * x.masked_fill(pi == 0, 0.0)).sum(-1)
 
 
 def _moments(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.config import ComputeConfig
-from rlhf.models.adapters import direct_casting
+from rlhf.models.adapters import fast_adapters
 from rlhf.models.compute import Compute
 from rlhf.models.reward_model import load_reward_model
 from rlhf.models.sequences import length_sorted_batches, pad, prompt_batches
@@ -50,7 +50,7 @@ class Scorer:
     @torch.no_grad()
     def raw(self, rows: Sequence[Sequence[int]], prompt: Tensor | None = None) -> Tensor:
         """Return the model's own scores (M,); their differences are log-odds that one response is the better one."""
-        with direct_casting(self.model, self.compute), self.compute.autocast():
+        with fast_adapters(self.model, self.compute), self.compute.autocast():
             return score_tokens(self.model, rows, int(self.tokenizer.pad_token_id), self.batch_size, prompt=prompt)
 
     @torch.no_grad()
@@ -62,7 +62,7 @@ class Scorer:
             ids = nn.functional.pad(ids, (left, right), value=pad_id).to(self.compute.device)
             attention = nn.functional.pad(mask, (left, right)).long().to(self.compute.device)
             positions = (attention.cumsum(dim=1) - 1).clamp_min(0)
-            with direct_casting(self.model, self.compute), self.compute.autocast():
+            with fast_adapters(self.model, self.compute), self.compute.autocast():
                 output = self.model(
                     input_ids=ids, attention_mask=attention, position_ids=positions, use_cache=False
                 ).logits

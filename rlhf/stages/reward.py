@@ -31,7 +31,7 @@ from rlhf.doctor.probe import Probe
 from rlhf.evaluation.card.evidence import PolicyEvidence, policy_evidence
 from rlhf.evaluation.card.output import figures, log_card, print_card, save_card
 from rlhf.evaluation.card.report_card import make_card
-from rlhf.models.adapters import direct_casting
+from rlhf.models.adapters import fast_adapters
 from rlhf.models.base import context_length, load_policy
 from rlhf.models.inputs import function_inputs
 from rlhf.models.reward_model import load_reward_model, save_reward_model, trainable_reward_model
@@ -194,7 +194,7 @@ def train_and_save(
     run: Run[RewardConfig], model: Any, trainer: RankingTrainer, policy: Artifact, prepared: Prepared, folder: Path
 ) -> tuple[Tensor, dict[str, str]]:
     """Train the model and save it; return its raw scores of `prepared.texts`, and the digests of its tensors."""
-    with direct_casting(model, run.compute):
+    with fast_adapters(model, run.compute):
         train(trainer, run)
     scorer = Scorer(model, prepared.tokenizer, run.compute, run.config.per_device_eval_batch_size)
     try:

@@ -14,6 +14,7 @@ from toys import FAMILIES, build_model
 
 from rlhf.base.errors import UserError
 from rlhf.models import logprobs
+from rlhf.models.fused import FusedLinear
 from rlhf.models.roles import RoleModels
 from rlhf.models.sequences import length_sorted_batches
 from rlhf.ppo import forward
@@ -39,6 +40,23 @@ def assert_close(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> 
     assert one.keys() == two.keys()
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fused_adapters_give_the_same_update(family: str, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches: an adapter of another role, one without its scaling, a gradient that is lost, and a switch that nobody reads."""
+    options: dict[str, Any] = {"ptx_coef": 0.0, "adam_epsilon": 1e-3}
+    fused, usual = (make(family, folder=name, fuse_adapters=name == "fused", **options) for name in ("fused", "usual"))
+    calls: list[int] = []
+    product = FusedLinear.forward
+    monkeypatch.setattr(FusedLinear, "forward", lambda layer, x: calls.append(1) or product(layer, x))
+    usual.step()
+    assert not calls
+    fused.step()
+    assert calls
+    tolerance = 1e-4 if family == "llama" else 1e-9
+    for name, weight in weights(usual.models).items():
+        torch.testing.assert_close(weights(fused.models)[name], weight, rtol=0, atol=tolerance, msg=name)
 
 
 @pytest.mark.parametrize("value_model", ["adapter", "shared_trunk"])

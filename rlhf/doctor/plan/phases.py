@@ -18,7 +18,7 @@ from rlhf.config import PPOConfig, RewardConfig, SFTConfig, TrainingConfig
 from rlhf.doctor.plan.rehearsal import Count, Rehearsal
 from rlhf.doctor.plan.twin import twin
 from rlhf.doctor.plan.work import Row, Work
-from rlhf.models.adapters import direct_casting, fitted, lora_config, with_adapter
+from rlhf.models.adapters import fast_adapters, fitted, lora_config, with_adapter
 from rlhf.models.anatomy import assume_usual
 from rlhf.models.compute import Compute
 from rlhf.models.decoding import last_logits, ordered_bytes, parts, prefill
@@ -136,7 +136,7 @@ def rehearse_sft(stage: Stage) -> None:
 
     def loss(rows: Sequence[Row], *, train: bool) -> None:
         ids, mask, labels = _labelled(rows)
-        with torch.set_grad_enabled(train), direct_casting(model, stage.compute), stage.compute.autocast():
+        with torch.set_grad_enabled(train), fast_adapters(model, stage.compute), stage.compute.autocast():
             total, logits, _ = answer_loss(causal, ids, mask, labels)
             logits.detach().argmax(dim=-1)
         if train:
@@ -170,7 +170,7 @@ def rehearse_reward(stage: Stage) -> None:
         ids, mask = pad(rows, 0, side="right")
         prompt = torch.tensor([number for number, group in enumerate(groups) for _ in group])
         batches = prompt_batches(prompt, config.per_device_eval_batch_size)
-        with torch.set_grad_enabled(train), direct_casting(model, stage.compute), stage.compute.autocast():
+        with torch.set_grad_enabled(train), fast_adapters(model, stage.compute), stage.compute.autocast():
             values = score_rows(model, ids, mask.long(), batches)
             ratings = torch.arange(len(rows), dtype=torch.float64)
             loss = ranking_loss(values, ordered_pairs(ratings, prompt), len(groups), Objective())

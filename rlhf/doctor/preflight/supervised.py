@@ -30,7 +30,7 @@ from rlhf.doctor.preflight.models import (
 )
 from rlhf.doctor.preflight.room import ActivationMeter, check_disk, check_memory
 from rlhf.doctor.preflight.text import check_labels, check_rankings, fitting_pairs
-from rlhf.models.adapters import direct_casting, merged_adapter, read_adapter, save_adapter
+from rlhf.models.adapters import fast_adapters, merged_adapter, read_adapter, save_adapter
 from rlhf.models.anatomy import anatomy
 from rlhf.models.base import context_length
 from rlhf.models.heads import ScalarHead
@@ -180,7 +180,7 @@ def _check_gradients(
         model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
     batch = rehearsal._prepare_inputs(trainer.data_collator(rows))
     meter = ActivationMeter(model)
-    with direct_casting(model, context.compute), meter.counted():
+    with fast_adapters(model, context.compute), meter.counted():
         with trainer.accelerator.autocast():
             loss = rehearsal.compute_loss(model, batch)
         loss.backward()
@@ -206,7 +206,7 @@ def _check_saved(
     def load(folder: Path) -> None:
         read_adapter(model, folder, adapter="default")
 
-    with direct_casting(model, context.compute):
+    with fast_adapters(model, context.compute):
         checks = [check_reload(intended, save, load, outputs, context.folder)]
         if context.config.quantization == "none" and not context.config.use_dora:  # else it is merged in another way
             unmerged = outputs()
