@@ -337,3 +337,17 @@ def test_latin1_in_a_json_array(tmp_path: Path) -> None:
     file.write_bytes('[{"prompt": "a"},\n {"prompt": "é"}]'.encode("latin-1"))
     with pytest.raises(UserError, match=r"a.json is not UTF-8: line 2, byte 14 \(0xe9, 'é' in Latin-1\)"):
         list(read_file(file))
+
+
+def test_stages_and_rows_need_neither_ijson_nor_plotly(tmp_path: Path, write_jsonl: Write) -> None:
+    """A GPU machine without a network lacks them; only a .json file and a page with charts need them."""
+    file = write_jsonl(demonstrations(3))
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(['ijson', 'plotly']))\n"
+        "import rlhf.pipeline, rlhf.stages.pretrain\n"
+        "from rlhf.data_prep.load import load_rows\n"
+        f"print(len(load_rows({str(file)!r}, 'train', kind='demonstrations').rows))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert int(done.stdout.split()[-1]) >= 1

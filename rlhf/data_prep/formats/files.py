@@ -19,7 +19,6 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
-import ijson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -187,20 +186,30 @@ def _place_of_rows(file: Path) -> str:
         if not first.lstrip().startswith(b"{") or (more and _is_json(first)):
             return ""
         with open_text(file) as stream:
-            return _place_in_object(stream) or ("" if _is_json(first) else _refuse_object(file))
-    except (ijson.JSONError, UnicodeDecodeError, EOFError, OSError, zlib.error):
+            place = _place_in_object(stream)
+            broken = place is None  # reported when it is read
+            return place or ("" if broken or _is_json(first) else _refuse_object(file))
+    except (UnicodeDecodeError, EOFError, OSError, zlib.error):
         return ""  # reported when it is read
 
 
-def _place_in_object(stream: IO[bytes]) -> str:
-    """Return the place of the first list of objects in the object that a stream begins with, under a name such as `data`."""
+def _place_in_object(stream: IO[bytes]) -> str | None:
+    """Return the place of the first list of objects in the object that a stream begins with, under a name such as `data`.
+
+    It is empty if there is none, and None if the object is broken before its list.
+    """
+    import ijson  # here: a machine that trains on prepared rows can do without
+
     name = ""
-    for prefix, event, _ in ijson.parse(stream):
-        if event == "start_map" and name and prefix == f"{name}.item":
-            return prefix
-        name = prefix if event == "start_array" and prefix in _LISTS else ""
-        if not prefix and event == "end_map":
-            break
+    try:
+        for prefix, event, _ in ijson.parse(stream):
+            if event == "start_map" and name and prefix == f"{name}.item":
+                return prefix
+            name = prefix if event == "start_array" and prefix in _LISTS else ""
+            if not prefix and event == "end_map":
+                break
+    except ijson.JSONError:
+        return None
     return ""
 
 
@@ -265,6 +274,8 @@ def _repeated(value: Any) -> str:
 
 
 def _json_array_lines(file: Path, _: int, *, place: str) -> Iterator[Line]:
+    import ijson
+
     number = 0
     with open_text(file) as stream:
         try:
