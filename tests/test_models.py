@@ -12,6 +12,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from toys import BENT, FAMILIES, build_bent, build_model
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -610,3 +611,26 @@ def test_gradients_go_through_a_quantised_base(quantization: Any, sft_artifact: 
         got = gradients[1][name]
         assert float(torch.cosine_similarity(got.flatten(), expected.flatten(), dim=0)) > floor, name
         assert float((got - expected).abs().max()) <= atol, name
+
+
+def test_a_scalar_head_on_a_gpu_makes_no_matrix_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches: scores and values that TF32 rounds to 10 bits, forwards or backwards, and another sum than a CPU's."""
+    head, states = ScalarHead(24, bias=True, dtype=torch.float32), torch.randn(3, 5, 24, requires_grad=True)
+    with torch.no_grad():
+        head.weight.normal_(), head.bias.fill_(0.5)
+    expected = head(states)
+    gradients = torch.autograd.grad(expected.square().sum(), [states, *head.parameters()])
+    called = set[str]()
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            called.add(function.__name__.split(".")[0])
+            return function(*args, **(kwargs or {}))
+
+    monkeypatch.setattr("rlhf.models.heads.PRODUCTS", ())
+    with Names():
+        scores = head(states)
+        summed = torch.autograd.grad(scores.square().sum(), [states, *head.parameters()])
+    assert "mul" in called and not called & {"mm", "addmm", "bmm", "mv", "addmv", "linear"}
+    torch.testing.assert_close(scores, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(summed, gradients, rtol=0, atol=1e-4)
