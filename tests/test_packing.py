@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -35,10 +37,114 @@ def batch(side: str) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.tensor(ids), torch.tensor(mask)
 
 
+def varlen_attn(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_q: torch.Tensor,
+    cu_seq_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """What `torch.nn.attention.varlen.varlen_attn` of torch 2.12 documents, segment by segment."""
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32 and window_size[1] == 0
+    assert enable_gqa or query.shape[1] == key.shape[1]
+    outputs = []
+    queries, keys = (part.tolist() for part in (cu_seq_q, cu_seq_k))
+    for first, last, start, end in zip(queries, queries[1:], keys, keys[1:], strict=False):
+        assert last - first <= min(max_q, end - start) and end - start <= max_k
+        rows = torch.arange(end - start)[end - start - (last - first) :, None]  # the last of the keys
+        left = window_size[0] if window_size[0] >= 0 else math.inf
+        seen = (rows >= torch.arange(end - start)) & (rows - torch.arange(end - start) <= left)
+        k, v = (x[start:end].repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key, value))
+        scores = torch.einsum("thd,shd->hts", query[first:last], k) * (scale or query.shape[2] ** -0.5)
+        outputs.append(torch.einsum("hts,shd->thd", scores.masked_fill(~seen, -torch.inf).softmax(dim=-1), v))
+    return torch.cat(outputs)
+
+
+def without_window(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_q: torch.Tensor,
+    cu_seq_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    is_causal: bool = False,
+) -> torch.Tensor:
+    """The form of torch 2.10."""
+    window = (-1, 0) if is_causal else (-1, -1)
+    return varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, window_size=window, enable_gqa=True)
+
+
+def top_left(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_q: torch.Tensor,
+    cu_seq_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float,
+    window_size: tuple[int, int],
+    enable_gqa: bool,
+) -> torch.Tensor:
+    """A kernel that counts a segment's queries from its first key."""
+    counts = cu_seq_q.diff()
+    key, value = (
+        torch.cat([x[start : start + n] for start, n in zip(cu_seq_k.tolist(), counts.tolist(), strict=False)])
+        for x in (key, value)
+    )
+    how: Any = {"scale": scale, "window_size": window_size, "enable_gqa": enable_gqa}
+    return varlen_attn(query, key, value, cu_seq_q, cu_seq_q, max_q, max_k, **how)
+
+
+def refusing(*args: Any, window_size: Any) -> torch.Tensor:
+    """A kernel that does not take the type or the width of heads."""
+    raise RuntimeError("FlashAttention only supports fp16 and bf16")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "scaling", "window", "usable"),
+    [
+        (varlen_attn, 0.3, None, True),
+        (varlen_attn, 0.3, 2, True),
+        (without_window, 8**-0.5, None, True),
+        (without_window, 0.3, None, False),
+        (without_window, 8**-0.5, 2, False),
+        (top_left, 0.3, None, False),
+        (refusing, 0.3, None, False),
+    ],
+)
+def test_a_kernel_is_taken_if_it_computes_what_the_masked_one_does(
+    kernel: Callable[..., torch.Tensor], scaling: float, window: int | None, usable: bool
+) -> None:
+    """Catches: a version of torch whose kernel has no window or scale, or aligns the causal mask otherwise, and is believed."""
+    found = packing.proven(kernel, torch.device("cpu"), torch.float32, (6, 2, 8), scaling, window)
+    assert (found is not None) == usable
+
+
+@pytest.mark.parametrize("varlen", [False, True], ids=["masked", "varlen"])
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_hidden_states_and_gradients_are_those_of_separate_rows(family: str, side: str) -> None:
+def test_hidden_states_and_gradients_are_those_of_separate_rows(
+    family: str, side: str, varlen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A wrong position, a mask that misses the opening, or keys repeated without gradient would all show here."""
+    if varlen:
+
+        def kernel(query: torch.Tensor, key: torch.Tensor, scaling: float, _: float, window: int | None) -> Any:
+            shape = (query.shape[1], key.shape[1], query.shape[3])
+            found = packing.proven(varlen_attn, query.device, query.dtype, shape, scaling, window)
+            assert found is not None
+            return found
+
+        monkeypatch.setattr(packing, "varlen_kernel", kernel)
     model = build_model(family, 32, dtype=torch.float64)
     ids, mask = batch(side)
     positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
@@ -60,26 +166,39 @@ def test_hidden_states_and_gradients_are_those_of_separate_rows(family: str, sid
         torch.testing.assert_close(one, two, rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("mask_shape", [(5, 7), (3, 1, 5, 7), None])
-def test_a_gpus_attention_is_that_of_a_cpu(mask_shape: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Key heads repeated in another order than query heads share them; and grouped heads asked for together with a mask, for
-    which CUDA has only the slow kernel that holds all weights."""
-    generator = torch.Generator().manual_seed(0)
-    query, key, value = (torch.randn(3, heads, n, 8, generator=generator) for heads, n in ((6, 5), (2, 7), (2, 7)))
-    mask = None if mask_shape is None else torch.rand(mask_shape, generator=generator) < 0.7
-    kernel, asked = torch.nn.functional.scaled_dot_product_attention, list[bool]()
+@pytest.mark.parametrize("rows", [[OPENING, [12, 13]], ROWS], ids=["apart", "shared"])
+def test_the_keys_of_rows_that_share_nothing_are_not_copied(rows: list[list[int]]) -> None:
+    """Catches: a copy of all keys in every layer of every pass, which rows without a common beginning do not need."""
+    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+    segments = packing.Layout.of(ids, ids > 0).segments
+    assert (segments.keys is None) == (rows is not ROWS)
+    lengths = list(map(len, rows)) if rows is not ROWS else [len(OPENING), *map(len, rows)]
+    assert segments.key_ends.diff().tolist() == lengths
 
-    def spy(*args: Any, enable_gqa: bool, **kwargs: Any) -> torch.Tensor:
-        asked.append(enable_gqa)
-        return kernel(*args, enable_gqa=enable_gqa, **kwargs)
+
+@pytest.mark.parametrize("length", [16, 17])
+@pytest.mark.parametrize("masked", ["(T, S)", "(B, 1, T, S)", ""])
+def test_a_gpus_attention_is_that_of_a_cpu(masked: str, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Key heads repeated in another order than query heads share them; grouped heads asked for together with a mask, for which
+    CUDA has only the slow kernel that holds all weights; and keys repeated for few queries, as in each step of decoding."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(3, heads, n, 8, generator=generator) for heads, n in ((6, length), (2, 7), (2, 7)))
+    shapes = {"(T, S)": (length, 7), "(B, 1, T, S)": (3, 1, length, 7)}
+    mask = torch.rand(shapes[masked], generator=generator) < 0.7 if masked else None
+    kernel, asked = torch.nn.functional.scaled_dot_product_attention, list[tuple[bool, int]]()
+
+    def spy(query: Any, key: Any, value: Any, *, enable_gqa: bool = False, **kwargs: Any) -> torch.Tensor:
+        asked.append((enable_gqa, key.shape[1]))
+        return kernel(query, key, value, enable_gqa=enable_gqa, **kwargs)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
     fused = packing._attend_fused(query, key, value, mask, 0.3, 0.0)
-    seen = torch.ones(3, 1, 5, dtype=torch.bool) if mask is None else mask.any(dim=-1).expand(3, 1, 5)
+    seen = torch.ones(3, 1, length, dtype=torch.bool) if mask is None else mask.any(dim=-1).expand(3, 1, length)
     plain = packing._attend(query, key, value, mask, 0.3, 0.0)
-    rows = seen.expand(3, 6, 5)  # a row that sees nothing is padding, and anything
+    rows = seen.expand(3, 6, length)  # a row that sees nothing is padding, and anything
     torch.testing.assert_close(fused[rows], plain[rows], rtol=0, atol=1e-5)
-    assert asked == [mask is None]
+    # 2 key heads x 8 wide: of 17 queries, repeated keys are smaller than repeated lines of the mask
+    assert asked == [(not masked, 6 if masked and length == 17 else 2)]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

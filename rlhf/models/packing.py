@@ -5,14 +5,23 @@ padding. Prompts of one task share a prefix (the chat header, the instruction), 
 it: the packed row holds those tokens once, like the nodes of a prefix tree. Only attention needs to know which token
 belongs to which row; it is registered with transformers under the name `packed` and reads this from the `Layout`.
 
+On a GPU attention is torch's variable-length flash attention where the installed torch and the device compute what the
+masked kernel computes (`proven`); elsewhere rows are unpacked and masked. Keys of shared tokens are copied into each row
+that attends to them: flash attention can point several rows to the same keys (block tables), but has no gradient for it. The
+copies cost memory traffic in attention only; each shared token still goes through all linear layers once, which is nearly
+all of the work, so prefixes stay shared on a GPU, too. `attn_implementation: sdpa` shares and packs nothing.
+
 Legend: B rows, T padded length, P prefix shared by all rows, L longest remainder, N packed tokens, H query heads, K key
 heads, D head width.
 """
 
 from __future__ import annotations
 
+import inspect
 import types
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, cached_property, partial
 from typing import Any
 
 import torch
@@ -25,6 +34,24 @@ from rlhf.models.anatomy import as_output, backbone, probe_ids, run_backbone, ta
 
 #: Name of this attention among transformers' implementations.
 PACKED = "packed"
+
+
+@dataclass(frozen=True)
+class Segments:
+    """A packed row for variable-length attention: the shared prefix, then each row's own tokens, as segments of queries.
+
+    A segment's queries are the last of its keys: those of a row are all of its tokens, the prefix and borrowed ones included.
+    """
+
+    keys: Tensor | None
+    """(K,) int64: packed positions of the keys of all segments; None if they are the packed row itself."""
+    query_ends: Tensor
+    """(B + 2,) int32, without a prefix (B + 1,): 0, and the end of each segment among the queries."""
+    key_ends: Tensor
+    """The same, among the keys."""
+    longest_query: int
+    """Bound of a segment's queries."""
+    longest_key: int
 
 
 @dataclass(frozen=True)
@@ -47,6 +74,32 @@ class Layout:
     """(N - P,) int64: positions in the flattened (B * L) of the tokens that their row owns, in packed order."""
     borrowed: Tensor
     """(n,) int64: positions in the flattened (B * L) of the tokens that an earlier row owns."""
+
+    @cached_property
+    def segments(self) -> Segments:
+        """The rows as segments of variable-length attention; no number of it goes through the host."""
+        (rows, longest), device = self.unpacked.shape, self.unpacked.device
+        ends = longest * torch.arange(rows + 1, device=device)
+        own, borrowed = (torch.searchsorted(cells, ends) for cells in (self.repacked, self.borrowed))
+        prefix = torch.arange(self.shared, device=device)
+        grid = torch.cat([prefix.expand(rows, -1), self.unpacked], dim=1)
+        rest = torch.cat([self.repacked, self.borrowed])
+        cells = torch.cat(
+            [
+                (grid.shape[1] * torch.arange(rows, device=device)[:, None] + prefix).flatten(),
+                rest // longest * grid.shape[1] + self.shared + rest % longest,
+            ]
+        )
+        alone = self.shared == 0 and len(self.borrowed) == 0
+        zero = (1, 0) if self.shared else (0, 0)  # without a prefix the first row begins at 0
+        keys = self.shared * torch.arange(1, rows + 2, device=device) + own + borrowed
+        return Segments(
+            keys=None if alone else torch.cat([prefix, grid.flatten()[cells.sort().values]]),
+            query_ends=nn.functional.pad(self.shared + own, zero).int(),
+            key_ends=nn.functional.pad(keys, zero).int(),
+            longest_query=max(self.shared, longest),
+            longest_key=self.shared + longest,
+        )
 
     @classmethod
     def of(cls, input_ids: Tensor, mask: Tensor) -> Layout:
@@ -203,23 +256,38 @@ def packed_attention(
     with torch.autocast(query.device.type, enabled=False):
         if layout is None:
             return _attend(query, key, value, attention_mask, scaling, dropout).transpose(1, 2).contiguous(), None
-        heads, rows = query.shape[1], len(layout.unpacked)
-        p, longest = layout.shared, layout.unpacked.shape[1]
-        mask = _causal(p + longest, query.device, sliding_window)
+        if kernel := varlen_kernel(query, key, scaling, dropout, sliding_window):
+            return _attend_segments(kernel, query, key, value, layout.segments), None
+        return _attend_unpacked(query, key, value, layout, scaling, dropout, sliding_window), None
 
-        def unpack(x: Tensor) -> Tensor:  # (1, heads, N, D) -> (B, heads, L, D)
-            return _Unpack.apply(x[0], layout).transpose(0, 1)
 
-        keys, values = unpack(key), unpack(value)
-        if p:
-            keys = torch.cat([key[:, :, :p].expand(rows, -1, -1, -1), keys], dim=2)
-            values = torch.cat([value[:, :, :p].expand(rows, -1, -1, -1), values], dim=2)
-        out = _attend(unpack(query), keys, values, mask[p:], scaling, dropout)  # (B, H, L, D)
-        packed = _Repack.apply(out.transpose(1, 2).reshape(rows * longest, -1), layout)  # (N - P, H * D)
-        if p:
-            prefix = _attend(query[:, :, :p], key[:, :, :p], value[:, :, :p], mask[:p, :p], scaling, dropout)
-            packed = torch.cat([prefix.transpose(1, 2).reshape(p, -1), packed])
-        return packed.view(1, len(packed), heads, -1), None
+def _attend_unpacked(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    scaling: float,
+    dropout: float,
+    sliding_window: int | None,
+) -> Tensor:
+    """Return outputs (1, N, H, D) of a packed row (1, heads, N, D): rows are unpacked, and padding is masked."""
+    heads, rows = query.shape[1], len(layout.unpacked)
+    p, longest = layout.shared, layout.unpacked.shape[1]
+    mask = _causal(p + longest, query.device, sliding_window)
+
+    def unpack(x: Tensor) -> Tensor:  # (1, heads, N, D) -> (B, heads, L, D)
+        return _Unpack.apply(x[0], layout).transpose(0, 1)
+
+    keys, values = unpack(key), unpack(value)
+    if p:
+        keys = torch.cat([key[:, :, :p].expand(rows, -1, -1, -1), keys], dim=2)
+        values = torch.cat([value[:, :, :p].expand(rows, -1, -1, -1), values], dim=2)
+    out = _attend(unpack(query), keys, values, mask[p:], scaling, dropout)  # (B, H, L, D)
+    packed = _Repack.apply(out.transpose(1, 2).reshape(rows * longest, -1), layout)  # (N - P, H * D)
+    if p:
+        prefix = _attend(query[:, :, :p], key[:, :, :p], value[:, :, :p], mask[:p, :p], scaling, dropout)
+        packed = torch.cat([prefix.transpose(1, 2).reshape(p, -1), packed])
+    return packed.view(1, len(packed), heads, -1)
 
 
 def _causal(size: int, device: torch.device, sliding_window: int | None) -> Tensor:
@@ -251,15 +319,100 @@ def _attend_fused(
 ) -> Tensor:
     """Return what `_attend` does, by torch's kernel.
 
-    With a mask and fewer key heads than query heads CUDA has no memory-efficient kernel, so keys and values are repeated;
-    transformers does the same.
+    With a mask and fewer key heads than query heads CUDA has no memory-efficient kernel. So the query heads of a key head
+    become more queries of it, each with its line of the mask; of long queries, keys and values are repeated instead, which
+    then copies less.
     """
-    if mask is not None:
-        groups = query.shape[1] // key.shape[1]
-        key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-    return nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+    (batch, heads, length, width), groups = query.shape, query.shape[1] // key.shape[1]
+    attend = partial(nn.functional.scaled_dot_product_attention, dropout_p=dropout, scale=scaling)
+    if mask is None or groups == 1:
+        return attend(query, key, value, attn_mask=mask, enable_gqa=groups > 1)
+    if groups * length > heads * width:
+        return attend(query, repeat_kv(key, groups), repeat_kv(value, groups), attn_mask=mask)
+    grouped = query.reshape(batch, key.shape[1], groups * length, width)
+    lines = mask[None, None] if mask.dim() == 2 else mask
+    return attend(grouped, key, value, attn_mask=lines.repeat(1, 1, groups, 1)).reshape(query.shape)
+
+
+def _attend_segments(
+    kernel: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, segments: Segments
+) -> Tensor:
+    """Return outputs (1, N, H, D) of a packed row (1, heads, N, D) by variable-length attention; no key head is repeated."""
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, heads, D)
+    if segments.keys is not None:
+        key, value = _Copy.apply(key, segments.keys), _Copy.apply(value, segments.keys)
+    ends = segments.query_ends, segments.key_ends
+    longest = segments.longest_query, segments.longest_key
+    return kernel(query.contiguous(), key.contiguous(), value.contiguous(), *ends, *longest)[None]
+
+
+def varlen_kernel(
+    query: Tensor, key: Tensor, scaling: float, dropout: float, sliding_window: int | None
+) -> Callable[..., Tensor] | None:
+    """Return torch's causal variable-length attention for these tensors (1, heads, N, D), or None where there is none.
+
+    It is called with query, key and value (N, heads, D), the ends of the segments of queries and keys, and their bounds.
+    """
+    if query.device.type == "cpu" or dropout:
+        return None
+    shape = (query.shape[1], key.shape[1], query.shape[3])
+    return _proven_once(query.device, query.dtype, shape, scaling, sliding_window)
+
+
+@cache
+def _proven_once(
+    device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int], scaling: float, sliding_window: int | None
+) -> Callable[..., Tensor] | None:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return proven(varlen_attn, device, dtype, shape, scaling, sliding_window)
+
+
+def proven(
+    varlen_attn: Callable[..., Any],
+    device: torch.device,
+    dtype: torch.dtype,
+    shape: tuple[int, int, int],
+    scaling: float,
+    sliding_window: int | None,
+) -> Callable[..., Tensor] | None:
+    """Return a form of `torch.nn.attention.varlen.varlen_attn` if outputs and gradients of rows with a prefix are right.
+
+    Its arguments changed with torch's versions (2.10 has neither a window nor a scale, 2.12 names grouped heads), and what a
+    kernel takes depends on the device, the type and the head's width: hence a trial.
+
+    Args:
+        shape: query heads, key heads, width of a head.
+    """
+    heads, key_heads, width = shape
+    window = (-1 if sliding_window is None else sliding_window - 1, 0)
+    wanted = {"scale": scaling, "window_size": window, "is_causal": True, "enable_gqa": heads != key_heads}
+    options = {name: wanted[name] for name in inspect.signature(varlen_attn).parameters if name in wanted}
+    if "window_size" not in options and ("is_causal" not in options or sliding_window is not None):
+        return None
+    kernel = partial(varlen_attn, **options)
+    ids = torch.tensor([[5, 6, 7, 8, 0], [5, 6, 7, 9, 10], [5, 6, 11, 0, 0]], device=device)
+    layout = Layout.of(ids, ids > 0)
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(1, n, len(layout.source), width, generator=generator).to(device, dtype).requires_grad_()
+        for n in (heads, key_heads, key_heads)
     )
+    try:
+        with torch.enable_grad():
+            outputs = [
+                _attend_segments(kernel, query, key, value, layout.segments),
+                _attend_unpacked(query, key, value, layout, scaling, 0.0, sliding_window),
+            ]
+            sides = [[x, *torch.autograd.grad(x.float().square().sum(), (query, key, value))] for x in outputs]
+        errors = [
+            float((a - b).detach().float().norm() / b.detach().float().norm()) for a, b in zip(*sides, strict=True)
+        ]
+    except (RuntimeError, TypeError, ValueError, NotImplementedError):
+        return None
+    return kernel if max(errors) < 0.05 else None  # a window or a scale that is ignored makes them some tenths
 
 
 class _Unpack(torch.autograd.Function):
@@ -282,6 +435,21 @@ class _Unpack(torch.autograd.Function):
             owners = layout.unpacked.flatten()[layout.borrowed]
             total.index_add_(1, owners, flat.index_select(1, layout.borrowed))
         return total, None
+
+
+class _Copy(torch.autograd.Function):
+    """Maps packed (N, heads, D) to copies (K, heads, D); gradients of a token's copies are summed in fp32 at least."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, positions: Tensor) -> Tensor:
+        ctx.positions, ctx.size = positions, len(x)
+        return x.index_select(0, positions)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        exact = grad.to(torch.promote_types(grad.dtype, torch.float32))
+        total = exact.new_zeros(ctx.size, *grad.shape[1:]).index_add_(0, ctx.positions, exact)
+        return total.to(grad.dtype), None
 
 
 class _Repack(torch.autograd.Function):
