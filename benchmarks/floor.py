@@ -91,7 +91,7 @@ class Clock(TrainerCallback):
         rows = {floor.rows, floor.answers, floor.at_once, floor.episodes}
         for event in cast(profile, self.profiler).key_averages(group_by_input_shape=True):
             name = event.key.removeprefix("aten::")
-            if name in ("mm", "addmm"):
+            if name in ("mm", "addmm", "addmm_"):
                 sizes = {size for shape in event.input_shapes[:3] if len(shape) == 2 for size in shape} - rows
                 name = BASE if min(sizes, default=0) >= narrow else f"{name}, narrow"
             name = BASE if name == "mkldnn::_linear_pointwise" else name  # sampling, with the policy's adapter merged
