@@ -17,7 +17,7 @@ from peft import LoraConfig
 from toys import FAMILIES, PROMPTS, Call, build_model, rows
 from transformers import PreTrainedModel
 
-from rlhf.models import decoding, sampling
+from rlhf.models import decoding, graphs
 from rlhf.models.compute import Compute
 from rlhf.models.packing import pack_rows
 from rlhf.models.roles import SharedModels
@@ -39,7 +39,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     """Where to compute; a CPU only traces what is compiled, because its compiler takes minutes."""
     if request.param == "cpu":
         step = torch.compile(decoding.last_logits, backend="eager", dynamic=False)
-        monkeypatch.setattr(sampling, "compiled_step", lambda: step)
+        monkeypatch.setattr(graphs, "layers_for", lambda device: step)
     return str(request.param)
 
 

@@ -11,7 +11,7 @@ import torch
 from toys import BENT, FAMILIES, PROMPTS, build_bent, build_model, rows
 from transformers import AutoModelForCausalLM, MambaConfig, MistralConfig, PreTrainedModel
 
-from rlhf.models import decoding, sampling
+from rlhf.models import decoding, drawing, graphs, sampling
 from rlhf.models.sampling import Sampled, Sampler, sample
 from rlhf.models.sequences import pad
 
@@ -185,13 +185,13 @@ def test_a_token_of_probability_zero_is_never_drawn() -> None:
     below_one = 1 - 2**-24  # the largest number that torch.rand can give
     for u in (0.0, 1e-9, 1 / 3, 0.5, 2 / 3, below_one):
         for scale in (1.0, 7.3):
-            token, logprob = sampling.draw_tokens(logits + scale, torch.tensor([[u]]), 1.0)
+            token, logprob = drawing.draw_tokens(logits + scale, torch.tensor([[u]]), 1.0)
             assert int(token) in (1, 2, 4)
             assert float(logprob) == pytest.approx(-1.0986123, abs=1e-6)
     # Cumulative sums of fp32 probabilities end a little off 1; the draw must still stay inside.
     wide = torch.randn(64, 50_000, generator=torch.Generator().manual_seed(0))
     wide[:, -100:] = -torch.inf
-    token, _ = sampling.draw_tokens(wide, torch.full((64, 1), below_one), 1.0)
+    token, _ = drawing.draw_tokens(wide, torch.full((64, 1), below_one), 1.0)
     assert int(token.max()) < 50_000 - 100
 
 
@@ -211,7 +211,7 @@ def test_at_temperature_zero_the_likeliest_tokens_are_taken(sampler: Sampler) ->
 def test_top_p_leaves_the_likeliest_tokens() -> None:
     """Catches: a nucleus without the token that fills it up, or probabilities that no longer add up to 1."""
     logits = torch.tensor([[0.1, 0.4, 0.2, 0.3]]).log()
-    drawn = [sampling.draw_tokens(logits, torch.tensor([[u / 100]]), 1.0, 0.6) for u in range(100)]
+    drawn = [drawing.draw_tokens(logits, torch.tensor([[u / 100]]), 1.0, 0.6) for u in range(100)]
     assert {int(token) for token, _ in drawn} == {1, 3}
     for token, logprob in drawn:
         assert float(logprob.exp()) == pytest.approx({1: 4 / 7, 3: 3 / 7}[int(token)], abs=1e-6)
@@ -250,7 +250,7 @@ def test_an_opening_that_all_prompts_share_changes_nothing(family: str, monkeypa
 def test_every_sampler_draws_the_same(family: str, sampler: Sampler, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches: a model's own generation config that bends `generate`, fixed-size caches whose unused entries are seen, rows
     mixed up when a batch of fixed sizes is halved. Compiling itself is left to the next test."""
-    monkeypatch.setattr(sampling, "compiled_step", lambda: decoding.last_logits)
+    monkeypatch.setattr(graphs, "layers_for", lambda device: decoding.last_logits)
     model = build_model(family, VOCAB, dtype=torch.float64)
     usual = draw(model, PROMPTS * 2, length=12, seed=6)
     model.generation_config.top_k, model.generation_config.repetition_penalty = 1, 5.0
@@ -303,48 +303,37 @@ def test_a_compiled_step_draws_the_same() -> None:
     assert torch.equal(usual.responses, compiled.responses) and torch.equal(usual.mask, compiled.mask)
 
 
-def test_a_batch_of_fixed_sizes_is_only_halved() -> None:
-    """Catches: a compiled batch that is cut to every size there is, each of which would be compiled anew."""
-    stopped = torch.tensor([True, False, False, True, False, True, False, False])
-    assert sampling._rows_to_keep(stopped, smallest=1).tolist() == list(range(8))
-    stopped[[1, 2]] = True
-    assert sampling._rows_to_keep(stopped, smallest=4).tolist() == [0, 4, 6, 7]  # three live rows, and a finished one
-    assert sampling._rows_to_keep(stopped, smallest=5).tolist() == list(range(8))
-    assert sampling._rows_to_keep(stopped, smallest=None).tolist() == [4, 6, 7]
-    assert len(sampling._rows_to_keep(torch.ones(4, dtype=torch.bool), smallest=4)) == 0
-
-
 def test_prompts_of_any_width_share_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches: a graph for each width of a rollout's prompts (past eight torch.compile gives up without a word), keys and
     values in another place each time (CUDA graphs are then recorded anew), and what an earlier rollout left in them."""
     torch._dynamo.reset()  # what other tests compiled counts towards the limit
-    model, graphs = build_model("llama", VOCAB), list[torch.fx.GraphModule]()
+    model, compiled_to = build_model("llama", VOCAB), list[torch.fx.GraphModule]()
 
     def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
-        graphs.append(graph)
+        compiled_to.append(graph)
         return graph.forward
 
     step = torch.compile(decoding.last_logits, backend=backend, dynamic=False)
-    monkeypatch.setattr(sampling, "compiled_step", lambda: step)
+    monkeypatch.setattr(graphs, "layers_for", lambda device: step)
     places = set()
     for width in range(1, 13):
         prompts = [[*range(5, 5 + width)], [7, 8][:width], [9], [10]]
         plain = draw(model, prompts, seed=width, sampler="loop")
         compiled = draw(model, prompts, seed=width, sampler="compiled")
         assert torch.equal(plain.responses, compiled.responses) and torch.equal(plain.mask, compiled.mask)
-        places.add(decoding._STATIC_CACHES[model]._whole.layers[0].keys.data_ptr())
-    assert len(graphs) == 3, "one for each of 4, 2 and 1 rows"
+        places.add(graphs._DECODERS[model]._layers[0].keys.data_ptr())
+    assert len(compiled_to) == 3, "one for each of 4, 2 and 1 rows"
     assert len(places) == 1
 
 
 def test_fixed_keys_and_values_grow_with_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches: a later batch of more rows, or of longer prompts, that is written past the end of the first one's cache."""
-    monkeypatch.setattr(sampling, "compiled_step", lambda: decoding.last_logits)
+    monkeypatch.setattr(graphs, "layers_for", lambda device: decoding.last_logits)
     model, sizes = build_model("gpt2", VOCAB), []
     for prompts in (PROMPTS[:2], PROMPTS, [[5] * 60, [3]], PROMPTS[:3]):
         plain, compiled = (draw(model, prompts, sampler=sampler) for sampler in ("loop", "compiled"))
         assert torch.equal(plain.responses, compiled.responses)
-        sizes.append((decoding._STATIC_CACHES[model].rows, decoding._STATIC_CACHES[model].width))
+        sizes.append((graphs._DECODERS[model].rows, graphs._DECODERS[model].width))
     assert sizes == [(2, 64), (8, 64), (8, 128), (8, 128)]
 
 

@@ -52,8 +52,8 @@ class PPOConfig(TextConfig, StageConfig):
         False,
     )
     sampler: Literal["auto", "loop", "compiled", "generate"] = option(
-        "sampling code: loop is our own, compiled is loop with torch.compile (CUDA graphs on a GPU), generate is "
-        "transformers'; auto is loop, or generate for models that loop does not support",
+        "sampling code: loop is our own, compiled is loop with recorded steps (CUDA graphs on a GPU, torch.compile on a CPU), "
+        "generate is transformers'; auto is compiled on a GPU, loop on a CPU, and generate for models that these do not support",
         "auto",
     )
     merge_adapter: bool = option(

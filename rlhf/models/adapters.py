@@ -7,13 +7,14 @@ import copy
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import Linear, LoraLayer, ParamWrapper
+from peft.utils.integrations import dequantize_bnb_weight
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -349,10 +350,13 @@ def read_adapter(model: PeftModel, folder: Path, *, adapter: str) -> None:
 
 
 @contextlib.contextmanager
-def added_to_base(layers: Sequence[LoraLayer], adapter: str) -> Iterator[None]:
+def added_to_base(
+    layers: Sequence[LoraLayer], adapter: str, copies: MutableMapping[LoraLayer, Tensor] | None = None
+) -> Iterator[None]:
     """Context in which an adapter is added to *copies* of the base weights; the caller switches the adapter off.
 
-    Leaving restores the base tensors themselves, bit for bit, which subtracting the adapter again would not.
+    Leaving restores the base tensors themselves, bit for bit, which subtracting the adapter again would not. `copies` keeps
+    the copies' memory, so that the next ones lie in the same places.
     """
     originals: list[tuple[nn.Parameter, Tensor]] = []
     try:
@@ -360,11 +364,54 @@ def added_to_base(layers: Sequence[LoraLayer], adapter: str) -> Iterator[None]:
             weight = adapted_weight(layer)
             delta = cast(Any, layer).get_delta_weight(adapter)
             originals.append((weight, weight.data))
-            weight.data = (weight.data + delta).to(weight.dtype)
+            total = (weight.data + delta).to(weight.dtype)
+            if copies is not None:
+                total = copies.setdefault(layer, total).copy_(total)
+            weight.data = total
         yield
     finally:
         for weight, data in originals:
             weight.data = data
+
+
+@contextlib.contextmanager
+def dequantised(model: nn.Module, adapter: str, dtype: torch.dtype) -> Iterator[None]:
+    """Context in which 4-bit and 8-bit layers are plain ones of a type, with an adapter added; the caller switches it off.
+
+    Products with plain weights are several times faster than those that expand the weights each time. The copies are gone
+    afterwards, and the layers are those that were there before.
+    """
+    replaced: list[tuple[nn.Module, str, nn.Module]] = []
+    try:
+        for parent, name, layer in _quantised_layers(model):
+            weight = dequantize_bnb_weight(layer.weight, state=getattr(layer, "state", None)).to(dtype)
+            if isinstance(parent, LoraLayer) and adapter in parent.lora_A:
+                weight = (weight + cast(Any, parent).get_delta_weight(adapter)).to(dtype)
+            plain: Any = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+            plain.weight = nn.Parameter(weight, requires_grad=False)
+            plain.bias = None if layer.bias is None else nn.Parameter(layer.bias.to(dtype), requires_grad=False)
+            replaced.append((parent, name, layer))
+            parent._modules[name] = plain
+        yield
+    finally:
+        for parent, name, layer in replaced:
+            parent._modules[name] = layer
+
+
+def dequantised_bytes(model: nn.Module, dtype: torch.dtype) -> int:
+    """Return the bytes of the copies that `dequantised` makes; 0 where nothing is quantised."""
+    layers = [layer for _, _, layer in _quantised_layers(model)]
+    return sum(layer.in_features * layer.out_features for layer in layers) * dtype.itemsize
+
+
+def _quantised_layers(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
+    """Return the layers that bitsandbytes holds in 4 or 8 bits, each with its parent and its name there."""
+    return [
+        (parent, name, layer)
+        for parent in model.modules()
+        for name, layer in parent.named_children()
+        if type(layer).__module__.startswith("bitsandbytes.") and type(layer).__name__ in ("Linear4bit", "Linear8bitLt")
+    ]
 
 
 @contextlib.contextmanager

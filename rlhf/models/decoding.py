@@ -1,4 +1,4 @@
-"""Next-token logits over a KV cache: prefilling prompts, static caches for torch.compile, faster products on a CPU.
+"""Next-token logits over a KV cache: prefilling prompts, faster products on a CPU.
 
 Legend: B responses, P padded prompt, V vocabulary.
 """
@@ -6,22 +6,17 @@ Legend: B responses, P padded prompt, V vocabulary.
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any, TypeGuard, cast
-from weakref import WeakKeyDictionary
 
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from rlhf.models.anatomy import backbone, head, hidden_states, probe_ids, same_numbers, takes
 from rlhf.models.packing import common_prefix
 
-#: The width of a static cache is a multiple of this many tokens.
-_WIDTH_STEP = 64
 #: Bytes of weights that are held a second time, in the order of a CPU's products.
 _ORDERED_AT_MOST = 2_000_000_000
 
@@ -100,80 +95,7 @@ def _distinct(prompts: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return is_first.nonzero().squeeze(1), (is_first.cumsum(dim=0) - 1)[first]
 
 
-@functools.cache
-def compiled_step() -> Callable[..., Tensor]:
-    """Return `last_logits` under torch.compile; a GPU replays it as one CUDA graph instead of launching each operation."""
-    # Past its limit of 8 torch.compile goes on uncompiled: each batch has four sizes, and others before its cache grew.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
-    return torch.compile(last_logits, mode="reduce-overhead", dynamic=False)
-
-
-class StaticCache:
-    """Keys and values of fixed size that keep their place in memory, from one rollout to the next.
-
-    So a step that was compiled, or recorded as a CUDA graph, for one rollout serves the others. A batch of fewer rows
-    uses the first ones.
-    """
-
-    def __init__(self, model: PreTrainedModel, like: DynamicCache, rows: int, width: int) -> None:
-        """Allocate `rows` of `width` tokens, with the heads and the type of the cache `like`."""
-        self.rows, self.width = rows, width
-        self._whole = transformers.StaticCache(model.config, max_cache_len=width)
-        for layer, other in zip(cache_layers(self._whole), cache_layers(like), strict=True):
-            layer.lazy_initialization(*(x[:1].expand(rows, -1, -1, -1) for x in (other.keys, other.values)))
-        self._parts: dict[int, transformers.StaticCache] = {}
-
-    def fits(self, keys: Tensor, width: int) -> bool:
-        """Return True if there is room for a batch with such keys, up to this width."""
-        own = cache_layers(self._whole)[0].keys
-        return (own.dtype, own.device) == (keys.dtype, keys.device) and len(keys) <= self.rows and width <= self.width
-
-    def filled(self, cache: DynamicCache) -> transformers.StaticCache:
-        """Return a cache of the prompts' keys and values, without those of an earlier rollout."""
-        part = self._part(len(cache_layers(cache)[0].keys))
-        part.reset()
-        for number, layer in enumerate(cache_layers(cache)):
-            part.update(layer.keys, layer.values, number)
-        return part
-
-    def select(self, cache: transformers.StaticCache, rows: Tensor) -> transformers.StaticCache:
-        """Return a cache of some rows of another."""
-        part = self._part(len(rows))
-        for layer, other in zip(cache_layers(part), cache_layers(cache), strict=True):
-            layer.keys.copy_(other.keys[rows])
-            layer.values.copy_(other.values[rows])
-        return part
-
-    def _part(self, rows: int) -> transformers.StaticCache:
-        """Return a view of the first rows."""
-        if rows not in self._parts:
-            self._parts[rows] = part = copy.copy(self._whole)
-            part.layers = [copy.copy(layer) for layer in self._whole.layers]  # of one length, a tensor in each layer
-            for layer in cache_layers(part):
-                layer.batch_size, layer.keys, layer.values = rows, layer.keys[:rows], layer.values[:rows]
-                torch._dynamo.mark_static_address(layer.keys)
-                torch._dynamo.mark_static_address(layer.values)
-        return self._parts[rows]
-
-
-#: The static cache of each model that is sampled compiled.
-_STATIC_CACHES: WeakKeyDictionary[PreTrainedModel, StaticCache] = WeakKeyDictionary()
-
-
-def static_cache(model: PreTrainedModel, cache: DynamicCache, width: int) -> StaticCache:
-    """Return the model's static cache, allocated anew only where it cannot hold the batch."""
-    keys, current = cache_layers(cache)[0].keys, _STATIC_CACHES.get(model)
-    rows, width = len(keys), -(-width // _WIDTH_STEP) * _WIDTH_STEP
-    if current is not None:
-        if current.fits(keys, width):
-            return current
-        rows, width = max(rows, current.rows), max(width, current.width)
-        del _STATIC_CACHES[model], current  # its memory goes before the larger one's is taken
-    _STATIC_CACHES[model] = StaticCache(model, cache, rows, width)
-    return _STATIC_CACHES[model]
-
-
-def cache_layers(cache: DynamicCache | transformers.StaticCache) -> list[Any]:
+def cache_layers(cache: DynamicCache) -> list[Any]:
     """Return a cache's layers; keys and values are (rows, heads, tokens, width)."""
     return cast(list[Any], cache.layers)
 

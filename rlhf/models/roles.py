@@ -17,6 +17,7 @@ from typing import Any, Literal, cast
 import torch
 from accelerate import cpu_offload
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -25,7 +26,10 @@ from transformers import PreTrainedModel
 from rlhf.base.errors import UserError
 from rlhf.models.adapters import (
     ADAPTER_FILE,
+    adapted_weight,
     added_to_base,
+    dequantised,
+    dequantised_bytes,
     fast_adapters,
     fitted,
     lora_layers,
@@ -34,6 +38,7 @@ from rlhf.models.adapters import (
 )
 from rlhf.models.anatomy import anatomy, head, hidden_states
 from rlhf.models.compute import Compute
+from rlhf.models.graphs import fits, records, stays
 from rlhf.models.heads import ScalarHead
 from rlhf.models.reward_model import read_reward_adapter
 
@@ -193,6 +198,7 @@ class SharedModels(RoleModels):
             self.to(compute.device)
         self._disable_dropout()
         self._layers = list(lora_layers(self.peft).values())
+        self._merged: dict[LoraLayer, Tensor] = {}
 
     @classmethod
     def finished(cls, base: PreTrainedModel, folder: Path | None, compute: Compute) -> SharedModels:
@@ -293,17 +299,28 @@ class SharedModels(RoleModels):
     def merged_policy(self) -> Iterator[PreTrainedModel]:
         """Context that yields the base with the policy adapter added to its weights.
 
-        A quantised or offloaded base cannot be merged; it samples with the adapter on.
+        A quantised base is a plain copy meanwhile, if the device's memory may take it; otherwise, and where it is offloaded or
+        DoRA's, it samples with the adapter on.
         """
-        mergeable = all(
-            type(layer.get_base_layer()).__module__.startswith(("torch.", "transformers.")) for layer in self._layers
-        )
+        device, dtype = self.compute.device, self.compute.dtype
+        plain = [layer for layer in self._layers if _is_plain(layer.get_base_layer())]
+        copied = dequantised_bytes(self.causal, dtype)
+        mergeable = len(plain) == len(self._layers) or (copied > 0 and fits(copied, device))
         if self.offload or not mergeable or cast(LoraConfig, self.peft.peft_config["policy"]).use_dora:
             with self.role("policy"):
                 yield self.causal
             return
-        with self.role("reference"), added_to_base(self._layers, "policy"):
+        stay = records(device) and stays(sum(adapted_weight(layer).nbytes for layer in plain), device)
+        with (
+            self.role("reference"),
+            added_to_base(plain, "policy", self._merged if stay else None),
+            dequantised(self.causal, "policy", dtype),
+        ):
             yield self.causal
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    return type(layer).__module__.startswith(("torch.", "transformers."))
 
 
 def _set_adapter(peft: PeftModel, adapter: str, state: dict[str, Tensor], folder: Path) -> None:

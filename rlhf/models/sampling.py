@@ -9,10 +9,8 @@ Legend: B responses, P padded prompt, R response, V vocabulary.
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Literal, cast
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -27,7 +25,6 @@ from transformers import (
     StoppingCriteria,
     StoppingCriteriaList,
     StopStringCriteria,
-    TopPLogitsWarper,
 )
 from transformers.cache_utils import DynamicLayer
 
@@ -35,45 +32,28 @@ from rlhf.models.anatomy import anatomy, head, hidden_states, probe_ids, same_nu
 from rlhf.models.decoding import (
     cache_is_sound,
     cache_layers,
-    compiled_step,
     last_logits,
     ordered_weights,
     parts,
     prefill,
-    static_cache,
 )
+from rlhf.models.drawing import DrawOptions, ResponseBuffer, Sampled
+from rlhf.models.graphs import NotRecordable, decode, has_room, is_sound, records
 
-#: How responses are computed: `loop`, with a growing cache; `compiled`, with a static cache and torch.compile (CUDA
-#: graphs on a GPU); transformers' `generate`; `auto` is `loop`, or `generate` where the loop does not fit the model.
+#: How responses are computed: `loop`, with a growing cache; `compiled`, with a static cache and recorded steps (CUDA
+#: graphs on a GPU, torch.compile on a CPU); transformers' `generate`. `auto` is `compiled` on a GPU and `loop` elsewhere,
+#: where these fit the model, and otherwise `generate`.
 Sampler = Literal["auto", "loop", "compiled", "generate"]
 #: Responses that evaluations sample together: their keys and values are in memory at once.
 SAMPLED_AT_ONCE = 64
 #: The batch is cut down to its unfinished rows once they are fewer than this share of it.
 _COMPACT_BELOW = 0.75
-#: Steps between checks for finished rows: a check makes the host wait for a GPU.
-_CHECK_EVERY = {"cpu": 1, "cuda": 8}
-#: A compiled batch is halved down to this part of it, and no further: a GPU takes as long for few rows as for fewer, and
-#: each size has to be compiled.
-_SMALLEST_SHARE = 8
 #: Models for which the notice of `generate` was printed.
 _NOTIFIED: WeakSet[PreTrainedModel] = WeakSet()
 #: Results of `cache_is_sound` and of `_generates_rightly`.
 _SOUND_CACHE: WeakKeyDictionary[PreTrainedModel, dict[bool, bool]] = WeakKeyDictionary()
+_SOUND_STEP: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 _SOUND_GENERATE: WeakKeyDictionary[PreTrainedModel, dict[int, bool]] = WeakKeyDictionary()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampled:
-    """Responses to a batch of prompts."""
-
-    responses: Tensor
-    """(B, R) int64: sampled tokens, the stop token included, then padding."""
-    mask: Tensor
-    """(B, R) bool: True at sampled tokens; always a prefix of at least one token."""
-    logprobs: Tensor
-    """(B, R) fp32: log-probability of each token under the model that sampled it, nats; 0 where masked."""
-    stopped: Tensor
-    """(B,) bool: True where the response ended in a stop token within the length limit."""
 
 
 @torch.no_grad()
@@ -107,152 +87,83 @@ def sample(
     """
     total, numbers = batch_slice or (len(prompts), torch.arange(len(prompts)))
     steps = [torch.rand(total, 1, generator=generator, device=generator.device) for _ in range(max_new_tokens)]
-    buffer = ResponseBuffer(
-        torch.stack(steps).to(prompts.device)[:, numbers.to(prompts.device)],
-        functools.partial(draw_tokens, temperature=temperature, top_p=top_p),
-        torch.tensor(stop_token_ids, device=prompts.device),
-        pad_token_id,
-        stop_strings,
-        on_tokens,
+    options = DrawOptions(
+        temperature=temperature, top_p=top_p, stop_token_ids=tuple(stop_token_ids), pad_token_id=pad_token_id
     )
+    uniform = torch.stack(steps).to(prompts.device)[:, numbers.to(prompts.device)]
+    buffer = ResponseBuffer(uniform, options, stop_strings, on_tokens)
+    best = sampler
     if sampler == "auto":
-        sampler = _best_sampler(model)
-    if sampler == "generate":
+        best = _best_sampler(model, len(prompts), prompts.shape[1] + max_new_tokens)
+    if best == "compiled":
+        try:
+            _static(model, prompts, prompt_mask, buffer)
+            return buffer.finished()
+        except NotRecordable as error:
+            if sampler == "compiled":
+                raise
+            _SOUND_STEP[model] = False
+            print(f"{type(model).__name__} is sampled without CUDA graphs: {error}", file=sys.stderr, flush=True)
+    if best == "generate":
         _generate(model, prompts, prompt_mask, buffer)
-    elif sampler == "compiled":
-        _loop(model, prompts, prompt_mask, buffer, compiled=True)
     else:
         with ordered_weights(model):
-            _loop(model, prompts, prompt_mask, buffer, compiled=False)
+            _loop(model, prompts, prompt_mask, buffer)
     return buffer.finished()
 
 
-class ResponseBuffer:
-    """Unfinished responses (B, R): draws their tokens and records where they end."""
-
-    def __init__(
-        self,
-        uniform: Tensor,
-        choose: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
-        stops: Tensor,
-        pad_token_id: int,
-        stop_strings: StopStringCriteria | None,
-        on_tokens: Callable[[Tensor], None] | None,
-    ) -> None:
-        """`uniform` (R, B, 1) holds each token's random number, by which `choose` picks it from the logits."""
-        length, size = uniform.shape[:2]
-        self.uniform, self.choose, self.stops, self.stop_strings = uniform, choose, stops, stop_strings
-        self.on_tokens, self.pad_token_id, self.length = on_tokens, pad_token_id, length
-        device = uniform.device
-        self.responses = torch.full((size, length), pad_token_id, dtype=torch.long, device=device)
-        self.logprobs = torch.zeros(size, length, dtype=torch.float32, device=device)
-        self.mask = torch.zeros(size, length, dtype=torch.bool, device=device)
-        self.stopped = torch.zeros(size, dtype=torch.bool, device=device)
-
-    def draw(self, t: int, logits: Tensor, rows: Tensor) -> Tensor:
-        """Draw token t of some rows from their logits (rows, V); tokens of finished rows are not stored."""
-        tokens, token_logprobs = self.choose(logits, self.uniform[t, rows])
-        live = ~self.stopped[rows]
-        if self.on_tokens is not None:
-            self.on_tokens(tokens[live])
-        self.responses[rows, t] = torch.where(live, tokens, self.pad_token_id)
-        self.logprobs[rows, t] = torch.where(live, token_logprobs, 0.0)
-        self.mask[rows, t] = live
-        ended = torch.isin(tokens, self.stops)
-        if self.stop_strings is not None:
-            ended |= self.stop_strings(self.responses[rows, : t + 1], cast(Any, None))
-        self.stopped[rows] |= live & ended
-        return tokens
-
-    def finished(self) -> Sampled:
-        """Return the responses, cut to the longest."""
-        width = int(self.mask.sum(dim=1).max())
-        return Sampled(
-            responses=self.responses[:, :width],
-            mask=self.mask[:, :width],
-            logprobs=self.logprobs[:, :width],
-            stopped=self.stopped,
-        )
+def _prefilled(
+    model: PreTrainedModel, prompts: Tensor, mask: Tensor, length: int
+) -> tuple[DynamicCache, Tensor, Tensor]:
+    """Return a cache that holds the prompts, its mask (B, columns), and the logits (B, V) of the first tokens."""
+    cache = DynamicCache(config=model.config)
+    share = _shares_prefix(model, cache, prompts.shape[1] + length)
+    logits, attention = prefill(model, prompts, mask, cache, share=share)
+    return cache, attention, logits
 
 
-def draw_tokens(logits: Tensor, uniform: Tensor, temperature: float, top_p: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Return one token a row of (B, V) logits by inverse CDF, and its log-probability in fp32.
-
-    `torch.multinomial` draws a random number for every entry of the vocabulary, on one thread; this takes one a row.
-    """
-    if temperature == 0:  # the limit: all of the probability is on one token
-        return logits.argmax(dim=-1), logits.new_zeros(len(logits), dtype=torch.float32)
-    logits = logits.float() if temperature == 1 else logits.float() / temperature
-    if top_p < 1:
-        warp: Any = TopPLogitsWarper(top_p)
-        logits = warp(None, logits)
-    probabilities = torch.softmax(logits, dim=-1)
-    cdf = probabilities.cumsum(dim=-1)
-    # right=True: the first index whose cdf exceeds u, so a token of probability 0 is never drawn, not even at u = 0.
-    tokens = torch.searchsorted(cdf, uniform * cdf[:, -1:], right=True).clamp_max(logits.shape[-1] - 1)
-    return tokens.squeeze(1), probabilities.gather(1, tokens).log().squeeze(1)
-
-
-def _loop(
-    model: PreTrainedModel, prompts: Tensor, prompt_mask: Tensor, buffer: ResponseBuffer, *, compiled: bool
-) -> None:
-    """Sample token by token over the model's cache; finished rows leave the batch."""
-    device, check_every = prompts.device, _CHECK_EVERY.get(prompts.device.type, 8)
-    cache: Any = DynamicCache(config=model.config)
-    share = _shares_prefix(model, cache, prompts.shape[1] + buffer.length)
-    # Not compiled: each batch has a width of its own.
-    logits, attention = prefill(model, prompts, prompt_mask, cache, share=share)
-    column = attention.shape[1]  # of the next token in the cache
-    whole, step = parts(model), cast(Callable[..., Tensor], last_logits)
-    width, static, smallest = column + buffer.length, None, None
-    if compiled:
-        step, smallest = compiled_step(), max(len(prompts) // _SMALLEST_SHARE, 1)
-        static = static_cache(model, cache, width)
-        width, cache = static.width, static.filled(cache)
-    attention = nn.functional.pad(attention, (0, width - column))
+def _loop(model: PreTrainedModel, prompts: Tensor, prompt_mask: Tensor, buffer: ResponseBuffer) -> None:
+    """Sample token by token over a growing cache; finished rows leave the batch."""
+    cache, attention, logits = _prefilled(model, prompts, prompt_mask, buffer.length)
+    column, whole = attention.shape[1], parts(model)  # of the next token in the cache
+    attention = nn.functional.pad(attention, (0, buffer.length))
     position = prompt_mask.sum(dim=1, keepdim=True)  # of the next token, per row
-    rows = torch.arange(len(prompts), device=device)  # those that are still in the model's batch
+    rows = torch.arange(len(prompts), device=prompts.device)  # those that are still in the model's batch
     for t in range(buffer.length):
         tokens = buffer.draw(t, logits, rows)
         if t + 1 == buffer.length:
             break
-        if (t + 1) % check_every == 0:
-            keep = _rows_to_keep(buffer.stopped[rows], smallest)
+        if (t + 1) % buffer.look_every == 0:
+            keep = _rows_to_keep(buffer.stopped[rows])
             if len(keep) == 0:
                 break
             if len(keep) < len(rows):
                 rows, tokens, attention, position = rows[keep], tokens[keep], attention[keep], position[keep]
-                if static:
-                    cache = static.select(cache, keep)
-                else:
-                    cache.reorder_cache(keep)
+                cache.reorder_cache(cast(Any, keep))
         attention[:, column] = 1
         column += 1
-        seen = attention if compiled else attention[:, :column]
-        logits = step(whole, tokens[:, None], seen, position, cache)
+        logits = last_logits(whole, tokens[:, None], attention[:, :column], position, cache)
         position = position + 1
 
 
-def _rows_to_keep(stopped: Tensor, smallest: int | None) -> Tensor:
-    """Return the numbers of the rows that stay in the batch, in order; none once all have stopped.
-
-    A batch is cut to its live rows where many have finished. A compiled batch, which has a `smallest` size, is only
-    ever halved and never below that, because each size is compiled anew.
-    """
+def _rows_to_keep(stopped: Tensor) -> Tensor:
+    """Return the numbers of the rows that stay in the batch: its live ones where many have finished, otherwise all."""
     size, live = len(stopped), int((~stopped).sum())
-    if live == 0:
-        count = 0
-    elif smallest is not None:
-        count = size if live > size // 2 or size // 2 < smallest else size // 2
-    else:
-        count = size if live >= _COMPACT_BELOW * size else live
+    count = 0 if live == 0 else size if live >= _COMPACT_BELOW * size else live
     return torch.argsort(stopped.int(), stable=True)[:count].sort().values
 
 
-def _best_sampler(model: PreTrainedModel) -> Literal["loop", "generate"]:
-    """Return `loop` if it fits the model; otherwise print a notice, once a model, and return `generate`."""
+def _static(model: PreTrainedModel, prompts: Tensor, prompt_mask: Tensor, buffer: ResponseBuffer) -> None:
+    """Sample token by token over a cache of fixed size, by recorded or compiled steps."""
+    cache, attention, logits = _prefilled(model, prompts, prompt_mask, buffer.length)
+    decode(model, cache, attention, prompt_mask.sum(dim=1, keepdim=True), logits, buffer)
+
+
+def _best_sampler(model: PreTrainedModel, rows: int, tokens: int) -> Sampler:
+    """Return `loop` if it fits the model, on a GPU `compiled`; otherwise print a notice, once a model, and return `generate`."""
     if fits_loop(model):
-        return "loop"
+        recorded = records(model.device) and fits_loop(model, compiled=True, tokens=tokens)
+        return "compiled" if recorded and has_room(model, rows, tokens) else "loop"
     if model not in _NOTIFIED:
         _NOTIFIED.add(model)
         print(
@@ -264,17 +175,29 @@ def _best_sampler(model: PreTrainedModel) -> Literal["loop", "generate"]:
     return "generate"
 
 
-def fits_loop(model: PreTrainedModel, *, compiled: bool = False) -> bool:
+def fits_loop(model: PreTrainedModel, *, compiled: bool = False, tokens: int | None = None) -> bool:
     """Return True if the loop can sample from the model.
 
-    It needs a cache of plain keys and values, one entry a token, with which logits are those of a plain pass. Compiled, the
-    head has to be a plain product, and keys and values have to keep their places: no sliding window.
+    It needs a cache of plain keys and values, one entry a token, with which logits are those of a plain pass. Over a cache
+    of fixed size (`compiled`), rows of `tokens` tokens must not reach beyond a sliding window.
     """
-    if model._is_stateful or (compiled and not anatomy(model).plain_head):
+    if model._is_stateful:
         return False
     layers = DynamicCache(config=model.config).layers
-    plain = all(isinstance(layer, DynamicLayer) and not (compiled and layer.is_sliding) for layer in layers)
-    return plain and (_sound_cache(model, share=True) or _sound_cache(model, share=False))
+    if not all(isinstance(layer, DynamicLayer) for layer in layers):
+        return False
+    windows = [layer.sliding_window for layer in cast(Any, layers) if layer.is_sliding]
+    if not (_sound_cache(model, share=True) or _sound_cache(model, share=False)):
+        return False
+    return not compiled or (all((tokens or 1 << 62) <= window for window in windows) and _sound_step(model))
+
+
+def _sound_step(model: PreTrainedModel) -> bool:
+    if not records(model.device) and not anatomy(model).plain_head:
+        return False  # torch.compile cannot follow a head that is more than a product
+    if model not in _SOUND_STEP:
+        _SOUND_STEP[model] = is_sound(model)
+    return _SOUND_STEP[model]
 
 
 def _sound_cache(model: PreTrainedModel, *, share: bool) -> bool:
@@ -313,7 +236,7 @@ def _generate(model: PreTrainedModel, prompts: Tensor, prompt_mask: Tensor, buff
                 inputs=ids,
                 attention_mask=torch.ones_like(ids) if length else prompt_mask.long(),
                 generation_config=GenerationConfig(
-                    max_new_tokens=buffer.length, do_sample=False, pad_token_id=buffer.pad_token_id
+                    max_new_tokens=buffer.length, do_sample=False, pad_token_id=buffer.options.pad_token_id
                 ),
                 logits_processor=LogitsProcessorList([_BufferTokens(buffer, rows, ids.shape[1])]),
                 stopping_criteria=StoppingCriteriaList([_AllStopped(buffer, rows)]),

@@ -68,7 +68,8 @@ def free_bytes(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] + reserve
 
 
-def _total_bytes(device: torch.device) -> int:
+def total_bytes(device: torch.device) -> int:
+    """Return the bytes of the device's memory."""
     if device.type != "cuda":
         return psutil.virtual_memory().total
     return torch.cuda.get_device_properties(device).total_memory
@@ -86,7 +87,7 @@ def check_rollout_fits(
     """
     cache = cache_bytes(causal, responses * tokens)
     weights = sum(p.numel() * p.element_size() for p in models.parameters() if not p.is_meta)
-    total = _total_bytes(device)
+    total = total_bytes(device)
     if cache + weights > total:
         raise UserError(
             f"{responses} responses of up to {tokens} tokens (prompts included) have {cache / 1e9:.1f} GB of keys and values, "

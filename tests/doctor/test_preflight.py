@@ -26,7 +26,7 @@ from rlhf.doctor.preflight.check import Check, require_all
 from rlhf.doctor.preflight.command import parse
 from rlhf.doctor.preflight.context import pick_short_rows
 from rlhf.doctor.preflight.models import check_optimizer, noise_in_zeros, preserve_state
-from rlhf.models import adapters, reward_model, sampling
+from rlhf.models import adapters, drawing, reward_model, sampling
 from rlhf.models.compute import Compute
 from rlhf.models.heads import ScalarHead
 from rlhf.models.roles import SharedModels
@@ -276,14 +276,14 @@ def test_a_rollout_whose_mask_covers_padding(examine: Examine, monkeypatch: pyte
         return done
 
     monkeypatch.setattr(sampling.ResponseBuffer, "finished", all_true)
-    draw = sampling.draw_tokens
+    draw = drawing.draw_tokens
 
     def stop_soon(logits: torch.Tensor, *rest: Any, **named: Any) -> Any:
         logits = logits.clone()
         logits[: len(logits) // 2, 2] += 100.0  # half of the responses end at once, so there is padding
         return draw(logits, *rest, **named)
 
-    monkeypatch.setattr(sampling, "draw_tokens", stop_soon)
+    monkeypatch.setattr(drawing, "draw_tokens", stop_soon)
     assert "loss mask" in failed(examine("ppo"))
 
 
@@ -418,14 +418,14 @@ def test_a_sampler_that_keeps_the_likeliest_tokens(examine: Examine, monkeypatch
         drawn = torch.searchsorted(cdf, uniform * cdf[:, -1:], right=True).clamp_max(4)
         return kept.indices.gather(1, drawn).squeeze(1), kept.values.gather(1, drawn).squeeze(1)
 
-    monkeypatch.setattr(sampling, "draw_tokens", top_k)
+    monkeypatch.setattr(drawing, "draw_tokens", top_k)
     assert list(failed(examine("ppo", response_length=16))) == ["the sampler's distribution is the scored one"]
 
 
 def test_a_sampler_of_another_temperature(examine: Examine, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is sampled is not what is scored."""
-    draw = sampling.draw_tokens
-    monkeypatch.setattr(sampling, "draw_tokens", lambda logits, u, temperature, top_p: draw(logits, u, 0.5))
+    draw = drawing.draw_tokens
+    monkeypatch.setattr(drawing, "draw_tokens", lambda logits, u, temperature, top_p: draw(logits, u, 0.5))
     assert list(failed(examine("ppo", response_length=16))) == ["the sampler's distribution is the scored one"]
 
 

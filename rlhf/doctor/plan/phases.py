@@ -22,10 +22,11 @@ from rlhf.models.adapters import fast_adapters, fitted, lora_config, with_adapte
 from rlhf.models.anatomy import assume_usual
 from rlhf.models.compute import Compute
 from rlhf.models.decoding import last_logits, ordered_bytes, parts, prefill
+from rlhf.models.drawing import draw_tokens
 from rlhf.models.likelihood import answer_loss
 from rlhf.models.reward_model import trainable_reward_model
 from rlhf.models.roles import RoleModels, SharedModels
-from rlhf.models.sampling import SAMPLED_AT_ONCE, draw_tokens
+from rlhf.models.sampling import SAMPLED_AT_ONCE
 from rlhf.models.separate import SeparateModels
 from rlhf.models.sequences import pad, prompt_batches
 from rlhf.ppo import forward
