@@ -13,7 +13,19 @@ from rlhf.base.errors import UserError
 
 _WIDEST = 120
 """Columns of the widest help text: longer lines are hard to read."""
-_KINDS: dict[Any, str] = {int: "N", float: "X", Path: "PATH"}
+
+
+def whole_number_or_auto(text: str) -> int | str:
+    """Read an option's value that is a whole number or `auto`."""
+    if text == "auto":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number or auto, got '{text}'") from None
+
+
+_KINDS: dict[Any, str] = {int: "N", float: "X", Path: "PATH", whole_number_or_auto: "N|auto"}
 
 
 class HelpFormatter(argparse.HelpFormatter):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import datetime
 import functools
@@ -11,11 +12,11 @@ import math
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import yaml
 
-from rlhf.base.cli import Parser
+from rlhf.base.cli import Parser, whole_number_or_auto
 from rlhf.base.errors import UserError, did_you_mean
 from rlhf.base.json_files import check_depth, check_digits, check_expanded, check_repeated
 from rlhf.base.text_files import read_text
@@ -193,6 +194,9 @@ def options_parser(config_type: Any, **options: Any) -> Any:
         """A parser whose options are the fields of a dataclass."""
 
         def _parse_dataclass_field(self, parser: Any, field: Any) -> None:  # type: ignore[override]
+            if field.type == int | Literal["auto"]:
+                field = copy.copy(field)
+                field.type = whole_number_or_auto
             HfArgumentParser._parse_dataclass_field(cast(Any, self.groups[groups[field.name]]), field)
 
         def _add_dataclass_arguments(self, dtype: Any) -> None:

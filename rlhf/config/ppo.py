@@ -12,6 +12,8 @@ from rlhf.config.options import StageConfig, TextConfig, option
 
 #: Fewest responses that reward whitening can estimate a spread from (lm-human-preferences, train_policy.py).
 MIN_WHITENED = 8
+#: Most responses of a pass on a CPU that were not asked for: larger products are no faster there.
+CPU_MICROBATCH = 32
 #: Names of reward models in the registry, `reward/NAME` or `reward/NAME@VERSION`.
 REGISTERED_REWARD = r"reward/[^/:]+"
 
@@ -41,7 +43,11 @@ class PPOConfig(TextConfig, StageConfig):
     total_episodes: int = option("responses sampled in the whole run", 1280)
     rollout_batch_size: int = option("responses sampled for one update cycle", 64)
     minibatch_size: int = option("responses per optimiser update; divides rollout_batch_size", 64)
-    microbatch_size: int = option("responses per forward/backward pass; divides minibatch_size", 32)
+    microbatch_size: int | Literal["auto"] = option(
+        "responses per forward/backward pass; divides minibatch_size; auto: as many as fit into a GPU's memory, on a CPU 32 at "
+        "most",
+        "auto",
+    )
     microbatch_tokens: int | None = option(
         "tokens per forward/backward pass (responses times the longest, prompts included); none: microbatch_size alone",
         None,
@@ -139,7 +145,7 @@ class PPOConfig(TextConfig, StageConfig):
         self.reward = self.reward or [f"reward/{self.name}"]
         divides("rollout_batch_size", self.rollout_batch_size, "total_episodes", self.total_episodes)
         divides("minibatch_size", self.minibatch_size, "rollout_batch_size", self.rollout_batch_size)
-        divides("microbatch_size", self.microbatch_size, "minibatch_size", self.minibatch_size)
+        divides("microbatch_size", self.microbatch, "minibatch_size", self.minibatch_size)
         require(0 <= self.gamma <= 1, f"gamma must be between 0 and 1, got {self.gamma}")
         require(0 <= self.lam <= 1, f"lam must be between 0 and 1, got {self.lam}")
         require_above_zero(self, "temperature", "reward_timeout", "clip_range", "clip_range_value")
@@ -219,6 +225,15 @@ class PPOConfig(TextConfig, StageConfig):
             k: v for k, v in super().recipe().items() if k != "eval_steps"
         }  # it decides what is logged and no more
         return {**shared, "other_rewards": [r for r in self.reward if not is_registered_reward(r)]}
+
+    @property
+    def microbatch(self) -> int:
+        """Responses of a pass; with `auto`, those of a CPU."""
+        return self.divisor(CPU_MICROBATCH) if self.microbatch_size == "auto" else self.microbatch_size
+
+    def divisor(self, most: int) -> int:
+        """Return the largest divisor of minibatch_size that is at most this, and at least 1."""
+        return next(n for n in range(max(min(most, self.minibatch_size), 1), 0, -1) if self.minibatch_size % n == 0)
 
     @property
     def num_updates(self) -> int:

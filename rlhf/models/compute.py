@@ -4,14 +4,34 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from rlhf.base.errors import UserError
 from rlhf.config import ComputeConfig
+
+_REHEARSED: ContextVar[str | None] = ContextVar("kind of device that is rehearsed", default=None)
+
+
+@contextlib.contextmanager
+def rehearsed_on(kind: str) -> Iterator[None]:
+    """Context in which tensors without values, which claim to be on a CPU, take the ways of another kind of device."""
+    token = _REHEARSED.set(kind)
+    try:
+        yield
+    finally:
+        _REHEARSED.reset(token)
+
+
+def device_kind(tensor: Tensor) -> str:
+    """Return the kind of a tensor's device, by which ways are chosen: `cpu` or `cuda`."""
+    return _REHEARSED.get() or tensor.device.type
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf.models.anatomy import anatomy, head, run_backbone
+from rlhf.models.compute import device_kind
 
 
 def states_and_head(
@@ -20,10 +21,6 @@ def states_and_head(
     """
     anatomy(model)
     return run_backbone(model, input_ids, attention_mask), head(model)
-
-
-#: Devices whose matrix products in fp32 are exact.
-PRODUCTS: tuple[str, ...] = ("cpu",)
 
 
 class ScalarHead(nn.Linear):
@@ -40,7 +37,7 @@ class ScalarHead(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         with torch.autocast(input.device.type, enabled=False):
             states = input.to(self.weight.dtype)
-            if states.device.type in PRODUCTS:
+            if device_kind(states) == "cpu":
                 return super().forward(states)
             score = (states * self.weight[0]).sum(dim=-1, keepdim=True)
             return score if self.bias is None else score + self.bias

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rlhf.base.tensors import check_shapes, upcast
+from rlhf.models.compute import device_kind
 
 #: Positions whose distributions a CPU computes together.
 _POSITIONS_AT_ONCE = 8
@@ -62,7 +63,7 @@ def position_chunks(*flat: Tensor) -> Iterator[tuple[Tensor, ...]]:
     Distributions of a few positions stay in a CPU's cache from one pass over the vocabulary to the next. The result of a
     position does not depend on its part.
     """
-    at_once = _POSITIONS_AT_ONCE if flat[0].device.type == "cpu" else max(len(flat[0]), 1)
+    at_once = _POSITIONS_AT_ONCE if device_kind(flat[0]) == "cpu" else max(len(flat[0]), 1)
     return zip(*(x.split(at_once) for x in flat), strict=True)
 
 

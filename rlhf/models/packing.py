@@ -31,6 +31,7 @@ from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.masking_utils import sdpa_mask
 
 from rlhf.models.anatomy import as_output, backbone, probe_ids, run_backbone, takes
+from rlhf.models.compute import device_kind
 
 #: Name of this attention among transformers' implementations.
 PACKED = "packed"
@@ -299,7 +300,7 @@ def _causal(size: int, device: torch.device, sliding_window: int | None) -> Tens
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, dropout: float) -> Tensor:
     """Return softmax(query key^T * scaling) value, (B, H, T, D); mask (..., T, S) bool, True = attended to."""
-    if query.device.type != "cpu":
+    if device_kind(query) != "cpu":
         return _attend_fused(query, key, value, mask, scaling, dropout)
     # On a CPU, products of the query heads that share a key head in one go beat the fused kernel and copy no keys.
     batch, heads, length, width = query.shape
@@ -353,21 +354,39 @@ def varlen_kernel(
 
     It is called with query, key and value (N, heads, D), the ends of the segments of queries and keys, and their bounds.
     """
-    if query.device.type == "cpu" or dropout:
+    if dropout or device_kind(query) == "cpu":
         return None
     shape = (query.shape[1], key.shape[1], query.shape[3])
-    return _proven_once(query.device, query.dtype, shape, scaling, sliding_window)
+    return _chosen_kernel(query.device, query.dtype, shape, scaling, sliding_window)
 
 
 @cache
-def _proven_once(
+def _chosen_kernel(
     device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int], scaling: float, sliding_window: int | None
 ) -> Callable[..., Tensor] | None:
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
+    if device.type == "cpu":  # a rehearsal
+        fits = dtype in (torch.bfloat16, torch.float16)
+        return with_options(varlen_attn, shape, scaling, sliding_window) if fits else None
     return proven(varlen_attn, device, dtype, shape, scaling, sliding_window)
+
+
+def with_options(
+    varlen_attn: Callable[..., Any], shape: tuple[int, int, int], scaling: float, sliding_window: int | None
+) -> Callable[..., Tensor] | None:
+    """Return causal variable-length attention with its options; None if the installed torch's has no such option.
+
+    They changed with torch's versions: 2.10 has neither a window nor a scale, 2.12 names grouped heads.
+    """
+    window = (-1 if sliding_window is None else sliding_window - 1, 0)
+    wanted = {"scale": scaling, "window_size": window, "is_causal": True, "enable_gqa": shape[0] != shape[1]}
+    options = {name: wanted[name] for name in inspect.signature(varlen_attn).parameters if name in wanted}
+    if "window_size" not in options and ("is_causal" not in options or sliding_window is not None):
+        return None
+    return partial(varlen_attn, **options)
 
 
 def proven(
@@ -378,21 +397,17 @@ def proven(
     scaling: float,
     sliding_window: int | None,
 ) -> Callable[..., Tensor] | None:
-    """Return a form of `torch.nn.attention.varlen.varlen_attn` if outputs and gradients of rows with a prefix are right.
+    """Return `torch.nn.attention.varlen.varlen_attn` with its options if outputs and gradients of rows with a prefix are right.
 
-    Its arguments changed with torch's versions (2.10 has neither a window nor a scale, 2.12 names grouped heads), and what a
-    kernel takes depends on the device, the type and the head's width: hence a trial.
+    What a kernel takes depends on torch's version, the device, the type and the head's width: hence a trial.
 
     Args:
         shape: query heads, key heads, width of a head.
     """
     heads, key_heads, width = shape
-    window = (-1 if sliding_window is None else sliding_window - 1, 0)
-    wanted = {"scale": scaling, "window_size": window, "is_causal": True, "enable_gqa": heads != key_heads}
-    options = {name: wanted[name] for name in inspect.signature(varlen_attn).parameters if name in wanted}
-    if "window_size" not in options and ("is_causal" not in options or sliding_window is not None):
+    kernel = with_options(varlen_attn, shape, scaling, sliding_window)
+    if kernel is None:
         return None
-    kernel = partial(varlen_attn, **options)
     ids = torch.tensor([[5, 6, 7, 8, 0], [5, 6, 7, 9, 10], [5, 6, 11, 0, 0]], device=device)
     layout = Layout.of(ids, ids > 0)
     generator = torch.Generator().manual_seed(0)

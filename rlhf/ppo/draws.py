@@ -59,6 +59,6 @@ def minibatches(config: PPOConfig, lengths: Tensor, update: int, epoch: int) -> 
     seed = draw_seed(config.seed, update, stream=MINIBATCHES) + 500_000 * epoch
     order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed)).to(lengths.device)
     return [
-        [rows[part] for part in length_sorted_batches(lengths[rows], config.microbatch_size, config.microbatch_tokens)]
+        [rows[part] for part in length_sorted_batches(lengths[rows], config.microbatch, config.microbatch_tokens)]
         for rows in order.split(config.minibatch_size)
     ]

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from rlhf.models.anatomy import head_parameters
+from rlhf.models.compute import device_kind
 from rlhf.models.logprobs import gather_logprobs, log_distribution, position_chunks, sequence_logprobs
 from rlhf.models.roles import Role, RoleModels
 from rlhf.models.sequences import Sequences
@@ -106,7 +107,7 @@ class _Rowwise(torch.autograd.Function):
 
 def _split_positions(*flat: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Split tensors (N, ...) into parts whose logits are computed together."""
-    return zip(*(x.split(_LOGITS_AT_ONCE.get(x.device.type, 1024)) for x in flat), strict=True)
+    return zip(*(x.split(_LOGITS_AT_ONCE.get(device_kind(x), 1024)) for x in flat), strict=True)
 
 
 def _states_before_tokens(models: RoleModels, batch: Sequences) -> Tensor:

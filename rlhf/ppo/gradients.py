@@ -98,9 +98,7 @@ def accumulate_texts(
     batch = Sequences(prompts=prompts, prompt_mask=prompt_mask, responses=answers, mask=mask)
     batch, tokens = batch.to(models.compute.device), int(mask.sum())
     shares = []
-    for rows in distributed.share(
-        length_sorted_batches(batch.lengths, config.microbatch_size, config.microbatch_tokens)
-    ):
+    for rows in distributed.share(length_sorted_batches(batch.lengths, config.microbatch, config.microbatch_tokens)):
         with models.training_as("policy"):
             nll = -forward.token_logprobs(models, "policy", batch.select(rows), temperature=1.0).sum() / tokens
             (config.ptx_coef * nll).backward()

@@ -154,7 +154,7 @@ def collect(
 def _prompt_batches(config: PPOConfig, sequences: Sequences) -> list[Tensor]:
     """Return row numbers in batches for the reward; responses to one prompt share a batch, and so its computation."""
     groups = torch.arange(len(sequences), device=sequences.mask.device) // config.num_responses_per_prompt
-    return prompt_batches(groups, config.microbatch_size, sequences.lengths, config.microbatch_tokens)
+    return prompt_batches(groups, config.microbatch, sequences.lengths, config.microbatch_tokens)
 
 
 def response_texts(tokenizer: PreTrainedTokenizerBase, sequences: Sequences) -> list[str]:

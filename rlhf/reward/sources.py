@@ -382,6 +382,6 @@ def source_inputs(config: PPOConfig) -> dict[str, str]:
 
 def open_sources(config: PPOConfig, compute: Compute) -> dict[str, Source]:
     """Return the sources of a PPO run that need none of its models, by label."""
-    opening = Opening(config=config, compute=compute, batch_size=config.microbatch_size, timeout=config.reward_timeout)
+    opening = Opening(config=config, compute=compute, batch_size=config.microbatch, timeout=config.reward_timeout)
     kinds = [(name, kind_of(name)) for name in config.reward]
     return {kind.label(name): kind.open(name, opening) for name, kind in kinds if kind is not ModelReward}

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import cast
 
 import psutil
 import torch
+from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel
 
 from rlhf.base.errors import UserError
@@ -75,22 +77,52 @@ def total_bytes(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).total_memory
 
 
+def rollout_bytes(causal: PreTrainedModel, *, responses: int, prompt: int, response: int, recorded: bool) -> int:
+    """Return the bytes that a rollout holds for certain beside weights: keys and values, and the logits of a step in fp32.
+
+    Recorded steps have a fixed cache, so the prompts' keys and values are there twice for a moment.
+    """
+    tokens = prompt + response + (prompt if recorded else 0)
+    return cache_bytes(causal, responses * tokens) + 4 * responses * causal.config.get_text_config().vocab_size
+
+
+def merged_bytes(causal: PreTrainedModel) -> int:
+    """Return the bytes of the copies of those weights that adapters are merged into for a rollout."""
+    layers = (layer.get_base_layer() for layer in causal.modules() if isinstance(layer, LoraLayer))
+    weights = [cast(torch.Tensor, layer.weight) for layer in layers]
+    return sum(weight.nbytes for weight in weights if not weight.is_meta)
+
+
 def check_rollout_fits(
-    models: torch.nn.Module, causal: PreTrainedModel, device: torch.device, *, responses: int, tokens: int
+    models: torch.nn.Module,
+    causal: PreTrainedModel,
+    device: torch.device,
+    *,
+    responses: int,
+    prompt: int,
+    response: int,
+    merged: bool,
+    recorded: bool,
 ) -> None:
-    """Refuse a rollout of `responses` rows of `tokens` tokens whose KV cache does not fit beside the weights.
+    """Refuse a rollout that does not fit beside the weights.
 
     Offloaded weights (on `meta`) do not count. Other work needs room as well, so passing proves nothing.
 
+    Args:
+        responses: of at most `response` tokens, to prompts of at most `prompt`.
+        merged: the policy's adapter is merged into copies of its weights.
+        recorded: steps are recorded as graphs.
+
     Raises:
-        UserError: cache and weights are larger than the device's whole memory.
+        UserError: rollout and weights are larger than the device's whole memory.
     """
-    cache = cache_bytes(causal, responses * tokens)
+    rollout = rollout_bytes(causal, responses=responses, prompt=prompt, response=response, recorded=recorded)
     weights = sum(p.numel() * p.element_size() for p in models.parameters() if not p.is_meta)
+    weights += merged_bytes(causal) if merged else 0
     total = total_bytes(device)
-    if cache + weights > total:
+    if rollout + weights > total:
         raise UserError(
-            f"{responses} responses of up to {tokens} tokens (prompts included) have {cache / 1e9:.1f} GB of keys and values, "
-            f"beside {weights / 1e9:.1f} GB of weights, and there are {total / 1e9:.1f} GB: lower rollout_batch_size or "
-            "response_length"
+            f"{responses} responses of up to {prompt + response} tokens (prompts included) have {rollout / 1e9:.1f} GB of keys "
+            f"and values and logits, beside {weights / 1e9:.1f} GB of weights{' and merged copies' if merged else ''}, and "
+            f"there are {total / 1e9:.1f} GB: lower rollout_batch_size or response_length"
         )

@@ -53,7 +53,7 @@ class HeldOut:
                 SamplingOptions.of(config, self.tokenizer),
                 self.reward,
                 reference=reference,
-                batch_size=config.microbatch_size,
+                batch_size=config.microbatch,
                 batch_tokens=config.microbatch_tokens,
                 gold=self.gold,
                 seed=config.seed + 7,

@@ -21,11 +21,13 @@ from rlhf.config import PPOConfig, is_registered_reward, parse_config
 from rlhf.data_prep.corpus import Blocks, load_text
 from rlhf.data_prep.load import Loaded, load_rows
 from rlhf.doctor.live import LiveDoctor
+from rlhf.doctor.plan.microbatch import with_microbatch
 from rlhf.doctor.preflight.ppo import ppo as check_ppo
 from rlhf.evaluation.policy import PolicyEvaluation
 from rlhf.models.adapters import lora_config
 from rlhf.models.base import context_length, load_policy
 from rlhf.models.compute import Compute
+from rlhf.models.graphs import has_room, records
 from rlhf.models.inputs import function_inputs
 from rlhf.models.roles import RoleModels, SharedModels
 from rlhf.models.sampling import fits_loop
@@ -40,6 +42,7 @@ from rlhf.reward.functions import load_gold
 from rlhf.reward.scorer import open_scorer
 from rlhf.reward.sources import AdapterReward, ModelReward, Reward, kind_of, open_sources, same_tokens, source_inputs
 from rlhf.run.memory import check_rollout_fits
+from rlhf.run.tracker import RUN_FILE
 from rlhf.stages.callbacks import Callback, Update, call_back
 from rlhf.stages.data import add_dropped, describe_data, encode_demonstrations, load_splits, overlap, writable_sets
 from rlhf.stages.held_out import HeldOut, before_and_after
@@ -65,8 +68,11 @@ def run(
 
     data["overlap"] = overlap(sets, [policy, *rewards], registry)
     gold = load_gold(config.gold) if config.gold else None  # raises now and not after the training
+    tokenizer = load_tokenizer(str(policy.path))
+    config = with_microbatch(
+        config, policy.manifest.base_model, sets, tokenizer, Path(config.output_dir) / "ppo" / RUN_FILE
+    )
     with open_run("ppo", config, [policy, *rewards], data, recipe, inputs, callbacks) as run:
-        tokenizer = load_tokenizer(str(policy.path))
         sets = writable_sets(sets, tokenizer, run.data)
         announce(run, policy.manifest.base_model, sets, tokenizer)
         prompts, held_out = sets["train"], sets["validation"]
@@ -186,7 +192,7 @@ def build_models(
     alike = not rewards or same_tokens(rewards[0].manifest, policy.manifest)
     if rewards and rewards[0].manifest.kind == "full" and (config.finetuning == "lora" or not alike):
         # It has a backbone of its own, so there is no adapter from which values could start.
-        scorer = open_scorer(rewards[0], Registry(config.registry), config, compute, config.microbatch_size)
+        scorer = open_scorer(rewards[0], Registry(config.registry), config, compute, config.microbatch)
         sources[rewards[0].name] = ModelReward(scorer, reads_texts=not alike)
         models.fresh_value(lora)
     elif rewards:
@@ -253,12 +259,17 @@ def check_lengths(config: PPOConfig, models: RoleModels, train: list[list[int]],
         f"a prompt of {longest} tokens with response_length={config.response_length} does not fit into the model's context "
         f"of {context} tokens; lower response_length or drop such prompts",
     )
+    responses, prompt = config.rollout_batch_size // distributed.size(), max(map(len, train))
+    device = models.compute.device
     check_rollout_fits(
         models,
         models.causal,
-        models.compute.device,
-        responses=config.rollout_batch_size // distributed.size(),
-        tokens=max(map(len, train)) + config.response_length,
+        device,
+        responses=responses,
+        prompt=prompt,
+        response=config.response_length,
+        merged=config.merge_adapter and config.quantization == "none" and not (config.offload_base or config.use_dora),
+        recorded=records(device) and has_room(models.causal, responses, prompt + config.response_length),
     )
     return context
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
 import torch
 from accelerate import cpu_offload
+from peft import LoraConfig
 from toys import build_model
 
 from rlhf.base.errors import UserError
 from rlhf.config import PPOConfig, SFTConfig
+from rlhf.models.adapters import with_adapter
 from rlhf.run import memory
 from rlhf.run.timing import PhaseTimer
 
@@ -77,22 +80,35 @@ def test_other_errors_pass() -> None:
         raise RuntimeError("shapes differ")
 
 
-def test_a_rollout_whose_keys_and_values_cannot_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """2 layers x (keys, values) x 2 key heads x 8 wide x 4 bytes = 256 bytes a token; the limit is exact."""
+SIZES: dict[str, Any] = {"prompt": 60, "response": 40}
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_rollout_that_cannot_fit_is_refused(recorded: bool, merged: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """2 layers x (keys, values) x 2 key heads x 8 wide x 4 bytes = 256 bytes a token, twice for prompts where steps are
+    recorded, and 32 logits of 4 bytes a response; merged copies of all linear layers in the trunk. The limit is exact."""
     model = build_model("llama", 32)
-    weights = sum(p.numel() * 4 for p in model.parameters())
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=weights + 256 * 10 * 100))
-    device = torch.device("cpu")
-    memory.check_rollout_fits(model, model, device, responses=10, tokens=100)
-    with pytest.raises(UserError, match=r"11 responses of up to 100 tokens.*rollout_batch_size or response_length"):
-        memory.check_rollout_fits(model, model, device, responses=11, tokens=100)
+    layers = sum(p.nbytes for name, p in model.named_parameters() if "_proj" in name)
+    adapted: Any = with_adapter(model, LoraConfig(r=2, target_modules="all-linear"))
+    causal, device = adapted.get_base_model(), torch.device("cpu")
+    weights = sum(p.numel() * 4 for p in adapted.parameters()) + merged * layers
+    rollout = 256 * 10 * (160 if recorded else 100) + 10 * 32 * 4
+    for spare, fits in ((0, True), (-1, False)):
+        total = weights + rollout + spare
+        monkeypatch.setattr(memory, "total_bytes", lambda _, total=total: total)
+        if fits:
+            memory.check_rollout_fits(adapted, causal, device, responses=10, merged=merged, recorded=recorded, **SIZES)
+            continue
+        with pytest.raises(UserError, match=r"10 responses of up to 100 tokens.*rollout_batch_size or response_length"):
+            memory.check_rollout_fits(adapted, causal, device, responses=10, merged=merged, recorded=recorded, **SIZES)
 
 
 def test_offloaded_weights_need_no_place_beside_a_rollout(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches: a base that is larger than the GPU refused just where offload_base is there for it."""
     model, device = build_model("llama", 32), torch.device("cpu")
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=256 * 10 * 100))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=256 * 10 * 100 + 10 * 32 * 4))
     with pytest.raises(UserError, match="lower rollout_batch_size"):
-        memory.check_rollout_fits(model, model, device, responses=10, tokens=100)
+        memory.check_rollout_fits(model, model, device, responses=10, merged=False, recorded=False, **SIZES)
     cpu_offload(model, execution_device=device)
-    memory.check_rollout_fits(model, model, device, responses=10, tokens=100)
+    memory.check_rollout_fits(model, model, device, responses=10, merged=False, recorded=False, **SIZES)

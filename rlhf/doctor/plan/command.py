@@ -55,10 +55,7 @@ def run(arguments: Namespace, rest: Sequence[str]) -> None:
     if arguments.json:
         print(json.dumps([as_dict(plan) for plan in plans], indent=2))
     elif gpu:
-        print(
-            f"assumed: {UTILISATION:.0%} of the published rates, {LAUNCH * 1e6:g} microseconds to launch an operator; attention "
-            "counted without fused kernels, so memory is at most this"
-        )
+        print(f"assumed: {UTILISATION:.0%} of the published rates, {LAUNCH * 1e6:g} microseconds to launch an operator")
 
 
 def _stages(place: Path) -> dict[str, dict[str, Any]]:

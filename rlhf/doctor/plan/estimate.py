@@ -7,6 +7,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from rlhf.doctor.plan.rates import BUDGET, Gpu, calibrated, on_gpu
 from rlhf.doctor.plan.rehearsal import Count, Operator
 from rlhf.doctor.plan.twin import layers, shortened
 from rlhf.doctor.plan.work import Work
-from rlhf.models.compute import Compute
+from rlhf.models.compute import Compute, rehearsed_on
 from rlhf.models.sampling import SAMPLED_AT_ONCE
 from rlhf.run.memory import free_bytes
 from rlhf.run.optim import parameter_bytes
@@ -70,10 +71,15 @@ class Plan:
     disk: float
     microbatch: int
     """Rows of a pass."""
-    largest: int
-    """Most rows of a pass that fit, as a power of two times or a part of the present ones; 0 if none does."""
+    fitting: int
+    """Most rows of a pass that fit; 0 if none does."""
     source: str
     """Where the lengths come from."""
+
+    @property
+    def largest(self) -> int:
+        """The power of two among the rows that fit; 0 if none does."""
+        return 1 << (self.fitting.bit_length() - 1) if self.fitting else 0
 
     @property
     def peak(self) -> float:
@@ -116,8 +122,9 @@ def rehearse(
     period = next(n for n in range(1, len(kinds) + 1) if all(kinds[i] == kinds[i % n] for i in range(len(kinds))))
     depths = [d * period for d in DEPTHS] if depth > DEPTHS[-1] * period else [depth]
     stages = [Stage(config, shortened(shape, d) if d != depth else shape, dtype, work, on_cpu=on_cpu) for d in depths]
-    for stage in stages:
-        REHEARSALS[type(config)](stage)
+    with nullcontext() if on_cpu else rehearsed_on("cuda"):
+        for stage in stages:
+            REHEARSALS[type(config)](stage)
     times = (depth - depths[0]) / (depths[-1] - depths[0]) if len(depths) > 1 else 0.0
 
     def line(first: float, last: float) -> float:
@@ -188,7 +195,7 @@ def passes(config: Any, work: Work) -> dict[str, dict[str, float]]:
     """Return how often each count of a phase is made in the whole run, by phase."""
     rounds = updates(config, work)
     if isinstance(config, PPOConfig):
-        parts = config.rollout_batch_size / config.microbatch_size
+        parts = config.rollout_batch_size / config.microbatch
         share = config.num_eval_samples / config.rollout_batch_size
         rollout = {"rollout: prompts": 1.0, "rollout: a token": config.response_length - 1.0}
         return {
@@ -221,11 +228,6 @@ def passes(config: Any, work: Work) -> dict[str, dict[str, float]]:
             "evaluate: scores": scored,
         },
     }
-
-
-def largest_microbatch(config: TrainingConfig, shape: PreTrainedConfig, compute: Compute, work: Work) -> int:
-    """Return the most rows of a pass with gradients that fit into the memory of this machine, a power of two; 0 if none does."""
-    return make_plan(config, shape, compute, work, budget=0.0).largest
 
 
 def make_plan(
@@ -280,7 +282,7 @@ def make_plan(
         checkpoint=checkpoint,
         disk=3 * checkpoint + 3 * result.weights + _snapshots(config, result.weights) + 50_000_000,
         microbatch=rows,
-        largest=_largest(rows, phases, available, _lasting(result.counts)),
+        fitting=_fitting(rows, phases, available, _lasting(result.counts)),
         source=work.source,
     )
 
@@ -290,18 +292,17 @@ def _lasting(counts: dict[str, Count]) -> int:
     return max(counts[name].lasting for name in ("train", "optimise") if name in counts) - counts["load"].lasting
 
 
-def _largest(rows: int, phases: list[Phase], available: float, lasting: float) -> int:
+def _fitting(rows: int, phases: list[Phase], available: float, lasting: float) -> int:
     """Return the most rows of a pass that fit: activations grow with the rows, weights, gradients and states do not."""
     fixed = phases[0].peak + lasting
     peak = max(phase.peak for phase in phases if phase.name in ("train", "optimise"))
     room = available / MARGIN - fixed
-    count = int(rows * room / max(peak - fixed, 1.0)) if room > 0 else 0
-    return 1 << (count.bit_length() - 1) if count else 0
+    return int(rows * room / max(peak - fixed, 1.0)) if room > 0 else 0
 
 
 def microbatch(config: Any) -> int:
     """Return the rows of a pass with gradients: responses, demonstrations, or prompts of a reward model."""
-    return int(config.microbatch_size if isinstance(config, PPOConfig) else config.per_device_train_batch_size)
+    return int(config.microbatch if isinstance(config, PPOConfig) else config.per_device_train_batch_size)
 
 
 def parameters(shape: PreTrainedConfig) -> int:
@@ -334,4 +335,5 @@ def _snapshots(config: Any, weights: float) -> float:
 
 def as_dict(plan: Plan) -> dict[str, Any]:
     """Return a plan as JSON has it."""
-    return {**dataclasses.asdict(plan), "peak": plan.peak, "seconds": plan.seconds, "fits": plan.fits}
+    summary = {name: getattr(plan, name) for name in ("largest", "peak", "seconds", "fits")}
+    return {**dataclasses.asdict(plan), **summary}

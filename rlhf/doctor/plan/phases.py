@@ -201,7 +201,7 @@ def rehearse_ppo(stage: Stage) -> None:
     stage.sample("rollout", cast(PreTrainedModel, model), prompts, config.response_length)
     with stage.rehearsal.phase():
         merged.__exit__(None, None, None)
-    batch = _rollout(work.largest(config.microbatch_size))
+    batch = _rollout(work.largest(config.microbatch))
     stage.count("score", lambda: _score(models, batch, config))
     models.train(config.gradient_checkpointing)
     stage.states = 0

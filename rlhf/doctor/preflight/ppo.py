@@ -346,8 +346,8 @@ def _check_room(
     context: PreflightContext, trainer: PPOTrainer, intended: Mapping[str, nn.Parameter], activations: float
 ) -> list[Check]:
     c, parameters = trainer.config, list(intended.values())
-    longest = sorted(map(len, trainer.environment.prompts))[-c.microbatch_size :]
-    tokens = sum(longest) + c.microbatch_size * c.response_length
+    longest = sorted(map(len, trainer.environment.prompts))[-c.microbatch :]
+    tokens = sum(longest) + c.microbatch * c.response_length
     tokens = min(tokens, c.microbatch_tokens or tokens)
     rollout = c.rollout_batch_size // distributed.size() * (longest[-1] + c.response_length)
     return [
