@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 # The GPU targets install nothing: a GPU machine often has its own torch, and no network.
 GPU_PYTHON ?= python3
 
-.PHONY: demo test test-slow test-wheel lint test-gpu bench-gpu clean
+.PHONY: demo test test-slow test-wheel lint test-gpu bench-gpu gpu-sheet clean
 
 demo: $(STAMP)
 	$(BIN)/python -m rlhf.pipeline --config configs/demo $(ARGS)
@@ -41,6 +41,10 @@ bench-gpu:
 	$(GPU_PYTHON) benchmarks/floor.py --device cuda $(ARGS)
 	$(GPU_PYTHON) benchmarks/memory.py --device cuda $(ARGS)
 	$(GPU_PYTHON) benchmarks/scaling.py --device cuda $(ARGS)
+
+# Eight minutes at most; ARGS="--only 135M 1B" takes some of the sections.
+gpu-sheet:
+	$(GPU_PYTHON) benchmarks/gpu_sheet.py $(ARGS)
 
 # torch first and alone: pip then sees the pinned version and does not go looking for another build.
 $(STAMP): pyproject.toml constraints.txt

@@ -26,6 +26,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path("benchmarks/results")
@@ -48,6 +49,14 @@ SHAPES: dict[str, dict[str, int]] = {
         "num_hidden_layers": 30,
         "num_attention_heads": 9,
         "num_key_value_heads": 3,
+    },
+    "qwen-0.5b": {  # that of Qwen2.5 0.5B
+        "vocab_size": 151936,
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
     },
     "llama-1b": {  # that of Llama 3.2 1B
         "vocab_size": 128256,
@@ -226,17 +235,49 @@ def model_folder(name: str) -> Iterator[str]:
         yield resolve_model(name)
         return
     import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
+    torch.manual_seed(0)
+    with shape_folder(name) as folder:
+        config = AutoConfig.from_pretrained(folder)
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+        yield folder
+
+
+@contextlib.contextmanager
+def shape_folder(name: str) -> Iterator[str]:
+    """The config and the tokenizer of one of `SHAPES` as a folder, without weights; see `made_on`."""
+    from transformers import LlamaConfig
+
     ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     config = LlamaConfig(**SHAPES[name], **ids, max_position_embeddings=4096, tie_word_embeddings=True)
-    torch.manual_seed(0)
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
-        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+        config.save_pretrained(folder)
         _save_tokenizer(folder, config.vocab_size)
         yield folder
+
+
+@contextlib.contextmanager
+def made_on(device: str) -> Iterator[None]:
+    """Models are made on the device from the config of their folder, always the same ones, where they would be read from it."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    def maker(kind: Any) -> Callable[..., Any]:
+        def make(folder: str, *, dtype: Any, attn_implementation: str | None = None, **rest: Any) -> Any:
+            config = AutoConfig.from_pretrained(folder, **({"num_labels": 1} if "num_labels" in rest else {}))
+            torch.manual_seed(0)
+            with torch.device(device):
+                return kind.from_config(config, dtype=dtype, attn_implementation=attn_implementation).eval()
+
+        return make
+
+    with contextlib.ExitStack() as patches:
+        for kind in (AutoModelForCausalLM, AutoModelForSequenceClassification):
+            patches.enter_context(mock.patch.object(kind, "from_pretrained", maker(kind)))
+        yield
 
 
 def _save_tokenizer(folder: str, vocab_size: int) -> None:
@@ -276,14 +317,14 @@ def variant(text: str) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def registered(model: str) -> Iterator[str]:
+def registered(model: str, device: str = "cpu") -> Iterator[str]:
     """A registry with `sft/benchmark` and `reward/benchmark` on a model, adapters as fresh as training starts them."""
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
-        _publish_chain(model, folder)
+        _publish_chain(model, folder, device)
         yield folder
 
 
-def _publish_chain(model: str, registry: str) -> None:
+def _publish_chain(model: str, registry: str, device: str) -> None:
     from rlhf.config import StageConfig
     from rlhf.models.adapters import lora_config, save_adapter, with_adapter
     from rlhf.models.base import load_base
@@ -292,7 +333,7 @@ def _publish_chain(model: str, registry: str) -> None:
     from rlhf.models.tokenization import load_tokenizer, stop_token_ids, tokenizer_hashes
     from rlhf.registry import Registry
 
-    config = StageConfig(name="benchmark", dataset="none", device="cpu", dtype="bfloat16")
+    config = StageConfig(name="benchmark", dataset="none", device=device, dtype="bfloat16")
     tokenizer = load_tokenizer(model, chat_template="plain")
     pad = int(tokenizer.pad_token_id)
     fields: dict[str, Any] = {"kind": "adapter", "base_model": model, **tokenizer_hashes(tokenizer)}

@@ -130,11 +130,15 @@ def vllm(
 
 
 def speed(once: Callable[[], int], tokens: int, repeats: int, device: str) -> dict[str, Any]:
-    """Tokens a second of each timed batch; `once` samples a batch and returns its number of tokens."""
-    for _ in range(WARM_UP):
+    """Tokens a second of each timed batch, and seconds of those that warmed up; `once` returns its number of tokens."""
+
+    def checked() -> None:
         if (sampled := once()) != tokens:
             raise RuntimeError(f"{sampled} tokens instead of {tokens}: responses ended early, the work is not equal")
-    return {"tokens_per_second": [tokens / s for s in common.seconds_of(once, repeats, device)]}
+
+    first = common.seconds_of(checked, WARM_UP, device)
+    timed = common.seconds_of(once, repeats, device)
+    return {"tokens_per_second": [tokens / s for s in timed], "warm_up_seconds": first}
 
 
 def summarise(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
