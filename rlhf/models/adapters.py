@@ -304,7 +304,8 @@ def fast_adapters(model: nn.Module, compute: Compute) -> Iterator[None]:
 
     Plain adapters of plain layers are one function with their layer (`fuse_adapters`). Under bf16 autocast peft does not
     cast the inputs of the others to fp32, from which autocast would cast them straight back. (PEFT's own
-    `disable_input_dtype_casting` breaks at the layers of added tokens.)
+    `disable_input_dtype_casting` breaks at the layers of added tokens.) A backward pass that recomputes activations belongs
+    into the context, too: peft's layers save other tensors.
     """
     layers = list(lora_layers(model).values())
     before = [(type(layer), layer.cast_input_dtype_enabled) for layer in layers]

@@ -137,11 +137,12 @@ def rehearse_sft(stage: Stage) -> None:
 
     def loss(rows: Sequence[Row], *, train: bool) -> None:
         ids, mask, labels = _labelled(rows)
-        with torch.set_grad_enabled(train), fast_adapters(model, stage.compute), stage.compute.autocast():
-            total, logits, _ = answer_loss(causal, ids, mask, labels)
-            logits.detach().argmax(dim=-1)
-        if train:
-            (total / len(rows)).backward()
+        with torch.set_grad_enabled(train), fast_adapters(model, stage.compute):
+            with stage.compute.autocast():
+                total, logits, _ = answer_loss(causal, ids, mask, labels)
+                logits.detach().amax(dim=-1)
+            if train:
+                (total / len(rows)).backward()
 
     stage.count("evaluate", lambda: loss(work.largest(config.per_device_eval_batch_size), train=False))
     _checkpointed(model, config)
@@ -171,12 +172,13 @@ def rehearse_reward(stage: Stage) -> None:
         ids, mask = pad(rows, 0, side="right")
         prompt = torch.tensor([number for number, group in enumerate(groups) for _ in group])
         batches = prompt_batches(prompt, config.per_device_eval_batch_size)
-        with torch.set_grad_enabled(train), fast_adapters(model, stage.compute), stage.compute.autocast():
-            values = score_rows(model, ids, mask.long(), batches)
-            ratings = torch.arange(len(rows), dtype=torch.float64)
-            loss = ranking_loss(values, ordered_pairs(ratings, prompt), len(groups), Objective())
-        if train:
-            loss.backward()
+        with torch.set_grad_enabled(train), fast_adapters(model, stage.compute):
+            with stage.compute.autocast():
+                values = score_rows(model, ids, mask.long(), batches)
+                ratings = torch.arange(len(rows), dtype=torch.float64)
+                loss = ranking_loss(values, ordered_pairs(ratings, prompt), len(groups), Objective())
+            if train:
+                loss.backward()
 
     stage.count(
         "evaluate: scores", lambda: scores(work.largest_groups(1, config.per_device_eval_batch_size), train=False)
