@@ -20,12 +20,13 @@ from __future__ import annotations
 import inspect
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache, cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.masking_utils import sdpa_mask
@@ -104,7 +105,13 @@ class Layout:
 
     @classmethod
     def of(cls, input_ids: Tensor, mask: Tensor) -> Layout:
-        """Return the layout of a batch (B, T) with padding on either side; mask (B, T) bool, at least one token a row."""
+        """Return the layout of a batch (B, T) with padding on either side; mask (B, T) bool, at least one token a row.
+
+        It is made on the CPU, so the host waits for a GPU once, and not for each number that it needs.
+        """
+        if (device := mask.device).type != "cpu":
+            layout = cls.of(input_ids.cpu(), mask.cpu())
+            return cls(layout.shared, *(getattr(layout, field.name).to(device) for field in fields(layout)[1:]))
         shared, last = common_prefix(input_ids, mask), mask.shape[1] - 1
         start, number = mask.int().argmax(dim=1), mask.cumsum(dim=1) - 1  # of each row; of each token within its row
         owner = _owners(input_ids, mask, start).gather(1, number.clamp_min(0))
@@ -127,6 +134,10 @@ class Layout:
             repacked=owned.flatten().nonzero().squeeze(1),
             borrowed=(real & ~owned).flatten().nonzero().squeeze(1),
         )
+
+
+#: Layouts that were made before a pass over these very ids (B, T), so that it does not wait for one.
+LAYOUTS = WeakTensorKeyDictionary()
 
 
 def _owners(input_ids: Tensor, mask: Tensor, start: Tensor) -> Tensor:
@@ -216,7 +227,7 @@ def _forward(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs
         )
     assert input_ids is not None and attention_mask is not None
-    layout = Layout.of(input_ids, attention_mask.bool())
+    layout = LAYOUTS.get(input_ids) or Layout.of(input_ids, attention_mask.bool())
     if position_ids is None:
         position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
     hidden = self._forward_padded(

@@ -8,10 +8,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Self
 
 import torch
 from torch import Tensor
+
+from rlhf.models.packing import Layout
 
 
 def prompt_numbers(nested: Sequence[Sequence[Any]]) -> Tensor:
@@ -39,6 +42,17 @@ class Sequences:
     def lengths(self) -> Tensor:
         """Tokens (B,) of prompt and response together."""
         return self.prompt_mask.sum(dim=1) + self.mask.sum(dim=1)
+
+    @cached_property
+    def places(self) -> tuple[Tensor, Tensor]:
+        """Rows and columns (N,) of the responses' tokens. Their number is asked of the device, so it is best once a batch."""
+        rows, columns = self.mask.nonzero(as_tuple=True)
+        return rows, columns
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Places of the tokens in a packed row."""
+        return Layout.of(self.input_ids, self.attention_mask)
 
     @property
     def input_ids(self) -> Tensor:

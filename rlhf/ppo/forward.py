@@ -14,15 +14,25 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from rlhf.base.tensors import check_shapes
 from rlhf.models.anatomy import head_parameters
 from rlhf.models.compute import device_kind
 from rlhf.models.logprobs import gather_logprobs, log_distribution, position_chunks, sequence_logprobs
+from rlhf.models.packing import LAYOUTS, PACKED
 from rlhf.models.roles import Role, RoleModels
 from rlhf.models.sequences import Sequences
 from rlhf.ppo import functional as F
 
 #: Positions whose logits are computed together: enough for an efficient product, few enough to hold.
 _LOGITS_AT_ONCE = {"cpu": 128, "cuda": 1024}
+
+
+def prepare(models: RoleModels, batch: Sequences) -> None:
+    """Ask the device for the numbers of a batch that its passes need on the host, so that they never wait for it."""
+    check_shapes(batch.mask.shape, mask=batch.mask)
+    _ = batch.places
+    if models.causal.config._attn_implementation == PACKED:
+        _ = batch.layout
 
 
 def token_logprobs(models: RoleModels, role: Role, batch: Sequences, temperature: float) -> Tensor:
@@ -35,7 +45,7 @@ def logprobs_and_values(models: RoleModels, batch: Sequences, temperature: float
     """Return the policy's log-probabilities and the values on its trunk, (B, R) each, from one pass (`shared_trunk`)."""
     with models.role("policy"):
         states = _states_before_tokens(models, batch)
-        return _logprobs(models, states, batch, temperature), _scatter(models.values(states), batch.mask)
+        return _logprobs(models, states, batch, temperature), _scatter(models.values(states), batch)
 
 
 @torch.no_grad()
@@ -50,7 +60,7 @@ def compared_logprobs(models: RoleModels, batch: Sequences, temperature: float) 
     with models.role("reference"):
         ref_states = _states_before_tokens(models, batch)
     parts = []
-    for part, ref_part, targets in _split_positions(states, ref_states, batch.responses[batch.mask]):
+    for part, ref_part, targets in _split_positions(states, ref_states, batch.responses[batch.places]):
         with models.role("policy"):
             logits = models.logits(part)
         with models.role("reference"):
@@ -60,14 +70,14 @@ def compared_logprobs(models: RoleModels, batch: Sequences, temperature: float) 
             log_ref = log_distribution(ref_chunk, temperature=temperature)
             sampled = [gather_logprobs(log_pi, target), gather_logprobs(log_ref, target)]
             parts.append(torch.stack([*sampled, F.entropy(log_pi), F.full_kl(log_pi, log_ref)]))
-    return torch.stack([_scatter(flat, batch.mask) for flat in torch.cat(parts, dim=1)])
+    return torch.stack([_scatter(flat, batch) for flat in torch.cat(parts, dim=1)])
 
 
 def token_values(models: RoleModels, batch: Sequences) -> Tensor:
     """Return V(s_t) (B, R), read *before* token t, in units of the score; 0 where masked."""
     with models.role("value"):
         flat = models.values(_states_before_tokens(models, batch))
-    return _scatter(flat, batch.mask)
+    return _scatter(flat, batch)
 
 
 def _logprobs(models: RoleModels, states: Tensor, batch: Sequences, temperature: float) -> Tensor:
@@ -80,8 +90,8 @@ def _logprobs(models: RoleModels, states: Tensor, batch: Sequences, temperature:
     compute = partial(_Rowwise.apply, logprobs) if frozen and states.requires_grad else logprobs
     if models.training and not frozen:  # gradient_checkpointing
         compute = partial(checkpoint, logprobs, use_reentrant=False)
-    parts = [compute(*part) for part in _split_positions(states, batch.responses[batch.mask])]
-    return _scatter(torch.cat(parts), batch.mask)
+    parts = [compute(*part) for part in _split_positions(states, batch.responses[batch.places])]
+    return _scatter(torch.cat(parts), batch)
 
 
 class _Rowwise(torch.autograd.Function):
@@ -112,9 +122,12 @@ def _split_positions(*flat: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 def _states_before_tokens(models: RoleModels, batch: Sequences) -> Tensor:
     """Return the hidden states (N, d) one position left of each real response token, from which it is predicted."""
-    hidden = models.hidden(batch.input_ids, batch.attention_mask)
-    return hidden[:, batch.prompts.shape[1] - 1 : -1][batch.mask]
+    input_ids = batch.input_ids
+    if models.causal.config._attn_implementation == PACKED:
+        LAYOUTS[input_ids] = batch.layout
+    hidden = models.hidden(input_ids, batch.attention_mask)
+    return hidden[:, batch.prompts.shape[1] - 1 : -1][batch.places]
 
 
-def _scatter(flat: Tensor, mask: Tensor) -> Tensor:
-    return torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask, flat)
+def _scatter(flat: Tensor, batch: Sequences) -> Tensor:
+    return flat.new_zeros(batch.mask.shape).index_put(batch.places, flat)

@@ -40,20 +40,35 @@ def accumulate(
     statistics = LossStatistics(tokens=tokens)
     for rows in distributed.share(microbatches):
         batch = rollout.select(rows)
+        forward.prepare(models, batch)
         width = batch.mask.shape[1]
         advantages = credit.advantages[rows, :width]
         returns = None if credit.returns is None else credit.returns[rows, :width]
-        shared = models.shared_trunk and returns is not None
-        if train_policy:
-            with models.training_as("policy"):
-                loss = _policy_loss(models, config, batch, advantages, returns if shared else None, statistics)
-                (loss / tokens).backward()
-                del loss  # the policy's activations are gone before the value's are made
-        if returns is not None and not shared:
-            with models.training_as("value"):
-                values = forward.token_values(models, batch)
-                (config.vf_coef * _value_loss(config, values, batch, returns, statistics) / tokens).backward()
+        _train(models, config, batch, advantages, returns, statistics, train_policy=train_policy)
     return statistics
+
+
+def _train(
+    models: RoleModels,
+    config: PPOConfig,
+    batch: Rollout,
+    advantages: Tensor,
+    returns: Tensor | None,
+    statistics: LossStatistics,
+    *,
+    train_policy: bool,
+) -> None:
+    """Add the gradients of one microbatch; the host does not wait for any of its numbers."""
+    tokens, shared = statistics.tokens, models.shared_trunk and returns is not None
+    if train_policy:
+        with models.training_as("policy"):
+            loss = _policy_loss(models, config, batch, advantages, returns if shared else None, statistics)
+            (loss / tokens).backward()
+            del loss  # the policy's activations are gone before the value's are made
+    if returns is not None and not shared:
+        with models.training_as("value"):
+            values = forward.token_values(models, batch)
+            (config.vf_coef * _value_loss(config, values, batch, returns, statistics) / tokens).backward()
 
 
 def _policy_loss(
@@ -87,7 +102,7 @@ def _value_loss(
 
 def accumulate_texts(
     models: RoleModels, config: PPOConfig, texts: Sequence[tuple[list[int], list[int]]], pad_token_id: int
-) -> list[float]:
+) -> list[Tensor]:
     """Add the gradient of ptx_coef * mean negative log-likelihood of texts (PPO-ptx; InstructGPT, eq. 2).
 
     Args: texts, token ids of (prompt, answer); only answers have a loss.
@@ -102,5 +117,5 @@ def accumulate_texts(
         with models.training_as("policy"):
             nll = -forward.token_logprobs(models, "policy", batch.select(rows), temperature=1.0).sum() / tokens
             (config.ptx_coef * nll).backward()
-        shares.append(float(nll.detach()))
+        shares.append(nll.detach())
     return shares

@@ -18,21 +18,21 @@ from rlhf.ppo.types import Rollout
 
 
 class PolicySums(NamedTuple):
-    """Sums over the tokens of a microbatch's policy loss."""
+    """Sums over the tokens of a microbatch's policy loss, on its device: reading them waits for it."""
 
     tokens: float = 0
-    loss: float = 0.0
-    clipped: float = 0.0
-    approx_kl: float = 0.0
-    ratio: float = 0.0
+    loss: float | Tensor = 0.0
+    clipped: float | Tensor = 0.0
+    approx_kl: float | Tensor = 0.0
+    ratio: float | Tensor = 0.0
 
 
 class ValueSums(NamedTuple):
     """Sums over the tokens of a microbatch's value loss."""
 
     tokens: float = 0
-    loss: float = 0.0
-    clipped: float = 0.0
+    loss: float | Tensor = 0.0
+    clipped: float | Tensor = 0.0
 
 
 @dataclass
@@ -43,28 +43,31 @@ class LossStatistics:
     """Real tokens of the minibatch, in all processes."""
     policy: list[PolicySums] = field(default_factory=list)
     value: list[ValueSums] = field(default_factory=list)
-    ratio_max: float = 0.0
-    ratio_error: float = 0.0
-    """Largest |ratio - 1|."""
+    extremes: list[Tensor] = field(default_factory=list)
+    """(2,) of each microbatch: the largest ratio, and the largest |ratio - 1|."""
+
+    @property
+    def ratio_error(self) -> float:
+        """Largest |ratio - 1|."""
+        return _largest(self.extremes, 1)
 
     @property
     def approx_kl(self) -> float:
         """KL(old policy || policy) by k3, nats: this process's share of the mean over the minibatch's tokens."""
-        return sum(part.approx_kl for part in self.policy) / self.tokens
+        return sum(float(part.approx_kl) for part in self.policy) / self.tokens
 
     def add_policy(self, losses: Tensor, clipped: Tensor, logprobs: Tensor, batch: Rollout) -> None:
         """Add a microbatch of the policy loss (B, R), and its ratios."""
         new, old = logprobs.detach(), batch.logprobs
-        ratio = (new - old)[batch.mask].exp()
+        ratio = (new - old)[batch.places].exp()
         approx_kl = torch.where(batch.mask, F.kl_k3(old, new), 0.0).sum()
         sums = (losses.detach().sum(), clipped.sum(), approx_kl, ratio.sum())
-        self.policy.append(PolicySums(len(ratio), *map(float, sums)))
-        self.ratio_max = max(self.ratio_max, float(ratio.max()))
-        self.ratio_error = max(self.ratio_error, float((ratio - 1).abs().max()))
+        self.policy.append(PolicySums(len(ratio), *sums))
+        self.extremes.append(torch.stack([ratio.max(), (ratio - 1).abs().max()]))
 
     def add_value(self, losses: Tensor, clipped: Tensor, batch: Rollout) -> None:
         """Add a microbatch of the value loss (B, R)."""
-        self.value.append(ValueSums(int(batch.mask.sum()), float(losses.detach().sum()), float(clipped.sum())))
+        self.value.append(ValueSums(len(batch.places[0]), losses.detach().sum(), clipped.sum()))
 
 
 @dataclass
@@ -73,8 +76,8 @@ class Totals:
 
     policy: list[PolicySums] = field(default_factory=list)
     value: list[ValueSums] = field(default_factory=list)
-    ratio_max: float = 0.0
-    text_losses: list[float] = field(default_factory=list)
+    extremes: list[Tensor] = field(default_factory=list)
+    text_losses: list[Tensor] = field(default_factory=list)
     steps: int = 0
     early_stop: bool = False
     first_ratio_error: float = 0.0
@@ -86,7 +89,7 @@ class Totals:
             self.first_ratio_error = losses.ratio_error
         self.policy += losses.policy
         self.value += losses.value
-        self.ratio_max = max(self.ratio_max, losses.ratio_max)
+        self.extremes += losses.extremes
 
     def add_step(self, policy_norm: float, value_norm: float) -> None:
         """Count an optimiser step, with its gradient norms before clipping."""
@@ -99,7 +102,9 @@ class Totals:
         policy_columns = zip(PolicySums(), *self.policy, strict=True)
         value_columns = zip(ValueSums(), *self.value, strict=True)
         columns = [*policy_columns, *value_columns, self.text_losses]
-        totals = distributed.total(torch.tensor([sum(column) for column in columns], dtype=torch.float64)).tolist()
+        totals = distributed.total(
+            torch.tensor([sum(map(float, column)) for column in columns], dtype=torch.float64)
+        ).tolist()
         policy, value, text_loss = PolicySums(*totals[:5]), ValueSums(*totals[5:8]), totals[8]
         policy_tokens, value_tokens = max(policy.tokens, 1), max(value.tokens, 1)
         return {
@@ -109,13 +114,17 @@ class Totals:
             "ppo/value_clipfrac": value.clipped / value_tokens,
             "ppo/approx_kl": policy.approx_kl / policy_tokens,
             "ppo/ratio_mean": policy.ratio / policy_tokens,
-            "ppo/ratio_max": distributed.largest(self.ratio_max),
+            "ppo/ratio_max": distributed.largest(_largest(self.extremes, 0)),
             "ppo/first_ratio_error": distributed.largest(self.first_ratio_error),
             "ppo/grad_norm": self.norms[0],
             "ppo/value_grad_norm": self.norms[1],
             "ppo/early_stop": float(self.early_stop),
             "ppo/ptx_loss": text_loss / max(self.steps, 1),
         }
+
+
+def _largest(extremes: Sequence[Tensor], which: int) -> float:
+    return max((float(pair[which]) for pair in extremes), default=0.0)
 
 
 def rollout_metrics(

@@ -5,6 +5,7 @@ Legend: B responses, R padded response.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -143,6 +144,8 @@ def collect(
             penalties=Penalties.of(config),
             with_values=with_values,
         )
+        if rollout.mask.is_cuda:  # whose passes may still be running
+            torch.cuda.synchronize(rollout.mask.device)
     metrics = {"time/rollout": sampling_seconds, "time/score": time.perf_counter() - started}
     if len(scores_by_source) > 1:
         metrics |= {f"objective/score/{name}": float(part.mean()) for name, part in scores_by_source.items()}
@@ -228,14 +231,17 @@ def evaluate_sequences(
     with_values: bool = True,
 ) -> Rollout:
     """Return the rollout of scored sequences, with log-probabilities and values computed in these batches of rows."""
+    parts = [(rows, sequences.select(rows)) for rows in distributed.share(batches)]
+    for _, batch in parts:
+        forward.prepare(models, batch)
     policy, reference, entropy, full_kl = _in_batches(
-        lambda b: forward.compared_logprobs(models, b, temperature), sequences, batches, planes=4
+        lambda b: forward.compared_logprobs(models, b, temperature), sequences, parts, planes=4
     )
     values = torch.zeros_like(policy)
     if with_values:
-        (values,) = _in_batches(lambda b: forward.token_values(models, b)[None], sequences, batches, planes=1)
+        (values,) = _in_batches(lambda b: forward.token_values(models, b)[None], sequences, parts, planes=1)
     return Rollout(
-        **vars(sequences),
+        **{field.name: getattr(sequences, field.name) for field in dataclasses.fields(sequences)},
         prompt=prompt,
         stopped=sampled.stopped,
         sampler_logprobs=sampled.logprobs,
@@ -250,10 +256,14 @@ def evaluate_sequences(
 
 
 def _in_batches(
-    compute: Callable[[Sequences], Tensor], sequences: Sequences, batches: Sequence[Tensor], *, planes: int
+    compute: Callable[[Sequences], Tensor],
+    sequences: Sequences,
+    batches: Sequence[tuple[Tensor, Sequences]],
+    *,
+    planes: int,
 ) -> Tensor:
-    """Compute (planes, B, R) batch by batch, in the order of the rows; each process takes a share of the batches."""
-    parts = [(rows, compute(sequences.select(rows))) for rows in distributed.share(batches)]
+    """Compute (planes, B, R) over this process's batches, each with its row numbers; all processes add up theirs."""
+    parts = [(rows, compute(batch)) for rows, batch in batches]
     dtype = parts[0][1].dtype if parts else torch.float32
     out = torch.zeros(planes, *sequences.mask.shape, dtype=dtype, device=sequences.mask.device)
     for rows, part in parts:
