@@ -307,7 +307,7 @@ PPO_FAULTS = (
     Fault(
         name="top_k", stage="ppo", what="sampled with top-k 3",
         causes=("sampler_mismatch",), preflight=("the sampler's distribution is the scored one",),
-        patch=instead("rlhf.models.sampling._draw", _top_k),
+        patch=instead("rlhf.models.drawing.draw_tokens", _top_k),
     ),
     Fault(
         name="stale_logprobs", stage="ppo", what="old log-probabilities are those of the reference",

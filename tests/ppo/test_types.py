@@ -47,4 +47,6 @@ def test_a_forward_pass_of_another_shape_is_found(tmp_path: Path, monkeypatch: p
 def test_all_public_passes_are_checked() -> None:
     """Catches: a forward pass that was added without its shape."""
     public = {name for name, made in vars(forward).items() if callable(made) and made.__module__ == forward.__name__}
-    assert shapes.RESULTS.keys() == {name for name in public if not name.startswith("_")}
+    assert shapes.RESULTS.keys() | {"prepare"} == {
+        name for name in public if not name.startswith("_")
+    }  # which returns nothing
