@@ -248,7 +248,9 @@ def test_own_responses_of_the_policy_can_score_zero_instead(
         prompts = normalizing_data(config)
         rows = normalizing_rows(config, models.causal, tokenizer, comparisons, prompts, 256).rows
     assert len(rows) == 256 and len({tuple(row) for row in rows}) > 50
-    pad = int(cast(Any, tokenizer.pad_token_id))  # an untrained model draws it, too, and a classifier takes it for padding
+    pad = int(
+        cast(Any, tokenizer.pad_token_id)
+    )  # an untrained model draws it, too, and a classifier takes it for padding
     rows = [row[: max(i for i, token in enumerate(row) if token != pad) + 1] for row in rows]
     mean, std = float(reward.manifest.reward_mean), float(reward.manifest.reward_std)
     scores = ppo_scores({"sft": policy, "reward": reward}, rows, mean, std)
