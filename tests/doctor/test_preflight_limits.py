@@ -63,7 +63,8 @@ def test_merging_may_change_a_share_of_the_adapter(dtype: torch.dtype) -> None:
         return lambda d: models.check_merged(unmerged, unmerged - d, unmerged + effect, Compute(CPU, dtype), "outputs")
 
     assert_limit(merged(3.0), 3.0 * models.MERGING_SHARE[dtype])
-    assert_limit(merged(0.0), models.ROUNDING[dtype])
+    for small in (0.0, models.ROUNDING[dtype]):  # of whole models, and where the scores hardly change by chance
+        assert_limit(merged(small), models.ROUNDING[dtype])
 
 
 def test_outputs_after_reloading_are_equal(tmp_path: Path) -> None:
@@ -258,7 +259,7 @@ def test_the_page_holds_the_limits_of_the_code() -> None:
     cells = [line.split("|") for line in PAGE.split("## Preflight")[1].splitlines() if line.startswith("| ")]
     limits = {cell[1].strip(): cell[4].strip() for cell in cells}
     share = f"a share of what the adapter does: {merging[bf16]:.0%} in bf16, {merging[fp32]:.0%} in fp32, "
-    assert limits["merged equals unmerged"] == f"{share}{merging[fp64]:g} in fp64; whole models: rounding"
+    assert limits["merged equals unmerged"] == f"{share}{merging[fp64]:g} in fp64; at least rounding"
     assert limits["adapter and head reload"] == f"{models.EQUAL_WITHIN:g}"
     assert limits["policy is the reference at step 0"] == f"{ppo_checks.STEP_0:g} nats"
     own = f"{RATIO_TOLERANCE[bf16]:g} in bf16, {RATIO_TOLERANCE[fp32]:g} in fp32"

@@ -233,9 +233,9 @@ def check_merged(unmerged: Tensor, merged: Tensor, without: Tensor, compute: Com
 
 
 def merging_limit(unmerged: Tensor, without: Tensor, compute: Compute) -> float:
-    """Return how far rounding may move a merged adapter's outputs: a share of its effect; for whole models, rounding."""
+    """Return how far rounding may move a merged adapter's outputs: a share of its effect, at least what equal weights may."""
     effect = float((unmerged - without).abs().mean())
-    return effect * MERGING_SHARE[compute.dtype] if effect else ROUNDING[compute.dtype]
+    return max(effect * MERGING_SHARE[compute.dtype], ROUNDING[compute.dtype])
 
 
 def check_probe(

@@ -20,7 +20,6 @@ from rlhf.config import PPOConfig
 from rlhf.doctor.preflight.check import Check
 from rlhf.doctor.preflight.context import PreflightContext, check_data, check_policy, pick_short_rows
 from rlhf.doctor.preflight.models import (
-    ROUNDING,
     check_gradients,
     check_merged,
     check_optimizer,
@@ -196,7 +195,7 @@ def _check_sampler(
         merged = _distributions(models, rollout, temperature).gather(1, tokens).squeeze(1)
     policy, reference = rollout.logprobs[mask], rollout.ref_logprobs[mask]
     gap = float((rollout.sampler_logprobs[mask] - merged).abs().mean())
-    limit = max(ROUNDING[context.compute.dtype], merging_limit(policy, reference, context.compute))
+    limit = merging_limit(policy, reference, context.compute)
     with models.role("policy"):
         logprobs = _distributions(models, rollout, temperature)
     surprise = -logprobs.gather(1, tokens).squeeze(1)
