@@ -53,7 +53,10 @@ class FusedLinear(lora.Linear):
 
 
 class _AdaptedProduct(torch.autograd.Function):
-    """Maps x (N, i) to x W^T + b + scaling (x A^T) B^T, (N, o), with a frozen W; A (r, i) and B (o, r) may train."""
+    """Product with a frozen weight and its adapter.
+
+    Maps x (N, i) to x W^T + b + scaling (x A^T) B^T, (N, o); A (r, i) and B (o, r) may train.
+    """
 
     @staticmethod
     def forward(

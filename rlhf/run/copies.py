@@ -30,7 +30,7 @@ Severity = Literal["warning", "critical"]
 
 @dataclass(kw_only=True)
 class RunRecord:
-    """What is known of a run from its start; passwords and keys in it are blanked."""
+    """Facts of a run from its start; passwords and keys in it are blanked."""
 
     run_dir: Path
     stage: str

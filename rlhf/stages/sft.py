@@ -305,9 +305,8 @@ class AnswerTrainer(ResumableTrainer, SFTTrainer):
         with self.accelerator.autocast():  # accelerate wraps only the outermost forward, which is not called here
             total, logits, tokens = answer_loss(causal, inputs["input_ids"], inputs["attention_mask"], inputs["labels"])
         logits = logits.detach()
-        top = logits.gather(1, tokens[:, None]).squeeze(1) == logits.amax(
-            dim=-1
-        )  # on a CPU ten times faster than argmax
+        # On a CPU amax is much faster than argmax, which then sees only the rows where it can matter.
+        top = logits.gather(1, tokens[:, None]).squeeze(1) == logits.amax(dim=-1)
         accuracy = (logits[top].argmax(dim=-1) == tokens[top]).sum() / len(tokens)
         self._metrics["train" if model.training else "eval"]["mean_token_accuracy"].append(float(accuracy))
         if not model.training:
