@@ -1,0 +1,56 @@
+"""Statements: what the doctor established about one thing of a run, kept in the run's folder.
+
+The audit recomputes quantities, the review looks at what was given, the investigation experiments. Each appends its
+statements to `doctor.jsonl` of the stage's folder, good ones too; `rlhf.doctor.diagnosis` puts those that failed before the
+symptoms that they explain.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from rlhf.base.reading import FolderReader
+
+Part = Literal["audit", "review", "investigation"]
+#: File of a stage's folder, a statement a line.
+STATEMENTS = "doctor.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Statement:
+    """What a part of the doctor established about one thing of a run."""
+
+    part: Part
+    name: str
+    """Thing that was looked at, one name in every run: `advantages`, `reward_scale`."""
+    passed: bool
+    measured: str
+    """What was measured, with its limit."""
+    severity: Literal["critical", "warning", "note"] = "critical"
+    """Of one that failed. A note is worth reading, and no finding."""
+    cause: str = ""
+    """Why it failed, a sentence without a full stop; as the other texts, empty where it passed."""
+    action: str = ""
+    explains: list[str] = field(default_factory=list)
+    """Health checks, and statements, that are consequences of it where it failed."""
+    source: str = "-"
+    """Paper or code that says what it should be."""
+    step: int = 0
+    """Update at which it was looked at; 0 before the first."""
+
+
+def append(folder: Path, statements: Iterable[Statement]) -> None:
+    """Add statements to those of a stage's folder."""
+    lines = "".join(json.dumps(dataclasses.asdict(statement)) + "\n" for statement in statements)
+    with (folder / STATEMENTS).open("a", encoding="utf-8") as file:
+        file.write(lines)
+
+
+def read(reader: FolderReader) -> list[Statement]:
+    """Return the statements of a stage's folder, oldest first; none where no file is."""
+    return [Statement(**row) for row in reader.read_rows(STATEMENTS, Statement, expected=False)]
