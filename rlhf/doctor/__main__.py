@@ -1,6 +1,7 @@
 """`rlhf doctor RUN`: diagnosis of a run; exit code 0 for no findings, 1 for findings, 2 for a user's error.
 
-`rlhf doctor preflight --config FILE`: checks of a run before it starts.
+`rlhf doctor FILE` is the same for the log of another project's run, and `rlhf doctor preflight --config FILE` checks a run
+before it starts.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from pathlib import Path
 
 from rlhf.base.errors import UserError, did_you_mean, run_command
 from rlhf.doctor import diagnosis
+from rlhf.doctor.foreign import command as foreign
+from rlhf.doctor.foreign import reading
 
 PREFLIGHT = "preflight"
 
@@ -23,6 +26,8 @@ def main() -> None:
         sys.argv = [f"{sys.argv[0]} {PREFLIGHT}", *words[1:]]
         command.main()
         return
+    if words and reading.is_foreign(Path(words[0])):
+        sys.exit(foreign.main(words))
     if words and not Path(words[0]).exists() and (near := did_you_mean(words[0], [PREFLIGHT])):
         raise UserError(f"no run '{words[0]}'{near}")
     sys.exit(diagnosis.main(words))

@@ -46,25 +46,25 @@ class Finding:
         return f"{self.check.name}: {self.evidence}. Cause: {self.check.cause}. To do: {self.check.action}"
 
 
-def find(history: History) -> list[Finding]:
+def find(history: History, checks: Sequence[HealthCheck] = CHECKS) -> list[Finding]:
     """Return the findings after the history's newest update, causes before symptoms."""
     return [
         Finding(check=check, evidence=evidence, first=history.step, last=history.step)
-        for check in CHECKS
+        for check in checks
         if (evidence := check(history)) is not None
     ]
 
 
-def replay(history: History) -> list[Finding]:
+def replay(history: History, checks: Sequence[HealthCheck] = CHECKS) -> list[Finding]:
     """Return the findings of the whole history as they would have come live, each with its latest evidence."""
     steps = history.steps
     stride = -(-len(steps) // REPLAYED_UPDATES) if steps else 1
     findings: dict[str, Finding] = {}
     for step in sorted({*steps[::stride], *steps[-1:]}):
-        for new in find(history.until(step)):
+        for new in find(history.until(step), checks):
             first = findings.get(new.check.name, new).first
             findings[new.check.name] = Finding(check=new.check, evidence=new.evidence, first=first, last=step)
-    return [findings[check.name] for check in CHECKS if check.name in findings]
+    return [findings[check.name] for check in checks if check.name in findings]
 
 
 def actions(orders: Sequence[str]) -> dict[HealthCheck, Action]:

@@ -31,7 +31,8 @@ def no_kl_penalty(h: History, *, response: float = 5, token: float = 0.25) -> st
     severity="critical",
     cause="steps are too large: the policy changes more in one rollout's updates than the clip can hold",
     action="lower learning_rate or num_ppo_epochs, set warmup_steps or max_approx_kl",
-    needs=("ppo/approx_kl", "ppo/clipfrac", "ppo/ratio_max"),
+    needs=("ppo/approx_kl", "ppo/clipfrac"),
+    data="`ppo/approx_kl`, `ppo/clipfrac`, `ppo/ratio_max`",
     source="OpenAI's Spinning Up stops at 0.015; these are bursts",
 )
 def steps_too_large(
@@ -46,13 +47,14 @@ def steps_too_large(
     """Once approx_kl above {burst_kl:g} nats a token or {burst_clipped:.0%} of the tokens clipped; or in 2 of 3 updates
     approx_kl above {kl:g}, {clipped:.0%} clipped, or a ratio above {ratio:g}."""
     kls, shares, ratios = (h.values(f"ppo/{name}", 3) for name in ("approx_kl", "clipfrac", "ratio_max"))
+    largest = f", largest ratio {max(ratios):.3g}" if ratios else ""  # logs of other projects have none
     burst = kls[-1] > burst_kl or shares[-1] > burst_clipped
-    lasting = len(kls) >= 3 and (sorted(kls)[1] > kl or sorted(shares)[1] > clipped or sorted(ratios)[1] > ratio)
+    lasting = len(kls) >= 3 and (
+        sorted(kls)[1] > kl or sorted(shares)[1] > clipped or (len(ratios) >= 3 and sorted(ratios)[1] > ratio)
+    )
     if not (burst or lasting):
         return None
-    return (
-        f"approx_kl {max(kls):.2g} nats a token, {max(shares):.0%} of tokens clipped, largest ratio {max(ratios):.3g}"
-    )
+    return f"approx_kl {max(kls):.2g} nats a token, {max(shares):.0%} of tokens clipped{largest}"
 
 
 @check(
