@@ -71,7 +71,10 @@ VERBS = {
     "registry": Verb(
         "rlhf.sharing.__main__", "registered artefacts: list, lineage, diff, export, push, reproduce, delete, ..."
     ),
-    "doctor": Verb("rlhf.doctor.__main__", "find problems of a run afterwards; before it: rlhf doctor preflight"),
+    "doctor": Verb(
+        "rlhf.doctor.__main__",
+        "find problems of a run afterwards (rlhf doctor investigate: by experiment); before it: rlhf doctor preflight",
+    ),
     "report": Verb("rlhf.report.__main__", "one HTML page about a run, or about several"),
     "tracking": Verb("rlhf.report.workspace", "save a W&B workspace that compares runs"),
     "completion": Verb("rlhf.completion", "script that completes verbs and options on TAB: bash, zsh, fish"),

@@ -45,7 +45,9 @@ def test_every_verb_explains_itself(rlhf: Caller, verb: str) -> None:
     assert "usage" in shown.out.lower() and len(shown.out.splitlines()) >= 3
 
 
-@pytest.mark.parametrize("words", [*([verb] for verb in VERBS), ["registry", "export"], ["doctor", "preflight"]])
+@pytest.mark.parametrize(
+    "words", [*([verb] for verb in VERBS), ["registry", "export"], ["doctor", "preflight"], ["doctor", "investigate"]]
+)
 def test_help_imports_nothing_slow(words: list[str]) -> None:
     """`rlhf ppo --help` took 9 to 11 s of CPU: torch and transformers' models were imported to print a few lines."""
     watched = (

@@ -18,6 +18,7 @@ from rlhf.doctor.health.findings import markdown_rows
 from rlhf.evaluation.card import hack_probes, verdict
 from rlhf.run.metrics import Stage, of_stage
 from rlhf.sharing.__main__ import build_parser
+from rlhf.stages.investigate.examine import EXPERIMENTS
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "ppo.md").read_text(encoding="utf-8")
@@ -140,6 +141,7 @@ def test_every_option_of_the_evaluation_is_listed_with_its_default() -> None:
     assert documented == actual
 
 
+DOCTOR_PAGE = (ROOT / "docs" / "doctor.md").read_text(encoding="utf-8")
 HEALTH_PAGE = (ROOT / "docs" / "health.md").read_text(encoding="utf-8")
 
 
@@ -149,6 +151,12 @@ def test_the_table_of_health_checks_is_that_of_the_code() -> None:
         line for line in HEALTH_PAGE.split("## The checks")[1].split("\n## ")[0].splitlines() if line.startswith("| `")
     ]
     assert rows == markdown_rows()
+
+
+def test_every_experiment_is_in_the_table_and_no_other() -> None:
+    """Catches: an experiment that was added, renamed or removed without the page."""
+    documented = [(row[0].strip("`"), row[1].lower()) for row in table("Experiments", DOCTOR_PAGE)]
+    assert sorted(documented) == sorted((one.name, one.stage) for one in EXPERIMENTS)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """`rlhf doctor RUN`: diagnosis of a run; exit code 0 for no findings, 1 for findings, 2 for a user's error.
 
-`rlhf doctor FILE` is the same for the log of another project's run, and `rlhf doctor preflight --config FILE` checks a run
-before it starts.
+`rlhf doctor FILE` is the same for the log of another project's run, `rlhf doctor preflight --config FILE` checks a run
+before it starts, and `rlhf doctor investigate RUN` experiments with the models of a run.
 """
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from rlhf.doctor import diagnosis
 from rlhf.doctor.foreign import command as foreign
 from rlhf.doctor.foreign import reading
 
-PREFLIGHT = "preflight"
+PREFLIGHT, INVESTIGATE = "preflight", "investigate"
 
 
 def main() -> None:
@@ -26,9 +27,13 @@ def main() -> None:
         sys.argv = [f"{sys.argv[0]} {PREFLIGHT}", *words[1:]]
         command.main()
         return
+    if words[:1] == [INVESTIGATE]:  # builds models as the stages do, so it lies among them
+        sys.argv = [f"{sys.argv[0]} {INVESTIGATE}", *words[1:]]
+        importlib.import_module(f"rlhf.stages.{INVESTIGATE}.command").main()
+        return
     if words and reading.is_foreign(Path(words[0])):
         sys.exit(foreign.main(words))
-    if words and not Path(words[0]).exists() and (near := did_you_mean(words[0], [PREFLIGHT])):
+    if words and not Path(words[0]).exists() and (near := did_you_mean(words[0], [PREFLIGHT, INVESTIGATE])):
         raise UserError(f"no run '{words[0]}'{near}")
     sys.exit(diagnosis.main(words))
 

@@ -1,0 +1,131 @@
+"""Choosing experiments by the findings of a run, running them within a time limit, and reporting."""
+
+from __future__ import annotations
+
+import dataclasses
+import textwrap
+import time
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rlhf.base import screen
+from rlhf.base.errors import UserError, did_you_mean
+from rlhf.base.json_files import read_object_or_none
+from rlhf.base.reading import FolderReader
+from rlhf.doctor.diagnosis import diagnose, find_run
+from rlhf.doctor.statements import Statement, append, read
+from rlhf.run.tracker import RUN_FILE
+from rlhf.stages.investigate import policies, rewards, supervised, updates
+from rlhf.stages.investigate.experiment import EXPERIMENTS, Experiment, in_order
+from rlhf.stages.investigate.subject import PPOSubject
+
+#: What opens a run for experiments, by stage, in the order in which the stages of a run are examined.
+SUBJECTS: dict[str, Any] = {"ppo": PPOSubject, "reward": supervised.RewardSubject, "sft": supervised.SFTSubject}
+#: Modules that register experiments.
+MODULES = (updates, rewards, policies, supervised)
+
+
+def examine(arguments: Namespace) -> list[Statement]:
+    """Run the experiments that a command line asks for; print, append and return what came out."""
+    names = [one.name for one in EXPERIMENTS]
+    if unknown := [name for name in arguments.only if name not in names]:
+        raise UserError(f"no experiment '{unknown[0]}'{did_you_mean(unknown[0], names)}; there are {', '.join(names)}")
+    run, end = find_run(arguments.run, arguments.registry or "registry"), time.monotonic() + 60 * arguments.minutes
+    folders = sorted((f for f in (run, *(run / stage for stage in SUBJECTS)) if stage_of(f)), key=_place)
+    if not folders:
+        raise UserError(f"no run of {', '.join(SUBJECTS)} in {run}; give the output_dir of a run")
+    return [one for folder in folders for one in investigate(folder, arguments.registry, end, arguments.only)]
+
+
+def stage_of(folder: Path) -> str:
+    """Return the stage whose run is in a folder; an empty text for none that can be examined."""
+    stage = str((read_object_or_none(folder / RUN_FILE) or {}).get("stage", ""))
+    return stage if stage in SUBJECTS else ""
+
+
+def _place(folder: Path) -> int:
+    return list(SUBJECTS).index(stage_of(folder))
+
+
+def is_cause(statement: Statement) -> bool:
+    """Return whether an experiment confirmed a cause of trouble."""
+    return not statement.passed and statement.severity != "note"
+
+
+def investigate(folder: Path, registry: str | None, end: float, only: Sequence[str]) -> list[Statement]:
+    """Run the experiments of a stage's run until `end` (monotonic seconds); print, append and return their statements."""
+    stage = stage_of(folder)
+    chosen = [one for one in EXPERIMENTS if one.stage == stage and (not only or one.name in only)]
+    if not chosen:
+        return []
+    findings = _findings(folder)
+    _say(f"{stage}: symptoms are {', '.join(sorted(findings)) or 'none'}")
+    subject = SUBJECTS[stage](folder, registry)
+    _say(f"{stage}: experiments with {subject}")
+    statements: list[Statement] = []
+    left, rates, started = in_order(chosen, findings), [0.0], time.monotonic()
+    while left and time.monotonic() + left[0].passes * rates[-1] < end:
+        experiment = left.pop(0)
+        own = _run(experiment, subject)
+        statements += own
+        done = sum(one.passes for one in chosen if one not in left)
+        rates.append((time.monotonic() - started) / done)
+    append(folder, statements)
+    if left:
+        cost = sum(one.passes for one in left) * rates[-1]
+        names = ", ".join(one.name for one in left)
+        _say(f"left out for want of time: {names} (about {cost:.0f} s; --minutes)")
+    _say(_verdict(stage, statements))
+    return statements
+
+
+def _findings(folder: Path) -> set[str]:
+    """Return the names of the findings in the log of a stage's folder, and of what other parts of the doctor found."""
+    stated = {one.name for one in read(FolderReader(folder)) if not one.passed and one.part != "investigation"}
+    try:
+        return stated | {finding.check.name for diagnosis in diagnose(folder) for finding in diagnosis.findings}
+    except UserError:  # it ended before its first update
+        return stated
+
+
+def _run(experiment: Experiment, subject: Any) -> list[Statement]:
+    """Run one experiment and print what came out."""
+    started = time.monotonic()
+    try:
+        statements = [dataclasses.replace(one, step=subject.updates) for one in experiment.run(subject)]
+        problem = ""
+    except (UserError, RuntimeError, ValueError) as error:
+        statements, problem = [], str(error).splitlines()[0]
+    _say(f"{experiment.name} ({time.monotonic() - started:.0f} s): {experiment.question}")
+    if problem or not statements:
+        _say(f"could not run: {problem}" if problem else "nothing to examine", 2)
+    for one in statements:
+        word = "ruled out" if one.passed else f"confirmed, {one.severity}" if one.action else "open"
+        _say(f"{word}: {one.name}: {one.measured}", 2)
+        if one.action:
+            _say(f"cause: {one.cause}", 4)
+            _say(f"to do: {one.action}", 4)
+    return statements
+
+
+def _say(text: str, indent: int = 0) -> None:
+    console = screen.console()
+    margin = " " * indent
+    lines = textwrap.wrap(text, console.width, initial_indent=margin, subsequent_indent=f"{margin}  ")
+    console.print("\n".join(lines), markup=False, highlight=False)
+
+
+def roots(statements: Sequence[Statement]) -> list[Statement]:
+    """Return the confirmed causes that no other one explains, critical ones first."""
+    causes = list(filter(is_cause, statements))
+    explained = {name for one in causes for name in one.explains}
+    return sorted((one for one in causes if one.name not in explained), key=lambda one: one.severity == "warning")
+
+
+def _verdict(stage: str, statements: Sequence[Statement]) -> str:
+    if causes := roots(statements):
+        return f"{stage}: {'; or '.join(f'{one.cause} ({one.name})' for one in causes)}"
+    unclear = sum(not one.passed for one in statements)
+    return f"{stage}: no cause was confirmed; {len(statements) - unclear} were ruled out, {unclear} stay open"
