@@ -47,6 +47,7 @@ from rlhf.stages.callbacks import Callback, Update, call_back
 from rlhf.stages.data import add_dropped, describe_data, encode_demonstrations, load_splits, overlap, writable_sets
 from rlhf.stages.held_out import HeldOut, before_and_after
 from rlhf.stages.next_steps import print_next
+from rlhf.stages.review import review, review_answers
 from rlhf.stages.run import Run, announce, find_finished, open_run, preflight, stage_recipe
 
 
@@ -75,6 +76,7 @@ def run(
     with open_run("ppo", config, [policy, *rewards], data, recipe, inputs, callbacks) as run:
         sets = writable_sets(sets, tokenizer, run.data)
         announce(run, policy.manifest.base_model, sets, tokenizer)
+        facts = review(run, policy.manifest.base_model, sets, tokenizer)
         prompts, held_out = sets["train"], sets["validation"]
         train_ids = encode_prompts(prompts, tokenizer, config.max_prompt_length)
         held_out_ids = encode_prompts(held_out, tokenizer, config.max_prompt_length)
@@ -119,6 +121,7 @@ def run(
             trainer.state.resume()
             doctor.read_log()
         sft_answers = evaluation.evaluate(reference=True)
+        review_answers(run, facts, sft_answers)
         if not run.tracker.logged():
             evaluation.log(0, sft_answers)
         if (doctor.may_roll_back or callbacks) and trainer.state.updates_done == 0:

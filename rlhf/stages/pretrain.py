@@ -37,6 +37,7 @@ from rlhf.run.resumable import ResumableTrainer
 from rlhf.stages.callbacks import Callback
 from rlhf.stages.data import describe_data
 from rlhf.stages.next_steps import print_next
+from rlhf.stages.review import review
 from rlhf.stages.run import Run, find_finished, open_run, require_checks, require_one_process, stage_recipe
 from rlhf.stages.trainer import on_one_device, train, trainer_arguments
 
@@ -57,6 +58,7 @@ def run(
             texts = sets["train"].rows["text"]
             tokenizer = train_tokenizer(texts, config.vocab_size, chat_template=config.chat_template)
         trainer = make_trainer(run, tokenizer, sets)
+        review(run, "", sets, rows=len(trainer.train_dataset))
         require_checks(run, lambda: check_pretrain(trainer, run.compute, run.folder, run.registry.root))
         if only_preflight:
             return None

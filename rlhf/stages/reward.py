@@ -46,6 +46,7 @@ from rlhf.stages.callbacks import Callback
 from rlhf.stages.data import add_dropped, describe_data, load_splits, overlap, writable_sets
 from rlhf.stages.next_steps import print_next
 from rlhf.stages.normalization import NormalizingRows, normalization, normalizing_data, normalizing_rows
+from rlhf.stages.review import review
 from rlhf.stages.run import Run, announce, find_finished, open_run, preflight, require_one_process, stage_recipe
 from rlhf.stages.trainer import on_one_device, train, trainer_arguments
 
@@ -99,6 +100,7 @@ def run(
         tokenizer = load_tokenizer(str(policy.path))
         sets = writable_sets(sets, tokenizer, run.data)
         announce(run, policy.manifest.base_model, sets, tokenizer)
+        review(run, policy.manifest.base_model, sets, tokenizer)
         prepared = prepare(run, base, tokenizer, sets)
         # Training uses the policy up, so its own figures come first.
         figures_of_policy = None if only_preflight else measure_policy(run, base, prepared, zero_data)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
@@ -29,6 +30,7 @@ from rlhf.doctor.health.findings import actions
 from rlhf.doctor.plan.show import print_plan
 from rlhf.doctor.preflight.check import Check, require_all
 from rlhf.doctor.preflight.context import PreflightContext
+from rlhf.doctor.preflight.data import load_parents_data
 from rlhf.models.compute import Compute, quiet_transformers
 from rlhf.models.inputs import UNKNOWN
 from rlhf.models.tokenization import stop_token_ids, tokenizer_hashes
@@ -65,6 +67,11 @@ class Run(Generic[ConfigT]):
     timer: PhaseTimer
     callbacks: Sequence[Callback] = ()
     started: float = field(default_factory=time.perf_counter)
+
+    @cached_property
+    def parents_data(self) -> dict[str, dict[str, Loaded] | str]:
+        """The data that the parents were trained on, as `load_parents_data` returns it; the preflight lets go of it."""
+        return load_parents_data(self.parents)
 
     def publish(
         self,
@@ -302,12 +309,14 @@ def preflight(
             registry=run.registry.root,
             parents=run.parents,
             tokenizer=tokenizer,
+            parents_data=run.parents_data,
             training=training_prompts(sets),
             validation=sets["validation"],
         )
         return examine(context)
 
     require_checks(run, checks)
+    vars(run).pop("parents_data", None)  # may be large
 
 
 def announce(run: Run[Any], base_model: str, sets: dict[str, Loaded], tokenizer: PreTrainedTokenizerBase) -> None:

@@ -51,6 +51,7 @@ from rlhf.run.resumable import ResumableTrainer
 from rlhf.stages.callbacks import Callback
 from rlhf.stages.data import add_dropped, describe_data, encode_demonstrations, load_splits, overlap, writable_sets
 from rlhf.stages.next_steps import print_next
+from rlhf.stages.review import review
 from rlhf.stages.run import Run, announce, find_finished, open_run, preflight, require_one_process, stage_recipe
 from rlhf.stages.trainer import SortedStepSampler, on_one_device, train, trainer_arguments
 
@@ -94,6 +95,7 @@ def run(
         freeze_template_date(run, tokenizer)
         sets = writable_sets(sets, tokenizer, run.data)
         announce(run, config.model_name_or_path, sets, tokenizer)
+        review(run, config.model_name_or_path, sets, tokenizer)
         if mark := closing_text(tokenizer):
             print(
                 f"sft: the template ends answers with {mark!r}, which is no token of this model but text: sampled answers will "

@@ -45,7 +45,7 @@ def run(arguments: Namespace, rest: Sequence[str]) -> None:
         importlib.import_module(f"rlhf.stages.{stage}")
         libraries()
         compute = Compute(torch.device("cpu"), torch.bfloat16) if gpu else Compute.choose(config)
-        name, tokenizer_source = _model(config, arguments)
+        name, tokenizer_source = base_model(config, arguments.config, arguments.model)
         shape = read_shape(name, config.registry, trust_remote_code=getattr(config, "trust_remote_code", False))
         work = _work(config, tokenizer_source, arguments)
         plan = make_plan(config, shape, compute, work, gpu=gpu)
@@ -88,16 +88,21 @@ def _dataset(file: Path) -> str:
         return str(prepare(recipe))
 
 
-def _model(config: Any, arguments: Any) -> tuple[str, str]:
-    """Return the base model of a stage, and where its tokenizer is."""
-    if arguments.model or hasattr(config, "model_name_or_path"):
-        name = str(arguments.model or config.model_name_or_path)
+def base_model(config: Any, place: Path, model: str | None = None) -> tuple[str, str]:
+    """Return the base model of a stage, and where its tokenizer is.
+
+    Args:
+        place: config file or folder; `sft.yaml` beside it names the base of a policy that is not registered yet.
+        model: name that comes first.
+    """
+    if model or hasattr(config, "model_name_or_path"):
+        name = str(model or config.model_name_or_path)
         return name, name
     try:
         policy = Registry(config.registry).get(config.policy, expect_stage="sft")
         return policy.manifest.base_model, str(policy.path)
     except UserError as error:
-        folder = arguments.config if arguments.config.is_dir() else arguments.config.parent
+        folder = place if place.is_dir() else place.parent
         file = folder / "sft.yaml"
         base = read_yaml(file).get("model_name_or_path") if file.is_file() else None
         if base:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf.config import SFTConfig, StageConfig
 from rlhf.data_prep.load import Loaded
 from rlhf.doctor.preflight.check import Check
-from rlhf.doctor.preflight.data import check_fingerprints, check_leaks, load_parents_data
+from rlhf.doctor.preflight.data import check_fingerprints, check_leaks
 from rlhf.doctor.preflight.models import check_probe
 from rlhf.doctor.preflight.text import check_template, check_tokenizers
 from rlhf.doctor.probe import read_probe
@@ -37,6 +37,8 @@ class PreflightContext:
     registry: Path
     """Root of the registry."""
     parents: Sequence[Artifact]
+    parents_data: Mapping[str, dict[str, Loaded] | str]
+    """Their data sets, as `load_parents_data` returns them."""
     tokenizer: PreTrainedTokenizerBase
     training: Mapping[str, Loaded]
     """Training sets of this stage by name."""
@@ -67,7 +69,7 @@ def check_data(context: PreflightContext, model: PreTrainedModel, *, by: str) ->
     Args:
         by: unit that must not be both trained on and judged: `prompt` (in any stage), or `row` (in this one).
     """
-    data = load_parents_data(context.parents)
+    data = context.parents_data
     training = dict(context.training)
     if by == "prompt":
         for reference, sets in data.items():

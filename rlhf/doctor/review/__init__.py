@@ -1,0 +1,1 @@
+"""The review: data and options against what they should be, before anything is trained."""
