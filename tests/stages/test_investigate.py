@@ -32,8 +32,8 @@ from rlhf.stages.investigate.experiment import (
     Experiment,
     confirmed,
     correlation,
-    in_order,
     mean,
+    next_one,
     ruled_out,
 )
 from rlhf.stages.investigate.subject import PPOSubject
@@ -81,7 +81,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory, finished: tuple[Path, P
         "reward": [name_of(judged)], "gold": name_of(vowels), "registry": str(folder / "registry"), "name": "judged",
         "output_dir": str(folder / "out"), "device": "cpu", "dtype": "float32", "optim": "adamw_torch", "trackers": ["none"],
         "preflight": False, "total_episodes": 96, "rollout_batch_size": 32, "minibatch_size": 16, "microbatch_size": 16,
-        "learning_rate": 0.003, "missing_eos_penalty": 0.0, "save_steps": 1, "num_eval_samples": 1, "kl_coef": 0.01,
+        "learning_rate": 0.003, "missing_eos_penalty": 0.0, "save_steps": 1, "num_eval_samples": 20, "kl_coef": 0.01,
         "stop_strings": ["a", "e", "o", "n", "t"],
     }  # fmt: skip
     ppo.run(PPOConfig(**options))
@@ -141,8 +141,8 @@ def test_a_sound_run_confirms_nothing_and_stays_as_it_was(run_folder: Path, call
     for experiment in EXPERIMENTS:
         assert (experiment.name in done.out) == (experiment.stage == "ppo")
     assert digests() == before
-    statements = read(FolderReader(run_folder / "ppo"))
-    assert {one.part for one in statements} == {"investigation"} and {one.step for one in statements} == {3}
+    statements = [one for one in read(FolderReader(run_folder / "ppo")) if one.part == "investigation"]
+    assert {one.step for one in statements} == {3}
     passed = {one.name for one in statements if one.passed}
     assert {
         "reference",
@@ -222,6 +222,12 @@ def test_advantages_of_the_wrong_sign_are_confirmed(subject: PPOSubject, monkeyp
     right = F.whiten
     monkeypatch.setattr(F, "whiten", lambda x, mask: -right(x, mask))
     assert "wrong sign" in causes(updates.update_direction, subject)["credit_follows_score"]
+
+
+def test_a_discount_that_keeps_the_score_from_tokens_is_confirmed(subject: PPOSubject) -> None:
+    credit = dataclasses.replace(subject.trainer.estimator, gamma=0.3)  # type: ignore[type-var]
+    subject.trainer.estimator = credit
+    assert "gamma 0.3" in causes(updates.update_direction, subject)["credit_discount"]
 
 
 def test_a_loss_of_the_wrong_sign_is_told_from_wrong_advantages(
@@ -373,13 +379,19 @@ def test_verdicts_on_pairs(inside: float, outside: float, cause: str | None) -> 
 
 
 def test_findings_choose_the_order_and_time_is_bounded(run_folder: Path, call: Callable[..., Call]) -> None:
-    def one(name: str, passes: float, settles: tuple[str, ...]) -> Experiment:
-        return Experiment(name=name, stage="ppo", run=lambda subject: iter(()), passes=passes, settles=settles)
+    """Catches: dear experiments before cheap ones, and shared measurements counted twice."""
 
-    cheap, dear, called = one("cheap", 1, ()), one("dear", 3, ("x",)), one("called", 2, ("kl_high",))
-    assert [e.name for e in in_order([cheap, dear, called], {"kl_high"})] == ["called", "cheap", "dear"]
+    def one(name: str, passes: float, *needs: str, settles: tuple[str, ...] = ()) -> Experiment:
+        return Experiment(
+            name=name, stage="ppo", run=lambda subject: iter(()), needs=needs, passes=passes, settles=settles
+        )
+
+    cheap, dear, called = one("cheap", 1), one("dear", 0.1, "sft"), one("called", 9, settles=("kl_high",))
+    both, nothing, measured = [cheap, dear], SimpleNamespace(), SimpleNamespace(sft=None)
+    assert next_one([*both, called], {"kl_high"}, nothing) is called
+    assert next_one(both, set(), nothing) is cheap and next_one(both, set(), measured) is dear
     done = call("rlhf.doctor", "investigate", run_folder / "ppo", "--minutes", "0")
-    assert "left out for want of time" in done.out and done.code == 0
+    assert "left out for want of time" in done.out and done.code == 0, done.out
 
 
 def test_causes_that_another_one_explains_are_not_named() -> None:

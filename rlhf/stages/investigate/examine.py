@@ -18,7 +18,7 @@ from rlhf.doctor.diagnosis import diagnose, find_run
 from rlhf.doctor.statements import Statement, append, read
 from rlhf.run.tracker import RUN_FILE
 from rlhf.stages.investigate import policies, rewards, supervised, updates
-from rlhf.stages.investigate.experiment import EXPERIMENTS, Experiment, in_order
+from rlhf.stages.investigate.experiment import EXPERIMENTS, Experiment, next_one
 from rlhf.stages.investigate.subject import PPOSubject
 
 #: What opens a run for experiments, by stage, in the order in which the stages of a run are examined.
@@ -65,18 +65,19 @@ def investigate(folder: Path, registry: str | None, end: float, only: Sequence[s
     subject = SUBJECTS[stage](folder, registry)
     _say(f"{stage}: experiments with {subject}")
     statements: list[Statement] = []
-    left, rates, started = in_order(chosen, findings), [0.0], time.monotonic()
-    while left and time.monotonic() + left[0].passes * rates[-1] < end:
-        experiment = left.pop(0)
-        own = _run(experiment, subject)
-        statements += own
-        done = sum(one.passes for one in chosen if one not in left)
-        rates.append((time.monotonic() - started) / done)
+    left, done, started = list(chosen), 0.0, time.monotonic()
+    while left:
+        experiment = next_one(left, findings, subject)
+        cost, now = experiment.cost(subject), time.monotonic()
+        if now + cost * (now - started) / (done or 1.0) > end:
+            break
+        left.remove(experiment)
+        statements += _run(experiment, subject)
+        done += cost
     append(folder, statements)
     if left:
-        cost = sum(one.passes for one in left) * rates[-1]
         names = ", ".join(one.name for one in left)
-        _say(f"left out for want of time: {names} (about {cost:.0f} s; --minutes)")
+        _say(f"left out for want of time (--minutes): {names}")
     _say(_verdict(stage, statements))
     return statements
 

@@ -2,7 +2,7 @@
 
 An experiment is a function from a subject to statements; its docstring is the question that it settles:
 
-    @experiment("ppo", passes=2, settles=("reward_falling",))
+    @experiment("ppo", needs=("first", "ordinary"), settles=("reward_falling",))
     def update_direction(subject: PPOSubject) -> Iterator[Statement]:
         '''Does an update raise the probability of what scored better than expected?'''
 """
@@ -29,8 +29,10 @@ class Experiment:
     name: str
     stage: str
     run: Run
-    passes: float
-    """Cost, in rollouts of 64 responses that are sampled, scored and trained on."""
+    needs: tuple[str, ...] = ()
+    """Shared measurements that it reads: keys of `SHARED`, which are made once."""
+    passes: float = 0.1
+    """Cost of what is its own, in rollouts of 64 responses that are sampled and scored."""
     settles: tuple[str, ...]
     """Health checks and statements whose causes it tells apart."""
 
@@ -39,23 +41,35 @@ class Experiment:
         """The question that it settles."""
         return str(self.run.__doc__).split("\n")[0]
 
+    def cost(self, subject: Any) -> float:
+        """Return its cost as long as shared measurements of the subject are missing."""
+        return self.passes + sum(
+            cost for name, cost in SHARED.items() if name in self.needs and name not in vars(subject)
+        )
 
+
+#: Costs of measurements that experiments share, which are cached properties of the subject.
+SHARED = {"sft": 1.5, "tuned": 1.6, "first": 1.5, "ordinary": 2.0, "losses": 2.0, "scores": 1.0}
 EXPERIMENTS: list[Experiment] = []
 
 
-def experiment(stage: str, *, passes: float, settles: tuple[str, ...]) -> Callable[[Run], Run]:
+def experiment(
+    stage: str, *, settles: tuple[str, ...], needs: tuple[str, ...] = (), passes: float = 0.1
+) -> Callable[[Run], Run]:
     """Register the decorated function as an experiment of its name."""
 
     def register(run: Run) -> Run:
-        EXPERIMENTS.append(Experiment(name=run.__name__, stage=stage, run=run, passes=passes, settles=settles))
+        EXPERIMENTS.append(
+            Experiment(name=run.__name__, stage=stage, run=run, needs=needs, passes=passes, settles=settles)
+        )
         return run
 
     return register
 
 
-def in_order(experiments: list[Experiment], findings: set[str]) -> list[Experiment]:
-    """Return experiments that findings call for first, and the cheapest first among equals."""
-    return sorted(experiments, key=lambda one: (findings.isdisjoint(one.settles), one.passes))
+def next_one(experiments: list[Experiment], findings: set[str], subject: Any) -> Experiment:
+    """Return an experiment that findings call for, the cheapest first; else the cheapest of all."""
+    return min(experiments, key=lambda one: (findings.isdisjoint(one.settles), one.cost(subject)))
 
 
 # Figures

@@ -28,7 +28,7 @@ STOPS = 0.3
 DEMONSTRATIONS, LONGER = 32, 32
 
 
-@experiment("ppo", passes=0.2, settles=("wrong_reference", "kl_jump", "negative_kl"))
+@experiment("ppo", settles=("wrong_reference", "kl_jump", "negative_kl"))
 def reference(subject: PPOSubject) -> Iterator[Statement]:
     """Is the policy the reference before the first update?"""
     gap = subject.start_gap
@@ -43,7 +43,7 @@ def reference(subject: PPOSubject) -> Iterator[Statement]:
         )  # fmt: skip
 
 
-@experiment("ppo", passes=1.5, settles=(
+@experiment("ppo", needs=("sft", "tuned"), settles=(
     "over_optimised", "reward_falling", "kl_high", "responses_alike", "repeated_text", "entropy_collapse", "policy_unmoved",
     "same_as_sft", "reward_saturated", "length_up", "reward_ignores_judge",
 ))  # fmt: skip
@@ -111,7 +111,9 @@ def _best(proxy: Array, values: Array) -> Array:
     return best_of_n(_rows(proxy), _rows(values), SAMPLES)
 
 
-@experiment("ppo", passes=1.0, settles=("cut_off", "stop_rate_falling", "length_up", "length_rewarded"))
+@experiment(
+    "ppo", needs=("sft", "tuned"), passes=0.3, settles=("cut_off", "stop_rate_falling", "length_up", "length_rewarded")
+)
 def endings(subject: PPOSubject) -> Iterator[Statement]:
     """Are answers cut off by the limit, or do they never end?"""
     start, now = float(subject.sft.stopped.mean()), float(subject.tuned.stopped.mean())
@@ -170,7 +172,7 @@ def _stop_probability(subject: PPOSubject) -> float | None:
     return float(logprobs.gather(1, batch.mask.sum(dim=1, keepdim=True) - 1).exp().mean())
 
 
-@experiment("ppo", passes=2.5, settles=("over_optimised", "reward_falling"))
+@experiment("ppo", needs=("sft", "tuned"), passes=3.2, settles=("over_optimised", "reward_falling"))
 def held_out_prompts(subject: PPOSubject) -> Iterator[Statement]:
     """Is the gain on training prompts there on held-out ones, too?"""
     trained = [subject.evaluate("train", reference=reference) for reference in (True, False)]

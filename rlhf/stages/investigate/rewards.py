@@ -37,7 +37,7 @@ _BAD_REWARD = (
 )  # fmt: skip
 
 
-@experiment("ppo", passes=0.8, settles=("reward_constant", "reward_saturated", "gradient_zero", *_BAD_REWARD))
+@experiment("ppo", needs=("sft",), settles=("reward_constant", "reward_saturated", "gradient_zero", *_BAD_REWARD))
 def reward_judge(subject: PPOSubject) -> Iterator[Statement]:
     """Does the reward tell answers apart, and as the independent judge does?"""
     answered = subject.sft
@@ -81,7 +81,7 @@ def _agreement(name: str, measured: str, figure: Interval, truth: str) -> Statem
     return undecided(name, measured)
 
 
-@experiment("ppo", passes=1.0, settles=_BAD_REWARD)
+@experiment("ppo", passes=0.7, settles=_BAD_REWARD)
 def reward_pairs(subject: PPOSubject) -> Iterator[Statement]:
     """Does the reward order held-out labelled pairs as people did?"""
     pairs = _labelled_pairs(subject)
@@ -155,7 +155,12 @@ TRICKS = (
 )  # fmt: skip
 
 
-@experiment("ppo", passes=3.0, settles=tuple({symptom for trick in TRICKS for symptom in trick.symptoms}))
+@experiment(
+    "ppo",
+    needs=("sft", "tuned"),
+    passes=2.0,
+    settles=tuple({symptom for trick in TRICKS for symptom in trick.symptoms}),
+)
 def reward_tricks(subject: PPOSubject) -> Iterator[Statement]:
     """Does the reward pay for length, repetition, unfinished or empty answers, and does the policy make use of it?"""
     answered = subject.sft

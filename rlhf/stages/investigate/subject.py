@@ -25,7 +25,7 @@ from rlhf.config import PPOConfig, TrainingConfig, is_registered_reward
 from rlhf.evaluation.policy import PolicyEvaluation, evaluate_policy
 from rlhf.models.compute import Compute
 from rlhf.models.sequences import Sequences, length_sorted_batches, pad
-from rlhf.models.tokenization import encode_prompt, encode_response, load_tokenizer
+from rlhf.models.tokenization import encode_prompt, encode_response
 from rlhf.ppo import draws, forward
 from rlhf.ppo.credit import Credit
 from rlhf.ppo.rollout import Environment, Penalties
@@ -38,8 +38,8 @@ from rlhf.reward.sources import Responses
 from rlhf.run import checkpoint
 from rlhf.run.timing import PhaseTimer
 from rlhf.run.tracker import RUN_FILE
+from rlhf.stages import ppo as stage
 from rlhf.stages.data import describe_data, load_splits, writable_sets
-from rlhf.stages.ppo import build_models, encode_prompts
 
 #: Prompts that are answered, answers of each model to each, and prompts from which on intervals draw prompts, not answers.
 PROMPTS, SAMPLES, FEW_PROMPTS = 24, 4, 8
@@ -97,13 +97,14 @@ class PPOSubject:
         # Compiling would take longer than the few rollouts.
         sampler: Any = "loop" if config.sampler == "compiled" else config.sampler
         self.config = dataclasses.replace(config, policy=self.policy.reference, reward=own, sampler=sampler)
-        self.tokenizer = load_tokenizer(str(self.policy.path))
+        self.tokenizer = stage.load_tokenizer(str(self.policy.path))
         sets = load_splits(config.dataset, "prompts")
         self.sets = writable_sets(sets, self.tokenizer, describe_data(sets))
         self.ids = {
-            name: encode_prompts(loaded, self.tokenizer, config.max_prompt_length) for name, loaded in self.sets.items()
+            name: stage.encode_prompts(loaded, self.tokenizer, config.max_prompt_length)
+            for name, loaded in self.sets.items()
         }
-        models, reward = build_models(self.config, Compute.choose(config), self.policy, self.rewards)
+        models, reward = stage.build_models(self.config, Compute.choose(config), self.policy, self.rewards)
         self.models, self.reward = models, reward
         self.gold = load_gold(config.gold) if config.gold else None
         # Each trial trains the policy, and runs to its end.

@@ -104,7 +104,7 @@ class SFTSubject:
         return nats(prompts), np.exp(-nats([len(prompt) + len(answer) - 1 for prompt, answer in pairs]))
 
 
-@experiment("sft", passes=1.0, settles=("loss_flat", "loss_rising", "learning_rate_zero", "no_gradient"))
+@experiment("sft", needs=("losses",), settles=("loss_flat", "loss_rising", "learning_rate_zero", "no_gradient"))
 def demonstrations_learned(subject: SFTSubject) -> Iterator[Statement]:
     """Does the model give its demonstrations, and held-out ones, more probability than its base?"""
     changes, lines = {}, []
@@ -123,19 +123,19 @@ def demonstrations_learned(subject: SFTSubject) -> Iterator[Statement]:
     elif inside.low > 0:
         yield confirmed(
             "demonstrations_learned", measured, cause="training made its own demonstrations less likely: it diverged",
-            action="lower learning_rate by ten, raise warmup_steps", explains=("loss_rising", "batch_spike"),
+            action="lower learning_rate by ten, raise warmup_steps", explains=("loss_rising", "batch_spike", "stop_learned"),
         )  # fmt: skip
     elif max(abs(inside.low), abs(inside.high)) < 0.02:
         yield confirmed(
             "demonstrations_learned", measured, cause="training changed next to nothing",
             action="raise learning_rate; see that the adapter gets a gradient",
-            explains=("loss_flat", "learning_rate_zero", "no_gradient"),
+            explains=("loss_flat", "learning_rate_zero", "no_gradient", "stop_learned"),
         )  # fmt: skip
     else:
         yield undecided("demonstrations_learned", measured)
 
 
-@experiment("sft", passes=0.5, settles=("loss_flat", "cut_off"))
+@experiment("sft", needs=("losses",), settles=("loss_flat", "cut_off"))
 def stop_learned(subject: SFTSubject) -> Iterator[Statement]:
     """Does the model stop where demonstrations end?"""
     pairs = subject.rows["validation"]
@@ -194,7 +194,9 @@ class RewardSubject:
 
 
 @experiment(
-    "reward", passes=1.0, settles=("accuracy_below_chance", "accuracy_at_chance", "loss_rising", "learning_rate_zero")
+    "reward",
+    needs=("scores",),
+    settles=("accuracy_below_chance", "accuracy_at_chance", "loss_rising", "learning_rate_zero"),
 )
 def pairs_learned(subject: RewardSubject) -> Iterator[Statement]:
     """Does the model order its training pairs, and held-out ones, as people do?"""
@@ -229,7 +231,7 @@ def pairs_learned(subject: RewardSubject) -> Iterator[Statement]:
         yield undecided("pairs_learned", measured)
 
 
-@experiment("reward", passes=0.5, settles=("accuracy_at_chance",))
+@experiment("reward", needs=("scores",), passes=0.5, settles=("accuracy_at_chance",))
 def prompt_read(subject: RewardSubject) -> Iterator[Statement]:
     """Does the model need the prompt, or does it judge answers alone?"""
     rows, _ = subject.rankings["validation"]

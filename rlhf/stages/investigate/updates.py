@@ -15,6 +15,7 @@ from torch import Tensor
 from rlhf.base.intervals import Array
 from rlhf.doctor.statements import Statement
 from rlhf.ppo import functional as F
+from rlhf.ppo.credit import Gae
 from rlhf.ppo.types import Rollout
 from rlhf.stages.investigate.experiment import (
     Interval,
@@ -25,7 +26,7 @@ from rlhf.stages.investigate.experiment import (
     ruled_out,
     undecided,
 )
-from rlhf.stages.investigate.subject import PPOSubject
+from rlhf.stages.investigate.subject import PPOSubject, Trial
 
 #: Change of log-probabilities, nats, up to which a policy did not move: rounding.
 UNMOVED = 1e-7
@@ -39,6 +40,8 @@ LEAST_KL = 0.05
 HIGH_KL = 5.0
 #: Correlation of advantages and plain targets below which credit does not follow the score.
 LEAST_CREDIT = 0.2
+#: Gain of that correlation by gamma 1, from which gamma is to blame.
+DISCOUNTED = 0.1
 
 
 def to_go(x: Tensor) -> Tensor:
@@ -58,11 +61,16 @@ def aligned(x: Tensor, y: Tensor, rollout: Rollout) -> Interval:
     return correlation(_real(x, rollout), _real(y, rollout), rows.cpu().numpy())
 
 
+def moved(trial: Trial, rollout: Rollout) -> float:
+    """Return the KL from the policy before an update to the one after it, nats a token (k3)."""
+    return float(F.masked_mean(torch.expm1(trial.change) - trial.change, rollout.mask))
+
+
 def _real(x: Tensor, rollout: Rollout) -> Array:
     return x[rollout.mask].double().cpu().numpy()
 
 
-@experiment("ppo", passes=1.5, settles=(
+@experiment("ppo", needs=("first", "ordinary"), settles=(
     "reward_falling", "policy_unmoved", "same_as_sft", "gradient_zero", "kl_high", "kl_jump", "entropy_collapse",
     "advantages_not_centred", "advantages_vanished",
 ))  # fmt: skip
@@ -75,9 +83,20 @@ def update_direction(subject: PPOSubject) -> Iterator[Statement]:
     advantages = subject.credit.advantages
     credit = aligned(score_target(rollout, subject.config.kl_coef), advantages, rollout)
     measured = f"advantages correlate by {credit} with score less KL penalty less value, over {len(rollout)} responses"
-    follows = credit.low > LEAST_CREDIT
-    if follows:
-        yield ruled_out("credit_follows_score", f"{measured}: signs, rows and discounts of the credit are in order")
+    estimator = subject.trainer.estimator
+    if isinstance(estimator, Gae) and estimator.gamma < 1:
+        plain = dataclasses.replace(estimator, gamma=1.0)(rollout, kl_coef=subject.config.kl_coef).advantages
+        undiscounted = aligned(score_target(rollout, subject.config.kl_coef), plain, rollout)
+        measured += f", with gamma 1 by {undiscounted}"
+        if undiscounted.low > credit.high + DISCOUNTED:
+            yield confirmed(
+                "credit_discount", measured, severity="warning",
+                cause=f"gamma {estimator.gamma:g} keeps the score from the tokens that earn it: it comes at the last token",
+                action="set gamma 1, as InstructGPT does",
+                explains=("value_untrained", "value_useless", "reward_falling", "length_down", "score_gained"),
+            )  # fmt: skip
+    if credit.low > LEAST_CREDIT:
+        yield ruled_out("credit_follows_score", f"{measured}: signs and rows of the credit are in order")
     elif credit.high < LEAST_CREDIT:
         sign = "have the wrong sign" if credit.high < 0 else "hardly depend on the scores: rows mixed up, or a discount"
         yield confirmed(
@@ -118,11 +137,11 @@ def _unmoved(subject: PPOSubject) -> Statement:
     return confirmed(
         "update_moves_policy", f"one update at the peak step size changes no log-probability by more than {UNMOVED:g} nats",
         cause=cause, action=action,
-        explains=("policy_unmoved", "same_as_sft", "gradient_zero", "learning_rate_zero", "score_gained"),
+        explains=("policy_unmoved", "same_as_sft", "gradient_zero", "learning_rate_zero", "score_gained", "step_size"),
     )  # fmt: skip
 
 
-@experiment("ppo", passes=1.5, settles=("value_untrained", "value_useless", "value_dead"))
+@experiment("ppo", needs=("first", "ordinary"), settles=("value_untrained", "value_useless", "value_dead"))
 def value_learns(subject: PPOSubject) -> Iterator[Statement]:
     """Does an update bring the values closer to the returns?"""
     rollout, returns = subject.first, subject.credit.returns
@@ -169,7 +188,7 @@ def value_learns(subject: PPOSubject) -> Iterator[Statement]:
         yield undecided("value_learns", measured)
 
 
-@experiment("ppo", passes=1.5, settles=("kl_high", "kl_jump", "negative_kl", "no_kl_penalty", "controller_saturated"))
+@experiment("ppo", passes=3.5, settles=("kl_high", "kl_jump", "negative_kl", "no_kl_penalty", "controller_saturated"))
 def kl_term(subject: PPOSubject) -> Iterator[Statement]:
     """Does the KL penalty alone pull the policy back to the reference?"""
     rollout, kl_coef = subject.rollout(trained=True), subject.trainer.state.kl_coef
@@ -213,12 +232,15 @@ def kl_term(subject: PPOSubject) -> Iterator[Statement]:
 
 
 @experiment(
-    "ppo", passes=1.5, settles=("reward_falling", "policy_unmoved", "same_as_sft", "reward_scale", "reward_constant")
+    "ppo",
+    needs=("first", "ordinary"),
+    passes=4.0,
+    settles=("reward_falling", "policy_unmoved", "same_as_sft", "reward_scale", "reward_constant"),
 )
 def reward_steers(subject: PPOSubject) -> Iterator[Statement]:
     """Do updates go the other way when the reward's sign is flipped, or does something else steer them?"""
     rollout, estimator = subject.first, subject.trainer.estimator
-    if float(subject.ordinary.change.abs().max()) <= UNMOVED:
+    if moved(subject.ordinary, rollout) < LEAST_MOVE:
         return
     kl_coef = subject.config.kl_coef
     plain, flipped = (
@@ -246,7 +268,7 @@ def reward_steers(subject: PPOSubject) -> Iterator[Statement]:
         yield undecided("reward_steers", measured)
 
 
-@experiment("ppo", passes=3.5, settles=(
+@experiment("ppo", needs=("first", "ordinary"), passes=4.0, settles=(
     "steps_too_large", "kl_jump", "kl_high", "policy_unmoved", "same_as_sft", "gradient_spike", "entropy_collapse",
 ))  # fmt: skip
 def step_size(subject: PPOSubject) -> Iterator[Statement]:
@@ -255,7 +277,7 @@ def step_size(subject: PPOSubject) -> Iterator[Statement]:
     lines, moves, clipped = [], {}, {}
     for rate in (0.5, 1.0, 2.0):
         trial = subject.ordinary if rate == 1 else subject.attempt(rollout, subject.credit, rate=rate)
-        moves[rate] = float(F.masked_mean(torch.expm1(trial.change) - trial.change, rollout.mask))
+        moves[rate] = moved(trial, rollout)
         clipped[rate] = float(
             F.masked_mean((trial.change.expm1().abs() > subject.config.clip_range).float(), rollout.mask)
         )
