@@ -61,6 +61,26 @@ def open_classifier(folder: Any, **options: Any) -> Any:
     )
 
 
+def last_scores(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Tensor:
+    """Return a reward model's raw scores (B,) fp32, each read at its row's last token by the mask (B, T), whatever token it is.
+
+    transformers' classifiers score every token and pick the last that is not the pad token, which a policy may draw, too.
+    """
+    outputs: list[Tensor] = []
+    score = getattr(model, "score", None)  # peft's wrappers pass the name on
+    hook = score.register_forward_hook(lambda *call: outputs.append(call[-1])) if isinstance(score, nn.Module) else None
+    try:
+        scores = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **options).logits
+    finally:
+        if hook is not None:
+            hook.remove()
+    if outputs and outputs[-1].shape[:2] == input_ids.shape:
+        columns = torch.arange(input_ids.shape[1], device=input_ids.device)
+        last = (attention_mask.bool() * columns).argmax(dim=1)
+        scores = outputs[-1][torch.arange(len(last), device=last.device), last]
+    return scores.squeeze(-1).float()
+
+
 def is_generic(config: PreTrainedConfig) -> bool:
     """Return True for the config of a saved generic classifier, which plain transformers has no class for."""
     return any(name.endswith(GENERIC) for name in config.architectures or [])

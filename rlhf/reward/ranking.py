@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from trl import RewardTrainer
 
 from rlhf.data_prep.ratings import is_clear
+from rlhf.models.classifiers import last_scores
 from rlhf.models.sequences import pad, prompt_batches
 from rlhf.run.resumable import ResumableTrainer
 
@@ -131,10 +132,7 @@ def score_rows(model: torch.nn.Module, input_ids: Tensor, attention_mask: Tensor
     lengths = attention_mask.sum(dim=1)
     for rows in batches:
         width = int(lengths[rows].max())
-        logits = model(
-            input_ids=input_ids[rows, :width], attention_mask=attention_mask[rows, :width].long(), use_cache=False
-        ).logits
-        parts.append(logits.squeeze(-1).float())
+        parts.append(last_scores(model, input_ids[rows, :width], attention_mask[rows, :width].long()))
     return torch.cat(parts)[torch.argsort(torch.cat(list(batches)))]
 
 

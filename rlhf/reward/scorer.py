@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.config import ComputeConfig
 from rlhf.models.adapters import fast_adapters
+from rlhf.models.classifiers import last_scores
 from rlhf.models.compute import Compute
 from rlhf.models.reward_model import load_reward_model
 from rlhf.models.sequences import length_sorted_batches, pad, prompt_batches
@@ -63,10 +64,7 @@ class Scorer:
             attention = nn.functional.pad(mask, (left, right)).long().to(self.compute.device)
             positions = (attention.cumsum(dim=1) - 1).clamp_min(0)
             with fast_adapters(self.model, self.compute), self.compute.autocast():
-                output = self.model(
-                    input_ids=ids, attention_mask=attention, position_ids=positions, use_cache=False
-                ).logits
-            parts.append(output.squeeze(-1).float().cpu())
+                parts.append(last_scores(self.model, ids, attention, position_ids=positions).cpu())
         return torch.cat(parts)
 
     def encode(self, prompt: Sequence[Message], answer: str) -> list[int]:

@@ -23,6 +23,7 @@ from torch import Tensor
 from toys import FAMILIES
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from rlhf.models.classifiers import last_scores
 from rlhf.models.roles import Role, RoleModels
 from rlhf.models.sampling import Sampled
 from rlhf.models.sequences import Sequences, length_sorted_batches, pad
@@ -30,6 +31,7 @@ from rlhf.ppo import forward
 from rlhf.ppo.rollout import Penalties, SamplingOptions, evaluate_sequences, respond
 from rlhf.ppo.types import Rollout
 from rlhf.reward import sources
+from rlhf.reward.scorer import score_tokens
 from rlhf.reward.sources import AdapterReward, Responses
 
 OPENING = [5, 6, 7, 8, 9, 10]
@@ -203,6 +205,26 @@ def test_score_is_that_of_the_trained_classifier_at_the_last_token(family: str, 
     expected = ((raw - REWARD_MEAN) / REWARD_STD).tolist()
     assert scores_of(models, batch, 2).tolist() == pytest.approx(expected, abs=1e-10, rel=0)
     assert max(expected) - min(expected) > 0.1
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_response_may_end_in_the_pad_token(family: str, tmp_path: Path) -> None:
+    """Catches: transformers' rule, the last token that is not the pad token, where PPO goes by the mask."""
+    models = shared_models(family, tmp_path / "reward", ppo_config())
+    classifier = reward_model(family, tmp_path / "reward", ppo_config())
+    ends = [([5, 6, 7], [8, 9, PAD]), ([5, 6], [PAD]), ([5, 6, 7], [8, PAD, PAD]), ([10], [11, 2])]
+    rows = [p + r for p, r in ends]
+    expected = scores_of(models, sequences(ends), 4) * REWARD_STD + REWARD_MEAN
+    torch.testing.assert_close(score_tokens(classifier, rows, PAD, 2), expected, rtol=0, atol=1e-6, check_dtype=False)
+    ids, mask = pad(rows, PAD, side="left")
+    with torch.no_grad():
+        positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
+        left = last_scores(classifier, ids, mask.long(), position_ids=positions)
+        library = (
+            classifier(input_ids=ids, attention_mask=mask.long(), position_ids=positions).logits.squeeze(1).float()
+        )
+    torch.testing.assert_close(left, expected, rtol=0, atol=1e-6, check_dtype=False)
+    assert ((library - left).abs() > 1e-3).tolist() == [True, True, True, False]
 
 
 def test_values_are_read_before_the_token_and_do_not_know_it(tmp_path: Path) -> None:
