@@ -17,12 +17,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.base import distributed
 from rlhf.base.errors import UserError, require, run_command
+from rlhf.base.functions import GoldFunction
 from rlhf.config import PPOConfig, is_registered_reward, parse_config
 from rlhf.data_prep.corpus import Blocks, load_text
 from rlhf.data_prep.load import Loaded, load_rows
 from rlhf.doctor.live import LiveDoctor
 from rlhf.doctor.plan.microbatch import with_microbatch
 from rlhf.doctor.preflight.ppo import ppo as check_ppo
+from rlhf.doctor.review.facts import Facts
 from rlhf.evaluation.policy import PolicyEvaluation
 from rlhf.models.adapters import lora_config
 from rlhf.models.base import context_length, load_policy
@@ -77,63 +79,80 @@ def run(
         sets = writable_sets(sets, tokenizer, run.data)
         announce(run, policy.manifest.base_model, sets, tokenizer)
         facts = review(run, policy.manifest.base_model, sets, tokenizer)
-        prompts, held_out = sets["train"], sets["validation"]
-        train_ids = encode_prompts(prompts, tokenizer, config.max_prompt_length)
-        held_out_ids = encode_prompts(held_out, tokenizer, config.max_prompt_length)
-        models, reward_sum = build_models(config, run.compute, policy, rewards)
-        context = check_lengths(config, models, train_ids, held_out_ids)
-        texts: Sequence[tuple[list[int], list[int]]] = ()
-        if "ptx" in sets:
-            texts, too_long = encode_texts(sets["ptx"], tokenizer, config, context, run.folder)
-            add_dropped(run.data, "ptx", too_long, "max_prompt_length, response_length")
-        own_unit = any(IMPORTED in reward.manifest.config for reward in rewards)
-        settings = {**dataclasses.asdict(config), "own_unit": own_unit}
-        doctor = LiveDoctor("ppo", config.doctor, run.tracker, settings)
-        evaluation = HeldOut(
-            run=run,
-            models=models,
-            tokenizer=tokenizer,
-            data=held_out,
-            prompts=held_out_ids,
-            reward=reward_sum,
-            gold=gold,
-        )
-
-        def observe(update: int, metrics: Mapping[str, float]) -> Order | None:
-            """Evaluate the policy where that is due, and have the doctor and the callbacks look at the update."""
-            evaluation.watch(update)
-            order = doctor.observe(update, metrics)
-            return _called_back(run, trainer, update, metrics) or order
-
-        trainer = PPOTrainer(
-            models,
-            tokenizer,
-            config,
-            Environment(prompts=train_ids, rows=prompts.rows, reward=reward_sum, gold=gold),
-            Outputs(tracker=run.tracker, folder=run.folder / "checkpoints", timer=run.timer),
-            texts=texts,
-            observe=observe,
-        )
+        trainer, evaluation, doctor = make_trainer(run, policy, rewards, sets, tokenizer, gold)
         preflight(run, partial(check_ppo, trainer=trainer), tokenizer, sets)
-        if only_preflight:
-            return None
-        if config.resume:
-            trainer.state.resume()
-            doctor.read_log()
-        sft_answers = evaluation.evaluate(reference=True)
-        review_answers(run, facts, sft_answers)
-        if not run.tracker.logged():
-            evaluation.log(0, sft_answers)
-        if (doctor.may_roll_back or callbacks) and trainer.state.updates_done == 0:
-            trainer.state.save()  # a state to go back to
-        trainer.train()
-        run.tracker.log_frontier()
+        return None if only_preflight else _train(trainer, evaluation, doctor, policy, facts)
 
-        publish = partial(_publish, trainer, evaluation, policy, sft_answers)
-        if config.ema_decay is not None:
-            with trainer.state.averaged_policy():
-                publish(f"{config.name}-ema")
-        return publish(config.name)
+
+def make_trainer(
+    run: Run[PPOConfig],
+    policy: Artifact,
+    rewards: list[Artifact],
+    sets: dict[str, Loaded],
+    tokenizer: PreTrainedTokenizerBase,
+    gold: GoldFunction | None,
+) -> tuple[PPOTrainer, HeldOut, LiveDoctor]:
+    """Return the trainer of a run, with what looks at its updates: the evaluation of held-out prompts and the doctor."""
+    config, prompts, held_out = run.config, sets["train"], sets["validation"]
+    train_ids = encode_prompts(prompts, tokenizer, config.max_prompt_length)
+    held_out_ids = encode_prompts(held_out, tokenizer, config.max_prompt_length)
+    models, reward_sum = build_models(config, run.compute, policy, rewards)
+    context = check_lengths(config, models, train_ids, held_out_ids)
+    texts: Sequence[tuple[list[int], list[int]]] = ()
+    if "ptx" in sets:
+        texts, too_long = encode_texts(sets["ptx"], tokenizer, config, context, run.folder)
+        add_dropped(run.data, "ptx", too_long, "max_prompt_length, response_length")
+    own_unit = any(IMPORTED in reward.manifest.config for reward in rewards)
+    doctor = LiveDoctor("ppo", config.doctor, run.tracker, {**dataclasses.asdict(config), "own_unit": own_unit})
+    evaluation = HeldOut(
+        run=run,
+        models=models,
+        tokenizer=tokenizer,
+        data=held_out,
+        prompts=held_out_ids,
+        reward=reward_sum,
+        gold=gold,
+    )
+
+    def observe(update: int, metrics: Mapping[str, float]) -> Order | None:
+        """Evaluate the policy where that is due, and have the doctor and the callbacks look at the update."""
+        evaluation.watch(update)
+        order = doctor.observe(update, metrics)
+        return _called_back(run, trainer, update, metrics) or order
+
+    trainer = PPOTrainer(
+        models,
+        tokenizer,
+        config,
+        Environment(prompts=train_ids, rows=prompts.rows, reward=reward_sum, gold=gold),
+        Outputs(tracker=run.tracker, folder=run.folder / "checkpoints", timer=run.timer),
+        texts=texts,
+        observe=observe,
+    )
+    return trainer, evaluation, doctor
+
+
+def _train(
+    trainer: PPOTrainer, evaluation: HeldOut, doctor: LiveDoctor, policy: Artifact, facts: Facts | None
+) -> Artifact:
+    """Train the policy, between an evaluation of the SFT model and one of its own, and register it."""
+    run, config = evaluation.run, evaluation.run.config
+    if config.resume:
+        trainer.state.resume()
+        doctor.read_log()
+    sft_answers = evaluation.evaluate(reference=True)
+    review_answers(run, facts, sft_answers)
+    if not run.tracker.logged():
+        evaluation.log(0, sft_answers)
+    if (doctor.may_roll_back or run.callbacks) and trainer.state.updates_done == 0:
+        trainer.state.save()  # a state to go back to
+    trainer.train()
+    run.tracker.log_frontier()
+    publish = partial(_publish, trainer, evaluation, policy, sft_answers)
+    if config.ema_decay is not None:
+        with trainer.state.averaged_policy():
+            publish(f"{config.name}-ema")
+    return publish(config.name)
 
 
 def _publish(
