@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import shapes  # noqa: F401  (switches the checks on)
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from toys import BENT, FAMILIES, PROMPTS, build_bent, build_model, rows
 from transformers import AutoModelForCausalLM, MambaConfig, MistralConfig, PreTrainedModel
 
-from rlhf.models import decoding, drawing, graphs, sampling
+from rlhf.models import decoding, drawing, graphs, logprobs, sampling
 from rlhf.models.sampling import Sampled, Sampler, sample
 from rlhf.models.sequences import pad
 
@@ -167,6 +168,41 @@ def test_finished_rows_leave_the_batch_and_nothing_else_changes(monkeypatch: pyt
         torch.testing.assert_close(other.logprobs, never.logprobs, rtol=0, atol=1e-5)
 
 
+def test_a_token_is_written_behind_the_others_and_nothing_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches: keys and values that are copied at each token, memory for more tokens than a response may have, free columns that
+    are seen, and memory that is not made anew where it is full."""
+    model, results = build_model("llama", VOCAB, dtype=torch.float64), list[Sampled]()
+    prompts, longest = PROMPTS * 4, max(map(len, PROMPTS))
+    assert sampling.fits_loop(model)  # its passes are not counted
+    for growth in (1, 3, 32):
+        monkeypatch.setattr(decoding, "_GROWTH", growth)
+        with Widths() as widths:
+            results.append(draw(model, prompts, length=12, seed=3, sampler="loop"))
+        steps = results[0].responses.shape[1] - 1
+        assert max(widths.joined) == longest, "only prompts are joined"
+        assert len(widths.made) == 2 * 2 * -(-steps // growth)  # layers, keys and values
+        assert max(widths.made) == longest + min(-(-steps // growth) * growth, 11)
+    for other in results[1:]:
+        assert torch.equal(other.responses, results[0].responses)
+        torch.testing.assert_close(other.logprobs, results[0].logprobs, rtol=0, atol=1e-12)
+
+
+class Widths(TorchDispatchMode):
+    """Columns of the keys and values that are joined to others, and that are copied to larger ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.joined: list[int] = []
+        self.made: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        lists = {"aten::cat": self.joined, "aten::constant_pad_nd": self.made}
+        if (widths := lists.get(func._schema.name)) is not None and result.dim() == 4:
+            widths.append(result.shape[2])
+        return result
+
+
 def test_length_limit_of_one() -> None:
     """Catches: a limit that is off by one, and a second forward pass for a token that nobody will draw."""
     model = build_model("gpt2", VOCAB)
@@ -191,8 +227,11 @@ def test_a_token_of_probability_zero_is_never_drawn() -> None:
     # Cumulative sums of fp32 probabilities end a little off 1; the draw must still stay inside.
     wide = torch.randn(64, 50_000, generator=torch.Generator().manual_seed(0))
     wide[:, -100:] = -torch.inf
-    token, _ = drawing.draw_tokens(wide, torch.full((64, 1), below_one), 1.0)
+    token, logprob = drawing.draw_tokens(wide, torch.full((64, 1), below_one), 1.0)
     assert int(token.max()) < 50_000 - 100
+    with logprobs.positions_at_once(64):  # not a few rows after the other
+        together = drawing.draw_tokens(wide, torch.full((64, 1), below_one), 1.0)
+    assert torch.equal(token, together[0]) and torch.equal(logprob, together[1])
 
 
 @pytest.mark.parametrize("sampler", ["loop", "generate"])

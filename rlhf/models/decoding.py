@@ -13,13 +13,15 @@ from typing import Any, TypeGuard, cast
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from rlhf.models.anatomy import backbone, head, hidden_states, probe_ids, same_numbers, takes
 from rlhf.models.packing import common_prefix
 
 #: Bytes of weights that are held a second time, in the order of a CPU's products.
 _ORDERED_AT_MOST = 2_000_000_000
-
+#: Columns by which a cache with room grows at once.
+_GROWTH = 16
 
 #: A backbone, and the head that maps its states to logits.
 Parts = tuple[Callable[..., Any], Callable[[Tensor], Tensor]]
@@ -44,8 +46,13 @@ def last_logits(model: Parts, input_ids: Tensor, attention: Tensor, position_ids
 
 
 @torch.no_grad()
-def cache_is_sound(model: PreTrainedModel, *, share: bool) -> bool:
-    """Return True if logits over a cache, after left padding, equal those of a plain pass; `share` as in `prefill`."""
+def cache_is_sound(model: PreTrainedModel, *, share: bool, room: bool = False) -> bool:
+    """Return True if logits over a cache, after left padding, equal those of a plain pass.
+
+    Args:
+        share: as in `prefill`.
+        room: the cache has free columns (`with_room`).
+    """
     ids, cache = probe_ids(model, 2, 8), DynamicCache(config=model.config)
     mask = torch.ones_like(ids, dtype=torch.bool)
     mask[0, :3] = False
@@ -53,6 +60,8 @@ def cache_is_sound(model: PreTrainedModel, *, share: bool) -> bool:
     expected = head(model)(hidden_states(model, ids, mask)[:, -1])
     try:
         _, attention = prefill(model, ids[:, :-1], mask[:, :-1], cache, share=share)
+        if room:
+            with_room(cache, _GROWTH)
         attention = nn.functional.pad(attention, (0, 1), value=1)
         logits = last_logits(parts(model), ids[:, -1:], attention, mask.sum(dim=1, keepdim=True) - 1, cache)
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):
@@ -84,6 +93,52 @@ def prefill(
     if len(first) < len(copy_of):
         cache.batch_select_indices(copy_of)
     return logits[copy_of], attention[copy_of]
+
+
+def with_room(cache: DynamicCache, length: int) -> None:
+    """Let a cache that holds prompts take `length` tokens more without copying its keys and values for each."""
+    for number, layer in enumerate(cache_layers(cache)):
+        if type(layer) is DynamicLayer:
+            cast(Any, cache.layers)[number] = _RoomyLayer(layer, length)
+
+
+class _RoomyLayer(DynamicLayer):
+    """Keys and values (B, heads, W, D) of a layer, the last columns of which are free, and written one by one.
+
+    Attention reads the free columns, too, and masks them: products of a CPU copy whatever is cut out of a larger tensor.
+    """
+
+    keys: Tensor  # type: ignore[assignment]
+    values: Tensor  # type: ignore[assignment]
+
+    def __init__(self, layer: DynamicLayer, length: int) -> None:
+        super().__init__()
+        vars(self).update(vars(layer))
+        self.filled = self.keys.shape[2]
+        self.longest = self.filled + length
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write the keys and values of new tokens; return all columns."""
+        count = key_states.shape[2]
+        if width := self._missing(count):
+            self.keys, self.values = (nn.functional.pad(x, (0, 0, 0, width)) for x in (self.keys, self.values))
+        self.keys.narrow(2, self.filled, count).copy_(key_states)
+        self.values.narrow(2, self.filled, count).copy_(value_states)
+        self.filled += count
+        return self.keys, self.values
+
+    def _missing(self, count: int) -> int:
+        """Return the columns to add for `count` tokens: none where they fit."""
+        short = self.filled + count - self.keys.shape[2]
+        return max(short, min(_GROWTH, self.longest - self.keys.shape[2])) if short > 0 else 0
+
+    def get_seq_length(self) -> int:
+        """Return the number of tokens."""
+        return self.filled
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return the columns that attention will read, and the first of them."""
+        return self.keys.shape[2] + self._missing(query_length), 0
 
 
 def _distinct(prompts: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from transformers import StopStringCriteria, TopPLogitsWarper
 
+from rlhf.models.logprobs import position_chunks
+
 #: Steps between looks at a GPU's finished rows.
 _LOOK_EVERY = 8
 
@@ -134,6 +136,12 @@ def draw_tokens(logits: Tensor, uniform: Tensor, temperature: float, top_p: floa
     """
     if temperature == 0:  # the limit: all of the probability is on one token
         return logits.argmax(dim=-1), logits.new_zeros(len(logits), dtype=torch.float32)
+    parts = [_draw(few, numbers, temperature, top_p) for few, numbers in position_chunks(logits, uniform)]
+    tokens, logprobs = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
+    return tokens, logprobs
+
+
+def _draw(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
     logits = logits.float() if temperature == 1 else logits.float() / temperature
     if top_p < 1:
         warp: Any = TopPLogitsWarper(top_p)

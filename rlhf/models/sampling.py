@@ -36,6 +36,7 @@ from rlhf.models.decoding import (
     ordered_weights,
     parts,
     prefill,
+    with_room,
 )
 from rlhf.models.drawing import DrawOptions, ResponseBuffer, Sampled
 from rlhf.models.graphs import NotRecordable, decode, has_room, is_sound, records
@@ -44,6 +45,8 @@ from rlhf.models.graphs import NotRecordable, decode, has_room, is_sound, record
 #: graphs on a GPU, torch.compile on a CPU); transformers' `generate`. `auto` is `compiled` on a GPU and `loop` elsewhere,
 #: where these fit the model, and otherwise `generate`.
 Sampler = Literal["auto", "loop", "compiled", "generate"]
+#: Caches with which a model's logits are right: one with free columns, the library's own, or none.
+_Cache = Literal["roomy", "growing", "none"]
 #: Responses that evaluations sample together: their keys and values are in memory at once.
 SAMPLED_AT_ONCE = 64
 #: The batch is cut down to its unfinished rows once they are fewer than this share of it.
@@ -51,7 +54,7 @@ _COMPACT_BELOW = 0.75
 #: Models for which the notice of `generate` was printed.
 _NOTIFIED: WeakSet[PreTrainedModel] = WeakSet()
 #: Results of `cache_is_sound` and of `_generates_rightly`.
-_SOUND_CACHE: WeakKeyDictionary[PreTrainedModel, dict[bool, bool]] = WeakKeyDictionary()
+_SOUND_CACHE: WeakKeyDictionary[PreTrainedModel, dict[bool, _Cache]] = WeakKeyDictionary()
 _SOUND_STEP: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 _SOUND_GENERATE: WeakKeyDictionary[PreTrainedModel, dict[int, bool]] = WeakKeyDictionary()
 
@@ -125,6 +128,8 @@ def _prefilled(
 def _loop(model: PreTrainedModel, prompts: Tensor, prompt_mask: Tensor, buffer: ResponseBuffer) -> None:
     """Sample token by token over a growing cache; finished rows leave the batch."""
     cache, attention, logits = _prefilled(model, prompts, prompt_mask, buffer.length)
+    if any(_sound_cache(model, share=share) == "roomy" for share in (True, False)):
+        with_room(cache, buffer.length - 1)
     column, whole = attention.shape[1], parts(model)  # of the next token in the cache
     attention = nn.functional.pad(attention, (0, buffer.length))
     position = prompt_mask.sum(dim=1, keepdim=True)  # of the next token, per row
@@ -187,7 +192,7 @@ def fits_loop(model: PreTrainedModel, *, compiled: bool = False, tokens: int | N
     if not all(isinstance(layer, DynamicLayer) for layer in layers):
         return False
     windows = [layer.sliding_window for layer in cast(Any, layers) if layer.is_sliding]
-    if not (_sound_cache(model, share=True) or _sound_cache(model, share=False)):
+    if all(_sound_cache(model, share=share) == "none" for share in (True, False)):
         return False
     return not compiled or (all((tokens or 1 << 62) <= window for window in windows) and _sound_step(model))
 
@@ -200,17 +205,19 @@ def _sound_step(model: PreTrainedModel) -> bool:
     return _SOUND_STEP[model]
 
 
-def _sound_cache(model: PreTrainedModel, *, share: bool) -> bool:
+def _sound_cache(model: PreTrainedModel, *, share: bool) -> _Cache:
     verdicts = _SOUND_CACHE.setdefault(model, {})
     if share not in verdicts:
-        verdicts[share] = anatomy(model).reads_padding and cache_is_sound(model, share=share)
+        kinds: tuple[_Cache, ...] = ("roomy", "growing") if anatomy(model).reads_padding else ()
+        sound = (kind for kind in kinds if cache_is_sound(model, share=share, room=kind == "roomy"))
+        verdicts[share] = next(sound, "none")
     return verdicts[share]
 
 
 def _shares_prefix(model: PreTrainedModel, cache: DynamicCache, width: int) -> bool:
     """Return True if a shared prefix may be computed once: windows, too, are counted in columns of the cache."""
     windows = [layer.sliding_window for layer in cache_layers(cache) if layer.is_sliding]
-    return _sound_cache(model, share=True) and all(width <= window for window in windows)
+    return _sound_cache(model, share=True) != "none" and all(width <= window for window in windows)
 
 
 def _generate(model: PreTrainedModel, prompts: Tensor, prompt_mask: Tensor, buffer: ResponseBuffer) -> None:
