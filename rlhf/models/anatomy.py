@@ -356,6 +356,12 @@ def head_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
     return own + [p for p in model.parameters() if id(p) not in inside and all(p is not q for q in own)]
 
 
+def head_is_frozen(model: PreTrainedModel) -> bool:
+    """Return True if nothing that logits are computed with trains, single rows of tied embeddings included."""
+    parameters = [*head_parameters(model), *model.get_input_embeddings().parameters()]
+    return not any(parameter.requires_grad for parameter in parameters)
+
+
 class _States(BaseModelOutputWithPast):
     """Output of a backbone that has only hidden states; anything else that a head looks for is None."""
 

@@ -2,32 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rlhf.models.anatomy import head_is_frozen
 from rlhf.models.compute import Compute
 from rlhf.models.heads import states_and_head
-from rlhf.models.logprobs import sequence_logprobs
+from rlhf.models.logprobs import state_logprobs
 from rlhf.models.sequences import pad, prompt_batches
-
-#: Positions whose logits are computed together.
-_TOKENS_AT_ONCE = 128
 
 
 def answer_loss(
-    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, labels: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the negative log-likelihood of all labelled tokens, nats, with their logits (N, V) and the tokens (N,).
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    labels: Tensor,
+    observe: Callable[[Tensor, Tensor], Any] = lambda logits, tokens: None,
+) -> tuple[Tensor, int]:
+    """Return the negative log-likelihood of all labelled tokens, nats, and their number.
 
-    Args: labels (B, T), -100 where there is no loss; no logits are made there.
+    Args:
+        labels: (B, T), -100 where there is no loss; no logits are made there.
+        observe: is called with logits (n, V) and tokens (n,), part by part.
     """
     answer = labels[:, 1:] != -100
     states, head = states_and_head(model, input_ids, attention_mask)
-    logits, tokens = head(states[:, :-1][answer]), labels[:, 1:][answer]
-    return -sequence_logprobs(logits, tokens, temperature=1.0).sum(), logits, tokens
+    states, tokens = states[:, :-1][answer], labels[:, 1:][answer]
+    frozen = head_is_frozen(model)
+    logprobs = state_logprobs(head, states, tokens, temperature=1.0, head_frozen=frozen, observe=observe)
+    return -logprobs.sum(), len(tokens)
 
 
 @torch.no_grad()
@@ -60,11 +67,8 @@ def mean_logprobs(
             states, tokens = (
                 states[:, :-1][answer],
                 ids[:, 1:][answer],
-            )  # (N, ...), (N,): each token and the state before it
-            parts = [
-                sequence_logprobs(head(part), target, temperature=1.0)
-                for part, target in zip(states.split(_TOKENS_AT_ONCE), tokens.split(_TOKENS_AT_ONCE), strict=True)
-            ]
-        logprobs = torch.zeros(answer.shape, device=compute.device).masked_scatter(answer, torch.cat(parts).float())
+            )  # (N, d), (N,): each token and the state before it
+            flat = state_logprobs(head, states, tokens, temperature=1.0, head_frozen=True)
+        logprobs = torch.zeros(answer.shape, device=compute.device).masked_scatter(answer, flat.float())
         means[numbers] = (logprobs.sum(dim=1) / answer.sum(dim=1)).cpu()
     return means

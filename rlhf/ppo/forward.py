@@ -6,25 +6,22 @@ V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from rlhf.base.tensors import check_shapes
-from rlhf.models.anatomy import head_parameters
-from rlhf.models.compute import device_kind
-from rlhf.models.logprobs import gather_logprobs, log_distribution, position_chunks, sequence_logprobs
+from rlhf.models.anatomy import head_is_frozen
+from rlhf.models.logprobs import (
+    gather_logprobs,
+    log_distribution,
+    position_chunks,
+    split_positions,
+    state_logprobs,
+)
 from rlhf.models.packing import LAYOUTS, PACKED
 from rlhf.models.roles import Role, RoleModels
 from rlhf.models.sequences import Sequences
 from rlhf.ppo import functional as F
-
-#: Positions whose logits are computed together: enough for an efficient product, few enough to hold.
-_LOGITS_AT_ONCE = {"cpu": 128, "cuda": 1024}
 
 
 def prepare(models: RoleModels, batch: Sequences) -> None:
@@ -60,7 +57,7 @@ def compared_logprobs(models: RoleModels, batch: Sequences, temperature: float) 
     with models.role("reference"):
         ref_states = _states_before_tokens(models, batch)
     parts = []
-    for part, ref_part, targets in _split_positions(states, ref_states, batch.responses[batch.places]):
+    for part, ref_part, targets in split_positions(states, ref_states, batch.responses[batch.places]):
         with models.role("policy"):
             logits = models.logits(part)
         with models.role("reference"):
@@ -81,43 +78,16 @@ def token_values(models: RoleModels, batch: Sequences) -> Tensor:
 
 
 def _logprobs(models: RoleModels, states: Tensor, batch: Sequences, temperature: float) -> Tensor:
-    """Return log-probabilities (B, R); logits exist for real response tokens only, a few at a time, never (B, T, V)."""
-
-    def logprobs(states: Tensor, tokens: Tensor) -> Tensor:
-        return sequence_logprobs(models.logits(states), tokens, temperature=temperature)
-
-    frozen = not any(parameter.requires_grad for parameter in head_parameters(models.causal))
-    compute = partial(_Rowwise.apply, logprobs) if frozen and states.requires_grad else logprobs
-    if models.training and not frozen:  # gradient_checkpointing
-        compute = partial(checkpoint, logprobs, use_reentrant=False)
-    parts = [compute(*part) for part in _split_positions(states, batch.responses[batch.places])]
-    return _scatter(torch.cat(parts), batch)
-
-
-class _Rowwise(torch.autograd.Function):
-    """Applies a function of rows (N, d) whose result (N,) depends on its own row alone, and on nothing else trained.
-
-    The forward pass takes the gradient at once and stores it, (N, d); autograd would store the logits' softmax, (N, V),
-    until the backward pass.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, function: Callable[[Tensor, Tensor], Tensor], states: Tensor, tokens: Tensor) -> Tensor:
-        with torch.enable_grad():
-            rows = states.detach().requires_grad_()
-            result = function(rows, tokens)
-            ctx.save_for_backward(*torch.autograd.grad(result.sum(), rows))
-        return result.detach()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, None]:
-        (slopes,) = ctx.saved_tensors
-        return None, (gradients[0][:, None] * slopes).to(slopes.dtype), None
-
-
-def _split_positions(*flat: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Split tensors (N, ...) into parts whose logits are computed together."""
-    return zip(*(x.split(_LOGITS_AT_ONCE.get(device_kind(x), 1024)) for x in flat), strict=True)
+    """Return log-probabilities (B, R) of the response tokens from the states (N, d) before them."""
+    flat = state_logprobs(
+        models.logits,
+        states,
+        batch.responses[batch.places],
+        temperature=temperature,
+        head_frozen=head_is_frozen(models.causal),
+        recompute=models.training,  # gradient_checkpointing
+    )
+    return _scatter(flat, batch)
 
 
 def _states_before_tokens(models: RoleModels, batch: Sequences) -> Tensor:

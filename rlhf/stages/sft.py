@@ -304,16 +304,22 @@ class AnswerTrainer(ResumableTrainer, SFTTrainer):
                 counted = (inputs["labels"][:, 1:] != -100).sum() if num_items_in_batch is None else num_items_in_batch
                 self._nats += float(loss) * int(counted)
             return result
+        likeliest: list[Tensor] = []
+
+        def count(logits: Tensor, tokens: Tensor) -> None:
+            """Count the tokens that are the likeliest of all."""
+            # On a CPU amax is much faster than argmax, which then sees only the rows where it can matter.
+            top = logits.gather(1, tokens[:, None]).squeeze(1) == logits.amax(dim=-1)
+            likeliest.append((logits[top].argmax(dim=-1) == tokens[top]).sum())
+
+        batch = inputs["input_ids"], inputs["attention_mask"], inputs["labels"]
         with self.accelerator.autocast():  # accelerate wraps only the outermost forward, which is not called here
-            total, logits, tokens = answer_loss(causal, inputs["input_ids"], inputs["attention_mask"], inputs["labels"])
-        logits = logits.detach()
-        # On a CPU amax is much faster than argmax, which then sees only the rows where it can matter.
-        top = logits.gather(1, tokens[:, None]).squeeze(1) == logits.amax(dim=-1)
-        accuracy = (logits[top].argmax(dim=-1) == tokens[top]).sum() / len(tokens)
-        self._metrics["train" if model.training else "eval"]["mean_token_accuracy"].append(float(accuracy))
+            total, tokens = answer_loss(causal, *batch, count)
+        accuracy = float(torch.stack(likeliest).sum() / tokens)
+        self._metrics["train" if model.training else "eval"]["mean_token_accuracy"].append(accuracy)
         if not model.training:
             self._nats += float(total)
-        loss = total / (len(tokens) if num_items_in_batch is None else num_items_in_batch)
+        loss = total / (tokens if num_items_in_batch is None else num_items_in_batch)
         return (loss, {"loss": loss}) if return_outputs else loss
 
 

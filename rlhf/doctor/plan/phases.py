@@ -139,8 +139,7 @@ def rehearse_sft(stage: Stage) -> None:
         ids, mask, labels = _labelled(rows)
         with torch.set_grad_enabled(train), fast_adapters(model, stage.compute):
             with stage.compute.autocast():
-                total, logits, _ = answer_loss(causal, ids, mask, labels)
-                logits.detach().amax(dim=-1)
+                total, _ = answer_loss(causal, ids, mask, labels, lambda logits, tokens: logits.amax(dim=-1))
             if train:
                 (total / len(rows)).backward()
 
