@@ -198,7 +198,7 @@ def findings(folder: Path) -> list[dict[str, Any]]:
     except UserError:
         return []
     return [
-        {"check": f.check.name, "first": f.first, "last": f.last, "evidence": f.evidence}
+        {"check": f.name, "first": f.first, "last": f.last, "evidence": f.evidence}
         for one in diagnoses
         for f in one.findings
     ]

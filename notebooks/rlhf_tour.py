@@ -592,8 +592,8 @@ for name, folder in (("with brakes", "tour/ppo"), ("without", "greedy/ppo")):
     (diagnosis,) = diagnose(FOLDER / folder)
     print(f"\nPPO {name}: {diagnosis.checks} checks, {len(diagnosis.findings)} findings")
     for finding in diagnosis.findings:
-        print(f"- {finding.check.name} ({finding.check.severity}): {finding.evidence}")
-        print(f"  cause: {finding.check.cause}\n  to do: {finding.check.action}")
+        print(f"- {finding.name} ({finding.severity}): {finding.evidence}")
+        print(f"  cause: {finding.cause}\n  to do: {finding.action}")
 
 # %% [markdown]
 # ## Where to go from here

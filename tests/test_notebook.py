@@ -22,8 +22,8 @@ print(json.dumps({
     "accuracy": float((margins > 0).float().mean()),
     **{f"{name} {metric}": run.curve(f"objective/{metric}")
        for name, run in (("careful", careful), ("greedy", greedy)) for metric in ("score", "gold", "kl_full")},
-    "careful findings": [one.check.severity for one in diagnose(FOLDER / "tour/ppo")[0].findings],
-    "greedy findings": [one.check.severity for one in diagnose(FOLDER / "greedy/ppo")[0].findings],
+    "careful findings": [one.severity for one in diagnose(FOLDER / "tour/ppo")[0].findings],
+    "greedy findings": [one.severity for one in diagnose(FOLDER / "greedy/ppo")[0].findings],
 }))
 """
 

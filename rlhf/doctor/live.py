@@ -1,4 +1,4 @@
-"""The health checks of a running stage: each new row of metrics is examined, and findings are acted on.
+"""The doctor of a running stage: each new row of metrics and each statement is examined, and findings are acted on.
 
 The option `doctor` names one action for all critical findings, and others for single checks:
 
@@ -6,7 +6,7 @@ The option `doctor` names one action for all critical findings, and others for s
 
 warn writes a log line and sends an alert to W&B; stop saves a checkpoint and ends the run; roll_back goes back to the last
 good checkpoint with half the step size or twice the kl_coef, whichever cures the check (PPO; elsewhere it is stop). A warning
-only warns, unless its check is named.
+only warns, unless its check is named. No step back mends a computation or an input, so a failed statement stops instead.
 """
 
 from __future__ import annotations
@@ -19,8 +19,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from rlhf.base import distributed
 from rlhf.base.errors import UserError
-from rlhf.doctor.health.findings import ACTIONS, CHECKS, Finding, actions, find
+from rlhf.base.reading import FolderReader
+from rlhf.doctor import statements as records
+from rlhf.doctor.finding import Finding, of_statement
+from rlhf.doctor.health.findings import ACTIONS, CHECKS, actions, find
 from rlhf.doctor.health.history import SAMPLES_READ, History
+from rlhf.doctor.statements import Statement
 from rlhf.ppo.state import Order
 from rlhf.run.callbacks import house_metrics
 from rlhf.run.tracker import Tracker
@@ -39,10 +43,13 @@ class LiveDoctor:
     """
 
     def __init__(self, stage: str, words: Sequence[str], tracker: Tracker, settings: Mapping[str, Any]) -> None:
-        self.actions = {check.name: action for check, action in actions(words).items() if stage in check.stages}
+        reactions = actions(words)
+        self.actions = {check.name: reactions[check.name] for check in CHECKS if stage in check.stages}
+        self.general = next(word for word in words if "=" not in word)
         self.stage, self.tracker, self.settings = stage, tracker, settings
         self.history = History(stage, settings=settings)
         self._reported: dict[str, int] = {}
+        self._passed = records.passed(records.read(FolderReader(tracker.run_dir)))
 
     @property
     def may_roll_back(self) -> bool:
@@ -71,27 +78,51 @@ class LiveDoctor:
         self.history.add({**metrics, "step": step})
         if len(self.history.samples) < SAMPLES_READ:
             self.history.samples = list(self.tracker.logged_samples()[:SAMPLES_READ])
-        findings = [finding for finding in find(self.history) if self.actions[finding.check.name] != "off"]
+        findings = [
+            finding for finding in find(self.history, passed=self._passed) if self.actions[finding.name] != "off"
+        ]
         for finding in findings:
             self._report(finding)
-        worst = max(findings, key=lambda finding: ACTIONS.index(self.actions[finding.check.name]), default=None)
-        number = int(distributed.from_main(torch.tensor(CHECKS.index(worst.check) if worst else -1)))
+        worst = max(findings, key=lambda finding: ACTIONS.index(self.actions[finding.name]), default=None)
+        numbers = {check.name: number for number, check in enumerate(CHECKS)}
+        number = int(distributed.from_main(torch.tensor(numbers[worst.name] if worst else -1)))
         if number < 0 or self.actions[CHECKS[number].name] == "warn":
             return None
         check = CHECKS[number]
-        reason = f"doctor, update {step}: {worst if worst and worst.check is check else check.name}"
+        reason = f"doctor, update {step}: {worst if worst and worst.name == check.name else check.name}"
         if self.stage == "ppo" and self.actions[check.name] == "roll_back":
             return Order(action="roll_back", reason=reason, remedy=check.remedy)
         return Order(action="stop", reason=f"{reason}. Stopped; --resume true --doctor warn goes on")
 
+    def examine_statements(self, statements: Sequence[Statement]) -> Order | None:
+        """Report failed statements of the audit or the review; return an order to stop where one is critical.
+
+        In several processes, the statements of the first decide for all.
+        """
+        self._passed = self._passed - {f"{s.part}:{s.name}" for s in statements} | records.passed(statements)
+        findings = [of_statement(s) for s in statements if s.is_finding] if self.general != "off" else []
+        for finding in findings:
+            self._report(finding)
+        critical = [finding for finding in findings if finding.severity == "critical"]
+        stops = bool(critical) and self.general != "warn"
+        if not int(distributed.from_main(torch.tensor(int(stops)))):
+            return None
+        reason = f"doctor, {moment(critical[0].last)}: {critical[0]}" if critical else "doctor"
+        return Order(action="stop", reason=f"{reason}. Stopped; --resume true --doctor warn goes on")
+
     def _report(self, finding: Finding) -> None:
         """Print a line and send an alert, once while the finding lasts."""
-        name, step = finding.check.name, self.history.step
+        name, step = finding.name, finding.last
         is_news = step - self._reported.get(name, -QUIET_UPDATES - 1) > QUIET_UPDATES
         self._reported[name] = step
         if is_news and distributed.rank() == 0:
-            print(f"doctor, update {step}: {finding}", flush=True)
-            self.tracker.alert(f"{self.stage}: {name} at update {step}", str(finding), finding.check.severity)
+            print(f"doctor, {moment(step)}: {finding}", flush=True)
+            self.tracker.alert(f"{self.stage}: {name} at {moment(step)}", str(finding), finding.severity)
+
+
+def moment(step: int) -> str:
+    """Return an update as text; 0 is the start."""
+    return f"update {step}" if step else "the start"
 
 
 class ObserverCallback(TrainerCallback):

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Literal
 
 from rlhf.base.reading import FolderReader
+from rlhf.run.tracker import STATEMENTS
 
 Part = Literal["audit", "review", "investigation"]
-#: File of a stage's folder, a statement a line.
-STATEMENTS = "doctor.jsonl"
+#: Beginning of `measured` of a thing that could not be looked at: its statement passed, and excludes nothing.
+NOT_EXAMINED = "not examined"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,16 @@ class Statement:
     step: int = 0
     """Update at which it was looked at; 0 before the first."""
 
+    @property
+    def is_finding(self) -> bool:
+        """Whether it failed, and is more than a note."""
+        return not self.passed and self.severity != "note"
+
+    @property
+    def is_confirmed(self) -> bool:
+        """Whether it was looked at and is right."""
+        return self.passed and not self.measured.startswith(NOT_EXAMINED)
+
 
 def append(folder: Path, statements: Iterable[Statement]) -> None:
     """Add statements to those of a stage's folder."""
@@ -54,3 +65,16 @@ def append(folder: Path, statements: Iterable[Statement]) -> None:
 def read(reader: FolderReader) -> list[Statement]:
     """Return the statements of a stage's folder, oldest first; none where no file is."""
     return [Statement(**row) for row in reader.read_rows(STATEMENTS, Statement, expected=False)]
+
+
+def newest(statements: Iterable[Statement]) -> list[Statement]:
+    """Return the newest statement about each thing: of the audit at each update, of the other parts at any."""
+    rows = {(s.part, s.name, s.step if s.part == "audit" else 0): s for s in statements}
+    return list(rows.values())
+
+
+def passed(statements: Iterable[Statement]) -> frozenset[str]:
+    """Return the things, as `part:name`, that were right whenever they were looked at."""
+    rows = newest(statements)
+    failed = {(s.part, s.name) for s in rows if not s.passed}
+    return frozenset(f"{s.part}:{s.name}" for s in rows if s.is_confirmed and (s.part, s.name) not in failed)

@@ -87,7 +87,7 @@ def compared_verdict(
     outcome.better += recommended
     outcome.doubts += [sentence(mark) for mark in marks]
     for label, diagnoses in findings.items():
-        names = [f.check.name.replace("_", " ") for diagnosis in diagnoses for f in diagnosis.findings]
+        names = [f.name.replace("_", " ") for diagnosis in diagnoses for f in diagnosis.roots]
         if names:
             outcome.doubts.append(f"The doctor on {label}: {shortened(names)}.")
     if runs:

@@ -243,12 +243,10 @@ def verdict(run: RunFolder, diagnoses: Sequence[Diagnosis]) -> Verdict:
 
 
 def _add_findings(outcome: Verdict, diagnoses: Sequence[Diagnosis]) -> None:
-    findings = [(diagnosis.stage, finding) for diagnosis in diagnoses for finding in diagnosis.findings]
-    grave = [pair for pair in findings if pair[1].check.severity == "critical"]
+    findings = [(diagnosis.stage, finding) for diagnosis in diagnoses for finding in diagnosis.roots]
+    grave = [pair for pair in findings if pair[1].severity == "critical"]
     for stage, finding in (grave or findings)[:2]:
-        outcome.doubts.insert(
-            0, f"{TITLES.get(stage, stage)}: {finding.check.name.replace('_', ' ')} ({finding.evidence})."
-        )
+        outcome.doubts.insert(0, f"{TITLES.get(stage, stage)}: {finding.name.replace('_', ' ')} ({finding.evidence}).")
     if len(findings) > 2:
         outcome.doubts.insert(0, f"The doctor has {len(findings)} findings; the first two are:")
     if grave and outcome.level == "good":

@@ -28,6 +28,8 @@ from rlhf.run.wandb import WandbRun
 
 RUN_FILE = "tracking.json"
 """Holds the run's id, under which a resumed run goes on."""
+STATEMENTS = "doctor.jsonl"
+"""The doctor's statements (`rlhf.doctor.statements`)."""
 
 
 class Tracker:
@@ -90,7 +92,7 @@ class Tracker:
 
     def __enter__(self) -> Tracker:
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        for file in self._files():
+        for file in [*self._files(), *self.run_dir.glob(STATEMENTS)]:
             if self.record.resume:
                 _cut(file, file.stat().st_size)  # a killed run may have left half a line
             else:

@@ -12,8 +12,11 @@ import pytest
 from doctor.test_health import COMPARISON, SAMPLES, SICK, UPDATES, run
 from toys import Call
 
-from rlhf.doctor.diagnosis import diagnose, read_history
-from rlhf.doctor.health.findings import CHECKS
+from rlhf.doctor import statements
+from rlhf.doctor.diagnosis import Diagnosis, diagnose, read_history, sort_out
+from rlhf.doctor.finding import Finding
+from rlhf.doctor.health.findings import CHECKS, replay
+from rlhf.doctor.statements import Statement
 
 Caller = Callable[..., Call]
 
@@ -43,7 +46,7 @@ def test_stages_of_a_run(tmp_path: Path, call: Caller) -> None:
     write(tmp_path / "sft", "sft", "loss_rising")
     write(tmp_path / "reward", "reward")
     write(tmp_path / "ppo", "ppo", "controller_saturated", settings={"kl_target": 6.0})
-    found = {one.stage: [finding.check.name for finding in one.findings] for one in diagnose(tmp_path)}
+    found = {one.stage: [finding.name for finding in one.findings] for one in diagnose(tmp_path)}
     assert found == {"sft": ["loss_rising"], "reward": [], "ppo": ["controller_saturated"]}
     shown = call("rlhf.doctor.__main__", tmp_path)
     assert shown.code == 1 and shown.err == ""
@@ -69,7 +72,7 @@ def test_half_written_and_missing_files(tmp_path: Path) -> None:
     with (folder / "metrics.jsonl").open("a") as log:
         log.write('{"step": 25, "objective/sco')
     (one,) = diagnose(folder)
-    assert one.findings[0].check.name == "reward_constant" and one.updates == UPDATES
+    assert one.findings[0].name == "reward_constant" and one.updates == UPDATES
     assert read_history(folder).settings == {}
 
 
@@ -81,6 +84,157 @@ def test_users_errors(tmp_path: Path, call: Caller) -> None:
     (tmp_path / "run" / "ppo" / "metrics.jsonl").write_text('{"step": 1}\n')
     assert "no figures of a stage" in call("rlhf.doctor.__main__", tmp_path / "run").complaint
     assert "required" in call("rlhf.doctor.__main__").complaint
+
+
+def wrong(part: Any, name: str, *explains: str, severity: Any = "critical", step: int = 0) -> Statement:
+    return Statement(
+        part=part, name=name, passed=False, measured=f"{name} 2, not 1", severity=severity, cause=f"{name} is off",
+        action=f"mend {name}", explains=list(explains), step=step,
+    )  # fmt: skip
+
+
+def right(part: Any, name: str, measured: str = "1", step: int = 0) -> Statement:
+    return Statement(part=part, name=name, passed=True, measured=measured, step=step)
+
+
+def symptoms(*checks: str) -> list[Finding]:
+    """Findings of sick runs, together."""
+    changed = {name: course for check in checks for name, course in SICK[check][1].items()}
+    return [finding for finding in replay(run("ppo", changed)) if finding.name in checks]
+
+
+def order(findings: list[Finding]) -> list[str]:
+    return [f"{f.name} < {f.explained_by}" if f.explained_by else f.name for f in findings]
+
+
+def test_causes_stand_before_the_symptoms_that_they_explain() -> None:
+    """Catches: a symptom named before the fault that an audit confirmed, and one that is shown as a cause of its own."""
+    seen = symptoms("kl_jump", "length_up", "value_useless")
+    rows = [
+        wrong("review", "gamma", "value_useless"),
+        wrong("audit", "token_rewards", "kl_jump", step=1),
+        wrong("audit", "token_rewards", "kl_jump", step=11),
+    ]
+    findings = sort_out(seen, rows)
+    # length_up follows from the audit's fault by way of kl_jump
+    expected = [
+        "token_rewards",
+        "kl_jump < token_rewards",
+        "length_up < token_rewards",
+        "gamma",
+        "value_useless < gamma",
+    ]
+    assert order(findings) == expected
+    assert (findings[0].first, findings[0].last, findings[0].kind) == (1, 11, "audit")
+    assert findings[0].evidence == "token_rewards 2, not 1" and findings[0].cause == "token_rewards is off"
+    assert findings[0].action == "mend token_rewards"
+
+
+def test_what_is_confirmed_and_critical_comes_first() -> None:
+    """Catches: a warning about an option, which explains nothing, before a symptom that is critical, and notes as findings."""
+    rows = [
+        wrong("review", "batch", severity="warning"),
+        wrong("review", "updates", "length_up", severity="warning"),
+        wrong("investigation", "reward_length"),
+        wrong("review", "empty"),
+        wrong("audit", "values", step=1),
+        wrong("review", "lora_rank", severity="note"),
+    ]
+    seen = symptoms("reward_constant", "length_up", "cut_off")
+    expected = [
+        "values",
+        "empty",
+        "updates",
+        "length_up < updates",
+        "reward_length",
+        "reward_constant",
+        "batch",
+        "cut_off",
+    ]
+    assert order(sort_out(seen, rows)) == expected
+
+
+def test_a_symptom_whose_causes_are_all_excluded_comes_last() -> None:
+    """Catches: a cause that the audit excludes offered all the same, and one excluded by what was not examined."""
+    history = run("ppo", {**SICK["advantages_not_centred"][1], **SICK["length_up"][1]})
+    rows = [
+        right("audit", "whitened_advantages", step=1),
+        right("audit", "advantages", "not examined: no values", step=1),
+    ]
+    findings = sort_out(replay(history, passed=statements.passed(rows)), rows)
+    assert order(findings) == ["length_up", "advantages_not_centred"]
+    assert findings[1].causes == () and "its usual causes are excluded" in findings[1].cause
+    assert "audit:whitened_advantages" in findings[1].cause
+    assert any("advantages that favour the end" in cause for cause in findings[0].causes)
+    doubted = statements.passed([*rows, wrong("audit", "whitened_advantages", step=11)])
+    assert doubted == frozenset(), "right at one update and wrong at another"
+
+
+def summary(findings: list[Finding], rows: list[Statement]) -> str:
+    return Diagnosis(
+        stage="ppo", updates=UPDATES, checks=1, findings=findings, left_out=[], statements=statements.newest(rows)
+    ).summary
+
+
+def test_the_summary_says_what_is_established_and_what_is_likely() -> None:
+    """Catches: a guess told as a fact, and parts of the doctor that found nothing wrong and are not mentioned."""
+    sound = [
+        *(right("audit", name, step=step) for name in ("values", "returns") for step in (1, 11)),
+        right("audit", "scores", "not examined: an endpoint", step=11),
+        *(right("review", name) for name in ("gamma", "lam", "empty")),
+    ]
+    base = "computation confirmed (2 quantities at updates 1 and 11); inputs sound (3 looked at)"
+    assert summary([], sound) == f"{base}; no symptoms"
+    seen = symptoms("cut_off")
+    assert summary(seen, sound) == (
+        f"{base}; most likely an SFT model that never learned to stop, a response_length that is too low or a stop token "
+        f"that is not the model's ({seen[0].evidence})"
+    )
+    two = symptoms("cut_off", "value_useless")
+    two = [f for f in two if not f.explained_by]
+    assert summary(two, sound).startswith(
+        f"{base}; most likely an SFT model that never learned to stop ({two[0].evidence})"
+    )
+    rows = [*sound, wrong("audit", "advantages", step=1)]
+    told = summary(sort_out(seen, rows), rows)
+    assert told.startswith("computation wrong in advantages, 2 quantities confirmed; inputs sound")
+    assert told.endswith("; not explained by that: cut_off")
+    assert "inputs not sound: gamma" in summary([], [*sound, wrong("review", "gamma")])
+    tried = [right("investigation", "reward_length"), wrong("investigation", "update_direction")]
+    assert summary([], tried[:1]) == "experiments confirm no fault (1 made); no symptoms"
+    assert summary(sort_out([], tried), tried) == "experiments confirm update_direction"
+
+
+def test_the_table_shows_causes_and_what_follows(tmp_path: Path, call: Caller) -> None:
+    """Catches: statements in a run's folder that the command does not read, and a JSON that lacks them."""
+    folder = write(tmp_path / "ppo", "ppo", "kl_jump")
+    statements.append(
+        folder, [wrong("audit", "token_rewards", "kl_jump", step=1), wrong("review", "rank", severity="note")]
+    )
+    shown = call("rlhf.doctor.__main__", tmp_path)
+    words = " ".join(shown.out.replace("│", " ").split())
+    assert shown.code == 1 and "Start with token_rewards" in words and "explained by" in words
+    assert "note: rank: rank 2, not 1" in words
+    told = call("rlhf.doctor.__main__", tmp_path, "--json")
+    (stage,) = json.loads(told.out)
+    assert told.code == 1 and [f["name"] for f in stage["findings"]] == ["token_rewards", "kl_jump"]
+    assert stage["summary"] == "computation wrong in token_rewards" and stage["statements"][1]["name"] == "rank"
+
+
+def test_notes_are_no_findings(tmp_path: Path, call: Caller) -> None:
+    """Catches: exit code 1 for something that is only worth reading."""
+    folder = write(tmp_path / "ppo", "ppo")
+    statements.append(folder, [wrong("review", "rank", severity="note"), right("review", "gamma")])
+    shown = call("rlhf.doctor.__main__", tmp_path)
+    assert shown.code == 0 and "nothing found" in shown.out and "inputs sound (1 looked at)" in shown.out
+
+
+def test_experiments_are_offered_where_causes_remain(tmp_path: Path, call: Caller) -> None:
+    """Catches: an offer to try what is confirmed, or was tried already."""
+    folder = write(tmp_path / "ppo", "ppo", "cut_off")
+    assert "rlhf doctor investigate" in call("rlhf.doctor.__main__", tmp_path).out
+    statements.append(folder, [right("investigation", "endings")])
+    assert "rlhf doctor investigate" not in call("rlhf.doctor.__main__", tmp_path).out
 
 
 def test_an_artefact_leads_to_the_run_that_made_it(finished: tuple[Path, Path], tmp_path: Path, call: Caller) -> None:

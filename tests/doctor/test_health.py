@@ -171,7 +171,7 @@ ALSO = {
 
 
 def names(history: History) -> list[str]:
-    return [finding.check.name for finding in replay(history)]
+    return [finding.name for finding in replay(history)]
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
@@ -223,7 +223,7 @@ def test_fields_of_checks_are_known_words(check: HealthCheck) -> None:
     """Catches: a slip in a decorator, whose fields mypy does not see."""
     assert check.severity in get_args(Severity) and check.remedy in get_args(Remedy)
     assert check.stages and set(check.stages) <= set(get_args(Stage))
-    assert isinstance(check.needs, tuple) and check.cause and check.action and (check.data or check.needs)
+    assert isinstance(check.needs, tuple) and check.shows and check.action and (check.data or check.needs)
 
 
 def test_every_check_has_a_sick_run() -> None:
@@ -236,7 +236,7 @@ def test_every_check_has_a_sick_run() -> None:
 def test_a_sick_run_is_found_and_nothing_else(name: str) -> None:
     """Catches: a check that never fires, one that fires for another cause, and evidence without figures."""
     stage, changed, options = SICK[name]
-    found = {finding.check.name: finding for finding in replay(run(stage, changed, **options))}
+    found = {finding.name: finding for finding in replay(run(stage, changed, **options))}
     assert name in found
     assert set(found) - {name} <= ALSO.get(name, set())
     assert found[name].evidence and 1 <= found[name].first <= found[name].last <= UPDATES
@@ -264,14 +264,14 @@ def test_checks_say_nothing_where_figures_are_missing(check: HealthCheck) -> Non
 def test_a_finding_that_passed_is_still_told() -> None:
     """Catches: a diagnosis made from the last rows only, in which a burst that ruined the policy cannot be seen."""
     found = replay(run("ppo", {"ppo/clipfrac": lambda n, t, e: 0.7 if n in (6, 7) else 0.02}))
-    assert [(f.check.name, f.first, f.last) for f in found] == [("steps_too_large", 6, 8)]
+    assert [(f.name, f.first, f.last) for f in found] == [("steps_too_large", 6, 8)]
     assert "70% of tokens clipped" in found[0].evidence
 
 
 def test_history_of_many_updates_is_replayed_in_strides() -> None:
     """Catches: a diagnosis that takes the square of the run's length, and one whose stride leaves out the end."""
     rows = [{"step": n, "ppo/lr": 1e-3, "ppo/grad_norm": 0.0 if n >= 4998 else 1.0} for n in range(1, 5001)]
-    assert [(f.check.name, f.last) for f in replay(History("ppo", rows))] == [("gradient_zero", 5000)]
+    assert [(f.name, f.last) for f in replay(History("ppo", rows))] == [("gradient_zero", 5000)]
 
 
 @pytest.mark.parametrize("own_unit", [False, True])
@@ -357,7 +357,7 @@ def test_a_value_model_on_its_way_up_is_no_fault() -> None:
 
 def test_actions_of_checks() -> None:
     """Catches: a warning that stops a run, a check's own action that is lost, and slips that pass."""
-    chosen = {check.name: action for check, action in actions(["stop", "kl_jump=roll_back", "kl_high=stop"]).items()}
+    chosen = actions(["stop", "kl_jump=roll_back", "kl_high=stop"])
     assert (chosen["reward_constant"], chosen["kl_jump"], chosen["kl_high"]) == ("stop", "roll_back", "stop")
     assert chosen["length_up"] == "warn"
     assert set(actions(["off"]).values()) == {"off"}

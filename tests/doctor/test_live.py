@@ -10,6 +10,7 @@ import pytest
 from toys import Call
 
 from rlhf.doctor.live import QUIET_UPDATES, LiveDoctor
+from rlhf.doctor.statements import Statement
 from rlhf.run.tracker import Tracker
 
 
@@ -70,6 +71,56 @@ def test_a_finding_gives_the_order_of_its_action(
     silent = "off" in words[-1]
     assert bool(alerts) != silent
     assert watched.may_roll_back == any("roll_back" in word for word in words)
+
+
+@pytest.mark.parametrize(
+    ("word", "severity", "stops"),
+    [
+        ("warn", "critical", False),
+        ("stop", "critical", True),
+        ("roll_back", "critical", True),
+        ("stop", "warning", False),
+        ("stop", "note", False),
+        ("off", "critical", False),
+    ],
+)
+def test_failed_statements_are_reported_as_findings_are(
+    word: str, severity: Any, stops: bool, tmp_path: Path, alerts: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches: an audit that fails in silence, a step back that cannot mend it, and a stop for a warning."""
+    watched = doctor(tmp_path, word)
+    failed = Statement(
+        part="audit",
+        name="returns",
+        passed=False,
+        measured="off by 2",
+        severity=severity,
+        cause="c",
+        action="a",
+        step=3,
+    )
+    passed = Statement(part="audit", name="values", passed=True, measured="equal", step=3)
+    order = watched.examine_statements([passed, failed])
+    assert (order is not None) == stops
+    assert order is None or (order.action == "stop" and "update 3: returns: off by 2. Cause: c" in order.reason)
+    said = capsys.readouterr().out
+    if word == "off" or severity == "note":
+        assert alerts == [] and said == ""
+    else:
+        assert alerts == [f"{severity} ppo: returns at update 3"]
+        assert said == "doctor, update 3: returns: off by 2. Cause: c. To do: a\n"
+
+
+def test_live_symptoms_know_what_the_audit_excludes(
+    tmp_path: Path, alerts: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches: a line in the log that offers a cause which an audit of the same run has excluded."""
+    watched = doctor(tmp_path)
+    watched.examine_statements(
+        [Statement(part="audit", name="whitened_advantages", passed=True, measured="equal", step=1)]
+    )
+    watched.examine(2, {"ppo/advantage_mean": 0.5})
+    assert "its usual causes are excluded" in capsys.readouterr().out
 
 
 def test_updates_that_were_undone_are_forgotten(tmp_path: Path) -> None:

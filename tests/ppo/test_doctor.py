@@ -107,7 +107,5 @@ def test_live_findings_are_those_of_the_log(make: Make, monkeypatch: pytest.Monk
     trainer.train()
     assert alerts[0] == "critical ppo: learning_rate_zero at update 3"
     rows = [json.loads(line) for line in (trainer.outputs.folder.parent / "metrics.jsonl").read_text().splitlines()]
-    found = [finding.check.name for finding in find(History("ppo", rows))]
-    assert (
-        found == [finding.check.name for finding in find(doctor_of(trainer).history)] and "learning_rate_zero" in found
-    )
+    found = [finding.name for finding in find(History("ppo", rows))]
+    assert found == [finding.name for finding in find(doctor_of(trainer).history)] and "learning_rate_zero" in found

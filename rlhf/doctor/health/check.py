@@ -3,7 +3,7 @@
 A check is a function from a `History` to its evidence, or None. Its limits are keyword arguments with defaults, and its
 docstring says when it fires, with each limit as `{name}`. docs/health.md is generated from both:
 
-    @check(severity="critical", cause="...", action="...", needs=("objective/kl_k3",))
+    @check(severity="critical", shows="...", causes={"...": []}, action="...", needs=("objective/kl_k3",))
     def wrong_reference(h: History, *, kl: float = 0.01) -> str | None:
         '''KL above {kl:g} nats a response in the first rollout.'''
 """
@@ -11,7 +11,7 @@ docstring says when it fires, with each limit as `{name}`. docs/health.md is gen
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,16 +24,21 @@ Remedy = Literal["learning_rate", "kl_coef"]
 _REGISTERED: dict[str, dict[str, HealthCheck]] = {}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class HealthCheck:
-    """One thing that can be wrong with a run, and how the log shows it."""
+    """A symptom that figures of a run can show, and what may be behind it."""
 
     name: str
     look: Callable[..., str | None]
     severity: Severity
     """critical: going on wastes time, or ruins the policy. warning: look at it."""
-    cause: str
+    shows: str
+    """Meaning of the symptom, without a cause."""
+    causes: Mapping[str, Sequence[str]]
+    """What may be behind it, the likeliest first, each with the statements (`part:name`) that exclude it where they passed."""
     action: str
+    explains: tuple[str, ...] = ()
+    """Checks that find its consequences."""
     stages: tuple[Stage, ...] = ("ppo",)
     remedy: Remedy = "learning_rate"
     """Setting that a roll-back changes: half the learning_rate, or twice the kl_coef."""

@@ -6,11 +6,12 @@ module as listed in `MODULES`, and within a module by the order of its file.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Collection, Sequence
 from typing import Literal
 
 from rlhf.base.errors import UserError, did_you_mean
+from rlhf.doctor.finding import Finding, either
 from rlhf.doctor.health import ppo_computation, ppo_learning, ppo_outcome, ppo_reward, ppo_settings, supervised
 from rlhf.doctor.health.check import HealthCheck, registered
 from rlhf.doctor.health.history import History
@@ -26,48 +27,48 @@ MODULES = (supervised, ppo_computation, ppo_learning, ppo_reward, ppo_settings, 
 CHECKS: tuple[HealthCheck, ...] = tuple(check for module in MODULES for check in registered(module.__name__))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Finding:
-    """A check that fired."""
+def find(history: History, checks: Sequence[HealthCheck] = CHECKS, passed: Collection[str] = ()) -> list[Finding]:
+    """Return the symptoms after the history's newest update, causes before consequences.
 
-    check: HealthCheck
-    evidence: str
-    first: int
-    """First update after which it fired."""
-    last: int
-    """Last update after which it fired."""
-
-    @property
-    def updates(self) -> str:
-        """First and last update, as text."""
-        return f"{self.first}" if self.first == self.last else f"{self.first} to {self.last}"
-
-    def __str__(self) -> str:
-        return f"{self.check.name}: {self.evidence}. Cause: {self.check.cause}. To do: {self.check.action}"
-
-
-def find(history: History, checks: Sequence[HealthCheck] = CHECKS) -> list[Finding]:
-    """Return the findings after the history's newest update, causes before symptoms."""
+    Args:
+        passed: statements that passed, as `part:name`; they exclude causes.
+    """
     return [
-        Finding(check=check, evidence=evidence, first=history.step, last=history.step)
-        for check in checks
-        if (evidence := check(history)) is not None
+        _finding(check, evidence, history.step, passed) for check in checks if (evidence := check(history)) is not None
     ]
 
 
-def replay(history: History, checks: Sequence[HealthCheck] = CHECKS) -> list[Finding]:
-    """Return the findings of the whole history as they would have come live, each with its latest evidence."""
+def replay(history: History, checks: Sequence[HealthCheck] = CHECKS, passed: Collection[str] = ()) -> list[Finding]:
+    """Return the symptoms of the whole history as they would have come live, each with its latest evidence."""
     steps = history.steps
     stride = -(-len(steps) // REPLAYED_UPDATES) if steps else 1
     findings: dict[str, Finding] = {}
     for step in sorted({*steps[::stride], *steps[-1:]}):
-        for new in find(history.until(step), checks):
-            first = findings.get(new.check.name, new).first
-            findings[new.check.name] = Finding(check=new.check, evidence=new.evidence, first=first, last=step)
+        for new in find(history.until(step), checks, passed):
+            first = findings.get(new.name, new).first
+            findings[new.name] = dataclasses.replace(new, first=first)
     return [findings[check.name] for check in checks if check.name in findings]
 
 
-def actions(orders: Sequence[str]) -> dict[HealthCheck, Action]:
+def _finding(check: HealthCheck, evidence: str, step: int, passed: Collection[str]) -> Finding:
+    witnesses = {cause: [name for name in names if name in passed] for cause, names in check.causes.items()}
+    return Finding(
+        kind="symptom",
+        name=check.name,
+        severity=check.severity,
+        evidence=evidence,
+        shows=check.shows,
+        causes=tuple(cause for cause, names in witnesses.items() if not names),
+        excluded=tuple(f"{cause} ({', '.join(names)})" for cause, names in witnesses.items() if names),
+        action=check.action,
+        source=check.source,
+        first=step,
+        last=step,
+        explains=check.explains,
+    )
+
+
+def actions(orders: Sequence[str]) -> dict[str, Action]:
     """Return the reaction to each check from the option `doctor`: one word for critical findings, others as check=action.
 
     Raises:
@@ -81,11 +82,11 @@ def actions(orders: Sequence[str]) -> dict[HealthCheck, Action]:
             raise UserError(f"doctor: no check '{name}'{did_you_mean(name, names)}")
     if len(general) != 1:
         raise UserError(f"doctor needs one action for all ({', '.join(ACTIONS)}), got {', '.join(general) or 'none'}")
-    reactions: dict[HealthCheck, Action] = {}
+    reactions: dict[str, Action] = {}
     for check in CHECKS:
         action = _action(single.get(check.name, general[0]))
         milder = check.severity == "warning" and check.name not in single and action != "off"
-        reactions[check] = "warn" if milder else action
+        reactions[check.name] = "warn" if milder else action
     return reactions
 
 
@@ -102,8 +103,13 @@ def markdown_rows() -> list[str]:
     for c in CHECKS:
         severity = f"{c.severity}, kl_coef" if c.remedy == "kl_coef" else c.severity
         data = c.data or ", ".join(f"`{name}`" for name in c.needs)
-        rows.append([f"`{c.name}`", ", ".join(c.stages), severity, data, c.finds, c.cause, c.action, c.source])
+        rows.append([f"`{c.name}`", ", ".join(c.stages), severity, data, c.finds, _causes(c), c.action, c.source])
     return [f"| {' | '.join(row)} |" for row in rows]
+
+
+def _causes(check: HealthCheck) -> str:
+    texts = [text + (f" (not if {' or '.join(names)})" if names else "") for text, names in check.causes.items()]
+    return f"{check.shows}: {either(texts)}" if texts else check.shows
 
 
 if __name__ == "__main__":  # writes the table of the docs again

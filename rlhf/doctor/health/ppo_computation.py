@@ -15,9 +15,13 @@ FIRST_GAP = 0.15
 
 @check(
     severity="critical",
-    cause="the reference is not the model that PPO starts from: the base before SFT, another SFT version, or an adapter that "
-    "was merged for one of the two only",
+    shows="the reference is not the model that PPO starts from",
+    causes={
+        "the base before SFT, or another SFT version": [],
+        "an adapter that was merged for one of the two only": [],
+    },
     action="start policy and reference from the same sft/NAME@VERSION",
+    explains=("negative_kl", "kl_jump", "kl_high"),
     needs=("objective/kl_k3",),
     source="lm-human-preferences (reference is a copy of the start)",
 )
@@ -31,7 +35,11 @@ def wrong_reference(h: History, *, kl: float = 0.01) -> str | None:
 
 @check(
     severity="critical",
-    cause="the chat template was applied twice: the data holds rendered prompts, or a caller renders them again",
+    shows="the chat template was applied twice",
+    causes={
+        "rendered prompts in the data": [],
+        "a caller that renders them again": [],
+    },
     action="store plain messages in the data and let the stage apply the template once",
     data="prompts in `samples.jsonl`",
 )
@@ -48,7 +56,10 @@ def template_twice(h: History) -> str | None:
 
 @check(
     severity="critical",
-    cause="the pad token is also the stop token: masks made from `token != pad` drop the end of every response",
+    shows="the pad token is also the stop token, so masks made from `token != pad` drop the end of every response",
+    causes={
+        "a tokenizer without a pad token of its own": [],
+    },
     action="give the tokenizer a pad token of its own, in all three stages",
     needs=("rollout/pad_tokens", "response/stop_rate"),
     rows=2,
@@ -64,8 +75,13 @@ def pad_is_stop(h: History, *, difference: float = 1e-6) -> str | None:
 
 @check(
     severity="critical",
-    cause="padding counts as text: prompts padded on the wrong side or without a mask, or a mask turned round",
+    shows="padding counts as text",
+    causes={
+        "prompts padded on the wrong side or without a mask": ["audit:old_logprobs"],
+        "a mask that is turned round": ["audit:response_mask"],
+    },
     action="pad prompts on the left, and carry masks along from the lengths",
+    explains=("length_rewarded", "value_useless", "negative_kl"),
     needs=("rollout/pad_tokens",),
     rows=2,
 )
@@ -79,9 +95,14 @@ def padding_counted(h: History, *, pads: float = 0.75) -> str | None:
 
 @check(
     severity="critical",
-    cause="tokens are not drawn from the distribution that is scored: another temperature, top-k, top-p, a repetition penalty, "
-    "or a generation config of the model's own",
+    shows="tokens are not drawn from the distribution that is scored",
+    causes={
+        "another temperature, top-k or top-p": ["audit:sampling"],
+        "a repetition penalty, or a generation config of the model's own": [],
+        "log-probabilities that are computed wrongly": ["audit:old_logprobs"],
+    },
     action="sample with the temperature that divides the scored logits, and nothing else",
+    explains=("negative_kl", "sampler_drift"),
     needs=("rollout/logprob_gap",),
     data="`rollout/logprob_gap`, `rollout/surprise_gap`, `rollout/surprise_error`",
     source="E[-log pi(x)] is the entropy of pi for x drawn from pi",
@@ -106,8 +127,13 @@ def sampler_mismatch(h: History, *, gap: float = FIRST_GAP, surprise: float = 0.
 
 @check(
     severity="critical",
-    cause="the sampler's weights are not the policy's: the adapter is merged twice, not at all, or not renewed after updates",
+    shows="the sampler's weights are no longer the policy's",
+    causes={
+        "an adapter that is merged twice, not at all, or not renewed after updates": ["audit:sampling"],
+        "rounding of the merged weights": [],
+    },
     action="merge the newest adapter once for sampling and undo it exactly; in bf16 try dtype float32",
+    explains=("negative_kl",),
     needs=("rollout/logprob_gap",),
     rows=3,
 )
@@ -121,8 +147,14 @@ def sampler_drift(h: History, *, gap: float = 0.1, growth: float = 4, first: flo
 
 @check(
     severity="critical",
-    cause="old log-probabilities were not made by the forward pass that is trained: stale, of the sampler, or with dropout",
+    shows="the policy that is trained does not give the old log-probabilities at its first step",
+    causes={
+        "old log-probabilities that are stale or the sampler's": ["audit:old_logprobs"],
+        "dropout in the update": [],
+        "a narrow compute type in batches of other shapes": [],
+    },
     action="compute them anew for each rollout in the mode, type and batches of the update",
+    explains=("steps_too_large",),
     needs=("ppo/first_ratio_error",),
 )
 def stale_logprobs(h: History, *, error: float = 0.1) -> str | None:
@@ -133,7 +165,11 @@ def stale_logprobs(h: History, *, error: float = 0.1) -> str | None:
 
 @check(
     severity="critical",
-    cause="advantages are not centred: the mean was added back, or they were whitened over other tokens than are trained",
+    shows="advantages that were whitened have a mean",
+    causes={
+        "a mean that was added back": ["audit:whitened_advantages"],
+        "whitening over other tokens than are trained": ["audit:whitened_advantages"],
+    },
     action="subtract the mean over exactly the tokens of the loss",
     needs=("ppo/advantage_mean",),
 )

@@ -8,8 +8,14 @@ from rlhf.doctor.health.history import History
 
 @check(
     severity="critical",
-    cause="no gradient reaches the policy: frozen adapters, all advantages equal, or a loss that was cut off from it",
+    shows="no gradient reaches the policy",
+    causes={
+        "frozen adapters": [],
+        "advantages that are all equal": [],
+        "a loss that was cut off from it": ["audit:gradient"],
+    },
     action="see that the policy's adapter has requires_grad, and that objective/score_std is above 0",
+    explains=("policy_unmoved", "same_as_sft"),
     needs=("ppo/grad_norm",),
 )
 def gradient_zero(h: History) -> str | None:
@@ -20,8 +26,13 @@ def gradient_zero(h: History) -> str | None:
 
 @check(
     severity="critical",
-    cause="the policy that answers is not the one that is trained, or its steps are far too small to matter",
+    shows="the policy that answers does not change",
+    causes={
+        "an optimiser that holds other weights than those that answer": ["audit:optimizer_step"],
+        "steps that are far too small": [],
+    },
     action="see that the optimiser holds the adapter that sampling uses; then raise learning_rate",
+    explains=("same_as_sft",),
     needs=("objective/kl_k3", "ppo/lr"),
 )
 def policy_unmoved(h: History, *, kl: float = 1e-5, updates: int = 5) -> str | None:
@@ -35,7 +46,11 @@ def policy_unmoved(h: History, *, kl: float = 1e-5, updates: int = 5) -> str | N
 
 @check(
     severity="critical",
-    cause="the policy answers as the SFT model did: it was not trained, not loaded, or not switched on",
+    shows="the trained policy answers as the SFT model did",
+    causes={
+        "a policy that was not trained": ["audit:optimizer_step"],
+        "an adapter that is not loaded or not switched on": [],
+    },
     action="see objective/kl_full; at 0 the adapter is not in use, else the evaluation reads the wrong weights",
     data="`comparison.jsonl`",
 )
@@ -50,8 +65,14 @@ def same_as_sft(h: History, *, share: float = 0.9, answers: int = 5) -> str | No
 
 @check(
     severity="critical",
-    cause="the value model is not trained: its step size or its gradient is 0",
+    shows="the value model is not trained",
+    causes={
+        "a value_learning_rate or vf_coef of 0": [],
+        "a schedule that ended": ["audit:learning_rate"],
+        "a value loss that was cut off from its weights": ["audit:gradient"],
+    },
     action="set value_learning_rate and vf_coef above 0, and see that adapter and head of the value have requires_grad",
+    explains=("value_dead", "value_useless"),
     needs=("ppo/value_grad_norm",),
     rows=3,
     data="`ppo/value_lr`, `ppo/value_grad_norm`",

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from rlhf.doctor.health.check import check
 from rlhf.doctor.health.history import History
 from rlhf.doctor.health.ppo_reward import judge_correlation, reward_constant
-from rlhf.doctor.health.series import exact_kl, gradient_outlier
+from rlhf.doctor.health.series import FAR_AWAY, exact_kl, gradient_outlier
 
 #: Updates of a running mean.
 WIDTH = 5
@@ -20,8 +20,15 @@ WIDTH = 5
 
 @check(
     severity="critical",
-    cause="over-optimisation: the policy has learned what the reward model gets wrong",
+    shows="the score rises while the judge does not",
+    causes={
+        "over-optimisation: the policy has learned what the reward model gets wrong": [],
+        "a reward that pays for length": ["investigation:reward_length"],
+        "a reward that pays for repetition": ["investigation:reward_repetition"],
+        "a judge that looks at other things than the task": [],
+    },
     action="stop at the judge's best update; raise kl_coef, set kl_target, or train the reward model on the new responses",
+    explains=FAR_AWAY,
     remedy="kl_coef",
     needs=("objective/gold", "objective/raw_score", "objective/score_std"),
     rows=12,
@@ -51,7 +58,12 @@ def over_optimised(h: History, *, errors: float = 6, updates: int = 10) -> str |
 
 @check(
     severity="warning",
-    cause="the reward knows nothing of what the independent judge looks at: shuffled labels, a random head, or another task",
+    shows="the reward knows nothing of what the independent judge looks at",
+    causes={
+        "labels that say nothing about the answers": [],
+        "a head that is random": ["audit:raw_scores"],
+        "a judge of another task": [],
+    },
     action="compare the reward model with the judge on its own data: its report card, gold accuracy",
     needs=("objective/gold_correlation",),
     rows=10,
@@ -69,8 +81,14 @@ def reward_ignores_judge(h: History, *, correlation: float = 0.1, precision: flo
 
 @check(
     severity="critical",
-    cause="the policy unlearns to stop: the reward likes unfinished or long texts",
+    shows="fewer and fewer responses end by themselves",
+    causes={
+        "a reward that likes unfinished texts": ["investigation:reward_unfinished"],
+        "a missing_eos_penalty that is too small or not applied": ["audit:token_rewards"],
+        "steps that are too large": [],
+    },
     action="raise missing_eos_penalty or kl_coef; lower learning_rate",
+    explains=("length_up", "repeated_text"),
     remedy="kl_coef",
     needs=("response/stop_rate",),
     rows=6,
@@ -83,8 +101,14 @@ def stop_rate_falling(h: History, *, fall: float = 0.3) -> str | None:
 
 @check(
     severity="critical",
-    cause="entropy collapse: the policy has one answer left, and nothing to explore",
+    shows="the policy has one answer left, and nothing to explore",
+    causes={
+        "over-optimisation": [],
+        "a KL term that is too weak, or has the wrong sign": ["audit:token_rewards"],
+        "steps that are too large": [],
+    },
     action="raise kl_coef, lower learning_rate; check that the reward tells good answers apart",
+    explains=("responses_alike", "repeated_text", "reward_saturated", "advantages_vanished", "kl_high"),
     remedy="kl_coef",
     needs=("objective/entropy",),
     rows=6,
@@ -97,8 +121,14 @@ def entropy_collapse(h: History, *, share: float = 0.2) -> str | None:
 
 @check(
     severity="warning",
-    cause="all responses grow alike: the policy repeats the few texts that the reward model likes best (over-optimisation)",
+    shows="all responses grow alike",
+    causes={
+        "over-optimisation: the few texts that the reward model likes best": [],
+        "a KL term that is too weak": [],
+        "prompts that are not read": ["audit:prompts"],
+    },
     action="raise kl_coef or set kl_target, stop earlier",
+    explains=("reward_saturated", "advantages_vanished"),
     remedy="kl_coef",
     needs=("response/distinct_2",),
     rows=6,
@@ -112,7 +142,11 @@ def responses_alike(h: History, *, share: float = 0.6) -> str | None:
 
 @check(
     severity="warning",
-    cause="responses repeat themselves: the reward model pays for words, however often they come",
+    shows="responses repeat themselves",
+    causes={
+        "a reward that pays for words, however often they come": ["investigation:reward_repetition"],
+        "a policy that does not stop": [],
+    },
     action="raise kl_coef; show the reward model repeated texts as bad ones",
     remedy="kl_coef",
     needs=("response/repetition",),
@@ -126,7 +160,12 @@ def repeated_text(h: History, *, rise: float = 0.15) -> str | None:
 
 @check(
     severity="warning",
-    cause="responses grow longer and longer: the reward likes length, or stopping became rare",
+    shows="responses grow longer and longer",
+    causes={
+        "a reward that likes length": ["investigation:reward_length"],
+        "stopping that became rare": [],
+        "advantages that favour the end of a response": ["audit:advantages"],
+    },
     action="look at objective/length_correlation; balance the reward model by length, raise kl_coef",
     remedy="kl_coef",
     needs=("response/length",),
@@ -141,7 +180,12 @@ def length_up(h: History, *, factor: float = 2, tokens: float = 4) -> str | None
 
 @check(
     severity="warning",
-    cause="responses shrink: fewer tokens cost less KL, or the reward likes short answers",
+    shows="responses shrink",
+    causes={
+        "a reward that likes short answers": [],
+        "a KL cost that fewer tokens save": [],
+        "advantages that punish going on": ["audit:advantages"],
+    },
     action="set min_response_length and short_response_penalty; lower kl_coef if it is what they save",
     needs=("response/length",),
     rows=6,
@@ -154,7 +198,12 @@ def length_down(h: History, *, share: float = 0.4) -> str | None:
 
 @check(
     severity="warning",
-    cause="the policy is far from the SFT model: what the reward model says of such text was never learned",
+    shows="the policy is far from the SFT model: what the reward model says of such text was never learned",
+    causes={
+        "a kl_coef that is too small for the reward's unit": [],
+        "steps that are too large": [],
+        "a KL term that is missing or has the wrong sign": ["audit:token_rewards"],
+    },
     action="raise kl_coef or set kl_target; lower learning_rate if the score no longer rises",
     remedy="kl_coef",
     needs=("objective/kl_k3", "response/length"),
@@ -172,8 +221,14 @@ def kl_high(h: History, *, token: float = 1, response: float = 2) -> str | None:
 
 @check(
     severity="warning",
-    cause="the reward is saturated: nearly all responses get the same score, and the rest is noise",
+    shows="nearly all responses get the same score, and the rest is noise",
+    causes={
+        "a reward whose best the policy has reached": [],
+        "responses that are all alike": [],
+        "a clip that all scores are beyond": [],
+    },
     action="stop here, or make the reward finer; more updates only move the policy away",
+    explains=("advantages_vanished", "value_useless"),
     remedy="kl_coef",
     needs=("objective/score_std",),
     rows=6,
@@ -188,7 +243,11 @@ def reward_saturated(h: History, *, share: float = 0.15) -> str | None:
 
 @check(
     severity="warning",
-    cause="advantages are all but equal, and whitening blows what is left up to full size: noise is trained on",
+    shows="advantages are all but equal, and whitening blows what is left up to full size",
+    causes={
+        "scores without spread": [],
+        "responses that are all alike": [],
+    },
     action="look at objective/score_std; stop, or sample wider (more prompts, higher temperature)",
     needs=("ppo/advantage_std",),
     rows=6,
@@ -201,8 +260,14 @@ def advantages_vanished(h: History, *, share: float = 0.1) -> str | None:
 
 @check(
     severity="warning",
-    cause="the value head is dead: it gives every token the same value",
+    shows="the value head gives every token the same value",
+    causes={
+        "a value head that starts at 0 and learns too slowly": [],
+        "returns so large that its steps do not reach them": [],
+        "a value model that is not trained": ["audit:optimizer_step"],
+    },
     action="start it from the reward model, raise value_learning_rate, or set value_warmup_updates",
+    explains=("value_useless",),
     needs=("ppo/value_std", "ppo/advantage_std"),
     rows=8,
 )
@@ -216,7 +281,12 @@ def value_dead(h: History, *, share: float = 0.02) -> str | None:
 
 @check(
     severity="warning",
-    cause="the values mislead the policy: they explain less of the returns than a constant would",
+    shows="the values explain less of the returns than a constant would, and mislead the policy",
+    causes={
+        "a value model that learns too slowly or is clipped too tightly": [],
+        "returns that are mostly noise": [],
+        "returns or values that are computed wrongly": ["audit:values", "audit:returns"],
+    },
     action="raise value_learning_rate or clip_range_value, set value_warmup_updates, or start the value from the reward model",
     needs=("ppo/explained_variance",),
     rows=10,
@@ -234,7 +304,13 @@ def value_useless(h: History, *, variance: float = -0.02, recovery: float = 0.5)
 
 @check(
     severity="warning",
-    cause="PPO lowers its own reward: steps too large, values that mislead, or an advantage with the wrong sign",
+    shows="PPO lowers its own reward",
+    causes={
+        "advantages or a loss with the wrong sign": ["audit:advantages", "audit:policy_loss"],
+        "steps that are too large": [],
+        "values that mislead": [],
+        "a KL cost that outweighs the score": [],
+    },
     action="lower learning_rate; look at ppo/explained_variance and ppo/approx_kl",
     needs=("objective/score", "objective/score_std"),
     rows=10,
@@ -251,7 +327,11 @@ def reward_falling(h: History, *, spreads: float = 0.6, least: float = 1e-6) -> 
 
 @check(
     severity="warning",
-    cause="one batch had a gradient far out of the usual: an outlier among the scores, or ratios that ran away",
+    shows="one batch had a gradient far out of the usual",
+    causes={
+        "an outlier among the scores": [],
+        "ratios that ran away": [],
+    },
     action="set reward_clip; max_grad_norm holds the step, but look at the samples of that update",
     needs=("ppo/grad_norm",),
     rows=8,
@@ -263,7 +343,12 @@ def gradient_spike(h: History, *, usual: float = 10, largest: float = 3, clip: f
 
 @check(
     severity="warning",
-    cause="the machine has become slower: another process, swapping, a throttled GPU, or a leak",
+    shows="the machine has become slower",
+    causes={
+        "another process, or swapping": [],
+        "a throttled GPU": [],
+        "a leak": [],
+    },
     action="look at the machine's load and memory; the run itself may be fine",
     needs=("time/rollout", "time/score", "time/optimise", "response/length"),
     rows=18,

@@ -7,7 +7,7 @@ import statistics
 
 from rlhf.doctor.health.check import check
 from rlhf.doctor.health.history import History
-from rlhf.doctor.health.series import rollout_size
+from rlhf.doctor.health.series import FAR_AWAY, rollout_size
 
 #: Spread of scores that counts as none.
 NO_SPREAD = 1e-6
@@ -15,9 +15,21 @@ NO_SPREAD = 1e-6
 
 @check(
     severity="critical",
-    cause="the reward gives every response the same score: a constant function, a head that was not loaded, or a clip that "
-    "all scores are beyond",
+    shows="the reward gives every response the same score",
+    causes={
+        "a constant function": [],
+        "a head that was not loaded": ["audit:raw_scores"],
+        "a clip that all scores are beyond": [],
+    },
     action="score a good and a bad answer by hand; look at the reward's report card",
+    explains=(
+        "value_dead",
+        "value_useless",
+        "advantages_vanished",
+        "reward_saturated",
+        "reward_falling",
+        "gradient_spike",
+    ),
     needs=("objective/score_std",),
     rows=2,
 )
@@ -29,9 +41,14 @@ def reward_constant(h: History, *, spread: float = NO_SPREAD) -> str | None:
 
 @check(
     severity="critical",
-    cause="the reward model does not score as it did when it was registered: head or adapter not loaded or merged twice, "
-    "another template or tokenizer, or a score read at another token",
+    shows="the reward model does not score as it did when it was registered",
+    causes={
+        "a head or an adapter that is not loaded, or merged twice": ["audit:raw_scores"],
+        "another template or tokenizer": ["audit:raw_scores"],
+        "responses of another kind than it was trained on": [],
+    },
     action="run the reward model's report card on its own data again and compare; verify the registry",
+    explains=("value_useless", "value_clipped", "gradient_spike"),
     needs=("objective/raw_score", "objective/score_std"),
 )
 def reward_scale(h: History, *, mean: float = 5, narrow: float = 0.05, wide: float = 5) -> str | None:
@@ -52,8 +69,14 @@ def reward_scale(h: History, *, mean: float = 5, narrow: float = 0.05, wide: flo
 
 @check(
     severity="critical",
-    cause="the reward prefers what the independent judge likes least: its sign is flipped, or its labels were swapped",
+    shows="the reward prefers what the independent judge likes least",
+    causes={
+        "labels that were swapped": [],
+        "a reward with the wrong sign": ["audit:raw_scores"],
+        "a judge of another taste": [],
+    },
     action="look at pairs with their scores; turn the sign or the labels, and train the reward model again",
+    explains=("reward_ignores_judge", "over_optimised"),
     needs=("objective/gold_correlation",),
     rows=5,
 )
@@ -67,9 +90,14 @@ def reward_opposes_judge(h: History, *, correlation: float = -0.1, errors: float
 
 @check(
     severity="warning",
-    cause="most responses are cut off at response_length and scored unfinished: the SFT model never learned to stop (a stop "
-    "token masked out of its loss), or the limit is too low",
+    shows="most responses are cut off at response_length and scored unfinished",
+    causes={
+        "an SFT model that never learned to stop": [],
+        "a response_length that is too low": [],
+        "a stop token that is not the model's": [],
+    },
     action="raise response_length; look whether SFT answers end in the stop token; set missing_eos_penalty",
+    explains=("stop_rate_falling", "value_useless", "reward_saturated"),
     needs=("response/stop_rate",),
     rows=3,
 )
@@ -81,8 +109,14 @@ def cut_off(h: History, *, stopped: float = 0.35) -> str | None:
 
 @check(
     severity="warning",
-    cause="the reward pays for length itself, and the policy has found out",
+    shows="score and length rise or fall together, more than at the start",
+    causes={
+        "a reward that pays for length itself": ["investigation:reward_length"],
+        "a task in which good answers have another length": [],
+        "scores of cut or padded text": ["audit:raw_scores"],
+    },
     action="look at the length bias on the reward model's report card; balance its data, or set response_length tighter",
+    explains=(*FAR_AWAY, "over_optimised"),
     remedy="kl_coef",
     needs=("objective/length_correlation", "response/length"),
     rows=6,

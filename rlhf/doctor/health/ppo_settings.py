@@ -7,13 +7,17 @@ import statistics
 
 from rlhf.doctor.health.check import check
 from rlhf.doctor.health.history import History
-from rlhf.doctor.health.series import exact_kl, rollout_size
+from rlhf.doctor.health.series import FAR_AWAY, exact_kl, rollout_size
 
 
 @check(
     severity="warning",
-    cause="nothing holds the policy near the SFT model: kl_coef is 0",
+    shows="nothing holds the policy near the SFT model",
+    causes={
+        "a kl_coef of 0": [],
+    },
     action="set kl_coef (0.02 to 0.2), or kl_target",
+    explains=(*FAR_AWAY, "over_optimised", "kl_jump", "value_useless"),
     remedy="kl_coef",
     needs=("objective/kl_coef", "objective/kl_k3", "response/length"),
     rows=3,
@@ -29,8 +33,23 @@ def no_kl_penalty(h: History, *, response: float = 5, token: float = 0.25) -> st
 
 @check(
     severity="critical",
-    cause="steps are too large: the policy changes more in one rollout's updates than the clip can hold",
+    shows="the policy changes more in one rollout's updates than the clip can hold",
+    causes={
+        "a step size that is too large, or no warm-up": [],
+        "too many epochs over a rollout": [],
+        "old log-probabilities that are not the policy's": ["audit:old_logprobs"],
+        "scores far out of the usual unit": ["audit:raw_scores"],
+    },
     action="lower learning_rate or num_ppo_epochs, set warmup_steps or max_approx_kl",
+    explains=(
+        *FAR_AWAY,
+        "kl_jump",
+        "negative_kl",
+        "controller_saturated",
+        "reward_falling",
+        "value_useless",
+        "gradient_spike",
+    ),
     needs=("ppo/approx_kl", "ppo/clipfrac"),
     data="`ppo/approx_kl`, `ppo/clipfrac`, `ppo/ratio_max`",
     source="OpenAI's Spinning Up stops at 0.015; these are bursts",
@@ -59,8 +78,14 @@ def steps_too_large(
 
 @check(
     severity="critical",
-    cause="the policy jumped away from the SFT model in one rollout's updates: the step size is too large, or had no warm-up",
+    shows="the policy jumped away from the SFT model in one rollout's updates",
+    causes={
+        "a step size that is too large, or no warm-up": [],
+        "a KL term that is missing or has the wrong sign": ["audit:token_rewards"],
+        "rewards that outweigh the KL term": [],
+    },
     action="lower learning_rate, set warmup_steps",
+    explains=(*FAR_AWAY, "controller_saturated"),
     needs=("objective/kl_k3",),
     rows=2,
     data="`objective/kl_full`",
@@ -75,7 +100,12 @@ def kl_jump(h: History, *, margin: float = 3, factor: float = 3) -> str | None:
 
 @check(
     severity="warning",
-    cause="KL cannot be negative: tokens are not drawn from the policy that is scored, or reference and policy are swapped",
+    shows="the sampled KL is negative, which that of samples of the policy cannot be",
+    causes={
+        "tokens that are not drawn from the policy that is scored": ["audit:old_logprobs"],
+        "reference and policy swapped": ["audit:ref_logprobs"],
+        "a repetition penalty or a minimum length": [],
+    },
     action="look at rollout/surprise_gap and rollout/logprob_gap; a repetition penalty or a minimum length does this, too",
     needs=("objective/kl", "objective/kl_full"),
     rows=5,
@@ -92,8 +122,14 @@ def negative_kl(h: History, *, kl: float = -0.05, errors: float = 4) -> str | No
 
 @check(
     severity="warning",
-    cause="the KL controller cannot hold its target: it changes too slowly, or the step size outruns any coefficient",
+    shows="the KL controller cannot hold its target",
+    causes={
+        "a kl_horizon by which it changes too slowly": [],
+        "a step size that outruns any coefficient": [],
+        "a KL term that is missing or has the wrong sign": ["audit:token_rewards"],
+    },
     action="lower kl_horizon or learning_rate, or start from a higher kl_coef",
+    explains=("kl_high",),
     remedy="kl_coef",
     needs=("objective/kl", "objective/kl_coef"),
     rows=10,

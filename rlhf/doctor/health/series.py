@@ -1,10 +1,16 @@
-"""Series of figures that several health checks read."""
+"""Series of figures that several health checks read, and consequences that they share."""
 
 from __future__ import annotations
 
 import statistics
 
 from rlhf.doctor.health.history import History
+
+#: Checks that see a policy which went too far from the SFT model, whatever drove it.
+FAR_AWAY = (
+    "stop_rate_falling", "entropy_collapse", "responses_alike", "repeated_text", "length_up", "length_down", "kl_high",
+    "reward_saturated", "advantages_vanished",
+)  # fmt: skip
 
 
 def exact_kl(h: History, last: int) -> list[float]:

@@ -12,7 +12,12 @@ from rlhf.doctor.health.series import gradient_outlier
 @check(
     stages=("pretrain", "sft", "reward", "ppo"),
     severity="critical",
-    cause="a figure overflowed or was divided by zero: the step size is too large, or the compute type too narrow",
+    shows="a figure overflowed or was divided by zero",
+    causes={
+        "steps that are too large": [],
+        "a compute type that is too narrow": [],
+        "a score or a row of the data that is not a number": [],
+    },
     action="lower learning_rate, or use dtype float32, and start from the last good checkpoint",
     data="every figure",
 )
@@ -25,8 +30,13 @@ def not_finite(h: History) -> str | None:
 @check(
     stages=("pretrain", "sft", "reward", "ppo"),
     severity="critical",
-    cause="the step size is 0, so nothing is trained",
+    shows="the step size is 0, so nothing is trained",
+    causes={
+        "learning_rate is 0": [],
+        "a warm-up that is longer than the run": [],
+    },
     action="set learning_rate; look at lr_scheduler_type and at warmup_steps, which may be longer than the run",
+    explains=("loss_flat", "accuracy_at_chance", "policy_unmoved", "same_as_sft", "value_untrained", "value_useless"),
     needs=("STAGE/lr",),
     rows=3,
 )
@@ -42,8 +52,13 @@ def learning_rate_zero(h: History) -> str | None:
 @check(
     stages=("pretrain", "sft", "reward"),
     severity="critical",
-    cause="no gradient reaches the weights: frozen adapters, or labels that are all masked out",
+    shows="no gradient reaches the weights",
+    causes={
+        "frozen adapters": [],
+        "labels that are all masked out": [],
+    },
     action="see that the adapter has requires_grad and that the data has answers to train on",
+    explains=("loss_flat", "accuracy_at_chance"),
     needs=("STAGE/grad_norm",),
     rows=2,
 )
@@ -56,7 +71,12 @@ def no_gradient(h: History) -> str | None:
 @check(
     stages=("pretrain", "sft", "reward"),
     severity="critical",
-    cause="training diverges: the step size is too large",
+    shows="training makes the loss worse",
+    causes={
+        "a step size that is too large": [],
+        "a gradient that is not the loss's": ["audit:gradient"],
+        "held-out rows of another kind than the training rows": [],
+    },
     action="lower learning_rate, or raise warmup_steps",
     data="`STAGE/loss`, `STAGE/eval_loss`",
 )
@@ -83,7 +103,12 @@ def loss_rising(
 @check(
     stages=("reward",),
     severity="critical",
-    cause="held-out pairs are ranked the wrong way round: labels are swapped in one of the splits, or the sign of the ratings",
+    shows="held-out pairs are ranked the wrong way round",
+    causes={
+        "labels that are swapped in one of the splits": [],
+        "ratings with the wrong sign": [],
+        "a loss with the wrong sign": ["audit:loss"],
+    },
     action="compare a few training and held-out pairs by eye: is the preferred answer the better one in both?",
     needs=("reward/eval_accuracy",),
     rows=3,
@@ -97,8 +122,12 @@ def accuracy_below_chance(h: History, *, accuracy: float = 0.44) -> str | None:
 @check(
     stages=("reward",),
     severity="critical",
-    cause="the reward model ranks held-out pairs no better than a coin: shuffled labels, a step size of 0, or a score read at "
-    "the wrong token",
+    shows="the reward model ranks held-out pairs no better than a coin",
+    causes={
+        "labels that say nothing about the answers": [],
+        "a step size that is far too small": [],
+        "a score that is read at the wrong token": ["audit:scores"],
+    },
     action="look at pairs by eye, and at the accuracy on training pairs; raise learning_rate if that is at chance, too",
     needs=("reward/eval_accuracy",),
     rows=3,
@@ -115,7 +144,12 @@ def accuracy_at_chance(h: History, *, accuracy: float = 0.56) -> str | None:
 @check(
     stages=("sft",),
     severity="warning",
-    cause="nothing is learned: the step size is far too small, or the loss is on other tokens than the answers",
+    shows="nothing is learned",
+    causes={
+        "a step size that is far too small": [],
+        "a loss on other tokens than the answers": ["audit:labels"],
+        "answers that hold nothing to learn": [],
+    },
     action="raise learning_rate; look at rows as the model sees them",
     needs=("sft/loss",),
     rows=12,
@@ -133,7 +167,11 @@ def loss_flat(h: History, *, training_fall: float = 0.02, held_out_fall: float =
 @check(
     stages=("pretrain", "sft", "reward"),
     severity="warning",
-    cause="one batch had a gradient far out of the usual",
+    shows="one batch had a gradient far out of the usual",
+    causes={
+        "rows unlike the others": [],
+        "steps that are too large": [],
+    },
     action="look at the rows of that batch; max_grad_norm holds the step",
     needs=("STAGE/grad_norm",),
     rows=8,
