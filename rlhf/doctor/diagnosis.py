@@ -144,7 +144,7 @@ def _diagnose_stage(folder: Path) -> Diagnosis:
     )
 
 
-def sort_out(symptoms: Sequence[Finding], rows: Sequence[Statement]) -> list[Finding]:
+def sort_out(symptoms: Sequence[Finding], rows: Sequence[Statement] = ()) -> list[Finding]:
     """Return the findings in the order in which to read them: causes first, each followed by what it explains.
 
     Args:
@@ -243,8 +243,12 @@ def find_run(run: str, registry: str) -> Path:
     return folder
 
 
-def print_diagnoses(diagnoses: Sequence[Diagnosis]) -> None:
-    """Print for each stage what is established, and a table of findings: check, updates, evidence, cause and remedy."""
+def print_diagnoses(diagnoses: Sequence[Diagnosis], *, has_models: bool = True) -> None:
+    """Print for each stage what is established, and a table of findings: check, updates, evidence, cause and remedy.
+
+    Args:
+        has_models: the models are there to experiment with.
+    """
     from rich.markup import escape
     from rich.table import Table
 
@@ -270,7 +274,11 @@ def print_diagnoses(diagnoses: Sequence[Diagnosis]) -> None:
             name, action = (f"  {f.name}", "") if f.explained_by else (f.label, f.action)
             table.add_row(*map(escape, (name, f.updates, f.evidence, diagnosis.cause(f), action)))
         console.print(table)
-        console.print(f"Start with {diagnosis.findings[0].name}.{_next_step(diagnosis)}", markup=False, highlight=False)
+        console.print(
+            f"Start with {diagnosis.findings[0].name}.{_next_step(diagnosis) if has_models else ''}",
+            markup=False,
+            highlight=False,
+        )
 
 
 def _next_step(diagnosis: Diagnosis) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rlhf.base import screen
 from rlhf.base.cli import Parser
-from rlhf.doctor.diagnosis import Diagnosis, print_diagnoses
+from rlhf.doctor.diagnosis import Diagnosis, print_diagnoses, sort_out
 from rlhf.doctor.foreign.checks import Examination, examine, learning_rates
 from rlhf.doctor.foreign.reading import read_place
 
@@ -47,10 +47,11 @@ def _print(examination: Examination, place: str) -> None:
                 stage=run.kind.stage,
                 updates=len(steps),
                 checks=len(examination.ran),
-                findings=examination.findings,
+                findings=sort_out(examination.findings),
                 left_out=[],
             )
-        ]
+        ],
+        has_models=False,
     )
     console.print(f"checks that ran: {', '.join(check.name for check in examination.ran)}", highlight=False)
     if examination.left_out:

@@ -86,7 +86,7 @@ def _findings(folder: Path) -> set[str]:
     """Return the names of the findings in the log of a stage's folder, and of what other parts of the doctor found."""
     stated = {one.name for one in read(FolderReader(folder)) if not one.passed and one.part != "investigation"}
     try:
-        return stated | {finding.check.name for diagnosis in diagnose(folder) for finding in diagnosis.findings}
+        return stated | {finding.name for diagnosis in diagnose(folder) for finding in diagnosis.findings}
     except UserError:  # it ended before its first update
         return stated
 

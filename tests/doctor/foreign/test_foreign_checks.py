@@ -21,7 +21,7 @@ def examined(file: Path, stage: str | None = None) -> Examination:
 
 def names(examination: Examination) -> list[str]:
     """The checks that found something."""
-    return [finding.check.name for finding in examination.findings]
+    return [finding.name for finding in examination.findings]
 
 
 def grpo(tmp_path: Path, steps: int = 12, **changes: list[float]) -> Examination:
