@@ -14,7 +14,7 @@ from rlhf.base.text_files import open_text
 from rlhf.config.parse import read_yaml
 from rlhf.doctor.foreign import console, formats, llama_factory, openrlhf, own, records, swift, trl, verl
 from rlhf.doctor.foreign.figure import Kind, known_names
-from rlhf.doctor.foreign.rows import STEP, STEPS, Log, Row, number, ordered
+from rlhf.doctor.foreign.rows import MOST_RUNS, STEP, STEPS, Log, Row, number, ordered
 from rlhf.doctor.health.history import History
 
 #: All logs that are understood; the first that matches counts, so kinds with more marks come first.
@@ -59,7 +59,10 @@ def read_runs(file: Path, stage: str | None = None) -> list[ForeignRun]:
     runs: list[ForeignRun] = []
     for log in logs:
         log.options = beside | log.options
-        for rows in ordered(log.rows):
+        courses = ordered(log.rows)
+        if len(courses) > MOST_RUNS:
+            log.notes.append(f"the steps begin again {len(courses) - 1} times; the last {MOST_RUNS} runs are examined")
+        for rows in courses[-MOST_RUNS:]:
             run = _run(file, log, rows, stage)
             if run is not None:
                 runs.append(run)

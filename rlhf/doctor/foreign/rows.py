@@ -18,6 +18,8 @@ STEP = "step"
 NESTED = 4
 _LONGEST_NAME = 200
 _LAST_STEP = 1e12
+MOST_RUNS = 20
+"""Runs of one file that are examined; files whose steps go up and down seem to hold thousands."""
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?%?")
 _WORDS = {"nan": math.nan, "inf": math.inf, "infinity": math.inf, "-inf": -math.inf, "-infinity": -math.inf}
 _ROUNDED = re.compile(r"-?0\.000?")

@@ -173,7 +173,7 @@ GRPO = Kind(
 
 _PPO = "experimental/ppo/ppo_trainer.py: train"
 #: A KL by k1 of the sampler's logits: rounding alone is some tenths of a nat a response in bf16.
-_ROUGH = {"wrong_reference": {"kl": 1.0}}
+_ROUGH = {"wrong_reference": {"kl": 1.0}, "negative_kl": {"kl": -0.5}}
 PPO = Kind(
     project="TRL",
     trainer="PPO",

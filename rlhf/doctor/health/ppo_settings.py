@@ -107,17 +107,24 @@ def kl_jump(h: History, *, margin: float = 3, factor: float = 3) -> str | None:
         "a repetition penalty or a minimum length": [],
     },
     action="look at rollout/surprise_gap and rollout/logprob_gap; a repetition penalty or a minimum length does this, too",
-    needs=("objective/kl", "objective/kl_full"),
+    needs=("objective/kl",),
     rows=5,
+    data="`objective/kl`, `objective/kl_full`",
     source="KL(p, q) >= 0; the log-ratio's variance is about 2 KL",
 )
 def negative_kl(h: History, *, kl: float = -0.05, errors: float = 4) -> str | None:
     """Mean of the last {rows} below {kl:g} nats and {errors:g} standard errors below 0."""
-    mean, exact = statistics.fmean(h.values("objective/kl", 5)), statistics.fmean(h.values("objective/kl_full", 5))
-    error = math.sqrt(2 * max(exact, 0.0) / max(rollout_size(h) * 5, 1))
+    kls, exact = h.values("objective/kl", 5), h.values("objective/kl_full", 5)
+    if exact:
+        error = math.sqrt(2 * max(statistics.fmean(exact), 0.0) / max(rollout_size(h) * 5, 1))
+    else:  # logs of other projects have no exact KL
+        error = statistics.stdev(kls) / math.sqrt(len(kls))
+    mean = statistics.fmean(kls)
     if mean >= min(kl, -errors * error):
         return None
-    return f"KL {mean:.3g} nats a response over 5 updates (exact {exact:.3g})"
+    return f"KL {mean:.3g} nats a response over 5 updates" + (
+        f" (exact {statistics.fmean(exact):.3g})" if exact else ""
+    )
 
 
 @check(
