@@ -93,7 +93,7 @@ def steps_too_large(
 def kl_jump(h: History, *, margin: float = 3, factor: float = 3) -> str | None:
     """Above {margin:g} nats plus {factor:g} x the most of the 5 rollouts before."""
     *earlier, now = exact_kl(h, 6)
-    if now <= margin + factor * max(earlier):
+    if now <= margin + factor * max(*earlier, 0.0):  # an estimate may be below 0
         return None
     return f"KL went from {max(earlier):.3g} to {now:.3g} nats in one update"
 

@@ -53,6 +53,23 @@ def test_the_reference_has_a_wider_limit_on_a_rough_kl(tmp_path: Path, kl: float
     assert names(grpo(tmp_path, kl=[kl] * 12)) == found
 
 
+@pytest.mark.parametrize(("kl", "found"), [(-0.49, []), (-0.51, ["negative_kl"])])
+def test_a_negative_kl_of_trls_ppo_is_found_without_the_exact_one(tmp_path: Path, kl: float, found: list[str]) -> None:
+    rows = [
+        {"step": step, "objective/kl": 0.0 if step == 1 else kl, "policy/approxkl_avg": 0.001, "lr": 1e-6}
+        for step in range(1, 7)
+    ]
+    assert names(examined(write_state(tmp_path / "trainer_state.json", rows))) == found
+
+
+def test_a_negative_kl_within_its_noise_is_none(tmp_path: Path) -> None:
+    rows = [
+        {"step": step, "objective/kl": -0.6 + 2 * (-1) ** step, "policy/approxkl_avg": 0.001, "lr": 1e-6}
+        for step in range(1, 7)
+    ]
+    assert names(examined(write_state(tmp_path / "trainer_state.json", rows))) == []
+
+
 def test_rewards_that_are_rare_at_first_are_not_constant(tmp_path: Path) -> None:
     assert names(grpo(tmp_path, reward_std=[0.0] * 12)) == ["reward_constant"]
     examination = grpo(tmp_path, reward_std=[0.0] * 11 + [0.1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -247,6 +248,35 @@ def test_an_evaluation_of_a_step_joins_its_row_and_rows_without_steps_are_counte
     (run,) = ordered([{"loss": 1.0}, {"eval_loss": 2.0}, {"loss": 0.5}])
     assert [(row["step"], row.get("loss")) for row in run] == [(1.0, 1.0), (2.0, 0.5)]
     assert run[0]["eval_loss"] == 2.0
+
+
+def test_steps_that_go_up_and_down_are_no_thousand_runs(tmp_path: Path) -> None:
+    runs = read_runs(write_lines(tmp_path / "a", [{"step": step % 2 + 1, "loss": 1.0} for step in range(100)]))
+    assert len(runs) == 20
+    assert runs[0].log.notes == ["the steps begin again 49 times; the last 20 runs are examined"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param("5" * 200_000 + "%|", id="digits"),
+        pytest.param("a: 50%|#| 1/2 [" + "x " * 100_000, id="bar"),
+        pytest.param("{'" + "a" * 200_000, id="name"),
+        pytest.param("{" + "'a':" * 50_000 + "}", id="names"),
+        pytest.param("step:1 " + " - :" * 50_000, id="verl"),
+        pytest.param("(" + "pid=1" * 40_000, id="worker"),
+        pytest.param("\x1b[" * 100_000, id="colours"),
+        pytest.param("{'loss': " + "np." * 60_000 + "}", id="types"),
+    ],
+)
+def test_a_line_that_fits_no_pattern_costs_no_time(tmp_path: Path, text: str) -> None:
+    """Catches: a pattern that tries each place of a long line with each length; half a minute here, and days in a large file."""
+    file = tmp_path / "file"
+    file.write_text(text + "\n")
+    start = time.monotonic()
+    with pytest.raises(UserError):
+        read_runs(file)
+    assert time.monotonic() - start < 5
 
 
 @pytest.mark.parametrize(
