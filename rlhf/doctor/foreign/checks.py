@@ -8,9 +8,10 @@ import math
 from dataclasses import dataclass
 
 from rlhf.doctor.foreign.figure import Figure
-from rlhf.doctor.foreign.reading import ForeignRun
+from rlhf.doctor.foreign.reading import COUNTED, ForeignRun
 from rlhf.doctor.health.check import HealthCheck
 from rlhf.doctor.health.findings import CHECKS, Finding, replay
+from rlhf.doctor.health.ppo_computation import wrong_reference
 from rlhf.doctor.health.ppo_reward import NO_SPREAD, reward_constant
 
 #: What checks need besides the figures that they name in `needs`: files, or figures of which one is enough.
@@ -66,6 +67,8 @@ def _reason(run: ForeignRun, check: HealthCheck) -> str:
         return run.kind.apart[check.name]
     if check.name in _BESIDES:
         return _BESIDES[check.name]
+    if check.name == wrong_reference.name and COUNTED in run.log.notes:
+        return "which line is of the first update is not in the log"
     needs = {name.replace("STAGE/", f"{run.kind.stage}/"): check.rows for name in check.needs}
     for ours, rows in (needs | _ALSO.get(check.name, {})).items():
         count = run.history.count(ours)

@@ -93,7 +93,10 @@ def read_csv(lines: Iterator[str], known: frozenset[str]) -> list[Log]:
     csv.field_size_limit(_CSV_FIELD)
     first = next(lines, "")
     delimiter = max(",;\t", key=first.count)
-    header = next(csv.reader([first], delimiter=delimiter), [])
+    try:
+        header = next(csv.reader([first], delimiter=delimiter), [])
+    except csv.Error:  # a name of tens of kilobytes
+        return []
     columns = [_column(name) for name in header]
     logs: dict[str, Log] = {run: Log("CSV", name=run) for run, _ in columns if run} or {"": Log("CSV")}
     broken = 0

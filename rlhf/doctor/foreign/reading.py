@@ -14,7 +14,7 @@ from rlhf.base.text_files import open_text
 from rlhf.config.parse import read_yaml
 from rlhf.doctor.foreign import console, formats, llama_factory, openrlhf, own, records, swift, trl, verl
 from rlhf.doctor.foreign.figure import Kind, known_names
-from rlhf.doctor.foreign.rows import MOST_RUNS, STEP, STEPS, Log, Row, number, ordered
+from rlhf.doctor.foreign.rows import MOST_RUNS, STEP, STEPS, Log, Row, number, ordered, step_name
 from rlhf.doctor.health.history import History
 
 #: All logs that are understood; the first that matches counts, so kinds with more marks come first.
@@ -25,6 +25,7 @@ UNDERSTOOD = (
     "W&B's run-*.wandb, a TensorBoard event file, or what was printed"
 )
 _HEAD = 1 << 16
+COUNTED = "no steps are in the log, so its lines are counted"
 #: Options that tell kinds apart.
 _TELLING = ("rlhf_type", "stage")
 #: Files beside a log, or one folder above it, that hold the run's options.
@@ -60,6 +61,8 @@ def read_runs(file: Path, stage: str | None = None) -> list[ForeignRun]:
     for log in logs:
         log.options = beside | log.options
         courses = ordered(log.rows)
+        if not step_name(log.rows):
+            log.notes.append(COUNTED)
         if len(courses) > MOST_RUNS:
             log.notes.append(f"the steps begin again {len(courses) - 1} times; the last {MOST_RUNS} runs are examined")
         for rows in courses[-MOST_RUNS:]:
@@ -101,7 +104,7 @@ def _read_text(file: Path) -> list[Log]:
     if start in (b"{", b"["):
         readers.append(lambda stream: formats.read_json(stream.read(MAX_BYTES + 1), KNOWN))
     if _is_table(head):
-        readers.append(lambda stream: formats.read_csv((line.decode("utf-8", "replace") for line in stream), KNOWN))
+        readers.append(lambda stream: formats.read_csv(console.pieces(stream), KNOWN))
     readers.append(lambda stream: console.read_text(console.pieces(stream), KNOWN))
     logs: list[Log] = []
     for read in readers:

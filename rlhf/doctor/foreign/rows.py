@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,6 +93,11 @@ def read_row(values: Mapping[Any, Any], known: frozenset[str]) -> Row:
     return row
 
 
+def step_name(rows: Sequence[Row]) -> str:
+    """Return the name under which rows have their step; empty if none has one, so that rows are counted."""
+    return next((name for name in STEPS if sum(name in row for row in rows) > min(1, len(rows) - 1)), "")
+
+
 def ordered(rows: Iterable[Row]) -> list[list[Row]]:
     """Return the rows of each run in the order of their steps, one row a step.
 
@@ -100,7 +105,7 @@ def ordered(rows: Iterable[Row]) -> list[list[Row]]:
     first step is another run.
     """
     rows = list(rows)
-    name = next((name for name in STEPS if sum(name in row for row in rows) > min(1, len(rows) - 1)), "")
+    name = step_name(rows)
     runs: list[list[Row]] = [[]]
     for row in rows:
         run = runs[-1]

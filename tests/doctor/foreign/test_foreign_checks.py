@@ -70,6 +70,16 @@ def test_a_negative_kl_within_its_noise_is_none(tmp_path: Path) -> None:
     assert names(examined(write_state(tmp_path / "trainer_state.json", rows))) == []
 
 
+def test_the_first_update_is_not_guessed_where_lines_are_counted(tmp_path: Path) -> None:
+    """Catches: a line that is the mean of ten updates taken for the first of them."""
+    file = tmp_path / "console"
+    file.write_text("\n".join(str({**row, "step": None, "kl": 0.5}) for row in grpo_rows()))
+    examination = examined(file)
+    assert names(examination) == []
+    assert examination.run.log.notes == ["no steps are in the log, so its lines are counted"]
+    assert examination.left_out["wrong_reference"] == "which line is of the first update is not in the log"
+
+
 def test_rewards_that_are_rare_at_first_are_not_constant(tmp_path: Path) -> None:
     assert names(grpo(tmp_path, reward_std=[0.0] * 12)) == ["reward_constant"]
     examination = grpo(tmp_path, reward_std=[0.0] * 11 + [0.1])
