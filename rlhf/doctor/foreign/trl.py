@@ -189,9 +189,16 @@ PPO = Kind(
             source=_PPO,
         ),
         Figure(
-            theirs=("objective/entropy", "policy/entropy_avg"),
+            theirs=("policy/entropy_avg",),
+            ours=("objective/entropy",),
+            meaning="of the updates' forward passes, over padding, too",
+            limits={"entropy_collapse": {"share": 0.02}},
+            source=_PPO,
+        ),
+        Figure(
+            theirs=("objective/entropy",),
             near=("objective/entropy",),
-            meaning="-log p summed over a response; `policy/entropy_avg` averages over padding, too",
+            meaning="-log p summed over a response",
             source=_PPO,
         ),
         Figure(

@@ -62,6 +62,16 @@ def test_a_negative_kl_of_trls_ppo_is_found_without_the_exact_one(tmp_path: Path
     assert names(examined(write_state(tmp_path / "trainer_state.json", rows))) == found
 
 
+@pytest.mark.parametrize(("entropy", "found"), [(0.041, []), (0.039, ["entropy_collapse"])])
+def test_an_entropy_over_padding_has_a_stricter_limit(tmp_path: Path, entropy: float, found: list[str]) -> None:
+    """Catches: our limit of 20% on a mean in which longer answers are a fall."""
+    rows = [
+        {"step": step, "objective/kl": 0.0, "policy/entropy_avg": 2.0 if step < 4 else entropy, "loss/policy_avg": 0.0}
+        for step in range(1, 7)
+    ]
+    assert names(examined(write_state(tmp_path / "trainer_state.json", rows))) == found
+
+
 def test_a_negative_kl_within_its_noise_is_none(tmp_path: Path) -> None:
     rows = [
         {"step": step, "objective/kl": -0.6 + 2 * (-1) ** step, "policy/approxkl_avg": 0.001, "lr": 1e-6}
