@@ -35,9 +35,9 @@ CHECKED: dict[Any, list[str]] = {
     EvaluationConfig: ["--models", "sft/a", "--dataset", "p"],
 }
 SMALLEST = {
-    0: "learning_rate weight_decay adam_epsilon warmup_steps learn_tokens kl_coef vf_coef value_learning_rate "
-    "value_warmup_updates min_response_length num_eval_samples num_logged_samples ptx_coef num_samples best_of "
-    "eval_rating_difference min_rating_difference margin_per_rating center_rewards_coefficient",
+    0: "learning_rate weight_decay adam_epsilon warmup_steps audit_steps learn_tokens kl_coef vf_coef "
+    "value_learning_rate value_warmup_updates min_response_length num_eval_samples num_logged_samples ptx_coef "
+    "num_samples best_of eval_rating_difference min_rating_difference margin_per_rating center_rewards_coefficient",
     1: "save_steps logging_steps lora_r lora_alpha per_device_train_batch_size gradient_accumulation_steps "
     "per_device_eval_batch_size max_length eval_steps max_eval_samples num_eval_prompts selection_samples response_length "
     "num_ppo_epochs max_prompt_length kl_horizon microbatch_tokens num_hidden_layers intermediate_size sample_length "

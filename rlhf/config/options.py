@@ -27,6 +27,7 @@ PLACE_OPTIONS = {
     "save_steps",
     "snapshot_steps",
     "logging_steps",
+    "audit_steps",
     "doctor",  # a run that it stopped can resume without it
     # Results differ by rounding only:
     "microbatch_size",
@@ -185,6 +186,10 @@ class TrainingConfig(RunConfig):
         "means stop); actions for single checks follow as check=action",
         ["warn"],
     )
+    audit_steps: int = option(
+        "updates between audits, which recompute a sample of an update independently; the first is always one; 0: none",
+        10,
+    )
     wandb_group: str | None = option("W&B group of the runs of one pipeline; default: the name", None)
     log_report: bool = option("send the run's report page, which holds prompts and answers, to W&B and MLflow", False)
 
@@ -192,7 +197,7 @@ class TrainingConfig(RunConfig):
         super().__post_init__()
         self.output_dir = self.output_dir or f"outputs/{self.name}"
         require_at_least(1, self, "save_steps", "logging_steps")
-        require_at_least(0, self, "learning_rate", "weight_decay", "adam_epsilon", "warmup_steps")
+        require_at_least(0, self, "learning_rate", "weight_decay", "adam_epsilon", "warmup_steps", "audit_steps")
         require_above_zero(self, "max_grad_norm")
         require_below_one(self, "adam_beta1", "adam_beta2")
 

@@ -7,7 +7,7 @@ needs no values gets a rollout whose values are zeros, and the value model is th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
 from torch import Tensor
@@ -27,6 +27,8 @@ class Credit:
     """(B, R) targets of the values, units of the score; None from an estimator that needs no values."""
     metrics: Mapping[str, float]
     """Figures for the log."""
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
+    """(B, R) intermediate results by name, for the audit: `token_rewards`, `whitened_rewards`, `advantages` before whitening."""
 
 
 class Estimator(Protocol):
@@ -54,9 +56,11 @@ class Gae:
         """Return whitened advantages, and returns, which are formed before whitening."""
         mask = rollout.mask
         rewards = F.token_rewards(rollout.scores, rollout.logprobs, rollout.ref_logprobs, mask, kl_coef=kl_coef)
+        parts = {"token_rewards": rewards}
         if self.whiten_rewards:
             rewards = F.whiten_rewards(rewards, mask)
         advantages, returns = F.gae(rollout.values, rewards, mask, gamma=self.gamma, lam=self.lam)
+        parts |= {"whitened_rewards": rewards, "advantages": advantages}
         whitened = F.whiten(advantages, mask)
         metrics = {
             "ppo/explained_variance": float(F.explained_variance(rollout.values, returns, mask)),
@@ -64,7 +68,7 @@ class Gae:
             "ppo/advantage_std": float(advantages[mask].std(correction=0)),
             "ppo/advantage_mean": float(F.masked_mean(whitened, mask)),
         }
-        return Credit(advantages=whitened, returns=returns, metrics=metrics)
+        return Credit(advantages=whitened, returns=returns, metrics=metrics, parts=parts)
 
 
 def estimator(config: PPOConfig) -> Estimator:

@@ -96,7 +96,7 @@ def _value_loss(
 ) -> Tensor:
     """Return the value loss summed over a microbatch."""
     losses, clipped = F.value_loss(values, batch.values, returns, batch.mask, clip_range_value=config.clip_range_value)
-    statistics.add_value(losses, clipped, batch)
+    statistics.add_value(losses, clipped, values, batch)
     return losses.sum()
 
 

@@ -45,6 +45,10 @@ class LossStatistics:
     value: list[ValueSums] = field(default_factory=list)
     extremes: list[Tensor] = field(default_factory=list)
     """(2,) of each microbatch: the largest ratio, and the largest |ratio - 1|."""
+    policy_tokens: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    """Losses and log-probabilities (B, R) of each microbatch's policy loss."""
+    value_tokens: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    """Losses and values (B, R) of each microbatch's value loss."""
 
     @property
     def ratio_error(self) -> float:
@@ -59,14 +63,16 @@ class LossStatistics:
     def add_policy(self, losses: Tensor, clipped: Tensor, logprobs: Tensor, batch: Rollout) -> None:
         """Add a microbatch of the policy loss (B, R), and its ratios."""
         new, old = logprobs.detach(), batch.logprobs
+        self.policy_tokens.append((losses.detach(), new))
         ratio = (new - old)[batch.places].exp()
         approx_kl = torch.where(batch.mask, F.kl_k3(old, new), 0.0).sum()
         sums = (losses.detach().sum(), clipped.sum(), approx_kl, ratio.sum())
         self.policy.append(PolicySums(len(ratio), *sums))
         self.extremes.append(torch.stack([ratio.max(), (ratio - 1).abs().max()]))
 
-    def add_value(self, losses: Tensor, clipped: Tensor, batch: Rollout) -> None:
+    def add_value(self, losses: Tensor, clipped: Tensor, values: Tensor, batch: Rollout) -> None:
         """Add a microbatch of the value loss (B, R)."""
+        self.value_tokens.append((losses.detach(), values.detach()))
         self.value.append(ValueSums(len(batch.places[0]), losses.detach().sum(), clipped.sum()))
 
 

@@ -23,6 +23,7 @@ from rlhf.ppo import functional as F
 from rlhf.ppo.credit import Credit, estimator
 from rlhf.ppo.gradients import accumulate, accumulate_texts
 from rlhf.ppo.metrics import Totals, histogram_values, sample_rows
+from rlhf.ppo.recording import Recorder
 from rlhf.ppo.rollout import Environment, SamplingOptions, collect
 from rlhf.ppo.state import TRAINED, Order, Outputs, TrainingState
 from rlhf.ppo.types import Rollout
@@ -48,6 +49,7 @@ class PPOTrainer:
         tokenizer: the tokenizer of all stages.
         texts: (prompt, answer) token ids of the texts of PPO-ptx; needed with a ptx_coef.
         observe: called after every update.
+        recorder: is shown every step of an update.
     """
 
     def __init__(
@@ -60,10 +62,11 @@ class PPOTrainer:
         *,
         texts: Sequence[tuple[list[int], list[int]]] = (),
         observe: Observer = lambda update, metrics: None,
+        recorder: Recorder | None = None,
     ) -> None:
         self.models, self.tokenizer, self.config = models, tokenizer, config
         self.environment, self.texts = environment, texts
-        self.outputs, self.observe = outputs, observe
+        self.outputs, self.observe, self.recorder = outputs, observe, recorder or Recorder()
         self.sampling = SamplingOptions.of(config, tokenizer)
         self.estimator = estimator(config)
         self.state = TrainingState(models, config, outputs)
@@ -103,6 +106,7 @@ class PPOTrainer:
         rollout, metrics = self.collect()
         self._check_kl(rollout)
         credit = self.estimator(rollout, kl_coef=self.state.kl_coef)
+        self.recorder.rolled(self.state, rollout, credit)
         metrics |= credit.metrics
         with self.outputs.timer.phase("optimise"):
             started = time.perf_counter()
@@ -110,6 +114,7 @@ class PPOTrainer:
             metrics["time/optimise"] = time.perf_counter() - started
         self._adapt_kl_coef(rollout)
         self.state.updates_done += 1
+        self.recorder.updated()
         self.rollout = rollout
         self.log(rollout, metrics)
         return metrics
@@ -149,6 +154,8 @@ class PPOTrainer:
         """Add the gradients of one minibatch, unless its policy has moved too far from that of the rollout."""
         c = self.config
         train_policy = self.state.updates_done >= c.value_warmup_updates
+        texts: list[tuple[list[int], list[int]]] = []
+        self.recorder.opened()
         losses = accumulate(self.models, c, rollout, credit, microbatches, train_policy=train_policy)
         totals.add(losses)
         if totals.first_ratio_error > RATIO_TOLERANCE[self.models.compute.dtype]:
@@ -162,6 +169,7 @@ class PPOTrainer:
             rows = draws.text_rows(c, len(self.texts), self.state.scheduler.last_epoch)
             texts = [self.texts[row] for row in rows]
             totals.text_losses += accumulate_texts(self.models, c, texts, self.sampling.pad_token_id)
+        self.recorder.accumulated(microbatches, losses, texts)
 
     def _update(self, totals: Totals) -> None:
         """Clip the gradients and step; policy and value are separate models, so each has its own norm."""
@@ -176,7 +184,9 @@ class PPOTrainer:
                 "learning_rate or use --dtype float32, then --resume"
             )
         totals.add_step(*norms)
+        self.recorder.clipped()
         state.optimizer.step()
+        self.recorder.stepped()
         state.update_average()
 
     def _changing_parameters(self) -> Iterator[nn.Parameter]:

@@ -21,6 +21,7 @@ from rlhf.base.functions import GoldFunction
 from rlhf.config import PPOConfig, is_registered_reward, parse_config
 from rlhf.data_prep.corpus import Blocks, load_text
 from rlhf.data_prep.load import Loaded, load_rows
+from rlhf.doctor.audit.live import PPOAudit
 from rlhf.doctor.live import LiveDoctor
 from rlhf.doctor.plan.microbatch import with_microbatch
 from rlhf.doctor.preflight.ppo import ppo as check_ppo
@@ -114,10 +115,13 @@ def make_trainer(
         gold=gold,
     )
 
+    audit = PPOAudit(config, run.folder, run.compute, policy, rewards, prompts.rows, run.timer)
+
     def observe(update: int, metrics: Mapping[str, float]) -> Order | None:
         """Evaluate the policy where that is due, and have the doctor and the callbacks look at the update."""
         evaluation.watch(update)
         order = doctor.observe(update, metrics)
+        order = doctor.examine_statements(audit.statements()) or order
         return _called_back(run, trainer, update, metrics) or order
 
     trainer = PPOTrainer(
@@ -128,6 +132,7 @@ def make_trainer(
         Outputs(tracker=run.tracker, folder=run.folder / "checkpoints", timer=run.timer),
         texts=texts,
         observe=observe,
+        recorder=audit.recorder,
     )
     return trainer, evaluation, doctor
 

@@ -1,0 +1,124 @@
+"""The audit of PPO: sound runs are accused of nothing, and each fault is found at the quantity that it is in."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from audit_runs import Start, start, wrong
+
+from rlhf.doctor.audit import quantities
+from rlhf.doctor.audit.ppo import examine
+from rlhf.doctor.audit.sheet import Sheet, list_sheets, read_sheet
+from rlhf.doctor.statements import Statement
+
+QUANTITIES = [quantity.name for quantity in quantities.PPO]
+__all__ = ["start"]
+
+
+@pytest.fixture(scope="module")
+def sheet(start: Start) -> Sheet:
+    """The sheet of a sound run's third update."""
+    return read_sheet(list_sheets(start())[-1])
+
+
+def examined(statements: list[Statement]) -> set[str]:
+    return {one.name for one in statements if not one.measured.startswith("not examined")}
+
+
+def test_a_sound_sheet(sheet: Sheet) -> None:
+    """Catches: an accusation without a fault, and quantities that are silently not examined."""
+    statements = examine(sheet)
+    assert [one.name for one in statements] == QUANTITIES
+    assert wrong(statements) == []
+    assert examined(statements) == set(QUANTITIES)
+    assert all(one.part == "audit" and one.step == 3 for one in statements)
+
+
+def _scaled(name: str, factor: float) -> Callable[[Sheet], None]:
+    def change(sheet: Sheet) -> None:
+        for key in sheet.tensors:
+            if key.startswith(name):
+                sheet.tensors[key] = sheet.tensors[key] * factor
+
+    return change
+
+
+def _rolled(*names: str) -> Callable[[Sheet], None]:
+    def change(sheet: Sheet) -> None:
+        for name in names:
+            sheet.tensors[name] = sheet.tensors[name].roll(1, 0)
+
+    return change
+
+
+def _longer_masks(sheet: Sheet) -> None:
+    sheet.tensors["rollout/stopped"] = ~sheet.tensors["rollout/stopped"]
+
+
+def _same_as_before(sheet: Sheet) -> None:
+    sheet.tensors["earlier/responses"] = sheet.tensors["rollout/responses"]
+
+
+def _facts(**changes: Any) -> Callable[[Sheet], None]:
+    return lambda sheet: sheet.facts.update(changes)
+
+
+def _entry(number: int, **changes: Any) -> Callable[[Sheet], None]:
+    return lambda sheet: sheet.facts["minibatches"][number].update(changes)
+
+
+def _noise(name: str, size: float) -> Callable[[Sheet], None]:
+    def change(sheet: Sheet) -> None:
+        tensor = sheet.tensors[name]
+        sheet.tensors[name] = tensor + size * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0))
+
+    return change
+
+
+#: One alteration of a sheet for each quantity, small ones where a fault may be small.
+ALTERED: dict[str, Callable[[Sheet], None]] = {
+    "prompts": _rolled("rollout/prompt"),
+    "rollouts_differ": _same_as_before,
+    "response_mask": _longer_masks,
+    "sampling": _noise("rollout/sampler_logprobs", 0.01),
+    "random_numbers": lambda sheet: sheet.facts["config"].update(seed=5),
+    "old_logprobs": _noise("rollout/logprobs", 0.01),
+    "ref_logprobs": _noise("rollout/ref_logprobs", 0.01),
+    "values": _scaled("rollout/values", 1.01),
+    "raw_scores": _rolled("rollout/raw_scores"),
+    "scores": _scaled("rollout/scores", 1.001),
+    "token_rewards": _facts(kl_coef=0.2),
+    "whitened_rewards": _scaled("credit/whitened_rewards", 1.01),
+    "advantages": _scaled("credit/advantages", 1.001),
+    "returns": _scaled("credit/returns", 1.001),
+    "whitened_advantages": _scaled("credit/whitened_advantages", 1.001),
+    "minibatches": _entry(1, tokens=1),
+    "gradients_zeroed": _entry(1, leftover=1e-6),
+    "policy_loss": _scaled("loss/1/policy", 1.01),
+    "value_loss": _scaled("loss/0/value", 2.0),
+    "gradient": _scaled("gradient/0", 1.01),
+    "gradient_clipping": _scaled("clipped/0", 1.01),
+    "learning_rate": _facts(learning_rate_scale=0.5),
+    "optimizer_step": _scaled("after/1/exp_avg_sq", 1.01),
+    "frozen_weights": lambda sheet: sheet.facts["frozen_after"].update({next(iter(sheet.facts["frozen_after"])): 1}),
+    "weights_kept": _facts(changed_since=["a.weight"]),
+    "kl_coef": _facts(kl_coef_after=1.0),
+}
+
+
+WITH_MODELS = ("sampling", "random_numbers", "old_logprobs", "ref_logprobs", "values", "raw_scores", "gradient")
+
+
+@pytest.mark.parametrize("name", QUANTITIES)
+def test_a_difference_is_found_where_it_is(name: str, sheet: Sheet) -> None:
+    """Catches: a quantity that is compared with itself, and one that is blamed for another's fault."""
+    altered = Sheet(sheet.update, copy.deepcopy(sheet.facts), dict(sheet.tensors))
+    ALTERED[name](altered)
+    statements = examine(altered, with_models=name in WITH_MODELS)
+    assert wrong(statements)[:1] == [name]
+    one = next(one for one in statements if one.name == name)
+    assert one.severity == "critical" and one.cause and one.action and one.explains
