@@ -23,6 +23,12 @@ RUN: dict[str, Any] = {
 }  # fmt: skip
 
 
+def brevity(prompts: Sequence[Any], responses: Sequence[str], **columns: Any) -> list[float]:
+    """A reward that compares responses with each other."""
+    longest = max(map(len, responses))
+    return [1 - len(text) / max(longest, 1) for text in responses]
+
+
 class Start(Protocol):
     def __call__(self, *, may_fail: bool = False, **options: Any) -> Path: ...
 

@@ -49,11 +49,11 @@ def require_sources(sheet: Sheet, folder: Path) -> None:
 def line(statement: Statement) -> str:
     """Return a statement as a line."""
     if statement.passed:
-        mark = "--   " if statement.measured.startswith("not examined") else "ok   "
+        mark = "--    " if statement.measured.startswith("not examined") else "ok    "
         return f"{mark}{statement.name}: {statement.measured}"
     remedy = f" To do: {statement.action}." if statement.severity != "note" else ""
     mark = "note " if statement.severity == "note" else "WRONG"
-    return f"{mark}{statement.name}: {statement.measured}. Cause: {statement.cause}.{remedy}"
+    return f"{mark} {statement.name}: {statement.measured}. Cause: {statement.cause}.{remedy}"
 
 
 def main(words: Sequence[str]) -> int:

@@ -116,10 +116,13 @@ def dequantised(codes: Tensor, table: Tensor, largest: Tensor) -> Tensor:
 
 
 def code_width(codes: Tensor, table: Tensor, largest: Tensor) -> Tensor:
-    """Return the distance of each code to the farther of its neighbours: more than rounding to a code can move a number."""
+    """Return by how much rounding to a code can move a number: to a neighbour's, and for numbers near 0 a little further.
+
+    On a CPU bitsandbytes looks codes up in a table of its own, which is coarse near 0: off by 2.5e-5 of a block's largest number.
+    """
     gaps = table.double().diff()
     edge = torch.zeros(1, dtype=torch.float64)
-    width = torch.maximum(torch.cat([gaps, edge]), torch.cat([edge, gaps]))
+    width = torch.maximum(torch.cat([gaps, edge]), torch.cat([edge, gaps])) + 5e-5
     return dequantised(codes, width, largest)
 
 

@@ -90,8 +90,9 @@ class SheetRecorder(Recorder):
     def rolled(self, state: TrainingState, rollout: Rollout, credit: Credit) -> None:
         update = state.updates_done
         is_first, self._state = self._state is None, state
-        if is_first or update < self._update:  # a run that resumes, starts anew or went back
+        if is_first or update <= self._update:  # a run that resumes, starts anew or went back
             sheets.discard_after(self.folder, update)
+            self._earlier = None
         self._sheet = self._begun(state, rollout, credit) if is_first or update % self.config.audit_steps == 0 else None
         self._update = update
         self._earlier = (rollout.prompt.cpu(), rollout.responses.cpu())

@@ -28,7 +28,7 @@ MODES: dict[str, dict[str, Any]] = {
     "two epochs, warm-up": {"num_ppo_epochs": 2, "value_warmup_updates": 1, "use_rslora": "true"},
     "DoRA, texts": {"use_dora": "true", "ptx_coef": 1.0, "max_prompt_length": 64},
     "cold": {"temperature": 0.7, "gamma": 0.9, "weight_decay": 0.1, "lr_scheduler_type": "linear", "warmup_steps": 0},
-    "function": {"reward": "rlhf.evaluation.gold:vader"},
+    "function": {"reward": "audit_runs:brevity"},
 }
 
 
@@ -74,7 +74,7 @@ def test_the_command(start: Start, call: Callable[..., Call], monkeypatch: pytes
     done = call("rlhf.doctor", "audit", sound.parent)
     lines = done.out.splitlines()
     assert done.code == 0 and lines[0] == "ppo, update 2" and len(lines) == 2 * (1 + len(QUANTITIES))
-    assert sum(line.startswith("  ok   ") for line in lines) == 2 * len(QUANTITIES)
+    assert sum(line.startswith("  ok    ") for line in lines) == 2 * len(QUANTITIES)
     with monkeypatch.context() as patch:
         whiten = F.whiten
         patch.setattr(F, "whiten", lambda x, mask: -whiten(x, mask))
