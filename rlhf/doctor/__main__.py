@@ -42,7 +42,11 @@ def main() -> None:
         return
     if words and reading.is_foreign(Path(words[0])):
         sys.exit(foreign.main(words))
-    if words and not Path(words[0]).exists() and (near := did_you_mean(words[0], [PREFLIGHT, OPTIONS, AUDIT, INVESTIGATE])):
+    if (
+        words
+        and not Path(words[0]).exists()
+        and (near := did_you_mean(words[0], [PREFLIGHT, OPTIONS, AUDIT, INVESTIGATE]))
+    ):
         raise UserError(f"no run '{words[0]}'{near}")
     sys.exit(diagnosis.main(words))
 
