@@ -49,7 +49,7 @@ def review_answers(run: Run[Any], facts: Facts | None, answers: PolicyEvaluation
     if facts is None:
         return
     sampled = answers.answers
-    figures = answer_limits.of_answers(answers.scores, sampled.lengths, sampled.stopped, run.config)
+    figures = answer_limits.of_answers(answers.scores, sampled.lengths, sampled.stopped, run.config, answers.gold)
     if any(IMPORTED in parent.manifest.config for parent in run.parents if parent.stage == "reward"):
         figures.add("own_unit", 1.0)
     _state(run, judge(ANSWER_TABLE, inputs.with_figures(facts, figures)))

@@ -37,13 +37,16 @@ SCALE = (
 )
 
 
-def of_answers(scores: Tensor, lengths: ArrayLike, stopped: Sequence[bool], config: Any) -> Figures:
+def of_answers(
+    scores: Tensor, lengths: ArrayLike, stopped: Sequence[bool], config: Any, gold: Tensor | None = None
+) -> Figures:
     """Return figures of the SFT model's answers: spread and mean of the scores, what is clipped, lengths.
 
     Args:
         scores: (B,) of the run's reward, without penalties and clip.
         lengths: (B,) tokens.
         stopped: answers that ended in a stop token.
+        gold: (B,) scores of the independent judge, if there is one.
     """
     figures, values, sizes = Figures(), scores.double().numpy(), np.asarray(lengths, dtype=np.float64)
     figures.add("score_spread", values.std())
@@ -61,6 +64,8 @@ def of_answers(scores: Tensor, lengths: ArrayLike, stopped: Sequence[bool], conf
         from scipy.stats import spearmanr
 
         figures.add("length_score", float(spearmanr(values, sizes).statistic))
+        if gold is not None and len(np.unique(judged := gold.double().numpy())) > 3:
+            figures.add("judge_score", float(spearmanr(values, judged).statistic), f"of {len(values)} answers")
     return figures
 
 
@@ -230,6 +235,20 @@ ANSWER_LIMITS = (
             ),
         ),
         source="Singhal et al. 2023",
+    ),
+    Limit(
+        name="judge_score",
+        what="rank correlation of the score and the judge's",
+        measure=lambda f: f.figure("judge_score"),
+        options=("gold",),
+        low=Side(
+            note=-0.3,
+            warning=-0.6,
+            critical=-0.8,
+            cause="the reward prefers what the independent judge likes least: its sign is flipped, or its labels were swapped",
+            action="look at answers with their scores; turn the sign or the labels, and train the reward model again",
+            explains=("reward_opposes_judge", "over_optimised", "reward_ignores_judge"),
+        ),
     ),
 )
 #: Limits on options whose unit is measured on the answers, judged again.

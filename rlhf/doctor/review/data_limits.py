@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from rlhf.doctor.review.facts import Facts
 from rlhf.doctor.review.limits import Limit, Side
+from rlhf.doctor.review.preferences import CHANCE
 
 ROWS = ("sft", "reward", "ppo")
 ANSWERS = ("sft", "reward")
@@ -289,14 +290,14 @@ DATA_LIMITS = (
         measure=_figure("labels"),
         stages=("reward",),
         low=Side(
-            note=3,
-            warning=1.645,
+            note=4,
+            warning=CHANCE,
             cause="the labels may be shuffled: nothing in the words or the length of responses tells better from worse, as it "
             "does in every preference data tried (or the task is beyond words)",
             action="compare pairs by eye; if the labels are right, read the reward model's held-out accuracy instead",
             explains=NOT_LEARNED,
         ),
-        source="permuted labels give -1.6 to 1.6 in nine of ten; PandaLM's 914 human pairs 7.6, the demo's 1,235 14.9",
+        source="permuted labels stay below 2 in 19 of 20; PandaLM's 914 human pairs 7.6, the demo's 1,235 14.9",
     ),
     Limit(
         name="splits_agree",
@@ -314,6 +315,21 @@ DATA_LIMITS = (
         ),
     ),
     Limit(
+        name="judge_agrees",
+        what="standard errors by which the judge orders training pairs as their labels do, rather than the other way round",
+        measure=_figure("judge_agrees"),
+        options=("gold",),
+        stages=("reward",),
+        low=Side(
+            note=1,
+            warning=-3,
+            critical=-4.5,
+            cause="the labels prefer what the independent judge likes least: they are swapped, or count the other way round",
+            action="look at pairs with their ratings; turn the labels (ranks: 1 is best)",
+            explains=(*NOT_LEARNED, "labels", "splits_agree"),
+        ),
+    ),
+    Limit(
         name="label_noise",
         what="labels that are flipped at random, at least",
         measure=_figure("label_noise"),
@@ -321,7 +337,7 @@ DATA_LIMITS = (
         percent=True,
         high=Side(
             note=0.02,
-            warning=0.15,
+            warning=0.1,
             cause="labels are wrong whatever the responses say: raters who click at random, or rows that were mixed up",
             action="find the raters or the part of the data that disagree; until then, label_smoothing of that share",
             explains=NOT_LEARNED,

@@ -21,6 +21,7 @@ from rlhf.doctor.review.limits import judge
 from rlhf.doctor.review.tables import INPUT_LIMITS
 from rlhf.doctor.review.texts import Figures
 from rlhf.doctor.statements import Statement
+from rlhf.reward.functions import load_gold
 
 
 def read_width(base_model: str, config: TrainingConfig) -> int | None:
@@ -61,7 +62,8 @@ def figures_of(
         measure(held_out, other)
         _splits_differ(figures, other, min(len(train), len(held_out)))
         if stage == "reward":
-            preferences.of_labels(train, held_out, config.min_rating_difference, figures)
+            gold = load_gold(config.gold) if config.gold else None
+            preferences.of_labels(train, held_out, config.min_rating_difference, figures, gold)
     if tokenizer is not None:
         _tokens(stage, config, sets["train"], tokenizer, demonstrations, figures)
     return figures
@@ -76,7 +78,7 @@ def _splits_differ(train: Figures, held_out: Figures, rows: int) -> None:
     names = [name for name in _COMPARED if name in train.values and name in held_out.values]
     error = 2 * (0.5 / rows) ** 0.5
     gaps = {name: abs(train.values[name] - held_out.values[name]) - error for name in names}
-    if train.values.get("related", 9) < 2 and held_out.values.get("related", 0) > 6:
+    if train.values.get("related", 9) < 2 and held_out.values.get("related", 0) > 4.5:
         gaps["related"] = 1.0
     if gaps and rows >= texts.ENOUGH:
         name = max(gaps, key=lambda key: gaps[key])

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rlhf.base.functions import GoldFunction
 from rlhf.data_prep.formats.rows import comparable, prompt_key
 from rlhf.data_prep.ratings import is_clear
 from rlhf.doctor.review.texts import Figures, of_answers, of_prompts
@@ -22,7 +23,11 @@ Array = NDArray[np.float64]
 PAIRS, ENOUGH_PAIRS = 3000, 60
 #: Pairs among which the scorer finds whatever there is to find in all preference data tried.
 SURE_PAIRS = 200
+#: Standard errors that permuted labels stay below in 19 of 20: folds share most of their pairs, which widens a coin's 1.645.
+CHANCE = 2.0
 FOLDS = 5
+#: Pairs that an independent judge is asked for.
+JUDGED_PAIRS = 150
 #: Most pairs of one ranking, so that no ranking outweighs the others.
 PAIRS_A_RANKING = 8
 
@@ -110,12 +115,17 @@ def z_score(margins: Array) -> float:
 
 
 def of_labels(
-    train: Sequence[Mapping[str, Any]], held_out: Sequence[Mapping[str, Any]], minimum: float, figures: Figures
+    train: Sequence[Mapping[str, Any]],
+    held_out: Sequence[Mapping[str, Any]],
+    minimum: float,
+    figures: Figures,
+    gold: GoldFunction | None = None,
 ) -> None:
     """Add figures of the ratings in training and held-out comparisons.
 
     Args:
         minimum: least difference in rating of a training pair.
+        gold: an independent judge, whose order of a few pairs is compared.
     """
     differences = [_difference(row) for row in train]
     figures.add("rating_difference", float(np.mean(differences)))
@@ -124,6 +134,11 @@ def of_labels(
     if (reliability := rater_reliability(train)) is not None:
         figures.add("rater_reliability", reliability)
     pairs, others = Pairs(train, minimum), Pairs(held_out)
+    if gold is not None and len(pairs) >= ENOUGH_PAIRS:
+        share, z = judge_agreement(pairs, gold)
+        figures.add(
+            "judge_agrees", z, f"the judge `gold` orders {share:.0%} of up to {JUDGED_PAIRS} pairs as they are labelled"
+        )
     if len(pairs) >= ENOUGH_PAIRS:
         _labels(pairs, others, figures)
 
@@ -138,7 +153,8 @@ def of_comparisons(rows: Sequence[Mapping[str, Any]], figures: Figures) -> None:
         [text for own in answers for text in own],
         figures,
     )
-    figures.add("same_responses", float(np.mean([len({comparable(t) for t in own}) < len(own) for own in answers])))
+    twice = float(np.mean([len({comparable(t) for t in own}) < len(own) for own in answers]))
+    figures.values["same_responses"] = max(twice, figures.values.get("same_responses", 0.0))
     _length(Pairs(rows), figures)
 
 
@@ -158,21 +174,49 @@ def _length(pairs: Pairs, figures: Figures) -> None:
 
 def _labels(pairs: Pairs, others: Pairs, figures: Figures) -> None:
     """Add what the scorer finds: is there information, in both splits and of one direction, and how many labels are flipped?"""
-    margins = cross_validated(pairs)
+    margins, noise = cross_validated(pairs), None
     accuracy, z = float(correct(margins).mean()), z_score(margins)
-    if len(pairs) >= SURE_PAIRS or z > 1.645:
+    if len(pairs) >= SURE_PAIRS or z > CHANCE:
         figures.add("labels", z, f"a linear scorer orders {accuracy:.0%} of {len(pairs):,} pairs of other prompts")
     if len(others) >= ENOUGH_PAIRS / 2 and z > 3:
         transfer = LinearScorer(pairs, range(len(pairs))).margins(others, range(len(others)))
         share = f"{correct(transfer).mean():.0%} of {len(others):,} held-out pairs"
         figures.add("splits_agree", z_score(transfer), f"fitted to training pairs, a linear scorer orders {share}")
-    elif len(others) >= ENOUGH_PAIRS and z < 1.645:
+        noise = noise_of_training(margins, transfer)
+    elif len(others) >= ENOUGH_PAIRS and z < CHANCE:
         own = cross_validated(others)
         if z_score(own) > 4 and len(pairs) >= len(others) / 2:
             words = f"a linear scorer orders {correct(own).mean():.0%} of held-out pairs, and {accuracy:.0%} of training pairs"
             figures.add("splits_agree", -z_score(own), words)
-    if (noise := label_noise(margins)) is not None:
+    if noise:
+        figures.add(
+            "label_noise", noise, f"fitted to them, a linear scorer orders {accuracy:.0%} of others, and {share}"
+        )
+    elif (noise := label_noise(margins)) is not None:
         figures.add("label_noise", noise, "errors of a linear scorer that do not get rarer the surer it is")
+
+
+def noise_of_training(training: Array, held_out: Array) -> float | None:
+    """Return the least share of flipped training labels, by a scorer that orders held-out pairs better than training ones.
+
+    A scorer of accuracy a orders a (1 - f) + (1 - a) f of pairs of which a share f is flipped. From the gap less three
+    standard errors; None where nothing is left.
+    """
+    accuracies = [float(correct(margins).mean()) for margins in (training, held_out)]
+    error = sum(0.25 / len(margins) for margins in (training, held_out)) ** 0.5
+    gap = accuracies[1] - accuracies[0] - 3 * error
+    return gap / (2 * accuracies[1] - 1) if gap > 0 else None
+
+
+def judge_agreement(pairs: Pairs, gold: GoldFunction) -> tuple[float, float]:
+    """Return the share of a few pairs that an independent judge orders as the labels do, and its standard errors above a half."""
+    keep = range(0, len(pairs), -(-len(pairs) // JUDGED_PAIRS))
+    scores = gold([text for i in keep for text in (pairs.better[i], pairs.worse[i])])
+    differences = np.array(scores[::2], dtype=np.float64) - np.array(scores[1::2], dtype=np.float64)
+    differences = differences[differences != 0]
+    return float((differences > 0).mean()) if len(differences) else 0.5, z_score(differences) if len(
+        differences
+    ) else 0.0
 
 
 def label_noise(margins: Array) -> float | None:

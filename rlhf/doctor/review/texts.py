@@ -55,7 +55,13 @@ def spread_rows(data: Loaded, most: int) -> list[Mapping[str, Any]]:
 def left_out(data: Loaded, figures: Figures) -> None:
     """Add the shares of rows that were left out in loading: empty ones, ties, contradictions."""
     total = len(data.rows) + sum(data.dropped.values())
-    for name, words in (("empty", "empty"), ("ties", "rated the same"), ("contradictions", "contradicts")):
+    reasons = {
+        "empty": "empty",
+        "ties": "rated the same",
+        "contradictions": "contradicts",
+        "same_responses": "rated twice",
+    }
+    for name, words in reasons.items():
         count = sum(number for reason, number in data.dropped.items() if words in reason)
         figures.add(name, count / total, f"{count:,} of {total:,} rows, left out")
 
