@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import dataclasses
 import functools
@@ -21,6 +22,7 @@ from toys import Call
 from rlhf.base.functions import name_of
 from rlhf.base.reading import FolderReader
 from rlhf.config import PPOConfig
+from rlhf.doctor.health.findings import CHECKS
 from rlhf.doctor.statements import Statement, read
 from rlhf.ppo import functional as F
 from rlhf.reward.sources import FunctionReward, Reward
@@ -37,6 +39,9 @@ from rlhf.stages.investigate.experiment import (
     ruled_out,
 )
 from rlhf.stages.investigate.subject import PPOSubject
+
+#: Functions that make statements of an experiment; their first argument is its name.
+VERDICTS = ("confirmed", "ruled_out", "undecided", "_agreement")
 
 
 def vowels(responses: Sequence[str]) -> list[float]:
@@ -413,6 +418,39 @@ def test_wrong_words(tmp_path: Path, run_folder: Path, call: Callable[..., Call]
         "rlhf.doctor", "investigate", run_folder, "--only", "kl_trem"
     ).complaint  # fmt: skip
     assert "give the output_dir of a run" in call("rlhf.doctor", "investigate", tmp_path).complaint
+
+
+def test_a_stage_that_cannot_be_opened_leaves_the_others(
+    finished: tuple[Path, Path], tmp_path: Path, call: Callable[..., Call]
+) -> None:
+    """The SFT stage ended before it registered a model."""
+    shutil.copytree(finished[1], tmp_path / "out")
+    (tmp_path / "out" / "sft" / "manifest.json").unlink()
+    shutil.rmtree(tmp_path / "out" / "ppo")
+    done = call("rlhf.doctor", "investigate", tmp_path / "out", "--only", "prompt_read", "stop_learned")
+    assert "prompt_read" in done.out and "sft: not examined: the run in" in done.out and done.code == 0
+    assert "registered no model" in call("rlhf.doctor", "investigate", tmp_path / "out" / "sft").complaint
+
+
+def test_findings_and_consequences_are_names_of_checks_and_statements() -> None:
+    """Catches: a check that was renamed, whose finding calls for no experiment any more and is explained by none."""
+    names, statements = {check.name for check in CHECKS}, set()
+    consequences = {symptom for trick in rewards.TRICKS for symptom in trick.symptoms + trick.statements}
+    for module in examine.MODULES:
+        for node in ast.walk(ast.parse(Path(str(module.__file__)).read_text())):
+            if (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Name)
+                and node.func.id in VERDICTS
+                and node.args
+            ):
+                statements |= {text.value for text in node.args[:1] if isinstance(text, ast.Constant)}
+            if isinstance(node, ast.keyword) and node.arg == "explains":
+                consequences |= {text.value for text in ast.walk(node) if isinstance(text, ast.Constant)}
+    statements |= {trick.name for trick in rewards.TRICKS}
+    assert len(statements) > 20 and len(consequences) > 30
+    assert consequences - names - statements == set()
+    assert {name for one in EXPERIMENTS for name in one.settles} - names - statements == set()
 
 
 # Figures

@@ -36,7 +36,15 @@ def examine(arguments: Namespace) -> list[Statement]:
     folders = sorted((f for f in (run, *(run / stage for stage in SUBJECTS)) if stage_of(f)), key=_place)
     if not folders:
         raise UserError(f"no run of {', '.join(SUBJECTS)} in {run}; give the output_dir of a run")
-    return [one for folder in folders for one in investigate(folder, arguments.registry, end, arguments.only)]
+    statements: list[Statement] = []
+    for folder in folders:
+        try:
+            statements += investigate(folder, arguments.registry, end, arguments.only)
+        except UserError as error:
+            if len(folders) == 1:
+                raise
+            _say(f"{stage_of(folder)}: not examined: {error}")
+    return statements
 
 
 def stage_of(folder: Path) -> str:

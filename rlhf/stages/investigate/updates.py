@@ -40,6 +40,8 @@ LEAST_KL = 0.05
 HIGH_KL = 5.0
 #: Correlation of advantages and plain targets below which credit does not follow the score.
 LEAST_CREDIT = 0.2
+#: Rise of the explained variance that counts although a first step without warm-up may shift all values.
+EXPLAINED = 0.05
 #: Gain of that correlation by gamma 1, from which gamma is to blame.
 DISCOUNTED = 0.1
 
@@ -159,10 +161,10 @@ def value_learns(subject: PPOSubject) -> Iterator[Statement]:
         f"squared error {scale:.3g}, changed by {change} in one update; explained variance {explained[0]:.2f}, then "
         f"{explained[1]:.2f}; values and scores correlate by {known}"
     )
-    moved = float((subject.ordinary.values - rollout.values).abs().max()) > UNMOVED
-    if moved and change.high < 0:
+    trained = float((subject.ordinary.values - rollout.values).abs().max()) > UNMOVED
+    if trained and (change.high < 0 or explained[1] > explained[0] + EXPLAINED):
         yield ruled_out("value_learns", f"{measured}: the values are trained towards their returns")
-    elif not moved:
+    elif not trained:
         c, metrics = subject.config, subject.ordinary.metrics
         rate = c.learning_rate if c.value_learning_rate is None else c.value_learning_rate
         cause = (
