@@ -32,11 +32,9 @@ from rlhf.stages.investigate import examine, policies, rewards, supervised, upda
 from rlhf.stages.investigate.experiment import (
     EXPERIMENTS,
     Experiment,
-    confirmed,
     correlation,
     mean,
     next_one,
-    ruled_out,
 )
 from rlhf.stages.investigate.subject import PPOSubject
 
@@ -124,7 +122,7 @@ def outcomes(experiment: Callable[[Any], Any], subject: Any) -> dict[str, Statem
 
 def causes(experiment: Callable[[Any], Any], subject: Any) -> dict[str, str]:
     """Causes that an experiment confirms, by the names of its statements."""
-    return {name: one.cause for name, one in outcomes(experiment, subject).items() if examine.is_cause(one)}
+    return {name: one.cause for name, one in outcomes(experiment, subject).items() if one.is_finding}
 
 
 # A sound run
@@ -148,7 +146,7 @@ def test_a_sound_run_confirms_nothing_and_stays_as_it_was(run_folder: Path, call
     assert digests() == before
     statements = [one for one in read(FolderReader(run_folder / "ppo")) if one.part == "investigation"]
     assert {one.step for one in statements} == {3}
-    passed = {one.name for one in statements if one.passed}
+    passed = {one.name for one in statements if one.is_confirmed}
     assert {
         "reference",
         "reward_spread",
@@ -178,11 +176,11 @@ def test_a_constant_reward_is_confirmed(subject: PPOSubject) -> None:
 
 def test_a_flipped_reward_is_told_from_a_random_and_a_right_one(subject: PPOSubject) -> None:
     """Catches: a verdict on the wrong side of 0."""
-    assert outcomes(rewards.reward_judge, subject)["reward_judge"].passed
+    assert outcomes(rewards.reward_judge, subject)["reward_judge"].is_confirmed
     flipped = outcomes(rewards.reward_judge, with_reward(copied(subject), opposite))["reward_judge"]
     assert flipped.severity == "critical" and "flipped" in flipped.cause
     noise = outcomes(rewards.reward_judge, with_reward(copied(subject), random))["reward_judge"]
-    assert not noise.passed and "flipped" not in noise.cause
+    assert not noise.is_confirmed and "flipped" not in noise.cause
 
 
 def copied(subject: PPOSubject) -> PPOSubject:
@@ -200,7 +198,7 @@ def test_labelled_pairs_show_a_flipped_reward(subject: PPOSubject) -> None:
         words = {"great": 2.0, "good": 1.0, "bad": -1.0, "awful": -2.0}
         return lambda prompts, responses: [sign * words[text.split()[-1]] for text in responses]
 
-    assert outcomes(rewards.reward_pairs, with_reward(copied(subject), by_words(1.0)))["reward_pairs"].passed
+    assert outcomes(rewards.reward_pairs, with_reward(copied(subject), by_words(1.0)))["reward_pairs"].is_confirmed
     assert "flipped" in causes(rewards.reward_pairs, with_reward(subject, by_words(-1.0)))["reward_pairs"]
 
 
@@ -215,7 +213,7 @@ def test_what_a_reward_pays_for(
     with_reward(subject, function)
     found = outcomes(rewards.reward_tricks, subject)
     assert found[paid].severity == "note" and found[paid].action and not found[paid].passed
-    assert found[not_paid].passed
+    assert found[not_paid].is_confirmed
     monkeypatch.setattr(rewards, "_uses", lambda sft, tuned: dict.fromkeys(found, True))
     assert set(causes(rewards.reward_tricks, subject)) == {paid}
 
@@ -249,7 +247,7 @@ def test_a_loss_of_the_wrong_sign_is_told_from_wrong_advantages(
 
 
 def test_a_kl_penalty_of_the_wrong_sign_is_confirmed(subject: PPOSubject, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert outcomes(updates.kl_term, subject)["kl_term"].passed
+    assert outcomes(updates.kl_term, subject)["kl_term"].is_confirmed
     right = F.token_rewards
     monkeypatch.setattr(F, "token_rewards", lambda *args, kl_coef: right(*args, kl_coef=-kl_coef))
     assert "pushes the policy away" in causes(updates.kl_term, subject)["kl_term"]
@@ -292,7 +290,7 @@ def test_a_policy_that_does_not_move(subject: PPOSubject) -> None:
 
 @pytest.mark.parametrize(("factor", "cause"), [(300.0, "too large"), (1e-5, "too small")])
 def test_step_sizes_out_of_range(subject: PPOSubject, factor: float, cause: str) -> None:
-    assert outcomes(updates.step_size, subject)["step_size"].passed
+    assert outcomes(updates.step_size, subject)["step_size"].is_confirmed
     other = copied(subject)
     for name in ("first", "credit", "ordinary"):
         vars(other).pop(name, None)
@@ -302,7 +300,7 @@ def test_step_sizes_out_of_range(subject: PPOSubject, factor: float, cause: str)
 
 def test_updates_that_the_reward_does_not_steer(subject: PPOSubject, monkeypatch: pytest.MonkeyPatch) -> None:
     """A mean left in the advantages raises the probability of all that was sampled."""
-    assert outcomes(updates.reward_steers, subject)["reward_steers"].passed
+    assert outcomes(updates.reward_steers, subject)["reward_steers"].is_confirmed
     right = F.whiten
     monkeypatch.setattr(F, "whiten", lambda x, mask: right(x, mask) + 5 * mask)
     assert "whatever the reward says" in causes(updates.reward_steers, subject)["reward_steers"]
@@ -316,9 +314,10 @@ def test_over_optimisation_needs_a_score_that_rose_and_a_judge_that_fell() -> No
     generator = np.random.default_rng(0)
     scores = generator.normal(size=96)
     verdicts = [over_optimised(scores, shift) for shift in (-2.0, 0.0, 2.0)]
-    assert [one.passed for one in verdicts] == [False, False, True]
-    assert [one.severity for one in verdicts[:2]] == ["critical", "note"]
-    assert over_optimised(scores, -2.0, rose=False).severity == "note"
+    assert [one.is_finding for one in verdicts] == [True, False, False]
+    assert [one.is_confirmed for one in verdicts] == [False, False, True]
+    unclear = over_optimised(scores, -2.0, rose=False)
+    assert not unclear.is_finding and not unclear.is_confirmed
 
 
 def over_optimised(scores: Any, shift: float, *, rose: bool = True) -> Statement:
@@ -397,20 +396,6 @@ def test_findings_choose_the_order_and_time_is_bounded(run_folder: Path, call: C
     assert next_one(both, set(), nothing) is cheap and next_one(both, set(), measured) is dear
     done = call("rlhf.doctor", "investigate", run_folder / "ppo", "--minutes", "0")
     assert "left out for want of time" in done.out and done.code == 0, done.out
-
-
-def test_causes_that_another_one_explains_are_not_named() -> None:
-    def cause(name: str, *explains: str, severity: Any = "warning") -> Statement:
-        return confirmed(name, "", cause=f"cause of {name}", action="mend it", explains=explains, severity=severity)
-
-    found = [
-        cause("b"),
-        cause("a", "b"),
-        cause("c", severity="critical"),
-        cause("d", "a", severity="note"),
-        ruled_out("e", ""),
-    ]
-    assert [one.name for one in examine.roots(found)] == ["c", "a"]
 
 
 def test_wrong_words(tmp_path: Path, run_folder: Path, call: Callable[..., Call]) -> None:

@@ -25,7 +25,7 @@ def main() -> None:
     arguments = parser.parse_args()
     from rlhf.stages.investigate import examine  # imports torch
 
-    sys.exit(int(any(map(examine.is_cause, examine.examine(arguments)))))
+    sys.exit(int(any(statement.is_finding for statement in examine.examine(arguments))))
 
 
 if __name__ == "__main__":

@@ -13,9 +13,8 @@ from typing import Any
 from rlhf.base import screen
 from rlhf.base.errors import UserError, did_you_mean
 from rlhf.base.json_files import read_object_or_none
-from rlhf.base.reading import FolderReader
-from rlhf.doctor.diagnosis import diagnose, find_run
-from rlhf.doctor.statements import Statement, append, read
+from rlhf.doctor.diagnosis import diagnose, find_run, sort_out
+from rlhf.doctor.statements import Statement, append
 from rlhf.run.tracker import RUN_FILE
 from rlhf.stages.investigate import policies, rewards, supervised, updates
 from rlhf.stages.investigate.experiment import EXPERIMENTS, Experiment, next_one
@@ -57,11 +56,6 @@ def _place(folder: Path) -> int:
     return list(SUBJECTS).index(stage_of(folder))
 
 
-def is_cause(statement: Statement) -> bool:
-    """Return whether an experiment confirmed a cause of trouble."""
-    return not statement.passed and statement.severity != "note"
-
-
 def investigate(folder: Path, registry: str | None, end: float, only: Sequence[str]) -> list[Statement]:
     """Run the experiments of a stage's run until `end` (monotonic seconds); print, append and return their statements."""
     stage = stage_of(folder)
@@ -91,12 +85,12 @@ def investigate(folder: Path, registry: str | None, end: float, only: Sequence[s
 
 
 def _findings(folder: Path) -> set[str]:
-    """Return the names of the findings in the log of a stage's folder, and of what other parts of the doctor found."""
-    stated = {one.name for one in read(FolderReader(folder)) if not one.passed and one.part != "investigation"}
+    """Return the names of the symptoms of a stage, and of what audit and review found."""
     try:
-        return stated | {finding.name for diagnosis in diagnose(folder) for finding in diagnosis.findings}
+        findings = [finding for diagnosis in diagnose(folder) for finding in diagnosis.findings]
     except UserError:  # it ended before its first update
-        return stated
+        return set()
+    return {finding.name for finding in findings if finding.kind != "investigation"}
 
 
 def _run(experiment: Experiment, subject: Any) -> list[Statement]:
@@ -111,7 +105,7 @@ def _run(experiment: Experiment, subject: Any) -> list[Statement]:
     if problem or not statements:
         _say(f"could not run: {problem}" if problem else "nothing to examine", 2)
     for one in statements:
-        word = "ruled out" if one.passed else f"confirmed, {one.severity}" if one.action else "open"
+        word = "ruled out" if one.is_confirmed else "open" if one.passed else f"confirmed, {one.severity}"
         _say(f"{word}: {one.name}: {one.measured}", 2)
         if one.action:
             _say(f"cause: {one.cause}", 4)
@@ -126,15 +120,8 @@ def _say(text: str, indent: int = 0) -> None:
     console.print("\n".join(lines), markup=False, highlight=False)
 
 
-def roots(statements: Sequence[Statement]) -> list[Statement]:
-    """Return the confirmed causes that no other one explains, critical ones first."""
-    causes = list(filter(is_cause, statements))
-    explained = {name for one in causes for name in one.explains}
-    return sorted((one for one in causes if one.name not in explained), key=lambda one: one.severity == "warning")
-
-
 def _verdict(stage: str, statements: Sequence[Statement]) -> str:
-    if causes := roots(statements):
+    if causes := [finding for finding in sort_out([], statements) if not finding.explained_by]:
         return f"{stage}: {'; or '.join(f'{one.cause} ({one.name})' for one in causes)}"
-    unclear = sum(not one.passed for one in statements)
-    return f"{stage}: no cause was confirmed; {len(statements) - unclear} were ruled out, {unclear} stay open"
+    excluded, passed = sum(one.is_confirmed for one in statements), sum(one.passed for one in statements)
+    return f"{stage}: no cause was confirmed; {excluded} were ruled out, {passed - excluded} stay open"

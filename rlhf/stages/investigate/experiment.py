@@ -17,7 +17,7 @@ import numpy as np
 
 from rlhf.base import intervals
 from rlhf.base.intervals import Array
-from rlhf.doctor.statements import Statement
+from rlhf.doctor.statements import NOT_EXAMINED, Statement
 
 Run = Callable[[Any], Iterator[Statement]]
 
@@ -143,8 +143,5 @@ def ruled_out(name: str, measured: str) -> Statement:
 
 
 def undecided(name: str, measured: str) -> Statement:
-    """Return the statement of an experiment whose interval allows either answer."""
-    return Statement(
-        part="investigation", name=name, passed=False, measured=measured, severity="note",
-        cause="not told apart with so few answers",
-    )  # fmt: skip
+    """Return the statement of an experiment whose interval allows either answer: it confirms nothing and excludes nothing."""
+    return ruled_out(name, f"{NOT_EXAMINED} with enough answers to tell: {measured}")
