@@ -385,7 +385,7 @@ def dequantised(model: nn.Module, adapter: str, dtype: torch.dtype) -> Iterator[
     replaced: list[tuple[nn.Module, str, nn.Module]] = []
     try:
         for parent, name, layer in _quantised_layers(model):
-            weight = dequantize_bnb_weight(layer.weight, state=getattr(layer, "state", None)).to(dtype)
+            weight = _expanded(layer).to(dtype)
             if isinstance(parent, LoraLayer) and adapter in parent.lora_A:
                 weight = (weight + cast(Any, parent).get_delta_weight(adapter)).to(dtype)
             plain: Any = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
@@ -406,13 +406,22 @@ def dequantised_bytes(model: nn.Module, dtype: torch.dtype) -> int:
 
 
 def _quantised_layers(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
-    """Return the layers that bitsandbytes holds in 4 or 8 bits, each with its parent and its name there."""
-    return [
-        (parent, name, layer)
-        for parent in model.modules()
-        for name, layer in parent.named_children()
-        if type(layer).__module__.startswith("bitsandbytes.") and type(layer).__name__ in ("Linear4bit", "Linear8bitLt")
-    ]
+    """Return the layers that are held in 4 or 8 bits, each with its parent and its name there."""
+    return [(m, name, layer) for m in model.modules() for name, layer in m.named_children() if _is_quantised(layer)]
+
+
+def _is_quantised(layer: nn.Module) -> bool:
+    """Return True for bitsandbytes' layers, and for a plan's, which have `expanded`."""
+    kind = type(layer)
+    bitsandbytes = kind.__module__.startswith("bitsandbytes.") and kind.__name__ in ("Linear4bit", "Linear8bitLt")
+    return bitsandbytes or hasattr(kind, "expanded")
+
+
+def _expanded(layer: Any) -> Tensor:
+    """Return the whole weight of a quantised layer."""
+    if hasattr(type(layer), "expanded"):
+        return cast(Tensor, layer.expanded())
+    return cast(Tensor, dequantize_bnb_weight(layer.weight, state=getattr(layer, "state", None)))
 
 
 @contextlib.contextmanager
