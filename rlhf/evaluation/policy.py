@@ -14,7 +14,7 @@ from rlhf.base.functions import GoldFunction
 from rlhf.base.text import distinct_n
 from rlhf.models.responses import Answers, sample_in_batches
 from rlhf.models.roles import RoleModels
-from rlhf.models.sampling import Sampled
+from rlhf.models.sampling import SAMPLED_AT_ONCE, Sampled, sampled_together
 from rlhf.models.sequences import Sequences, length_sorted_batches
 from rlhf.ppo import forward
 from rlhf.ppo import functional as F
@@ -75,9 +75,11 @@ def evaluate_policy(
     """
 
     def draw(batch: Sequence[Sequence[int]], first: int) -> Sampled:
-        return respond(models, batch, options, reference=reference, seed=seed + first)[1]
+        seeds = [seed + first + start for start in range(0, len(batch), SAMPLED_AT_ONCE)]
+        return respond(models, batch, options, reference=reference, seed=seeds)[1]
 
-    answers = sample_in_batches(tokenizer, prompts, draw)
+    at_once = sampled_together(models.causal, max(map(len, prompts)), options.max_new_tokens)
+    answers = sample_in_batches(tokenizer, prompts, draw, at_once=at_once)
     sequences = answers.sequences(prompts, options.pad_token_id, models.compute.device)
     batches = length_sorted_batches(sequences.lengths, batch_size, batch_tokens)
     scores, _ = reward(Responses(sequences=sequences, batches=batches, texts=answers.texts, rows=rows))

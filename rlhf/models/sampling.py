@@ -10,7 +10,8 @@ Legend: B responses, P padded prompt, R response, V vocabulary.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal, cast
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -40,6 +41,7 @@ from rlhf.models.decoding import (
 )
 from rlhf.models.drawing import DrawOptions, ResponseBuffer, Sampled
 from rlhf.models.graphs import NotRecordable, decode, has_room, is_sound, records
+from rlhf.run.memory import rollout_bytes, total_bytes
 
 #: How responses are computed: `loop`, with a growing cache; `compiled`, with a static cache and recorded steps (CUDA
 #: graphs on a GPU, torch.compile on a CPU); transformers' `generate`. `auto` is `compiled` on a GPU and `loop` elsewhere,
@@ -49,6 +51,8 @@ Sampler = Literal["auto", "loop", "compiled", "generate"]
 _Cache = Literal["roomy", "growing", "none"]
 #: Responses that evaluations sample together: their keys and values are in memory at once.
 SAMPLED_AT_ONCE = 64
+#: Most responses that an evaluation samples together, and the share of the memory that these may take.
+_MOST_AT_ONCE, _SHARE_AT_ONCE = 256, 0.02
 #: The batch is cut down to its unfinished rows once they are fewer than this share of it.
 _COMPACT_BELOW = 0.75
 #: Models for which the notice of `generate` was printed.
@@ -69,7 +73,7 @@ def sample(
     temperature: float,
     stop_token_ids: list[int],
     pad_token_id: int,
-    generator: torch.Generator,
+    generator: torch.Generator | Sequence[torch.Generator],
     stop_strings: StopStringCriteria | None = None,
     batch_slice: tuple[int, Tensor] | None = None,
     sampler: Sampler = "auto",
@@ -82,6 +86,7 @@ def sample(
     depend on when its neighbours finish.
 
     Args:
+        generator: of the random numbers; several are for `SAMPLED_AT_ONCE` rows each.
         temperature: divides the logits; 0 takes the likeliest token.
         stop_strings: the token that completes one is the response's last.
         batch_slice: size of the whole batch and the numbers of these rows in it, where they are a part of it.
@@ -89,7 +94,8 @@ def sample(
         on_tokens: is called with each step's tokens of the unfinished rows.
     """
     total, numbers = batch_slice or (len(prompts), torch.arange(len(prompts)))
-    steps = [torch.rand(total, 1, generator=generator, device=generator.device) for _ in range(max_new_tokens)]
+    generators = [generator] if isinstance(generator, torch.Generator) else generator
+    steps = [_random_numbers(total, generators) for _ in range(max_new_tokens)]
     options = DrawOptions(
         temperature=temperature, top_p=top_p, stop_token_ids=tuple(stop_token_ids), pad_token_id=pad_token_id
     )
@@ -113,6 +119,26 @@ def sample(
         with ordered_weights(model):
             _loop(model, prompts, prompt_mask, buffer)
     return buffer.finished()
+
+
+def _random_numbers(rows: int, generators: Sequence[torch.Generator]) -> Tensor:
+    """Return a number (rows, 1) from 0 to below 1 for each row."""
+    each = rows if len(generators) == 1 else SAMPLED_AT_ONCE
+    counts = [min(each, rows - first) for first in range(0, rows, each)]
+    return torch.cat([torch.rand(n, 1, generator=g, device=g.device) for n, g in zip(counts, generators, strict=True)])
+
+
+def sampled_together(model: PreTrainedModel, prompt: int, response: int) -> int:
+    """Return how many responses an evaluation samples together: more take less time, as far as little memory holds them.
+
+    Args:
+        prompt, response: tokens of the longest.
+    """
+    need = partial(rollout_bytes, model, prompt=prompt, response=response, recorded=False)
+    room, rows = _SHARE_AT_ONCE * total_bytes(model.device), _MOST_AT_ONCE
+    while rows > SAMPLED_AT_ONCE and need(responses=rows) > room:
+        rows //= 2
+    return rows
 
 
 def _prefilled(

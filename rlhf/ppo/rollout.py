@@ -167,13 +167,22 @@ def response_texts(tokenizer: PreTrainedTokenizerBase, sequences: Sequences) -> 
 
 
 def respond(
-    models: RoleModels, prompts: Sequence[Sequence[int]], options: SamplingOptions, *, reference: bool, seed: int
+    models: RoleModels,
+    prompts: Sequence[Sequence[int]],
+    options: SamplingOptions,
+    *,
+    reference: bool,
+    seed: int | Sequence[int],
 ) -> tuple[Sequences, Sampled]:
-    """Sample one response to each prompt, from the policy or the reference; equal seeds give equal responses."""
+    """Sample one response to each prompt, from the policy or the reference; equal seeds give equal responses.
+
+    Args:
+        seed: several are for `SAMPLED_AT_ONCE` prompts each.
+    """
     device = models.compute.device
     ids, mask = pad(prompts, options.pad_token_id, side="left")
     ids, mask = ids.to(device), mask.to(device)
-    generator = torch.Generator().manual_seed(seed)
+    generators = [torch.Generator().manual_seed(one) for one in ([seed] if isinstance(seed, int) else seed)]
     own = torch.arange(distributed.rank(), len(prompts), distributed.size())
     drawn = own if len(own) else torch.zeros(1, dtype=torch.long)  # fewer prompts than processes: drawn and thrown away
     merged = options.merge_adapter and not reference
@@ -187,7 +196,7 @@ def respond(
             temperature=options.temperature,
             stop_token_ids=options.stop_token_ids,
             pad_token_id=options.pad_token_id,
-            generator=generator,
+            generator=generators,
             stop_strings=options.stop_strings,
             batch_slice=(len(prompts), drawn),
             sampler=options.sampler,

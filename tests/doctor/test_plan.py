@@ -130,7 +130,9 @@ def test_a_quantised_base_is_sampled_from_a_plain_copy() -> None:
     options = {**vars(PPO), "quantization": "4bit"}
     kept, copied = (counts(PPOConfig(**{**options, "merge_adapter": merge})) for merge in (False, True))
     more = {name: copied[name].peak - kept[name].peak for name in copied}
-    assert plain - 3 * 4 * 32 * 64 <= more["rollout: last token"] <= plain  # without the copy a step expands each weight
+    assert (
+        plain - 3 * 4 * 32 * 64 <= more["rollout: last token"] <= plain
+    )  # without the copy a step expands each weight
     assert more["load"] == more["score"] == more["optimise"] == 0
 
 

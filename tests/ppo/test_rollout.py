@@ -23,6 +23,7 @@ from torch import Tensor
 from toys import FAMILIES
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from rlhf.models import sampling
 from rlhf.models.classifiers import last_scores
 from rlhf.models.roles import Role, RoleModels
 from rlhf.models.sampling import Sampled
@@ -33,6 +34,7 @@ from rlhf.ppo.types import Rollout
 from rlhf.reward import sources
 from rlhf.reward.scorer import score_tokens
 from rlhf.reward.sources import AdapterReward, Responses
+from rlhf.run.memory import rollout_bytes
 
 OPENING = [5, 6, 7, 8, 9, 10]
 #: Ragged on both sides; the first three share an opening, the last one nothing. Some end in the stop token 2, one holds
@@ -225,6 +227,26 @@ def test_a_response_may_end_in_the_pad_token(family: str, tmp_path: Path) -> Non
         )
     torch.testing.assert_close(left, expected, rtol=0, atol=1e-6, check_dtype=False)
     assert ((library - left).abs() > 1e-3).tolist() == [True, True, True, False]
+
+
+def test_prompts_with_seeds_of_their_own_share_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches: an evaluation whose answers change with the number that is sampled together."""
+    monkeypatch.setattr(sampling, "SAMPLED_AT_ONCE", 2)
+    models, prompts = shared_models("llama", tmp_path / "reward", ppo_config()), [prompt for prompt, _ in ROWS]
+    together, _ = respond(models, prompts, OPTIONS, reference=False, seed=[3, 5, 7])
+    for first, seed in ((0, 3), (2, 5), (4, 7)):
+        alone, _ = respond(models, prompts[first : first + 2], OPTIONS, reference=False, seed=seed)
+        for row, (response, mask) in enumerate(zip(alone.responses, alone.mask, strict=True)):
+            assert response[mask].tolist() == together.responses[first + row][together.mask[first + row]].tolist()
+
+
+def test_an_evaluation_samples_what_little_memory_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches: a batch that does not shrink with the memory, and one below the usual size."""
+    causal = shared_models("llama", tmp_path / "reward", ppo_config()).causal
+    need = {n: rollout_bytes(causal, responses=n, prompt=9, response=6, recorded=False) for n in (64, 128, 256)}
+    for rows, room in ((256, need[256]), (128, need[256] - 1), (128, need[128]), (64, need[128] - 1), (64, 0)):
+        monkeypatch.setattr(sampling, "total_bytes", lambda device, room=room: room / sampling._SHARE_AT_ONCE)
+        assert sampling.sampled_together(causal, 9, 6) == rows
 
 
 def test_values_are_read_before_the_token_and_do_not_know_it(tmp_path: Path) -> None:
