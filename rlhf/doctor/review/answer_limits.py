@@ -75,9 +75,7 @@ def _registered_spread(f: Facts) -> float | None:
     if len(rewards) != 1 or not is_registered_reward(rewards[0]):
         return None
     spread = f.figure("score_spread")
-    return (
-        None if spread is None or f.figure("own_unit") else spread / abs(weights[0] if weights and weights[0] else 1.0)
-    )
+    return None if not spread or f.figure("own_unit") else spread / abs(weights[0] if weights and weights[0] else 1.0)
 
 
 def _relative_spread(f: Facts) -> float | None:
@@ -85,7 +83,7 @@ def _relative_spread(f: Facts) -> float | None:
 
     Both have to be far off, on one side; else one of the options is, or none.
     """
-    if _registered_spread(f) is not None or (spread := f.figure("score_spread")) is None:
+    if _registered_spread(f) is not None or not (spread := f.figure("score_spread")):
         return None
     made_for = [5 * f.option("clip_range_value"), *([20 * f.option("kl_coef")] if f.option("kl_coef") else [])]
     ratios = [spread / size for size in made_for]

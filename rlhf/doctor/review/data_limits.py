@@ -215,6 +215,7 @@ DATA_LIMITS = (
             cause="responses are cut off at a length that most good answers pass, and scored unfinished",
             action="raise response_length to that of the longest twentieth of the demonstrations",
             explains=(
+                "unfinished",
                 "cut_off",
                 "stop_rate_falling",
                 "reward_saturated",

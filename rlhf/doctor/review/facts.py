@@ -133,7 +133,7 @@ class Facts:
         et al. 2022). For a score of N(0, s) that shifts the mean by s * s / kl_coef, and the KL is (s / kl_coef)^2 / 2.
         """
         coefficient, spread = self.option("kl_coef"), self.spread
-        if spread is None or not coefficient:
+        if not spread or not coefficient:
             return None
         clip = self.option("reward_clip")
         return min(spread, clip or math.inf) / coefficient

@@ -53,6 +53,12 @@ def _reach(f: Facts) -> float | None:
     return f.reach if relative is not None and relative < 0.01 else None
 
 
+def _warmup(f: Facts) -> float | None:
+    """Return the warm-up's share of the run; a trial of fewer than ten updates may end in it."""
+    share = f.warmup_share
+    return share if share is None or f.steps is None or f.steps >= 10 else min(share, 0.9)
+
+
 def _decay(f: Facts) -> float | None:
     return f.config.weight_decay * f.config.learning_rate * f.steps if f.steps else None
 
@@ -125,7 +131,7 @@ TRAINING_LIMITS = (
     Limit(
         name="warmup",
         what="warm-up as a share of the run's optimiser updates",
-        measure=lambda f: f.warmup_share,
+        measure=_warmup,
         options=("warmup_steps",),
         stages=EVERY,
         percent=True,

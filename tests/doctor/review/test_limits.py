@@ -178,6 +178,14 @@ def test_quantities_that_do_not_apply_are_left_out() -> None:
     assert not {s.name for s in judge(INPUT_LIMITS, unknown)} & {"learning_rate", "reach", "warmup", "updates"}
 
 
+def test_what_does_not_apply_to_trials_and_constant_scores() -> None:
+    """Catches: a trial of a few updates that is called wrong, and scores all alike that are called too small."""
+    (warmup,) = [s for s in judge(INPUT_LIMITS, facts("sft", max_steps=9, warmup_steps=100)) if s.name == "warmup"]
+    assert warmup.severity == "note"
+    constant = judge(ANSWER_TABLE, facts("ppo", {"score_spread": 0.0, "score_size": 1.0}, reward=["x:y"]))
+    assert [s.name for s in constant if not s.passed] == ["reward_constant"]
+
+
 def test_a_schedule_that_never_peaks_shortens_the_reach() -> None:
     """A warm-up of ten times the run ends at 0.1 + 0.9 / 10 of the peak in PPO, and at 1 / 10 elsewhere."""
     assert facts("ppo", warmup_steps=600).peak == pytest.approx(0.19)
