@@ -36,6 +36,7 @@ HEALTHY: dict[str, Course] = {
     "objective/entropy": lambda n, t, e: 4 - 1.2 * t + 0.05 * e,
     "objective/gold": lambda n, t, e: 0.1 + 0.5 * t + 0.05 * e,
     "objective/gold_correlation": lambda n, t, e: 0.5 + 0.1 * e,
+    "eval/score": lambda n, t, e: -0.1 + 1.5 * t,
     "ppo/policy_loss": lambda n, t, e: 0.003 * e,
     "ppo/approx_kl": lambda n, t, e: 0.003 + 0.001 * e,
     "ppo/clipfrac": lambda n, t, e: 0.02 + 0.005 * e,
@@ -103,6 +104,7 @@ def late(value: float) -> Course:
 SICK: dict[str, tuple[str, dict[str, Course], dict[str, Any]]] = {
     "not_finite": ("ppo", {"ppo/policy_loss": lambda n, t, e: None if n > 9 else 0.0}, {}),
     "learning_rate_zero": ("ppo", {"ppo/lr": lambda n, t, e: 0.0}, {}),
+    "schedule_ended": ("ppo", {"ppo/lr": lambda n, t, e: max(1e-3 * (1 - 2 * t), 0.0)}, {}),
     "no_gradient": ("sft", {"sft/grad_norm": lambda n, t, e: 0.0}, {}),
     "loss_rising": ("sft", {"sft/loss": lambda n, t, e: 4.4 + 4 * t}, {}),
     "accuracy_below_chance": ("reward", {}, {"evaluations": {"reward/eval_accuracy": [0.5, 0.4, 0.3]}}),
@@ -131,6 +133,7 @@ SICK: dict[str, tuple[str, dict[str, Course], dict[str, Any]]] = {
     "value_untrained": ("ppo", {"ppo/value_lr": lambda n, t, e: 0.0}, {}),
     "reward_constant": ("ppo", {"objective/score_std": lambda n, t, e: 0.0}, {}),
     "reward_scale": ("ppo", {"objective/raw_score": lambda n, t, e: 40.0}, {}),
+    "start_differs": ("ppo", {"eval/score": lambda n, t, e: 60.0}, {}),
     "reward_opposes_judge": ("ppo", {"objective/gold_correlation": lambda n, t, e: -0.6 + 0.1 * e}, {}),
     "cut_off": ("ppo", {"response/stop_rate": lambda n, t, e: 0.05}, {}),
     "steps_too_large": ("ppo", {"ppo/approx_kl": lambda n, t, e: 0.5 if n == 7 else 0.003}, {}),
@@ -166,6 +169,7 @@ SICK: dict[str, tuple[str, dict[str, Course], dict[str, Any]]] = {
 }
 #: Findings that the change of a run cannot do without.
 ALSO = {
+    "reward_scale": {"start_differs"},  # evaluated in its own unit
     "length_down": {"kl_high"},  # the same nats in fewer tokens
 }
 
@@ -182,11 +186,11 @@ def test_a_healthy_run_has_no_findings(stage: str) -> None:
 
 #: Checks in the order of a diagnosis; others may come between them.
 ORDER = [
-    "not_finite", "learning_rate_zero", "no_gradient", "loss_rising", "accuracy_below_chance",
+    "not_finite", "learning_rate_zero", "schedule_ended", "no_gradient", "loss_rising", "accuracy_below_chance",
     "accuracy_at_chance", "loss_flat", "batch_spike", "wrong_reference", "template_twice", "pad_is_stop",
     "padding_counted", "sampler_mismatch", "sampler_drift", "stale_logprobs", "advantages_not_centred",
     "gradient_zero", "policy_unmoved", "same_as_sft", "value_untrained", "reward_constant", "reward_scale",
-    "reward_opposes_judge", "cut_off", "length_rewarded", "no_kl_penalty", "steps_too_large", "kl_jump",
+    "start_differs", "reward_opposes_judge", "cut_off", "length_rewarded", "no_kl_penalty", "steps_too_large", "kl_jump",
     "negative_kl", "controller_saturated", "over_optimised", "reward_ignores_judge", "stop_rate_falling",
     "entropy_collapse", "responses_alike", "repeated_text", "length_up", "length_down", "kl_high",
     "reward_saturated", "advantages_vanished", "value_dead", "value_useless", "reward_falling",

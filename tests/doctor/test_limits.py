@@ -45,7 +45,7 @@ class Case:
         if self.values is not None:
             return self.values
         limit = BY_NAME[self.check].limits[self.limit]
-        if isinstance(limit, int) and self.limit in ("updates", "answers"):
+        if isinstance(limit, int) and self.limit in ("updates", "answers", "lines"):
             return limit - 1, limit
         step = 0.01 * abs(limit) * (1 if self.found == "above" else -1)
         return limit - step, limit + step
@@ -127,6 +127,9 @@ CASES = [
     # every stage, SFT, reward model
     Case(check="not_finite", values=(1e300, math.inf), at=lambda x: {"ppo/policy_loss": [x]}),
     Case(check="learning_rate_zero", stage="sft", values=(1e-12, 0), at=lambda x: {"sft/lr": [x, 0.0, 0.0]}),
+    Case(check="schedule_ended", stage="sft", values=(1e-12, 0), at=lambda x: {"sft/lr": [1.0, x, 0.0, 0.0]}),
+    Case(check="schedule_ended", stage="sft", limit="lines", exact=False, at=lambda x: {"sft/lr": [1.0] * 3 + [0.0] * int(x)}),
+    Case(check="schedule_ended", values=(0, 1e-12), exact=False, at=lambda x: {"ppo/lr": [x, 0.0, 0.0, 0.0]}),
     Case(check="no_gradient", stage="sft", values=(1e-12, 0), at=lambda x: {"sft/grad_norm": [x, 0.0]}),
     Case(check="no_gradient", stage="sft", values=(1e-12, 0), exact=False, at=lambda x: {"sft/grad_norm": [1.0, x, 0.0, 0.0]}),
     Case(check="loss_rising", limit="factor", stage="sft", at=lambda x: {"sft/loss": [0, 0, 3e6, 0, 0, 0, 0, 5e6 * x]}),
@@ -224,6 +227,14 @@ CASES = [
         at=lambda x: {**SCORES, "objective/score_std": [x]},
     ),
     Case(check="reward_scale", limit="wide", settings=ONE_MODEL, at=lambda x: {**SCORES, "objective/score_std": [x]}),
+    Case(
+        check="start_differs", limit="spreads", settings={**MANY, "num_eval_prompts": 1e14},
+        at=lambda x: {"eval/score": [1 - 2 * x], "objective/raw_score": [1.0], "objective/score_std": [2.0]},
+    ),
+    Case(
+        check="start_differs", limit="errors", settings={"rollout_batch_size": 50, "num_eval_prompts": 50}, exact=False,
+        at=lambda x: {"eval/score": [5 * x, 0], "objective/raw_score": [0, 99.0], "objective/score_std": [25.0, 1.0]},
+    ),
     Case(
         check="reward_opposes_judge", limit="correlation", found="below", settings=MANY,
         at=lambda x: {"objective/gold_correlation": [x] * 5},

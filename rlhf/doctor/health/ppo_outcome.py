@@ -291,7 +291,7 @@ def value_dead(h: History, *, share: float = 0.02) -> str | None:
     needs=("ppo/explained_variance",),
     rows=10,
 )
-def value_useless(h: History, *, variance: float = -0.02, recovery: float = 0.5) -> str | None:
+def value_useless(h: History, *, variance: float = -0.1, recovery: float = 0.5) -> str | None:
     """At most {variance:g} in each of the last 5 updates, after {rows} and the value warm-up; and their mean is not above
     {recovery:g} x that of the 5 before, which would be a value on its way up."""
     earlier, recent = h.values("ppo/explained_variance", 10)[:5], h.values("ppo/explained_variance", 5)
@@ -336,7 +336,7 @@ def reward_falling(h: History, *, spreads: float = 0.6, least: float = 1e-6) -> 
     needs=("ppo/grad_norm",),
     rows=8,
 )
-def gradient_spike(h: History, *, usual: float = 10, largest: float = 3, clip: float = 1) -> str | None:
+def gradient_spike(h: History, *, usual: float = 10, largest: float = 3, clip: float = 5) -> str | None:
     """Above {usual:g} x the median and {largest:g} x the largest of the 19 before, and above {clip:g} x `max_grad_norm`."""
     return gradient_outlier(h, usual=usual, largest=largest, floor=clip * h.setting("max_grad_norm", 1.0))
 

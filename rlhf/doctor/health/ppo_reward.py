@@ -68,6 +68,30 @@ def reward_scale(h: History, *, mean: float = 5, narrow: float = 0.05, wide: flo
 
 
 @check(
+    severity="warning",
+    shows="the SFT model's answers score otherwise in the first rollout than in the evaluation before it",
+    causes={
+        "prompts that are cut or rendered in another way in one of the two": ["audit:prompts"],
+        "scores that are computed or scaled in another way in one of the two": ["audit:raw_scores"],
+        "held-out prompts of another kind": ["review:splits_differ"],
+    },
+    action="read the first rollout's prompts and scores in samples.jsonl beside those of held-out prompts",
+    explains=("reward_scale",),
+    needs=("eval/score", "objective/raw_score", "objective/score_std"),
+)
+def start_differs(h: History, *, spreads: float = 1, errors: float = 6) -> str | None:
+    """First evaluation and first rollout: means apart by more than {spreads:g} spread and {errors:g} standard errors."""
+    evaluated, score, spread = (
+        h.first(name, 1)[0] for name in ("eval/score", "objective/raw_score", "objective/score_std")
+    )
+    answers = h.setting("num_eval_prompts", 1)
+    error = spread * math.sqrt(1 / max(rollout_size(h), 1) + 1 / answers)
+    if spread < NO_SPREAD or abs(score - evaluated) <= max(spreads * spread, errors * error):
+        return None
+    return f"mean score {score:.3g} +- {spread:.2g} in the first rollout, {evaluated:.3g} on held-out prompts"
+
+
+@check(
     severity="critical",
     shows="the reward prefers what the independent judge likes least",
     causes={

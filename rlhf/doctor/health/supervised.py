@@ -46,6 +46,27 @@ def learning_rate_zero(h: History) -> str | None:
     return f"learning rate 0 in all {len(lr)} updates" if max(lr) == 0 else None
 
 
+@check(
+    stages=("pretrain", "sft", "reward", "ppo"),
+    severity="critical",
+    shows="the step size fell to 0 before the end, and nothing is trained any more",
+    causes={
+        "a schedule that is told of fewer updates than there are": ["audit:learning_rate"],
+        "a schedule that steps more often than the optimiser": ["audit:learning_rate"],
+    },
+    action="look at lr_scheduler_type and at the number of updates that the schedule is made for",
+    explains=("value_untrained", "gradient_zero", "policy_unmoved"),
+    needs=("STAGE/lr",),
+    rows=4,
+)
+def schedule_ended(h: History, *, lines: int = 3) -> str | None:
+    """0 in the last {lines} log lines, and not in all."""
+    lr = h.values(f"{h.stage}/lr")
+    if max(lr[-lines:]) > 0 or max(lr) == 0:
+        return None
+    return f"learning rate 0 in {sum(value == 0 for value in lr)} of {len(lr)} log lines, {max(lr):.2g} at most"
+
+
 # ---- pretraining, SFT and reward model ------------------------------------------------------------------------------
 
 
