@@ -47,6 +47,10 @@ class ResumableTrainer:
 
     log_position: Callable[[], dict[str, int]] = staticmethod(dict)
     """Returns the sizes of the run's logs, which a checkpoint keeps (`Tracker.position`)."""
+    on_microbatch: Callable[[Any, torch.Tensor], None] | None = None
+    """Is shown each microbatch with its loss, once the gradients are added."""
+    data_rows: Any = None
+    """Data rows that the training rows were made of, where those do not hold them."""
 
     # Attributes of transformers.Trainer and of the trainers of TRL.
     args: Any
@@ -56,6 +60,14 @@ class ResumableTrainer:
     lr_scheduler: Any
     _metrics: dict[str, Any]
     _tr_loss: torch.Tensor
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """Add the gradients of a microbatch, and show it to `on_microbatch`."""
+        trainer: Any = super()
+        loss: torch.Tensor = trainer.training_step(model, inputs, num_items_in_batch)
+        if self.on_microbatch is not None:
+            self.on_microbatch(inputs, loss)
+        return loss
 
     def finished(self, state: Any) -> bool:
         """Return True if a run with this `TrainerState` had ended."""

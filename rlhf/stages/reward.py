@@ -26,6 +26,7 @@ from rlhf.base.functions import load_function
 from rlhf.config import RewardConfig, parse_config
 from rlhf.data_prep.formats.rows import prompt_key
 from rlhf.data_prep.load import Loaded
+from rlhf.doctor.audit.training_live import examine_published
 from rlhf.doctor.preflight.supervised import reward as check_reward
 from rlhf.doctor.probe import Probe
 from rlhf.evaluation.card.evidence import PolicyEvidence, policy_evidence
@@ -48,7 +49,7 @@ from rlhf.stages.next_steps import print_next
 from rlhf.stages.normalization import NormalizingRows, normalization, normalizing_data, normalizing_rows
 from rlhf.stages.review import review
 from rlhf.stages.run import Run, announce, find_finished, open_run, preflight, require_one_process, stage_recipe
-from rlhf.stages.trainer import on_one_device, train, trainer_arguments
+from rlhf.stages.trainer import audit_published, on_one_device, train, trainer_arguments
 
 #: Beginning of the name of the folder that holds the trained model until it is registered.
 SCRATCH = ".trained-"
@@ -245,7 +246,7 @@ def judge_and_publish(
         shutil.copy(run.folder / "card.json", folder)
         Probe.of(prepared.texts, raw_scores, run.compute.dtype).save(folder)
 
-    return run.publish(
+    artifact = run.publish(
         write,
         base_model=policy.manifest.base_model,
         base_model_revision=policy.manifest.base_model_revision,
@@ -255,6 +256,10 @@ def judge_and_publish(
         reward_mean=scorer.mean,
         reward_std=scorer.std,
     )
+    if config.audit_steps:
+        trained = prepared.texts, raw_scores
+        audit_published(run, examine_published(artifact, run.compute, config.quantization, trained, zero.rows))
+    return artifact
 
 
 def main() -> None:

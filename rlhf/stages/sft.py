@@ -193,7 +193,7 @@ def make_trainer(
         metric_for_best_model=SELECTION_METRIC if rewards else "eval_loss",
         greater_is_better=bool(rewards),
     )
-    return AnswerTrainer(
+    trainer = AnswerTrainer(
         model=model,
         args=on_one_device(arguments),
         train_dataset=training,
@@ -201,6 +201,8 @@ def make_trainer(
         processing_class=tokenizer,
         selection=Selection(run, tokenizer, held_out, rewards[0], context) if rewards else None,
     )
+    trainer.data_rows = sets["train"].rows
+    return trainer
 
 
 def tokenize(

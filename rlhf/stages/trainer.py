@@ -12,7 +12,10 @@ from torch.utils.data import Sampler
 from transformers import PrinterCallback, TrainerCallback, TrainerState, TrainingArguments
 
 from rlhf.base.interrupt import StopRequest
+from rlhf.doctor import statements
+from rlhf.doctor.audit.training_live import TrainingAudit
 from rlhf.doctor.live import LiveDoctor, ObserverCallback
+from rlhf.doctor.statements import Statement
 from rlhf.ppo.state import Order
 from rlhf.run import checkpoint, optim
 from rlhf.run.callbacks import MetricsCallback, ProgressCallback
@@ -82,6 +85,12 @@ def train(trainer: Any, run: Run[Any]) -> None:
 
         observer = ObserverCallback(run.stage, observe)
         trainer.add_callback(observer)
+        audit = None
+        if run.config.audit_steps:
+            audit = TrainingAudit(
+                trainer, run.stage, run.config, run.folder, run.compute, run.parents, doctor.examine_statements
+            )
+            trainer.add_callback(audit.recorder)
         trainer.add_callback(_StopCallback(stop))
         folder = Path(trainer.args.output_dir)
         last = checkpoint.latest(folder) if run.config.resume else None
@@ -97,8 +106,14 @@ def train(trainer: Any, run: Run[Any]) -> None:
             if last is None or not _restore_finished(trainer, last):
                 trainer.train(resume_from_checkpoint=str(last) if last else None)
         stop.raise_if_requested()
-        if observer.error is not None:
-            raise observer.error
+        if error := observer.error or (audit.error if audit else None):
+            raise error
+
+
+def audit_published(run: Run[Any], results: Sequence[Statement]) -> None:
+    """Keep what the audit established of the registered artefact, and print what is wrong with it."""
+    statements.append(run.folder, results)
+    LiveDoctor(run.stage, run.config.doctor, run.tracker, dataclasses.asdict(run.config)).examine_statements(results)
 
 
 class _StopCallback(TrainerCallback):

@@ -8,12 +8,15 @@ from typing import Any
 
 from rlhf.base.cli import Parser
 from rlhf.base.errors import UserError, did_you_mean
-from rlhf.doctor.audit import ppo
+from rlhf.doctor.audit import ppo, training
 from rlhf.doctor.audit.sheet import FOLDER, Sheet, list_sheets, read_sheet
 from rlhf.doctor.statements import Statement
 
 #: What recomputes the sheets of a stage.
-EXAMINERS: Mapping[str, Callable[[Sheet], list[Statement]]] = {"ppo": ppo.examine}
+EXAMINERS: Mapping[str, Callable[[Sheet], list[Statement]]] = {
+    **dict.fromkeys(("pretrain", "sft", "reward"), training.examine),
+    "ppo": ppo.examine,
+}
 
 
 def find_sheets(run: Path) -> list[tuple[str, Path]]:
@@ -41,7 +44,7 @@ def require_sources(sheet: Sheet, folder: Path) -> None:
     """Raise `UserError` if an artefact that a sheet needs is gone."""
     sources: dict[str, Any] = sheet.facts["sources"]
     places = [sources["policy"], *(reward["path"] for reward in sources.get("rewards", {}).values())]
-    missing = [place for place in places if not Path(place).is_dir()]
+    missing = [place for place in places if place and not Path(place).is_dir()]
     if missing:
         raise UserError(f"{folder} was made with {missing[0]}, which is gone: restore it, or make the run again")
 
