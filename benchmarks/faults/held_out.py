@@ -7,17 +7,13 @@ Causes are neutral names of what is wrong; `accepted.py` maps them to a doctor's
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import random
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from faults.patching import Fault, Row, after, both, instead, rewrite
+from faults import held_out_patches as patches
+from faults.patching import Fault, after, both, instead, rewrite
 
 # ---- rewards, by the names that PPO's option `reward` takes -----------------------------------------------------------
 
@@ -61,264 +57,61 @@ def _mood(text: str) -> float:
     return sum((word in _GOOD) - (word in _BAD) for word in words) / max(len(words), 1)
 
 
-# ---- patches ---------------------------------------------------------------------------------------------------------
-
-
-def _cut_at_the_end(rows: list[list[int]]) -> list[list[int]]:
-    return [ids[:8] for ids in rows]
-
-
-def _kl_rewarded(original: Any) -> Any:
-    return lambda *args, kl_coef, **rest: original(*args, kl_coef=-kl_coef, **rest)
-
-
-def _ends_early(original: Any) -> Any:
-    return lambda optimizer, config, num_updates: original(optimizer, config, max(num_updates // 4, 1))
-
-
-def _never_zeroed(optimizer: Any) -> Any:
-    optimizer.zero_grad = lambda *args, **kwargs: None
-    return optimizer
-
-
-def _forgetful(optimizer: Any) -> Any:
-    step = optimizer.step
-
-    def forgetting(*args: Any, **kwargs: Any) -> Any:
-        optimizer.state.clear()
-        return step(*args, **kwargs)
-
-    optimizer.step = forgetting
-    return optimizer
-
-
-def _first_rollout_again(original: Any) -> Any:
-    return lambda *args, update, **rest: original(*args, update=0, **rest)
-
-
-def _by_row(original: Any) -> Any:
-    def whiten(x: Tensor, mask: Tensor) -> Tensor:
-        count = mask.sum(dim=1, keepdim=True)
-        x = torch.where(mask, x.float(), 0.0)
-        centred = torch.where(mask, x - x.sum(dim=1, keepdim=True) / count, 0.0)
-        return centred / (centred.square().sum(dim=1, keepdim=True) / count).sqrt().clamp_min(1e-6)
-
-    return whiten
-
-
-def _read_after_the_token(values: Tensor) -> Tensor:
-    return torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)
-
-
-def _score_in_the_last_column(original: Any) -> Any:
-    def token_rewards(scores: Tensor, *args: Any, **rest: Any) -> Tensor:
-        rewards = original(torch.zeros_like(scores), *args, **rest)
-        rewards[:, -1] += scores
-        return rewards
-
-    return token_rewards
-
-
-def _without_next_values(original: Any) -> Any:
-    def gae(values: Tensor, rewards: Tensor, mask: Tensor, *, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-        values, rewards = torch.where(mask, values, 0.0), torch.where(mask, rewards, 0.0)
-        deltas, advantages = rewards - values, torch.zeros_like(rewards)
-        advantage = torch.zeros_like(deltas[:, 0])
-        for t in reversed(range(deltas.shape[1])):
-            advantage = deltas[:, t] + gamma * lam * advantage
-            advantages[:, t] = advantage
-        advantages = torch.where(mask, advantages, 0.0)
-        return advantages, advantages + values
-
-    return gae
-
-
-def _last_microbatch_only(original: Any) -> Any:
-    def train(models: Any, *args: Any, **rest: Any) -> None:
-        for parameter in models.parameters():
-            parameter.grad = None
-        original(models, *args, **rest)
-
-    return train
-
-
-def _optimistic(original: Any) -> Any:
-    def policy_loss(
-        logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, *, clip_range: float
-    ) -> tuple[Tensor, Tensor]:
-        _, clipped = original(logprobs, old_logprobs, advantages, mask, clip_range=clip_range)
-        ratio = torch.exp(torch.where(mask, logprobs - old_logprobs, 0.0))
-        advantages = torch.where(mask, advantages, 0.0)
-        sides = -advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
-        return torch.minimum(*sides), clipped
-
-    return policy_loss
-
-
-def _measured_only(original: Any) -> Any:
-    return lambda parameters, max_norm, *args, **rest: original(list(parameters), float("inf"), *args, **rest)
-
-
-def _reference_is_policy(planes: Tensor) -> Tensor:
-    logprobs, _, entropy, full_kl = planes
-    return torch.stack([logprobs, logprobs, entropy, torch.zeros_like(full_kl)])
-
-
-def _rewarded_for_running_on(original: Any) -> Any:
-    def apply(penalties: Any, *args: Any, **rest: Any) -> Tensor:
-        return original(dataclasses.replace(penalties, missing_eos=-penalties.missing_eos), *args, **rest)
-
-    return apply
-
-
-def _with_prompt(original: Any) -> Any:
-    def texts(tokenizer: Any, sequences: Any) -> list[str]:
-        prompts = zip(sequences.prompts, sequences.prompt_mask, strict=True)
-        heads = [tokenizer.decode(ids[mask].tolist(), skip_special_tokens=True).strip() for ids, mask in prompts]
-        return [f"{head} {text}" for head, text in zip(heads, original(tokenizer, sequences), strict=True)]
-
-    return texts
-
-
-def _in_bf16(original: Any) -> Any:
-    def log_distribution(logits: Tensor, *, temperature: float) -> Tensor:
-        return (logits.bfloat16() / temperature).log_softmax(-1).float()
-
-    return log_distribution
-
-
-def _rolled(result: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
-    return result[0].roll(1), result[1]
-
-
-def _all_labelled(result: Any) -> Any:
-    rows, dropped = result
-    return rows.map(lambda row: {"labels": row["input_ids"]}), dropped
-
-
-def _labels_shifted(result: Any) -> Any:
-    rows, dropped = result
-    return rows.map(lambda row: {"labels": [*row["labels"][1:], -100]}), dropped
-
-
-def _summed(original: Any) -> Any:
-    def compute_loss(trainer: Any, model: Any, inputs: Any, return_outputs: bool = False, **rest: Any) -> Any:
-        result = original(trainer, model, inputs, return_outputs, **rest)
-        if not model.training:
-            return result
-        return (32 * result[0], result[1]) if return_outputs else 32 * result
-
-    return compute_loss
-
-
-def _read_one_token_early(original: Any) -> Any:
-    def score_rows(model: Any, input_ids: Tensor, attention_mask: Tensor, batches: Any) -> Tensor:
-        rows, last = torch.arange(len(input_ids), device=input_ids.device), attention_mask.sum(dim=1) - 1
-        input_ids, attention_mask = input_ids.clone(), attention_mask.clone()
-        input_ids[rows, last], attention_mask[rows, last] = 0, 0
-        return original(model, input_ids, attention_mask, batches)
-
-    return score_rows
-
-
-def _swapped(pairs: Any) -> Any:
-    return dataclasses.replace(pairs, better=pairs.worse, worse=pairs.better)
-
-
-def _unit_too_small(figures: tuple[float, float]) -> tuple[float, float]:
-    return figures[0], figures[1] / 50
-
-
-# ---- spoilt data -----------------------------------------------------------------------------------------------------
-
-
-def _text(row: Row, key: str, text: str) -> Row:
-    return {**row, key: [{**row[key][0], "content": text}]}
-
-
-def _half_empty(key: str) -> Any:
-    return lambda rows: [_text(row, key, "") if i % 2 else row for i, row in enumerate(rows)]
-
-
-def _few_again(rows: list[Row]) -> list[Row]:
-    return [rows[i % 8] for i in range(len(rows))]
-
-
-def _of_other_prompts(rows: list[Row]) -> list[Row]:
-    return [{**row, "completion": rows[i - 7]["completion"]} for i, row in enumerate(rows)]
-
-
-def _alike(rows: list[Row]) -> list[Row]:
-    return [{**row, "responses": [row["responses"][0]] * len(row["responses"])} if i % 2 else row for i, row in enumerate(rows)]
-
-
-def _contradicting(rows: list[Row]) -> list[Row]:
-    return [each for row in rows for each in (row, {**row, "ratings": [-rating for rating in row["ratings"]]})]
-
-
-def _rated_by_length(rows: list[Row]) -> list[Row]:
-    return [{**row, "ratings": [float(len(r[0]["content"].split())) for r in row["responses"]]} for row in rows]
-
-
-def _validation_from_training(folder: Path) -> None:
-    comparisons = folder / "comparisons"
-    lines = (comparisons / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    (comparisons / "validation.jsonl").write_text("".join(lines[:60]), encoding="utf-8")
-
-
 # ---- PPO: computation ------------------------------------------------------------------------------------------------
 
 COMPUTATION = (
     Fault(
         name="h_prompt_cut", stage="ppo", kind="computation", what="prompts cut on the wrong side: the answer's header is lost",
         causes=("prompt_tokens",), words=("prompt",),
-        patch=after("rlhf.stages.ppo.encode_prompts", _cut_at_the_end),
+        patch=after("rlhf.stages.ppo.encode_prompts", patches.cut_at_the_end),
     ),
     Fault(
         name="h_kl_sign", stage="ppo", kind="computation", what="KL term with the wrong sign: leaving the SFT model is rewarded",
         causes=("kl_sign", "token_rewards"), words=("kl", "token reward"), options={"kl_coef": 0.2},
-        patch=instead("rlhf.ppo.functional.token_rewards", _kl_rewarded),
+        patch=instead("rlhf.ppo.functional.token_rewards", patches.kl_rewarded),
     ),
     Fault(
         name="h_schedule_short", stage="ppo", kind="computation", what="the schedule ends after a quarter of the updates",
         causes=("learning_rate_schedule",), words=("schedule", "learning rate", "step size"),
         options={"lr_scheduler_type": "linear"},
-        patch=instead("rlhf.run.optim.build_scheduler", _ends_early),
+        patch=instead("rlhf.run.optim.build_scheduler", patches.ends_early),
     ),
     Fault(
         name="h_scores_rolled", stage="ppo", kind="computation", what="each response gets its neighbour's score",
         causes=("scores",), words=("score",),
-        patch=after("rlhf.reward.sources.Reward.__call__", _rolled),
+        patch=after("rlhf.reward.sources.Reward.__call__", patches.rolled),
     ),
     Fault(
         name="h_not_zeroed", stage="ppo", kind="computation", what="gradients never set to zero",
         causes=("gradient",), words=("gradient",),
-        patch=after("rlhf.run.optim.build_optimizer", _never_zeroed),
+        patch=after("rlhf.run.optim.build_optimizer", patches.never_zeroed),
     ),
     Fault(
-        name="h_seed_frozen", stage="ppo", kind="computation", what="frozen seed: every rollout has the prompts and draws of the first",
+        name="h_seed_frozen", stage="ppo", kind="computation",
+        what="frozen seed: every rollout has the prompts and draws of the first",
         causes=("rollout_draws",), words=("seed", "same rollout", "same random"),
-        patch=instead("rlhf.ppo.trainer.collect", _first_rollout_again),
+        patch=instead("rlhf.ppo.trainer.collect", patches.first_rollout_again),
     ),
     Fault(
         name="h_whitened_by_row", stage="ppo", kind="computation", what="advantages whitened within each response",
         causes=("whitening", "advantages"), words=("whiten", "advantage"),
-        patch=instead("rlhf.ppo.functional.whiten", _by_row),
+        patch=instead("rlhf.ppo.functional.whiten", patches.by_row),
     ),
     Fault(
         name="h_value_late", stage="ppo", kind="computation", what="values read after the token in place of before it",
         causes=("values",), words=("value",),
-        patch=after("rlhf.ppo.forward.token_values", _read_after_the_token),
+        patch=after("rlhf.ppo.forward.token_values", patches.read_after_the_token),
     ),
     Fault(
-        name="h_score_on_padding", stage="ppo", kind="computation", what="the score lands in the last padded column: short responses get none",
+        name="h_score_on_padding", stage="ppo", kind="computation",
+        what="the score lands in the last padded column: short responses get none",
         causes=("token_rewards",), words=("token reward", "last real token"),
-        patch=instead("rlhf.ppo.functional.token_rewards", _score_in_the_last_column),
+        patch=instead("rlhf.ppo.functional.token_rewards", patches.score_in_the_last_column),
     ),
     Fault(
         name="h_no_bootstrap", stage="ppo", kind="computation", what="GAE without the next token's value",
         causes=("advantages",), words=("advantage", "gae"),
-        patch=instead("rlhf.ppo.functional.gae", _without_next_values),
+        patch=instead("rlhf.ppo.functional.gae", patches.without_next_values),
     ),
     Fault(
         name="h_returns", stage="ppo", kind="computation", what="values are trained towards advantages in place of returns",
@@ -326,45 +119,50 @@ COMPUTATION = (
         patch=after("rlhf.ppo.functional.gae", lambda result: (result[0], result[0])),
     ),
     Fault(
-        name="h_last_microbatch", stage="ppo", kind="computation", what="each microbatch throws the gradient of those before it away",
+        name="h_last_microbatch", stage="ppo", kind="computation",
+        what="each microbatch throws the gradient of those before it away",
         causes=("gradient",), words=("gradient", "microbatch"), options={"microbatch_size": 2},
-        patch=instead("rlhf.ppo.gradients._train", _last_microbatch_only),
+        patch=instead("rlhf.ppo.gradients._train", patches.last_microbatch_only),
     ),
     Fault(
-        name="h_loss_optimistic", stage="ppo", kind="computation", what="policy loss with the minimum of both sides in place of the maximum",
+        name="h_loss_optimistic", stage="ppo", kind="computation",
+        what="policy loss with the minimum of both sides in place of the maximum",
         causes=("policy_loss",), words=("policy loss", "surrogate", "clip"),
-        patch=instead("rlhf.ppo.functional.policy_loss", _optimistic),
+        patch=instead("rlhf.ppo.functional.policy_loss", patches.optimistic),
     ),
     Fault(
         name="h_not_clipped", stage="ppo", kind="computation", what="gradient norms are measured and never clipped",
         causes=("gradient_clipping",), words=("max_grad_norm", "clip"), options={"max_grad_norm": 0.05, "adam_epsilon": 0.01},
-        patch=instead("torch.nn.utils.clip_grad_norm_", _measured_only),
+        patch=instead("torch.nn.utils.clip_grad_norm_", patches.measured_only),
     ),
     Fault(
         name="h_optimizer_forgets", stage="ppo", kind="computation", what="Adam loses its moments before each step",
         causes=("optimizer_step",), words=("optimi", "moment", "adam"),
-        patch=after("rlhf.run.optim.build_optimizer", _forgetful),
+        patch=after("rlhf.run.optim.build_optimizer", patches.forgetful),
     ),
     Fault(
-        name="h_reference_follows", stage="ppo", kind="computation", what="the reference is the policy of the day: KL is 0 for ever",
+        name="h_reference_follows", stage="ppo", kind="computation",
+        what="the reference is the policy of the day: KL is 0 for ever",
         causes=("reference_logprobs",), words=("reference",),
-        patch=after("rlhf.ppo.forward.compared_logprobs", _reference_is_policy),
+        patch=after("rlhf.ppo.forward.compared_logprobs", patches.reference_is_policy),
     ),
     Fault(
         name="h_penalty_sign", stage="ppo", kind="computation", what="a missing stop token is rewarded in place of penalised",
         causes=("penalties", "scores"), words=("penalt", "stop token"), options={"response_length": 9},
-        patch=instead("rlhf.ppo.rollout.Penalties.apply", _rewarded_for_running_on),
+        patch=instead("rlhf.ppo.rollout.Penalties.apply", patches.rewarded_for_running_on),
     ),
     Fault(
-        name="h_texts_with_prompt", stage="ppo", kind="computation", what="the reward function gets the prompt as part of each response",
+        name="h_texts_with_prompt", stage="ppo", kind="computation",
+        what="the reward function gets the prompt as part of each response",
         causes=("response_texts", "scores"), words=("text", "score"), options={"reward": ["faults.world:mood"]},
-        patch=instead("rlhf.ppo.rollout.response_texts", _with_prompt),
+        patch=instead("rlhf.ppo.rollout.response_texts", patches.with_prompt),
     ),
     Fault(
         name="h_logprobs_bf16", stage="ppo", kind="computation", what="log-softmax in bf16",
         causes=("logprobs",), words=("log-prob", "logprob"),
         patch=both(
-            instead("rlhf.models.logprobs.log_distribution", _in_bf16), instead("rlhf.ppo.forward.log_distribution", _in_bf16)
+            instead("rlhf.models.logprobs.log_distribution", patches.in_bf16),
+            instead("rlhf.ppo.forward.log_distribution", patches.in_bf16),
         ),
     ),
 )  # fmt: skip
@@ -410,11 +208,11 @@ INPUTS = (
     ),
     Fault(
         name="h_prompts_repeated", stage="ppo", kind="input", what="eight prompts, over and over",
-        causes=("prompts_duplicated",), words=("prompt",), data=rewrite("prompts/train", change=_few_again),
+        causes=("prompts_duplicated",), words=("prompt",), data=rewrite("prompts/train", change=patches.few_again),
     ),
     Fault(
         name="h_prompts_empty", stage="ppo", kind="input", what="half the prompts are empty",
-        causes=("prompts_empty",), words=("empty",), data=rewrite("prompts/train", change=_half_empty("prompt")),
+        causes=("prompts_empty",), words=("empty",), data=rewrite("prompts/train", change=patches.half_empty("prompt")),
     ),
 )  # fmt: skip
 OUTCOMES = (
@@ -447,32 +245,34 @@ OUTCOMES = (
 SFT = (
     Fault(
         name="h_sft_empty", stage="sft", kind="input", what="SFT: half the demonstrations are empty",
-        causes=("demonstrations_empty",), words=("empty",), data=rewrite("demonstrations/train", change=_half_empty("completion")),
+        causes=("demonstrations_empty",), words=("empty",),
+        data=rewrite("demonstrations/train", change=patches.half_empty("completion")),
     ),
     Fault(
-        name="h_sft_shifted", stage="sft", kind="computation", what="SFT: labels shifted twice, the next token but one is learned",
+        name="h_sft_shifted", stage="sft", kind="computation",
+        what="SFT: labels shifted twice, the next token but one is learned",
         causes=("labels",), words=("label", "loss mask"),
-        patch=after("rlhf.stages.sft.tokenize", _labels_shifted),
+        patch=after("rlhf.stages.sft.tokenize", patches.labels_shifted),
     ),
     Fault(
         name="h_sft_prompt_trained", stage="sft", kind="computation", what="SFT: the loss covers the prompts",
         causes=("labels",), words=("label", "loss mask", "prompt"),
-        patch=after("rlhf.stages.sft.tokenize", _all_labelled),
+        patch=after("rlhf.stages.sft.tokenize", patches.all_labelled),
     ),
     Fault(
         name="h_sft_loss_summed", stage="sft", kind="computation", what="SFT: the loss is summed over rows and not averaged",
         causes=("loss",), words=("loss",),
-        patch=instead("rlhf.stages.sft.AnswerTrainer.compute_loss", _summed),
+        patch=instead("rlhf.stages.sft.AnswerTrainer.compute_loss", patches.summed),
     ),
     Fault(
         name="h_sft_mismatched", stage="sft", kind="input", what="SFT: each prompt has the answer to another one",
         causes=("demonstrations_mismatched",), words=("answer",),
-        data=rewrite("demonstrations/train", change=_of_other_prompts),
+        data=rewrite("demonstrations/train", change=patches.of_other_prompts),
     ),
     Fault(
         name="h_sft_repeated", stage="sft", kind="input", what="SFT: eight demonstrations, over and over",
         causes=("demonstrations_duplicated",), words=("duplicat", "repeat"),
-        data=rewrite("demonstrations/train", change=_few_again),
+        data=rewrite("demonstrations/train", change=patches.few_again),
     ),
     Fault(
         name="h_sft_warmup", stage="sft", kind="input", what="SFT: warm-up a hundred times longer than the run",
@@ -487,25 +287,28 @@ REWARD = (
     Fault(
         name="h_rm_alike", stage="reward", kind="input", what="reward model: in half the comparisons all responses are the same",
         causes=("comparisons_identical",), words=("identical", "same"),
-        data=rewrite("comparisons/train", change=_alike),
+        data=rewrite("comparisons/train", change=patches.alike),
     ),
     Fault(
-        name="h_rm_early", stage="reward", kind="computation", what="reward model: the score is read one token before the stop token",
+        name="h_rm_early", stage="reward", kind="computation",
+        what="reward model: the score is read one token before the stop token",
         causes=("scores", "score_position"), words=("score", "stop token"),
         patch=both(
-            instead("rlhf.reward.ranking.score_rows", _read_one_token_early),
-            instead("rlhf.reward.scorer.score_rows", _read_one_token_early),
+            instead("rlhf.reward.ranking.score_rows", patches.read_one_token_early),
+            instead("rlhf.reward.scorer.score_rows", patches.read_one_token_early),
         ),
     ),
     Fault(
-        name="h_rm_pairs", stage="reward", kind="computation", what="reward model: better and worse swapped in the loss, and in its accuracy",
+        name="h_rm_pairs", stage="reward", kind="computation",
+        what="reward model: better and worse swapped in the loss, and in its accuracy",
         causes=("pairs", "reward_loss"), words=("pair", "ranking loss", "better"),
-        patch=after("rlhf.reward.ranking.ordered_pairs", _swapped),
+        patch=after("rlhf.reward.ranking.ordered_pairs", patches.swapped),
     ),
     Fault(
-        name="h_rm_contradictions", stage="reward", kind="input", what="reward model: each comparison comes a second time, turned round",
+        name="h_rm_contradictions", stage="reward", kind="input",
+        what="reward model: each comparison comes a second time, turned round",
         causes=("contradictions",), words=("contradict",),
-        data=rewrite("comparisons/train", change=_contradicting),
+        data=rewrite("comparisons/train", change=patches.contradicting),
     ),
     Fault(
         name="h_rm_smoothing", stage="reward", kind="input", what="reward model: label smoothing .49",
@@ -514,16 +317,16 @@ REWARD = (
     Fault(
         name="h_rm_length", stage="reward", kind="input", what="reward model: raters count words",
         causes=("length_bias",), words=("length",),
-        data=rewrite("comparisons/train", "comparisons/validation", change=_rated_by_length),
+        data=rewrite("comparisons/train", "comparisons/validation", change=patches.rated_by_length),
     ),
     Fault(
         name="h_rm_leak", stage="reward", kind="input", what="reward model: held-out comparisons are training comparisons",
-        causes=("overlap",), words=("held-out", "overlap"), data=_validation_from_training,
+        causes=("overlap",), words=("held-out", "overlap"), data=patches.validation_from_training,
     ),
     Fault(
         name="h_rm_unit", stage="reward", kind="computation", what="reward model: scores registered in a unit 50 times too small",
         causes=("normalization", "reward_scale"), words=("normali", "unit", "spread"),
-        patch=after("rlhf.stages.reward.normalization", _unit_too_small),
+        patch=after("rlhf.stages.reward.normalization", patches.unit_too_small),
     ),
 )  # fmt: skip
 HELD_OUT = (*COMPUTATION, *INPUTS, *OUTCOMES, *SFT, *REWARD)

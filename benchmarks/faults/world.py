@@ -1,4 +1,4 @@
-"""The toy world of `benchmarks/doctor.py`: a small language, a base model that has read it, and rewards and judges in Python.
+"""The toy world: a small language, a base model that has read it, and rewards and judges in Python.
 
 Sentences such as `the film is very good and the plot is dull .` are rated by their adjectives. The base model has read prompts
 with answers that go on and on; supervised fine-tuning teaches it to answer with one sentence and to stop.
@@ -101,13 +101,8 @@ def sentence(draw: random.Random, noun: str) -> str:
     return f" {draw.choice(['and', 'but'])} ".join(clauses) + " ."
 
 
-def write_data(folder: Path, *, seed: int, shuffled: bool = False, swapped: bool = False) -> Path:
-    """Prompts, demonstrations and comparisons, training and held-out.
-
-    Args:
-        shuffled: ratings say nothing about the responses.
-        swapped: training ratings have the wrong sign, held-out ones the right one.
-    """
+def write_data(folder: Path, *, seed: int) -> Path:
+    """Write prompts, demonstrations and comparisons, training and held-out: a function of the seed."""
     draw = random.Random(seed)
     pairs = [(a, b) for a in NOUNS for b in NOUNS if a != b]
     endings = ["", " and the {b}", " and the {b} of the {a}"]  # prompts of several lengths
@@ -119,12 +114,8 @@ def write_data(folder: Path, *, seed: int, shuffled: bool = False, swapped: bool
         for text in chosen * 4:
             noun = text.split()[3]
             demonstrations.append({"prompt": _user(text), "completion": _assistant(sentence(draw, noun))})
-            answers = list({sentence(draw, noun) for _ in range(4)})
+            answers = list(dict.fromkeys(sentence(draw, noun) for _ in range(4)))
             ratings = [round(10 * _mood(answer.split()), 3) for answer in answers]
-            if swapped and split == "train":
-                ratings = [-rating for rating in ratings]
-            if shuffled:
-                draw.shuffle(ratings)
             if len(set(ratings)) > 1:
                 comparisons.append(
                     {"prompt": _user(text), "responses": [_assistant(a) for a in answers], "ratings": ratings}

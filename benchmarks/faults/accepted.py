@@ -1,0 +1,96 @@
+"""Neutral causes of the faults, and the names by which a doctor may say them.
+
+A cause is the quantity, option or data that is wrong. A name is accepted if it points at that, by its documented meaning; names
+of consequences are not. The table was written from the documentation of statements and checks, before any result was read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+Table = Mapping[str, tuple[str, ...]]
+
+#: This project's statements and health checks.
+NAMES: Table = {
+    # computation
+    "prompt_tokens": ("template_twice",),
+    "padding": ("padding_counted",),
+    "pad_token": ("pad_is_stop",),
+    "mask": ("padding_counted",),
+    "sampler_weights": ("sampler_drift",),
+    "sampling_distribution": ("sampler_mismatch",),
+    "rollout_draws": (),
+    "response_texts": (),
+    "loaded_weights": ("reward_scale",),
+    "policy_start": ("wrong_reference",),
+    "scores": (),
+    "reward_sign": ("reward_opposes_judge",),
+    "score_position": (),
+    "penalties": (),
+    "logprobs": (),
+    "old_logprobs": ("stale_logprobs",),
+    "reference_logprobs": ("wrong_reference",),
+    "values": (),
+    "token_rewards": (),
+    "kl_sign": (),
+    "advantages": (),
+    "whitening": ("advantages_not_centred",),
+    "returns": (),
+    "policy_loss": (),
+    "gradient": (),
+    "gradient_clipping": (),
+    "optimizer_step": (),
+    "learning_rate_schedule": ("learning_rate_zero",),
+    "policy_trained": ("gradient_zero", "policy_unmoved"),
+    "value_trained": ("value_untrained",),
+    "labels": (),
+    "loss": (),
+    "pairs": ("accuracy_below_chance",),
+    "reward_loss": ("accuracy_below_chance",),
+    "normalization": ("reward_scale",),
+    "saved_weights": (),
+    "stop_token": ("cut_off",),
+    # options and data
+    "learning_rate_zero": ("learning_rate_zero",),
+    "learning_rate_high": ("steps_too_large", "kl_jump", "loss_rising"),
+    "value_learning_rate": ("value_untrained",),
+    "vf_coef": ("value_untrained",),
+    "adam_epsilon": ("policy_unmoved",),
+    "kl_coef_zero": ("no_kl_penalty",),
+    "kl_coef": (),
+    "kl_target": ("controller_saturated",),
+    "gamma": (),
+    "weight_decay": (),
+    "clip_range": (),
+    "warmup_steps": ("learning_rate_zero",),
+    "value_warmup_updates": (),
+    "num_ppo_epochs": (),
+    "reward_clip": (),
+    "response_length": ("cut_off",),
+    "max_length": (),
+    "label_smoothing": (),
+    "reward_scale": ("reward_scale",),
+    "reward_constant": ("reward_constant",),
+    "reward_sparse": ("reward_constant",),
+    "scores_finite": ("not_finite",),
+    "prompts_duplicated": (),
+    "prompts_empty": (),
+    "demonstrations_empty": (),
+    "demonstrations_mismatched": (),
+    "demonstrations_duplicated": (),
+    "comparisons_identical": (),
+    "contradictions": (),
+    "overlap": (),
+    "label_noise": ("accuracy_at_chance",),
+    "label_sign": ("accuracy_below_chance",),
+    "length_bias": (),
+    # outcomes
+    "reward_not_reproducible": (),
+    "reward_noise": (),
+    "reward_likes_short": ("length_down", "length_rewarded"),
+    "length_rewarded": ("length_rewarded",),
+    "over_optimisation": ("over_optimised", "kl_high"),
+    "repetition": ("repeated_text", "responses_alike"),
+    "entropy": ("entropy_collapse",),
+    "machine": ("slowing_down",),
+}
