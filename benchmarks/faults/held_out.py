@@ -128,6 +128,7 @@ COMPUTATION = (
         name="h_loss_optimistic", stage="ppo", kind="computation",
         what="policy loss with the minimum of both sides in place of the maximum",
         causes=("policy_loss",), words=("policy loss", "surrogate", "clip"),
+        options={"num_ppo_epochs": 3, "learning_rate": 4e-3},
         patch=instead("rlhf.ppo.functional.policy_loss", patches.optimistic),
     ),
     Fault(

@@ -32,13 +32,7 @@ def never_zeroed(optimizer: Any) -> Any:
 
 
 def forgetful(optimizer: Any) -> Any:
-    step = optimizer.step
-
-    def forgetting(*args: Any, **kwargs: Any) -> Any:
-        optimizer.state.clear()
-        return step(*args, **kwargs)
-
-    optimizer.step = forgetting
+    optimizer.register_step_pre_hook(lambda *args: optimizer.state.clear())
     return optimizer
 
 
