@@ -94,7 +94,10 @@ def test_judging() -> None:
     summary = score.summarise(rows, lambda run: score.judge(run, names))
     judged = summary["runs"]
     assert [run["right"] for run in judged[:6]] == [True, False, False, True, False, False]
-    assert [run["named_at_all"] for run in judged[:6]] == [True, True, False, True, False, False]
+    assert [run["right_at_all"] for run in judged[:6]] == [True, True, False, True, False, False]
+    statement = row("statement", "c", "a")
+    statement["findings"][0]["kind"] = "audit"
+    assert not score.judge(statement, names)["right"] and score.judge(statement, names)["right_by_symptoms"]
     assert judged[4]["named"] == "refused" and judged[5]["named"] == "nothing"
     held_out = summary["held_out"]
     assert (held_out["detected"]["runs"], held_out["detected"]["of"], held_out["right_cause"]["runs"]) == (4, 6, 2)

@@ -65,18 +65,17 @@ NAMES: Mapping[str, Table] = {
 
 
 def score(rows: list[dict[str, Any]], runs: Path, tools: Path) -> dict[str, Any]:
-    """Return each tool's rates on the runs that left figures and that nothing had refused, or why it could not be run."""
+    """Return each tool's rates on the PPO runs that left figures, or why it could not be run; and first this doctor's there."""
     from faults.score import judge, summarise
 
-    logs = {row["name"]: _figures(runs / row["name"] / row["stage"]) for row in rows}
-    logged = [row for row in rows if logs[row["name"]]]
-    work = {row["name"]: {"stage": row["stage"], "rows": logs[row["name"]]} for row in logged}
-    result: dict[str, Any] = {}
+    logs = {row["name"]: _figures(runs / row["name"] / "ppo") for row in rows if row["stage"] == "ppo"}
+    logged = [row for row in rows if logs.get(row["name"])]
+    work = json.dumps({row["name"]: logs[row["name"]] for row in logged})
+    result: dict[str, Any] = {"rlhf doctor": _rates(summarise(logged))}
     for tool, names in NAMES.items():
         environment = {**os.environ, "PYTHONPATH": str(tools.absolute())}
-        done = subprocess.run(
-            [sys.executable, __file__, tool], input=json.dumps(work), capture_output=True, text=True, env=environment
-        )
+        command = [sys.executable, __file__, tool]
+        done = subprocess.run(command, input=work, capture_output=True, text=True, env=environment)
         if done.returncode:
             result[tool] = {"not_run": (done.stderr.strip().splitlines() or ["no words"])[-1]}
             continue
@@ -85,10 +84,13 @@ def score(rows: list[dict[str, Any]], runs: Path, tools: Path) -> dict[str, Any]
             {**row, "refused": None, "live": [], "findings": [{"name": name} for name in found[row["name"]]]}
             for row in logged
         ]
-        summary = summarise(judged, lambda row, names=names: judge(row, names))
-        result[tool] = {key: value for key, value in summary.items() if key not in ("runs", "seconds")}
-        result[tool]["found"] = {name: names for name, names in found.items() if names}
+        rates = _rates(summarise(judged, lambda row, names=names: judge(row, names)))
+        result[tool] = {**rates, "found": {name: named for name, named in found.items() if named}}
     return result
+
+
+def _rates(summary: dict[str, Any]) -> dict[str, Any]:
+    return {key: summary[key] for key in ("tuned", "held_out", "false_alarms")}
 
 
 def _figures(folder: Path) -> list[dict[str, Any]]:
@@ -101,13 +103,8 @@ def _figures(folder: Path) -> list[dict[str, Any]]:
 # ---- in the process of the tools -------------------------------------------------------------------------------------
 
 
-def common_figures(row: Figures, stage: str) -> dict[str, Any]:
+def common_figures(row: Figures) -> dict[str, Any]:
     """Return the figures of an update by neutral names."""
-    if stage != "ppo":
-        return {
-            "step": row["step"], "loss": row.get(f"{stage}/loss"), "lr": row.get(f"{stage}/lr"),
-            "grad_norm": row.get(f"{stage}/grad_norm"),
-        }  # fmt: skip
     stop = row.get("response/stop_rate")
     seconds = [row.get(f"time/{phase}") for phase in ("rollout", "score", "optimise")]
     return {
@@ -198,11 +195,11 @@ def main() -> None:
     """Read runs from standard input, and write what a tool names in each."""
     tool, found = TOOLS[sys.argv[1]], {}
     with tempfile.TemporaryDirectory() as scratch, contextlib.chdir(scratch), contextlib.redirect_stdout(sys.stderr):
-        for name, run in json.load(sys.stdin).items():
+        for name, lines in json.load(sys.stdin).items():
             by_step: dict[int, dict[str, Any]] = {}
-            for row in run["rows"]:  # evaluations have lines of their own
+            for row in lines:  # evaluations have lines of their own
                 by_step.setdefault(row["step"], {}).update(row)
-            rows = [common_figures(row, run["stage"]) for step, row in sorted(by_step.items()) if step > 0]
+            rows = [common_figures(row) for step, row in sorted(by_step.items()) if step > 0]
             found[name] = tool(rows) if rows else []
     print(json.dumps(found))
 

@@ -26,8 +26,14 @@ def judge(row: Mapping[str, Any], names: Table = NAMES) -> Row:
     right_names = accepted(row.get("causes", ()), names)
     first = "refused" if says else found[0] if found else "refused" if guard else "nothing"
     right = says or bool(found and found[0] in right_names)
-    located = bool(set(found) & right_names)
-    return {"detected_by": by, "named": first, "right": right, "named_at_all": says or located}
+    symptoms = [f["name"] for f in row["findings"] if f.get("kind", "symptom") == "symptom"]
+    return {
+        "detected_by": by,
+        "named": first,
+        "right": right,
+        "right_at_all": says or bool(set(found) & right_names),
+        "right_by_symptoms": says or bool(symptoms and symptoms[0] in right_names),
+    }
 
 
 def accepted(causes: Iterable[str], names: Table) -> set[str]:
@@ -47,7 +53,7 @@ def share(rows: Sequence[bool]) -> Row:
 
 
 def rates(judged: Sequence[Row]) -> Row:
-    """Return the rates of a group of faults, and the last two of them by kind of fault."""
+    """Return the rates of a group of faults; those of the right cause also by kind of fault, and without statements."""
     by_kind = {
         kind: share([row["right"] for row in judged if row["kind"] == kind])
         for kind in ("computation", "input", "outcome")
@@ -55,7 +61,8 @@ def rates(judged: Sequence[Row]) -> Row:
     return {
         "detected": share([bool(row["detected_by"]) for row in judged]),
         "right_cause": share([row["right"] for row in judged]),
-        "named_at_all": share([row["named_at_all"] for row in judged]),
+        "right_at_all": share([row["right_at_all"] for row in judged]),
+        "right_by_symptoms": share([row["right_by_symptoms"] for row in judged]),
         "right_cause_by_kind": by_kind,
     }
 
@@ -75,11 +82,15 @@ def summarise(rows: Sequence[Row], judges: Callable[[Row], Row] = judge) -> Row:
 def rates_table(summary: Row) -> str:
     """Return the rates as a table of Markdown."""
     lines = ["| | runs | of | share | 95% interval |", "|---|---|---|---|---|"]
-    figures = [("detected", "detected"), ("right_cause", "right cause named first")]
     for group, label in reversed(GROUPS.items()):
-        lines += [_rate_line(f"faults {label}: {name}", summary[group][key]) for key, name in figures]
-        kinds = summary[group]["right_cause_by_kind"]
-        lines += [_rate_line(f"... of {kind} faults", rate) for kind, rate in kinds.items()]
+        rate = summary[group]
+        lines += [
+            _rate_line(f"faults {label}: detected", rate["detected"]),
+            _rate_line(f"faults {label}: right cause named first", rate["right_cause"]),
+            *(_rate_line(f"... {kind} faults", one) for kind, one in rate["right_cause_by_kind"].items()),
+            _rate_line("... by symptoms alone", rate["right_by_symptoms"]),
+            _rate_line(f"faults {label}: right cause among those named", rate["right_at_all"]),
+        ]
     lines.append(_rate_line("clean runs with an alarm", summary["false_alarms"]))
     return "\n".join(filter(None, lines))
 
