@@ -35,9 +35,10 @@ def main() -> None:
     options = {name: yaml.safe_load(value) for name, _, value in (word.partition("=") for word in given.set)}
     bench = Bench(given.folder, updates=given.updates, pretraining=given.pretraining, options=options)
     if given.make_only:
-        make(bench, chosen)
+        make(bench, chosen, given.investigate)
         return
-    for seed in dict.fromkeys(case.hash_seed for case in chosen if bench.result(case) is None):
+    left = [case for case in chosen if bench.result(case) is None or given.investigate]
+    for seed in dict.fromkeys(case.hash_seed for case in left):
         command = [sys.executable, str(Path(__file__)), *sys.argv[1:], "--make_only"]
         environment = {**os.environ, "PYTHONHASHSEED": str(seed), "OMP_NUM_THREADS": "1"}
         workers = [subprocess.Popen(command, env=environment) for _ in range(given.jobs)]
@@ -76,6 +77,13 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--updates", type=int, default=30, help="updates of a PPO run")
     parser.add_argument("--pretraining", type=int, default=600, help="updates of the base models")
+    parser.add_argument(
+        "--investigate",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="experiments for so long on each run that is unclear",
+    )
     parser.add_argument("--again", action="store_true", help="diagnose finished runs again")
     parser.add_argument(
         "--finished", nargs="+", default=[], type=Path, metavar="RUN", help="sound runs that were made elsewhere"
@@ -94,13 +102,15 @@ def arguments() -> argparse.Namespace:
     return given
 
 
-def make(bench: Bench, chosen: Iterable[Case]) -> None:
-    """Make the runs of this process's hash seed."""
+def make(bench: Bench, chosen: Iterable[Case], seconds: float) -> None:
+    """Make the runs of this process's hash seed, and investigate them for so many seconds each."""
     for case in chosen:
-        if str(case.hash_seed) == os.environ.get("PYTHONHASHSEED") and bench.result(case) is None:
-            row = bench.run(case)
-            if row is not None:
-                print(f"{case.name}: {judge(row)['named']} ({row['seconds']:.0f} s)", flush=True)
+        if str(case.hash_seed) != os.environ.get("PYTHONHASHSEED"):
+            continue
+        if bench.result(case) is None and (row := bench.run(case)) is not None:
+            print(f"{case.name}: {judge(row)['named']} ({row['seconds']:.0f} s)", flush=True)
+        if seconds and bench.result(case) is not None:
+            bench.investigate(case, seconds)
 
 
 def finished(folder: Path, *, group: str) -> dict[str, object]:

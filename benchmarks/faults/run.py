@@ -59,6 +59,25 @@ class Bench:
         verdict = json.loads(file.read_text())
         _write(file, {**verdict, "findings": findings(self.output(case) / case.stage)})
 
+    def investigate(self, case: Case, seconds: float) -> None:
+        """Add to a finished run what experiments confirm, with its fault in place, and the diagnosis then.
+
+        Only where the diagnosis is open: nothing was found, or a symptom comes first.
+        """
+        file, folder = self.output(case) / VERDICT, self.output(case) / case.stage
+        with self._lock(case.name, wait=False) as mine:
+            verdict = json.loads(file.read_text())
+            first = next(iter(verdict["findings"]), {"kind": "symptom"})
+            if not mine or verdict["refused"] or "investigated" in verdict or first["kind"] != "symptom":
+                return
+            from rlhf.base.errors import UserError
+            from rlhf.stages.investigate.examine import investigate
+
+            end = time.monotonic() + seconds
+            with contextlib.suppress(UserError, RuntimeError, ValueError), self._faulty(case):
+                investigate(folder, None, end, [])
+            _write(file, {**verdict, "investigated": findings(folder)})
+
     def _make(self, case: Case) -> None:
         self._prepare(case)
         output, started = self.output(case), time.process_time()
@@ -99,8 +118,6 @@ class Bench:
         from rlhf.base.errors import UserError
 
         live: list[str] = []
-        place = Place(base=self.world(case) / "base")
-        patch = case.fault.patch(place) if case.fault else contextlib.nullcontext()
         alert = mock.patch(
             "rlhf.run.tracker.Tracker.alert",
             lambda self, title, *rest: live.append(title.split(": ")[-1].split(" at ")[0]),
@@ -109,7 +126,7 @@ class Bench:
         clock = types.SimpleNamespace(perf_counter=time.process_time)
         clocks = mock.patch("rlhf.ppo.rollout.time", clock), mock.patch("rlhf.ppo.trainer.time", clock)
         try:
-            with patch, alert, clocks[0], clocks[1]:
+            with self._faulty(case), alert, clocks[0], clocks[1]:
                 if case.fault is not None and case.fault.own_sft:
                     self._stage("sft", case, output, {})
                 self._stage(case.stage, case, output, dict(case.options))
@@ -118,6 +135,10 @@ class Bench:
         except Exception as error:  # a slip, which names nothing
             return _refusal(error, "crash"), live
         return None, live
+
+    def _faulty(self, case: Case) -> contextlib.AbstractContextManager[Any]:
+        """Return the context in which the patch of a case's fault is active."""
+        return case.fault.patch(Place(base=self.world(case) / "base")) if case.fault else contextlib.nullcontext()
 
     def _stage(self, stage: str, case: Case, output: Path, options: dict[str, Any]) -> None:
         """Run one stage in this process."""
@@ -159,7 +180,7 @@ def findings(folder: Path) -> list[dict[str, Any]]:
     except UserError:
         return []
     return [
-        {"name": f.check.name, "first": f.first, "last": f.last, "evidence": f.evidence}
+        {"name": f.name, "kind": f.kind, "first": f.first, "last": f.last, "evidence": f.evidence}
         for one in diagnoses
         for f in one.findings
     ]

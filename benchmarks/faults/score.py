@@ -26,6 +26,7 @@ def judge(row: Mapping[str, Any], names: Table = NAMES) -> Row:
     right_names = accepted(row.get("causes", ()), names)
     first = "refused" if says else found[0] if found else "refused" if guard else "nothing"
     right = says or bool(found and found[0] in right_names)
+    tried = [finding["name"] for finding in row.get("investigated", row["findings"])]
     symptoms = [f["name"] for f in row["findings"] if f.get("kind", "symptom") == "symptom"]
     return {
         "detected_by": by,
@@ -33,6 +34,8 @@ def judge(row: Mapping[str, Any], names: Table = NAMES) -> Row:
         "right": right,
         "right_at_all": says or bool(set(found) & right_names),
         "right_by_symptoms": says or bool(symptoms and symptoms[0] in right_names),
+        "alarm_investigated": bool(by or tried),
+        "right_investigated": says or bool(tried and tried[0] in right_names),
     }
 
 
@@ -63,6 +66,8 @@ def rates(judged: Sequence[Row]) -> Row:
         "right_cause": share([row["right"] for row in judged]),
         "right_at_all": share([row["right_at_all"] for row in judged]),
         "right_by_symptoms": share([row["right_by_symptoms"] for row in judged]),
+        "detected_investigated": share([row["alarm_investigated"] for row in judged]),
+        "right_investigated": share([row["right_investigated"] for row in judged]),
         "right_cause_by_kind": by_kind,
     }
 
@@ -71,9 +76,13 @@ def summarise(rows: Sequence[Row], judges: Callable[[Row], Row] = judge) -> Row:
     """Return rates of each group, and each run with its verdict."""
     judged = [{**row, **judges(row)} for row in rows]
     groups = {group: rates([row for row in judged if row["group"] == group]) for group in GROUPS}
-    clean = [bool(row["detected_by"]) for row in judged if row["group"] == "clean"]
+    clean = [row for row in judged if row["group"] == "clean"]
     seconds = round(sum(row.get("seconds", 0.0) for row in rows), 1)
-    return {**groups, "false_alarms": share(clean), "seconds": seconds, "runs": judged}
+    alarms = {
+        "false_alarms": share([bool(row["detected_by"]) for row in clean]),
+        "false_alarms_investigated": share([row["alarm_investigated"] for row in clean if "investigated" in row]),
+    }
+    return {**groups, **alarms, "seconds": seconds, "runs": judged}
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
@@ -89,9 +98,17 @@ def rates_table(summary: Row) -> str:
             _rate_line(f"faults {label}: right cause named first", rate["right_cause"]),
             *(_rate_line(f"... {kind} faults", one) for kind, one in rate["right_cause_by_kind"].items()),
             _rate_line("... by symptoms alone", rate["right_by_symptoms"]),
-            _rate_line(f"faults {label}: right cause among those named", rate["right_at_all"]),
+            _rate_line("... among the causes named", rate["right_at_all"]),
         ]
-    lines.append(_rate_line("clean runs with an alarm", summary["false_alarms"]))
+        if any("investigated" in row for row in summary["runs"]):
+            lines += [
+                _rate_line(f"faults {label}: detected, with experiments", rate["detected_investigated"]),
+                _rate_line(f"faults {label}: right cause named first, with experiments", rate["right_investigated"]),
+            ]
+    lines += [
+        _rate_line("clean runs with an alarm", summary["false_alarms"]),
+        _rate_line("clean runs with an alarm, with experiments", summary["false_alarms_investigated"]),
+    ]
     return "\n".join(filter(None, lines))
 
 
