@@ -98,6 +98,8 @@ def test_judging() -> None:
     statement = row("statement", "c", "a")
     statement["findings"][0]["kind"] = "audit"
     assert not score.judge(statement, names)["right"] and score.judge(statement, names)["right_by_symptoms"]
+    assert score.judge(statement, {"advantages": ("audit/c",)})["right"]
+    assert not score.judge(statement, {"advantages": ("review/c",)})["right"]
     assert judged[4]["named"] == "refused" and judged[5]["named"] == "nothing"
     held_out = summary["held_out"]
     assert (held_out["detected"]["runs"], held_out["detected"]["of"], held_out["right_cause"]["runs"]) == (4, 6, 2)

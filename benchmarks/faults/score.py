@@ -18,30 +18,32 @@ Row = dict[str, Any]
 
 
 def judge(row: Mapping[str, Any], names: Table = NAMES) -> Row:
-    """Return by what a run was found faulty, the cause named first, and whether it is the right one."""
-    refused, found = row["refused"], [finding["name"] for finding in row["findings"]]
+    """Return by what a run was found faulty, the cause named first, and whether it is the right one.
+
+    A name of the table may have the kind of the finding before it: `audit/learning_rate`.
+    """
+    refused, found = row["refused"], row["findings"]
+    tried = row.get("investigated", found)
     guard = refused if refused and refused["by"] in GUARDS else None
     by = [*([guard["by"]] if guard else []), *(["live"] if row["live"] else []), *(["afterwards"] if found else [])]
     says = bool(guard and any(word in guard["message"].lower() for word in row.get("words", ())))
-    right_names = accepted(row.get("causes", ()), names)
-    first = "refused" if says else found[0] if found else "refused" if guard else "nothing"
-    right = says or bool(found and found[0] in right_names)
-    tried = [finding["name"] for finding in row.get("investigated", row["findings"])]
-    symptoms = [f["name"] for f in row["findings"] if f.get("kind", "symptom") == "symptom"]
+    right_names = {name for cause in row.get("causes", ()) for name in names.get(cause, ())}
+
+    def is_right(finding: Mapping[str, Any]) -> bool:
+        return bool({finding["name"], f"{finding.get('kind')}/{finding['name']}"} & right_names)
+
+    def first_is_right(findings: Iterable[Mapping[str, Any]]) -> bool:
+        return says or any(map(is_right, list(findings)[:1]))
+
     return {
         "detected_by": by,
-        "named": first,
-        "right": right,
-        "right_at_all": says or bool(set(found) & right_names),
-        "right_by_symptoms": says or bool(symptoms and symptoms[0] in right_names),
+        "named": "refused" if says else found[0]["name"] if found else "refused" if guard else "nothing",
+        "right": first_is_right(found),
+        "right_at_all": says or any(map(is_right, found)),
+        "right_by_symptoms": first_is_right(f for f in found if f.get("kind", "symptom") == "symptom"),
         "alarm_investigated": bool(by or tried),
-        "right_investigated": says or bool(tried and tried[0] in right_names),
+        "right_investigated": first_is_right(tried),
     }
-
-
-def accepted(causes: Iterable[str], names: Table) -> set[str]:
-    """Return a tool's names of these causes."""
-    return {name for cause in causes for name in names.get(cause, ())}
 
 
 def share(rows: Sequence[bool]) -> Row:
