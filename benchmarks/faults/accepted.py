@@ -89,7 +89,7 @@ NAMES: Table = {
     "reward_noise": ("reward_judge", "reward_pairs"),
     "reward_likes_short": ("length_down", "length_rewarded", "length_score", "reward_empty", "reward_length"),
     "length_rewarded": ("length_rewarded", "length_score", "reward_length"),
-    "over_optimisation": ("over_optimised", "kl_high", "over_optimisation"),
+    "over_optimisation": ("over_optimised", "over_optimisation"),
     "repetition": ("repeated_text", "responses_alike", "reward_repetition"),
     "entropy": ("entropy_collapse",),
     "machine": ("slowing_down",),
