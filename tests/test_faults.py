@@ -45,26 +45,27 @@ def row(name: str, *found: str, refused: str = "", by: str = "guard", group: str
 def test_two_faults_and_a_clean_run(tmp_path: Path) -> None:
     """A patch whose target was renamed, a fault that does not reach its run, or a run that is made again when it is there."""
     words = ["--folder", tmp_path / "runs", "--out", tmp_path / "faults.json", "--updates", 3, "--pretraining", 40]
-    only = ["--only", "reward_constant", "h_scores_rolled", "clean_ppo_plain_small_0"]
+    only = ["--only", "sft_learning_rate_0", "h_prompt_cut", "clean_ppo_plain_small_0"]  # all in one world
     done = command(*words, *only)
     assert done.returncode == 0, done.stderr[-3000:]
     runs = {run["name"]: run for run in json.loads((tmp_path / "faults.json").read_text())["runs"]}
-    assert runs["reward_constant"]["named"] == "reward_constant" and runs["reward_constant"]["right"]
-    assert runs["h_scores_rolled"]["group"] == "held_out" and not runs["h_scores_rolled"]["refused"]
+    assert runs["sft_learning_rate_0"]["right"] and runs["sft_learning_rate_0"]["group"] == "tuned"
+    assert runs["h_prompt_cut"]["group"] == "held_out"
     assert not any(run["refused"] for run in runs.values()), "neither the faults nor the stages without any"
-    assert {"clean_ppo_plain_small_0", "clean_sft_plain_small_0"} <= runs.keys()
-    for name in ("reward_constant", "clean_ppo_plain_small_0"):
-        folder = tmp_path / "runs" / "runs" / name
-        assert json.loads((folder / "answer.json").read_text())["name"] == name
-        assert (folder / "ppo" / "metrics.jsonl").is_file()
-    raw = {
-        name: json.loads((tmp_path / "runs" / "runs" / name / "ppo" / "metrics.jsonl").read_text().splitlines()[-1])
-        for name in ("h_scores_rolled", "clean_ppo_plain_small_0")
+    assert {"clean_sft_plain_small_0", "clean_reward_plain_small_0"} <= runs.keys()
+    folders = {name: tmp_path / "runs" / "runs" / name for name in runs}
+    assert all(json.loads((folders[name] / "answer.json").read_text())["name"] == name for name in runs)
+    entropies = {
+        next(row["objective/entropy"] for row in map(json.loads, lines) if "objective/entropy" in row)
+        for lines in (
+            (folders[name] / "ppo" / "metrics.jsonl").read_text().splitlines()
+            for name in ("h_prompt_cut", "clean_ppo_plain_small_0")
+        )
     }
-    assert raw["h_scores_rolled"]["response/length"] > 0
+    assert len(entropies) == 2, "the fault does not reach its run"
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "runs" / "runs").glob("*/verdict.json")}
     again = command(*words, *only)
-    assert again.returncode == 0 and "| reward constant |" in again.stdout
+    assert again.returncode == 0 and "| SFT: learning rate 0 |" in again.stdout
     assert before == {file: file.stat().st_mtime_ns for file in before}
 
 
