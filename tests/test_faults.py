@@ -82,6 +82,27 @@ def test_data_does_not_depend_on_the_hash_seed(tmp_path: Path) -> None:
     assert len(first) == 6 and first == second
 
 
+def test_patches_leave_nothing_behind(tmp_path: Path) -> None:
+    """Catches: a module that is first imported under a patch and keeps the patched function for all later runs."""
+    program = """
+import sys
+from pathlib import Path
+from faults.cases import cases
+from faults.run import Bench
+bench = Bench(Path(sys.argv[1]), updates=1, pretraining=1, options={})
+with bench._faulty(next(case for case in cases() if case.name == "h_logprobs_bf16")):
+    from rlhf.models import logprobs
+    from rlhf.ppo import forward
+    assert "held_out" in forward.log_distribution.__module__ and "held_out" in logprobs.log_distribution.__module__
+assert forward.log_distribution is logprobs.log_distribution and forward.log_distribution.__module__ == "rlhf.models.logprobs"
+"""
+    environment = {**os.environ, "PYTHONPATH": f"{BENCHMARKS}{os.pathsep}{ROOT}"}
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_judging() -> None:
     """Catches: a symptom further down that counts as the right cause, a refusal for another reason, a crash that counts as
     detected, and clean runs in the rates of faults."""

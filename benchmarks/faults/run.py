@@ -137,7 +137,12 @@ class Bench:
         return None, live
 
     def _faulty(self, case: Case) -> contextlib.AbstractContextManager[Any]:
-        """Return the context in which the patch of a case's fault is active."""
+        """Return the context in which the patch of a case's fault is active.
+
+        All modules are there before it: one that is first imported under a patch would keep the patched function.
+        """
+        for stage in ("sft", "reward", "ppo", "investigate.examine"):
+            importlib.import_module(f"rlhf.stages.{stage}")
         return case.fault.patch(Place(base=self.world(case) / "base")) if case.fault else contextlib.nullcontext()
 
     def _stage(self, stage: str, case: Case, output: Path, options: dict[str, Any]) -> None:
