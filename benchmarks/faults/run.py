@@ -131,9 +131,9 @@ class Bench:
                     self._stage("sft", case, output, {})
                 self._stage(case.stage, case, output, dict(case.options))
         except (UserError, RuntimeError, ValueError) as error:  # how the product refuses
-            return _refusal(error, "preflight" if str(error).startswith("preflight failed") else "guard"), live
+            return self._refusal(error, "preflight" if str(error).startswith("preflight failed") else "guard"), live
         except Exception as error:  # a slip, which names nothing
-            return _refusal(error, "crash"), live
+            return self._refusal(error, "crash"), live
         return None, live
 
     def _faulty(self, case: Case) -> contextlib.AbstractContextManager[Any]:
@@ -170,6 +170,11 @@ class Bench:
         config: Any = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig}[stage]
         importlib.import_module(f"rlhf.stages.{stage}").run(config(**{**given, **options}))
 
+    def _refusal(self, error: Exception, by: str) -> dict[str, str]:
+        """Return which part of the product ended a run, with its words, in which paths begin in the benchmark's folder."""
+        message = str(error).replace(f"{self.folder}/", "")[:1000]
+        return {"by": by, "error": type(error).__name__, "message": message}
+
     def world(self, case: Case) -> Path:
         """Return the folder of the models and data that a case builds on."""
         return self.folder / f"world_{case.size}_{case.seed}"
@@ -189,11 +194,6 @@ def findings(folder: Path) -> list[dict[str, Any]]:
         for one in diagnoses
         for f in one.findings
     ]
-
-
-def _refusal(error: Exception, by: str) -> dict[str, str]:
-    """Return which part of the product ended a run, with its words."""
-    return {"by": by, "error": type(error).__name__, "message": str(error)[:1000]}
 
 
 def _write(file: Path, content: Any) -> None:
