@@ -29,6 +29,23 @@ def brevity(prompts: Sequence[Any], responses: Sequence[str], **columns: Any) ->
     return [1 - len(text) / max(longest, 1) for text in responses]
 
 
+def large(prompts: Sequence[Any], responses: Sequence[str]) -> list[float]:
+    """A reward whose differences are small beside its size; the prompts that it was given are emptied."""
+    for prompt in prompts:
+        prompt.clear()
+    return [10_000 + len(text) for text in responses]
+
+
+_MET: set[str] = set()
+
+
+def novelty(prompts: Sequence[Any], responses: Sequence[str]) -> list[float]:
+    """A reward that remembers what it has met."""
+    scores = [0.0 if text in _MET else 1.0 + len(text) for text in responses]
+    _MET.update(responses)
+    return scores
+
+
 class Start(Protocol):
     def __call__(self, *, may_fail: bool = False, **options: Any) -> Path: ...
 

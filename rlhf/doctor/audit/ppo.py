@@ -27,6 +27,10 @@ from rlhf.doctor.statements import Statement
 
 #: Share of their own spread by which fp32 results of recorded numbers may differ.
 ARITHMETIC = 1e-4
+#: Share of the numbers that they are made of by which they may differ, too: a small difference of large numbers is rounded.
+ROUNDING = 1e-6
+#: Log-probability (nats) of a rollout that does not come twice by chance.
+CHANCE = -20.0
 
 
 def examine(sheet: Sheet, *, with_models: bool = True) -> list[Statement]:
@@ -162,11 +166,17 @@ class Examination:
             raise NotExamined("there is no rollout before it")
         same_prompts = torch.equal(self.sheet.tensors["earlier/prompt"], self.rollout["prompt"])
         if earlier.shape == own.shape and torch.equal(earlier, own):
+            if float(self.rollout["sampler_logprobs"][self.mask].sum()) > CHANCE:
+                raise NotExamined("the policy is so sure of its answers that they are alike by themselves")
             return q.ROLLOUTS_DIFFER.differs(
                 "all responses are those of the rollout before, token for token", self.step
             )
         repeats = self.config["num_responses_per_prompt"]
-        if same_prompts and len(own) // repeats < self.facts["num_prompts"]:
+        count = len(own) // repeats
+        begins_anew = (self.step - 1) * count % self.facts[
+            "num_prompts"
+        ] == 0  # another order, alike by chance if short
+        if same_prompts and count < self.facts["num_prompts"] and not begins_anew:
             return q.ROLLOUTS_DIFFER.differs(
                 "the prompts are those of the rollout before, in the same order", self.step
             )
@@ -213,6 +223,7 @@ class Examination:
         if torch.allclose(recorded.double(), expected - 2 * last, atol=1e-5):
             detail = "the KL term has the wrong sign"
         limit = 1e-5 + 1e-4 * coef * rms((rollout["logprobs"] - rollout["ref_logprobs"])[self.mask])
+        limit += ROUNDING * rms(rollout["scores"])
         return q.TOKEN_REWARDS.compared(
             recorded[self.mask], expected[self.mask], limit=limit, step=self.step, what="token rewards", detail=detail
         )
@@ -221,28 +232,37 @@ class Examination:
         """Scale the recorded token rewards, where the options ask for it."""
         recorded, rewards = self._part("whitened_rewards"), self._part("token_rewards")
         expected = plain.spread_to_one(rewards, self.mask) if self.config["whiten_rewards"] else rewards
-        return self._arithmetic(q.WHITENED_REWARDS, recorded, expected, "rewards that advantages are made of")
+        what, size = "rewards that advantages are made of", self._in_deviations(rewards)
+        return self._arithmetic(q.WHITENED_REWARDS, recorded, expected, what, made_of=size)
 
     def advantages(self) -> Statement:
         """Estimate the advantages of the recorded rewards and values."""
         recorded, rewards = self._part("advantages"), self._part("whitened_rewards")
         gamma, lam = self.config["gamma"], self.config["lam"]
         expected = plain.advantages(self.rollout["values"], rewards, self.mask, gamma=gamma, lam=lam)
-        return self._arithmetic(q.ADVANTAGES, recorded, expected, "advantages")
+        size = rms(rewards) + rms(self.rollout["values"])
+        return self._arithmetic(q.ADVANTAGES, recorded, expected, "advantages", made_of=size)
 
     def returns(self) -> Statement:
         """Add the recorded advantages and values."""
         if "returns" not in self.credit:
             raise NotExamined("this estimator trains no values")
         recorded, expected = self.credit["returns"], self._part("advantages") + self.rollout["values"]
-        return self._arithmetic(q.RETURNS, recorded, torch.where(self.mask, expected, 0.0), "returns")
+        size = rms(self.rollout["values"])
+        return self._arithmetic(q.RETURNS, recorded, torch.where(self.mask, expected, 0.0), "returns", made_of=size)
 
     def whitened_advantages(self) -> Statement:
         """Whiten the recorded advantages."""
         expected = plain.whitened(self._part("advantages"), self.mask)
         recorded = self.credit["whitened_advantages"]
         detail = "they have the wrong sign" if torch.allclose(recorded.double(), -expected, atol=1e-3) else ""
-        return self._arithmetic(q.WHITENED_ADVANTAGES, recorded, expected, "whitened advantages", detail)
+        size = self._in_deviations(self._part("advantages"))
+        return self._arithmetic(q.WHITENED_ADVANTAGES, recorded, expected, "whitened advantages", detail, made_of=size)
+
+    def _in_deviations(self, x: Tensor) -> float:
+        """Return the size of numbers, as a multiple of their spread."""
+        spread = float(x[self.mask].double().std(correction=0))
+        return rms(x[self.mask]) / spread if spread else 0.0
 
     def _part(self, name: str) -> Tensor:
         if name not in self.credit:
@@ -257,9 +277,10 @@ class Examination:
         what: str,
         detail: str = "",
         share: float = ARITHMETIC,
+        made_of: float = 0.0,
     ) -> Statement:
-        """Compare numbers that fp32 arithmetic makes of recorded ones."""
-        limit = share * max(rms(expected), 1e-3) + 1e-7
+        """Compare numbers that fp32 arithmetic makes of recorded ones, whose size is `made_of`."""
+        limit = share * max(rms(expected), 1e-3) + 1e-7 + ROUNDING * made_of
         return quantity.compared(recorded, expected, limit=limit, step=self.step, what=what, detail=detail)
 
     # the optimiser

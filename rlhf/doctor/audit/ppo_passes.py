@@ -6,6 +6,7 @@ Legend: n rows, R padded response.
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
 import inspect
 import io
@@ -24,16 +25,22 @@ from rlhf.doctor.audit.plain_text import decode_answer, render_pair
 from rlhf.doctor.audit.sheet import Sheet
 from rlhf.doctor.statements import Statement
 
-#: Root mean square by which log-probabilities (nats) may differ, and values and scores as a share of their size, by compute type.
-ROUNDING = {"float64": 1e-6, "float32": 1e-4, "bfloat16": 0.05}
+#: Root mean square by which log-probabilities (nats) may differ, and values and scores as a share of their size, by compute type;
+#: `8bit` is a base in 8 bits, which rounds its activations, too.
+ROUNDING = {"float64": 1e-6, "float32": 1e-4, "bfloat16": 0.05, "8bit": 0.15}
+#: The type whose passes show how much a compute type rounds, and the multiple of that by which numbers may differ.
+FINER = {"bfloat16": "float32", "float32": "float64"}
+ROUNDINGS = 3.0
 #: Share of the gradient by which it may differ in direction, and in length.
-GRADIENT = {"float64": (1e-6, 1e-6), "float32": (2e-3, 1e-3), "bfloat16": (0.2, 0.05)}
+GRADIENT = {"float64": (1e-6, 1e-6), "float32": (2e-3, 1e-3), "bfloat16": (0.2, 0.05), "8bit": (0.4, 0.15)}
 #: Room for rounding around the interval of random numbers that a token stands for.
-UNIFORM = {"float64": 1e-4, "float32": 1e-3, "bfloat16": 0.02}
+UNIFORM = {"float64": 1e-4, "float32": 1e-3, "bfloat16": 0.02, "8bit": 0.05}
 #: Share of tokens that lie in their intervals.
 DRAWN = 0.95
 #: Standard deviations by which the surprise of tokens may differ from their entropy.
 SURPRISE = 5.0
+#: Variance (nats squared) that is added to theirs: of a policy that is nearly sure, one rare token is many deviations.
+RARE = 9.0
 #: Most tokens of a minibatch whose gradient is computed again.
 MOST_TOKENS = 16_384
 FEW = 8
@@ -48,8 +55,7 @@ class Passes:
         self.sheet, self.step, self.prompts, self.responses = sheet, sheet.update, prompts, responses
         self.config, self.sources = sheet.facts["config"], sheet.facts["sources"]
         self.with_models = with_models
-        exact = self.config["quantization"] != "8bit"  # whose activations are rounded, too
-        self.dtype = self.sources["dtype"] if exact else "bfloat16"
+        self.dtype = "8bit" if self.config["quantization"] == "8bit" else self.sources["dtype"]
         self.rollout = sheet.group("rollout")
         entries = sheet.facts["minibatches"]
         rows = [row for part in entries[0].get("rows", ()) for row in part] if entries else []
@@ -127,12 +133,16 @@ class Passes:
 
     @contextlib.contextmanager
     def _gradients(self, wanted: bool) -> Any:
-        """Context in which the tensors whose gradients were recorded have gradients, and no others."""
-        names = self.sheet.group("gradient/0")
+        """Context in which the tensors that were chosen for the sheet have gradients, and no others."""
         for name, parameter in self.roles.parameters.items():
-            parameter.requires_grad_(wanted and not self.too_long and name in names)
-        with torch.set_grad_enabled(wanted and bool(names) and not self.too_long):
+            parameter.requires_grad_(wanted and not self.too_long and name in self.chosen)
+        with torch.set_grad_enabled(wanted and bool(self.chosen) and not self.too_long):
             yield
+
+    @cached_property
+    def chosen(self) -> list[str]:
+        """The tensors that the recorder copied, with a gradient or without one."""
+        return sorted(self.sheet.group("gradient/0").keys() | self.sheet.group("before/0/weight").keys())
 
     def _cut(self, x: Tensor, rows: Sequence[int]) -> list[Tensor]:
         return [row[: len(self.responses[r])].detach().cpu() for row, r in zip(x, rows, strict=True)]
@@ -140,16 +150,47 @@ class Passes:
     def _recorded(self, name: str, rows: Sequence[int]) -> Tensor:
         return torch.cat([self.rollout[name][row, : len(self.responses[row])] for row in rows])
 
-    def _compared(
-        self, quantity: Quantity, name: str, expected: list[Tensor], rows: Sequence[int], detail: str = ""
-    ) -> Statement:
+    @cached_property
+    def _finer(self) -> Roles:
+        """The same models in a type that rounds less."""
+        return Roles(self.sheet.group("weights"), self.config, {**self.sources, "dtype": FINER[self.dtype]})
+
+    @torch.no_grad()
+    def rounding(self, name: str) -> float:
+        """Return by how much the compute type itself moves the numbers of a few rows: large weights make it large."""
+        if self.dtype not in FINER:
+            return 0.0
+        role = {"ref_logprobs": "reference", "values": self.roles.value_role()}.get(name, "policy")
+        outputs: list[list[Tensor]] = []
+        for roles in (self.roles, self._finer):
+            outputs.append([])
+            with roles.role(role) as model:
+                for part, batch in self._batches(self.few):
+                    values = name == "values"
+                    x = (
+                        roles.values(model, batch)
+                        if values
+                        else roles.logprobs(model, batch, self.config["temperature"])
+                    )
+                    outputs[-1] += self._cut(x, part)
+        return rms(torch.cat(outputs[0]).double() - torch.cat(outputs[1]).double())
+
+    def _is_rough(self, *names: str) -> bool:
+        """Return whether rounding alone moves numbers further than the limits for them."""
+        return any(ROUNDINGS * self.rounding(name) > self._limit(name, self.rollout["values"]) for name in names)
+
+    def _limit(self, name: str, values: Tensor) -> float:
+        return ROUNDING[self.dtype] * (1.0 if name.endswith("logprobs") else max(rms(values), 0.1))
+
+    def _compared(self, quantity: Quantity, name: str, expected: list[Tensor], rows: Sequence[int]) -> Statement:
         wanted = torch.cat(expected)
-        scale = 1.0 if name.endswith("logprobs") else max(rms(wanted), 0.1)
-        limit = ROUNDING[self.dtype] * scale
+        limit, recorded = self._limit(name, wanted), self._recorded(name, rows)
         what = f"{len(wanted)} tokens of {len(rows)} responses"
-        return quantity.compared(
-            self._recorded(name, rows), wanted, limit=limit, step=self.step, what=what, detail=detail
-        )
+        statement = quantity.compared(recorded, wanted, limit=limit, step=self.step, what=what)
+        if not statement.passed:
+            limit = max(limit, ROUNDINGS * self.rounding(name))
+            statement = quantity.compared(recorded, wanted, limit=limit, step=self.step, what=what)
+        return statement
 
     def old_logprobs(self) -> Statement:
         """Compare the old log-probabilities with the policy's."""
@@ -177,11 +218,15 @@ class Passes:
         for name, weight in zip(names, weights, strict=True):
             total += weight * self._scores(name, tokenizer).double().cpu()
         recorded = self.rollout["raw_scores"][self.few]
-        exact = not any(name.startswith("reward/") for name in names)
+        exact = not any(name in self.sources["rewards"] for name in names)
         limit = 1e-5 * max(rms(total), 1.0) if exact else ROUNDING[self.dtype] * max(rms(total), 0.5)
-        return q.RAW_SCORES.compared(
+        statement = q.RAW_SCORES.compared(
             recorded, total, limit=limit, step=self.step, what=f"scores of {len(self.few)} responses"
         )
+        for name in names if not statement.passed else ():
+            if ":" in name and name not in self.sources["rewards"] and not self._repeats(name, tokenizer):
+                raise NotExamined(f"the function {name} does not give the same scores twice")
+        return statement
 
     def _scores(self, name: str, tokenizer: Any) -> Tensor:
         """Return the scores of a few rows by one reward."""
@@ -191,7 +236,7 @@ class Passes:
             return self.roles.scores(name, [self._reward_row(name, row, tokenizer) for row in self.few])
         if ":" not in name:
             raise NotExamined(f"the classifier {name} is not opened again")
-        return self._called(name, tokenizer)[self.few]
+        return torch.tensor(self._called(name, self._texts(tokenizer)), dtype=torch.float64)[self.few]
 
     def _reward_row(self, name: str, row: int, tokenizer: Any) -> list[int]:
         """Return the tokens that a registered reward model reads of a row."""
@@ -209,15 +254,26 @@ class Passes:
         data: dict[str, Any] = self.sheet.facts["rows"][str(int(self.rollout["prompt"][row]))]
         return data
 
-    def _called(self, name: str, tokenizer: Any) -> Tensor:
-        """Return the scores of the whole rollout by a function: some compare responses with each other."""
+    def _texts(self, tokenizer: Any) -> list[str]:
+        return [decode_answer(tokenizer, response) for response in self.responses]
+
+    def _repeats(self, name: str, tokenizer: Any) -> bool:
+        """Return whether a function draws no random numbers and remembers nothing: texts that are new to it score alike twice."""
+        texts = self._texts(tokenizer)
+        new = [f"{text} ({self.step})" for text in texts]
+        return all(self._called(name, some) == self._called(name, some) for some in (texts, new))
+
+    def _called(self, name: str, texts: list[str]) -> list[float]:
+        """Return the scores of the whole rollout by a function: some compare responses with each other.
+
+        Each call may change what a function remembers, so there is one, and more only where its scores differ.
+        """
         module, _, attribute = name.partition(":")
         try:
             function = getattr(importlib.import_module(module), attribute)
         except (ImportError, AttributeError, ValueError) as error:
             raise NotExamined(f"the function {name} cannot be imported: {error}") from error
-        rows = [self._data(row) for row in range(len(self.responses))]
-        texts = [decode_answer(tokenizer, response) for response in self.responses]
+        rows = [copy.deepcopy(self._data(row)) for row in range(len(self.responses))]  # a function may change its own
         columns = {
             f"{key}_" if key in ("prompts", "responses") else key: [row.get(key) for row in rows]
             for key in sorted({key for row in rows for key in row} - {"prompt"})
@@ -225,11 +281,8 @@ class Passes:
         parameters = inspect.signature(function).parameters.values()
         if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
             columns = {key: column for key, column in columns.items() if key in {p.name for p in parameters}}
-        with contextlib.redirect_stdout(io.StringIO()):
-            scores, again = (list(function([row["prompt"] for row in rows], texts, **columns)) for _ in range(2))
-        if scores != again:
-            raise NotExamined(f"the function {name} does not give the same scores twice")
-        return torch.tensor([float(score) for score in scores], dtype=torch.float64)
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.chdir("."):
+            return [float(score) for score in function([row["prompt"] for row in rows], list(texts), **columns)]
 
     @cached_property
     def drawn(self) -> tuple[list[Tensor], float, dict[int, float]]:
@@ -265,7 +318,7 @@ class Passes:
                         u = numbers[row, : len(tokens)]
                         fits = (u >= upper - own.exp() - room) & (u <= upper + room)
                         inside[update] += float(fits.sum())
-        return logprobs, gap / max(variance, 1e-12) ** 0.5, {update: hits / count for update, hits in inside.items()}
+        return logprobs, gap / (variance + RARE) ** 0.5, {update: hits / count for update, hits in inside.items()}
 
     def sampling(self) -> Statement:
         """Compare the sampler's log-probabilities and the surprise of its tokens with the policy's distribution."""
@@ -281,6 +334,8 @@ class Passes:
         shares = self.drawn[2]
         own = shares[self.step - 1]
         measured = f"{own:.1%} of the tokens fit the random numbers of this update (at least {DRAWN:.0%})"
+        if own < DRAWN and self._is_rough("logprobs"):
+            raise NotExamined(f"{self.dtype} rounds too much at these weights")
         if own >= DRAWN:
             return q.RANDOM_NUMBERS.agrees(measured, self.step)
         others = [update for update, share in shares.items() if share >= DRAWN]
@@ -296,8 +351,11 @@ class Passes:
         if not recorded:
             return q.GRADIENT.differs("no gradient reached the weights", self.step)
         for role in ("policy", "value"):
-            names = [name for name in recorded if (".value" in name or name.startswith("value")) == (role == "value")]
-            pairs = [(recorded[name].flatten().double(), own[name].grad) for name in names]
+            names = [
+                name for name in self.chosen if (".value" in name or name.startswith("value")) == (role == "value")
+            ]
+            arrived = {name: recorded.get(name, torch.zeros_like(own[name], device="cpu")) for name in names}
+            pairs = [(arrived[name].flatten().double(), own[name].grad) for name in names]
             if not pairs:
                 continue
             copied = torch.cat([one for one, _ in pairs])
@@ -313,5 +371,7 @@ class Passes:
                 f"(limit {direction:g})"
             )
             if max(length, float(copied.norm())) > 1e-9 and not (abs(scale - 1) <= size and rest <= direction):
+                if self._is_rough("logprobs" if role == "policy" else "values"):
+                    raise NotExamined(f"{self.dtype} rounds too much at these weights")
                 return q.GRADIENT.differs(measured[-1], self.step)
         return q.GRADIENT.agrees("; ".join(measured), self.step)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +14,8 @@ import torch
 from audit_runs import Start, start, wrong
 
 from rlhf.doctor.audit import quantities
-from rlhf.doctor.audit.ppo import examine
+from rlhf.doctor.audit.ppo import Examination, examine
+from rlhf.doctor.audit.ppo_passes import SURPRISE
 from rlhf.doctor.audit.sheet import Sheet, list_sheets, read_sheet
 from rlhf.doctor.statements import Statement
 
@@ -122,3 +126,50 @@ def test_a_difference_is_found_where_it_is(name: str, sheet: Sheet) -> None:
     assert wrong(statements)[:1] == [name]
     one = next(one for one in statements if one.name == name)
     assert one.severity == "critical" and one.cause and one.action and one.explains
+
+
+def test_answers_that_are_alike_by_chance(sheet: Sheet) -> None:
+    """Catches: a policy that has one answer left, and the prompts of a short data set, called frozen random numbers."""
+    altered = Sheet(sheet.update, copy.deepcopy(sheet.facts), dict(sheet.tensors))
+    _same_as_before(altered)
+    tokens = altered.tensors["rollout/mask"].sum()
+    names = [wrong(_sure(altered, nats / tokens)) for nats in (-19.0, -21.0)]
+    assert names == [[], ["rollouts_differ"]]
+    again = Sheet(sheet.update, copy.deepcopy(sheet.facts), dict(sheet.tensors))
+    again.tensors["earlier/prompt"] = again.tensors["rollout/prompt"]
+    count = len(again.tensors["rollout/prompt"])
+    for size, expected in ((2 * count, []), (3 * count, ["rollouts_differ"])):  # update 3 begins a pass, or ends it
+        again.facts["num_prompts"] = size
+        assert [name for name in wrong(examine(again, with_models=False)) if name == "rollouts_differ"] == expected
+
+
+def _sure(sheet: Sheet, logprob: Any) -> list[Statement]:
+    mask = sheet.tensors["rollout/mask"]
+    sheet.tensors["rollout/sampler_logprobs"] = torch.where(mask, float(logprob), 0.0)
+    return [one for one in examine(sheet, with_models=False) if one.name == "rollouts_differ"]
+
+
+def test_a_rare_token_of_a_sure_policy(sheet: Sheet) -> None:
+    """Catches: one token of probability 1e-4, which comes now and then, called another distribution."""
+    vocabulary = 40
+    sure = torch.full((vocabulary,), 1e-4 / (vocabulary - 1)).log()
+    deviations = []
+    for rare in (1, 4):
+        places = iter(range(10_000))
+
+        def distribution(
+            model: Any, batch: Any, temperature: float, places: Any = places, rare: int = rare
+        ) -> torch.Tensor:
+            log_pi = sure.repeat(len(batch.lengths), batch.width, 1)
+            for row, response in enumerate(batch.tokens.tolist()):
+                for t, token in enumerate(response[: batch.lengths[row]]):
+                    likely = token if next(places) >= rare else (token + 1) % vocabulary
+                    log_pi[row, t, likely] = math.log(1 - 1e-4)
+            return log_pi
+
+        passes = Examination(sheet, with_models=False).passes
+        passes.responses = [[token % vocabulary for token in response] for response in passes.responses]
+        roles = SimpleNamespace(sampler=lambda: contextlib.nullcontext(), distribution=distribution, device="cpu")
+        passes.__dict__["roles"] = roles
+        deviations.append(passes.drawn[1])
+    assert 0 < deviations[0] < SURPRISE < deviations[1]

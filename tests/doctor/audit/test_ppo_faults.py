@@ -68,6 +68,18 @@ def _own_tokens(original: Any) -> Any:
     return train
 
 
+def _lost(original: Any) -> Any:
+    """Half of the policy's gradients never arrive."""
+
+    def accumulate(models: Any, *a: Any, **k: Any) -> Any:
+        statistics = original(models, *a, **k)
+        for p in list(models.trainable("policy").values())[::2]:
+            p.grad = None
+        return statistics
+
+    return accumulate
+
+
 def _base_moves(original: Any) -> Any:
     def step(trainer: Any, *a: Any, **k: Any) -> Any:
         next(p for p in trainer.models.parameters() if not p.requires_grad).data.mul_(1.001)
@@ -132,6 +144,7 @@ FAULTS: dict[str, tuple[str, str, Callable[[Any], Any]]] = {
         lambda original: lambda v, old, returns, mask, **k: original(v, old, -returns, mask, **k),
     ),
     "loss divided by microbatch": ("gradient", "rlhf.ppo.gradients._train", _own_tokens),
+    "gradients that do not arrive": ("gradient", "rlhf.ppo.trainer.accumulate", _lost),
     "no clipping of the norm": ("gradient_clipping", "torch.nn.utils.clip_grad_norm_", lambda f: lambda p, m: f(p, 1e9)),
     "schedule not stepped": (
         "learning_rate", "torch.optim.lr_scheduler.LambdaLR.step",

@@ -29,6 +29,7 @@ MODES: dict[str, dict[str, Any]] = {
     "DoRA, texts": {"use_dora": "true", "ptx_coef": 1.0, "max_prompt_length": 64},
     "cold": {"temperature": 0.7, "gamma": 0.9, "weight_decay": 0.1, "lr_scheduler_type": "linear", "warmup_steps": 0},
     "function": {"reward": "audit_runs:brevity"},
+    "large scores": {"reward": "audit_runs:large", "whiten_rewards": "false", "lam": 1.0},
 }
 
 
@@ -43,6 +44,19 @@ def test_sound_runs(mode: str, start: Start) -> None:
     assert {one.step for one in rows} == {1, 2} and len(rows) == 2 * len(QUANTITIES)
     assert unseen == set()
     assert first == {"rollouts_differ", "weights_kept"} | ({"policy_loss"} if "warm-up" in mode else set())
+
+
+def test_a_run_that_diverges(start: Start) -> None:
+    """Catches: a step size that is too large called a fault of the computation: bf16 rounds more where weights are large."""
+    assert wrong(statements(start(total_episodes=48, learning_rate=0.1, dtype="bfloat16"))) == []
+
+
+def test_a_reward_that_remembers(start: Start) -> None:
+    """Catches: a run that is accused because its reward scores the same texts otherwise the second time."""
+    rows = statements(start(total_episodes=16, reward="audit_runs:novelty"))
+    assert wrong(rows) == []
+    measured = {one.measured for one in rows if one.name == "raw_scores"}
+    assert measured == {"not examined: the function audit_runs:novelty does not give the same scores twice"}
 
 
 def test_a_run_ends_in_the_same_bytes(start: Start) -> None:
