@@ -333,10 +333,12 @@ class Examination:
         else:
             loss = torch.cat(self.own_losses).sum() / self._divisor()
         total, earlier = self.sheet.group("gradient/all"), self.sheet.group("gradient/earlier")
-        if unknown := [name for name in total if name not in self.twin.parameters]:
+        chosen = list(self.sheet.group("before/weight"))  # also where no gradient arrived
+        if unknown := [name for name in chosen if name not in self.twin.parameters]:
             raise NotExamined(f"{unknown[0]} is no weight that can be opened plainly")
-        added = {name: tensor - earlier.get(name, torch.zeros(())) for name, tensor in total.items()}
-        expected = self.twin.gradients(loss, list(total))
+        expected = self.twin.gradients(loss, chosen)
+        none = {name: torch.zeros(tensor.shape) for name, tensor in expected.items()}
+        added = {name: total.get(name, none[name]) - earlier.get(name, none[name]) for name in chosen}
         largest = max([rms(g) * math.sqrt(g.numel()) for g in expected.values()], default=0.0)
         worst = ("none", 0.0)
         for name, own in expected.items():

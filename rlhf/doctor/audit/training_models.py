@@ -50,7 +50,7 @@ class Twin:
         elif facts["stage"] == "reward":
             model = model.to(torch.promote_types(self.dtype, torch.float32))
         self.model = model.eval().requires_grad_(False)
-        self._chosen = sheet.group("gradient/all").keys()
+        self._chosen = sheet.group("before/weight").keys()
         self.head: Tensor | None = None
         self.parameters: dict[str, Tensor] = {}
         self._by_token: list[Tensor] = []

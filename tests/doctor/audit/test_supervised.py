@@ -234,6 +234,16 @@ def moved_base(right: Any, trainer: Any, model: Any, *args: Any, **kwargs: Any) 
     return right(trainer, model, *args, **kwargs)
 
 
+def lost(right: Any, trainer: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+    def drop(parameter: Any) -> None:
+        parameter.grad = None
+
+    for parameter in [p for p in model.parameters() if p.requires_grad][::2]:
+        if not parameter._post_accumulate_grad_hooks:
+            parameter.register_post_accumulate_grad_hook(drop)
+    return right(trainer, model, *args, **kwargs)
+
+
 def frozen_order(sampler: Any) -> Iterator[int]:
     return iter([*range(8), *range(8), *range(16, len(sampler.lengths))])
 
@@ -274,6 +284,7 @@ SFT_FAULTS: dict[str, tuple[str, Patch]] = {
     "loss averaged by row": ("loss", lossy(by_row)),
     "gradient backwards": ("gradient", lossy(backwards)),
     "accumulation not divided": ("loss", wrapped(sft_stage.AnswerTrainer, "compute_loss", own_divisor)),
+    "gradients that do not arrive": ("gradient", wrapped(sft_stage.AnswerTrainer, "compute_loss", lost)),
     "gradients stay": ("gradients_zeroed", no_zeros),
     "answers of other rows": ("tokens", wrapped(sft_stage, "encode_demonstrations", mixed_up)),
     "prompt cut": ("tokens", wrapped(sft_stage, "encode_demonstrations", cut)),
