@@ -179,6 +179,16 @@ class Roles:
         distribution = self.distribution(model, batch, temperature)
         return torch.where(batch.real, distribution.gather(2, batch.tokens[:, :, None])[:, :, 0], 0.0)
 
+    @contextlib.contextmanager
+    def in_type(self, model: Any, name: str | None) -> Iterator[Any]:
+        """Context that yields the model as it is, or a copy in a type that rounds less."""
+        own = self.dtype
+        self.dtype = own if name is None else getattr(torch, name)
+        try:
+            yield model if name is None else copy.deepcopy(model).to(self.dtype)
+        finally:
+            self.dtype = own
+
     def values(self, model: Any, batch: Batch) -> Tensor:
         """Return the values (n, R) read before each response token, 0 behind their ends."""
         states = self._states(model, batch)[:, batch.left - 1 : -1]

@@ -43,6 +43,8 @@ SURPRISE = 5.0
 RARE = 9.0
 #: Most tokens of a minibatch whose gradient is computed again.
 MOST_TOKENS = 16_384
+#: Most bytes of models times tokens for which audits after that of the first update compute the gradient again.
+LATER_GRADIENT = 1e11
 FEW = 8
 
 
@@ -61,7 +63,8 @@ class Passes:
         rows = [row for part in entries[0].get("rows", ()) for row in part] if entries else []
         self.rows: list[int] = rows or list(range(len(prompts)))
         tokens = sum(len(prompts[row]) + len(responses[row]) for row in self.rows)
-        self.too_long = tokens > MOST_TOKENS
+        later = self.step > 1 and tokens * sheet.facts["model_bytes"] > LATER_GRADIENT
+        self.too_long = tokens > MOST_TOKENS or later
         if self.too_long:
             self.rows = self.rows[:FEW]
         self.few = self.rows[:FEW]
@@ -150,30 +153,27 @@ class Passes:
     def _recorded(self, name: str, rows: Sequence[int]) -> Tensor:
         return torch.cat([self.rollout[name][row, : len(self.responses[row])] for row in rows])
 
-    @cached_property
-    def _finer(self) -> Roles:
-        """The same models in a type that rounds less."""
-        return Roles(self.sheet.group("weights"), self.config, {**self.sources, "dtype": FINER[self.dtype]})
-
-    @torch.no_grad()
     def rounding(self, name: str) -> float:
-        """Return by how much the compute type itself moves the numbers of a few rows: large weights make it large."""
+        """Return by how much the compute type itself moves numbers of a few rows: deep models and large weights round more."""
         if self.dtype not in FINER:
             return 0.0
-        role = {"ref_logprobs": "reference", "values": self.roles.value_role()}.get(name, "policy")
-        outputs: list[list[Tensor]] = []
-        for roles in (self.roles, self._finer):
-            outputs.append([])
-            with roles.role(role) as model:
-                for part, batch in self._batches(self.few):
-                    values = name == "values"
-                    x = (
-                        roles.values(model, batch)
-                        if values
-                        else roles.logprobs(model, batch, self.config["temperature"])
-                    )
-                    outputs[-1] += self._cut(x, part)
-        return rms(torch.cat(outputs[0]).double() - torch.cat(outputs[1]).double())
+        return self._roundings["values" if name == "values" else "policy"]
+
+    @cached_property
+    def _roundings(self) -> dict[str, float]:
+        """Root mean square differences of log-probabilities and values to passes in a finer type."""
+        roles, batch, sizes = self.roles, self._batch(self.few[: FEW // 2]), {}
+        with_values = "returns" in self.sheet.group("credit")
+        for what, role in {"policy": "policy", **({"values": roles.value_role()} if with_values else {})}.items():
+            with roles.role(role) as model, torch.no_grad():
+                pair = []
+                for finer in (None, FINER[self.dtype]):
+                    with roles.in_type(model, finer) as own:
+                        temperature = self.config["temperature"]
+                        x = roles.values(own, batch) if what == "values" else roles.logprobs(own, batch, temperature)
+                        pair.append(x.double())
+                sizes[what] = rms((pair[0] - pair[1])[batch.real])
+        return sizes
 
     def _is_rough(self, *names: str) -> bool:
         """Return whether rounding alone moves numbers further than the limits for them."""
@@ -345,7 +345,7 @@ class Passes:
     def gradient(self) -> Statement:
         """Compare the gradients of a few tensors, by role, with those of the plain losses."""
         if self.too_long:
-            raise NotExamined("the minibatch is too long to be computed again")
+            raise NotExamined("it takes too long here; that of the first update is, up to 16,384 tokens")
         _ = self.trained
         recorded, own, measured = self.sheet.group("gradient/0"), self.roles.parameters, []
         if not recorded:

@@ -26,6 +26,8 @@ from rlhf.doctor.statements import Statement
 LOSS = {"float64": 1e-5, "float32": 1e-4, "bfloat16": 0.01, "8bit": 0.05}
 SCORES = {"float64": 1e-5, "float32": 1e-3, "bfloat16": 0.1, "8bit": 0.2}
 GRADIENT = {"float64": 1e-4, "float32": 5e-3, "bfloat16": 0.15, "8bit": 0.4}
+#: The same for a ranking loss, whose gradient is made of differences between like answers: their rounding weighs more.
+RANKING_GRADIENT = {**GRADIENT, "bfloat16": 0.35, "8bit": 0.6}
 #: Least norm of a gradient that is compared by itself, as a share of the largest.
 NOISE = 0.02
 
@@ -346,8 +348,9 @@ class Examination:
             worst = max(
                 worst, (name, float((added[name].double() - own.double().cpu()).norm()) / norm), key=lambda w: w[1]
             )
-        measured = f"{worst[0]} is off by {worst[1]:.2g} of its norm (limit {GRADIENT[self.kind]:g})"
-        if worst[1] <= GRADIENT[self.kind]:
+        limit = (RANKING_GRADIENT if self.stage == "reward" else GRADIENT)[self.kind]
+        measured = f"{worst[0]} is off by {worst[1]:.2g} of its norm (limit {limit:g})"
+        if worst[1] <= limit:
             return q.GRADIENT.agrees(measured, self.step)
         return q.GRADIENT.differs(measured, self.step, self._scale(added, expected))
 
