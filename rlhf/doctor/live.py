@@ -108,7 +108,9 @@ class LiveDoctor:
         if not int(distributed.from_main(torch.tensor(int(stops)))):
             return None
         reason = f"doctor, {moment(critical[0].last)}: {critical[0]}" if critical else "doctor"
-        return Order(action="stop", reason=f"{reason}. Stopped; --resume true --doctor warn goes on")
+        trained = bool(self.history.step or any(s.step for s in statements))
+        end = "Stopped; --resume true" if trained else "Stopped before the training;"
+        return Order(action="stop", reason=f"{reason}. {end} --doctor warn goes on")
 
     def _report(self, finding: Finding) -> None:
         """Print a line and send an alert, once while the finding lasts."""

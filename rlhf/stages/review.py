@@ -8,7 +8,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.base import distributed
+from rlhf.base.errors import UserError
 from rlhf.data_prep.load import Loaded
+from rlhf.doctor.live import LiveDoctor
 from rlhf.doctor.review import answer_limits, inputs
 from rlhf.doctor.review.facts import Facts
 from rlhf.doctor.review.limits import judge
@@ -64,9 +66,11 @@ def _demonstrations(run: Run[Any]) -> Loaded | None:
 
 
 def _state(run: Run[Any], statements: Sequence[Statement]) -> None:
-    """Keep statements in the run's folder, and print findings; a resumed run has made them before."""
+    """Keep statements in the run's folder, and show them to the doctor; a resumed run has made them before."""
     if run.config.resume and (run.folder / STATEMENTS).is_file():
         return
     if distributed.rank() == 0:
         append(run.folder, statements)
-    inputs.report(statements, stop=inputs.general_action(run.config.doctor) == "stop")
+    order = LiveDoctor(run.stage, run.config.doctor, run.tracker, {}).examine_statements(statements)
+    if order is not None:
+        raise UserError(order.reason)

@@ -7,10 +7,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.base import distributed
 from rlhf.base.errors import UserError
 from rlhf.config import TrainingConfig
 from rlhf.data_prep.load import Loaded
@@ -155,23 +153,3 @@ def with_figures(facts: Facts, figures: Figures) -> Facts:
 def general_action(words: Sequence[str]) -> str:
     """Return the action of the option `doctor` on critical findings."""
     return next((word for word in words if "=" not in word), "warn")
-
-
-def line(statement: Statement) -> str:
-    """Return a finding as one line."""
-    return f"{statement.name} ({statement.severity}): {statement.measured}. Cause: {statement.cause}. To do: {statement.action}"
-
-
-def report(statements: Sequence[Statement], *, stop: bool) -> None:
-    """Print a line for each finding, in the first of several processes.
-
-    Raises:
-        UserError: `stop` is set, and a finding is critical.
-    """
-    findings = [s for s in statements if not s.passed and s.severity != "note"]
-    for statement in findings if distributed.rank() == 0 else ():
-        print(f"review {line(statement)}", flush=True)
-    critical = [s for s in findings if s.severity == "critical"]
-    if stop and float(distributed.from_main(torch.tensor(float(len(critical))))):
-        names = "; ".join(f"{s.name} ({s.measured}; {s.action})" for s in critical)
-        raise UserError(f"doctor: stopped before the training, inputs are critical: {names}. --doctor warn goes on")

@@ -15,6 +15,7 @@ from rlhf.config import PPOConfig, SFTConfig
 from rlhf.doctor import statements
 from rlhf.doctor.review import answer_limits, inputs
 from rlhf.doctor.review.command import main
+from rlhf.run.tracker import Tracker
 from rlhf.stages import sft
 
 #: Nearly 400 times the step size that suits a width of 32.
@@ -42,18 +43,22 @@ def test_statements_are_kept_without_the_preflight_too(
     own = reviewed(options)
     assert own["learning_rate"].passed and own["empty"].passed
     assert not own["updates"].passed and own["updates"].severity == "note"
-    assert "review " not in capsys.readouterr().out
+    assert "doctor, " not in capsys.readouterr().out
 
 
 def test_a_finding_is_a_line_and_stops_where_the_doctor_shall(
-    options: dict[str, Any], capsys: pytest.CaptureFixture[str]
+    options: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches: an order to stop that only the health checks follow, and one that is followed without being given."""
+    """Catches: an order to stop that only the health checks follow, and one that is followed without being given, or a
+    finding without its alert."""
+    alerts: list[str] = []
+    monkeypatch.setattr(Tracker, "alert", lambda self, title, text, severity: alerts.append(f"{severity} {title}"))
     absurd = {**options, "learning_rate": ABSURD}
     sft.run(SFTConfig(**absurd), only_preflight=True)
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("review ")]
-    assert line.startswith("review learning_rate (critical): step size") and "To do: lower learning_rate" in line
-    with pytest.raises(UserError, match=r"stopped before the training.*learning_rate.*--doctor warn goes on"):
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("doctor, ")]
+    assert line.startswith("doctor, the start: learning_rate: step size") and "To do: lower learning_rate" in line
+    assert alerts == ["critical sft: learning_rate at the start"]
+    with pytest.raises(UserError, match=r"learning_rate.*Stopped before the training; --doctor warn goes on"):
         sft.run(SFTConfig(**absurd, doctor=["stop"]), only_preflight=True)
 
 
