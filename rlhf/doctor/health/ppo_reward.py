@@ -73,7 +73,7 @@ def reward_scale(h: History, *, mean: float = 5, narrow: float = 0.05, wide: flo
     causes={
         "prompts that are cut or rendered in another way in one of the two": ["audit:prompts"],
         "scores that are computed or scaled in another way in one of the two": ["audit:raw_scores"],
-        "held-out prompts of another kind": ["review:splits_differ"],
+        "held-out prompts of another kind": [],
     },
     action="read the first rollout's prompts and scores in samples.jsonl beside those of held-out prompts",
     explains=("reward_scale",),
