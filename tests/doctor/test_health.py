@@ -109,6 +109,11 @@ SICK: dict[str, tuple[str, dict[str, Course], dict[str, Any]]] = {
     "loss_rising": ("sft", {"sft/loss": lambda n, t, e: 4.4 + 4 * t}, {}),
     "accuracy_below_chance": ("reward", {}, {"evaluations": {"reward/eval_accuracy": [0.5, 0.4, 0.3]}}),
     "accuracy_at_chance": ("reward", {}, {"evaluations": {"reward/eval_accuracy": [0.48, 0.52, 0.5]}}),
+    "overfitted": (
+        "reward",
+        {"reward/loss": lambda n, t, e: 0.7 - 0.6 * t},
+        {"evaluations": {"reward/eval_loss": [0.5, 0.6, 0.7]}},
+    ),
     "loss_flat": ("sft", {"sft/loss": lambda n, t, e: 4.4}, {"evaluations": {"sft/eval_loss": [4.5, 4.5, 4.499]}}),
     "batch_spike": ("reward", {"reward/grad_norm": lambda n, t, e: 20.0 if n == 15 else 0.5}, {}),
     "wrong_reference": ("ppo", {"objective/kl_k3": lambda n, t, e: 3.0}, {}),
@@ -135,6 +140,8 @@ SICK: dict[str, tuple[str, dict[str, Course], dict[str, Any]]] = {
     "reward_scale": ("ppo", {"objective/raw_score": lambda n, t, e: 40.0}, {}),
     "start_differs": ("ppo", {"eval/score": lambda n, t, e: 60.0}, {}),
     "reward_opposes_judge": ("ppo", {"objective/gold_correlation": lambda n, t, e: -0.6 + 0.1 * e}, {}),
+    "answers_empty": ("ppo", {}, {"samples": [{**row, "response": " "} for row in SAMPLES]}),
+    "answers_alike": ("ppo", {}, {"samples": [{**row, "response": "Yes."} for row in SAMPLES]}),
     "cut_off": ("ppo", {"response/stop_rate": lambda n, t, e: 0.05}, {}),
     "steps_too_large": ("ppo", {"ppo/approx_kl": lambda n, t, e: 0.5 if n == 7 else 0.003}, {}),
     "kl_jump": ("ppo", {"objective/kl_full": lambda n, t, e: 0.1 if n < 5 else 5.0}, {}),
@@ -186,11 +193,12 @@ def test_a_healthy_run_has_no_findings(stage: str) -> None:
 
 #: Checks in the order of a diagnosis; others may come between them.
 ORDER = [
-    "not_finite", "learning_rate_zero", "schedule_ended", "no_gradient", "loss_rising", "accuracy_below_chance",
+    "not_finite", "learning_rate_zero", "schedule_ended", "no_gradient", "loss_rising", "overfitted", "accuracy_below_chance",
     "accuracy_at_chance", "loss_flat", "batch_spike", "wrong_reference", "template_twice", "pad_is_stop",
     "padding_counted", "sampler_mismatch", "sampler_drift", "stale_logprobs", "advantages_not_centred",
     "gradient_zero", "policy_unmoved", "same_as_sft", "value_untrained", "reward_constant", "reward_scale",
-    "start_differs", "reward_opposes_judge", "cut_off", "length_rewarded", "no_kl_penalty", "steps_too_large", "kl_jump",
+    "start_differs", "reward_opposes_judge", "answers_empty", "answers_alike", "cut_off", "length_rewarded",
+    "no_kl_penalty", "steps_too_large", "kl_jump",
     "negative_kl", "controller_saturated", "over_optimised", "reward_ignores_judge", "stop_rate_falling",
     "entropy_collapse", "responses_alike", "repeated_text", "length_up", "length_down", "kl_high",
     "reward_saturated", "advantages_vanished", "value_dead", "value_useless", "reward_falling",
@@ -357,6 +365,22 @@ def test_a_value_model_on_its_way_up_is_no_fault() -> None:
     stuck: dict[str, Course] = {"ppo/explained_variance": lambda n, t, e: -0.3}
     assert names(run("ppo", rising)) == []
     assert names(run("ppo", stuck)) == ["value_useless"]
+
+
+def test_a_score_that_falls_slowly_is_told_from_noise() -> None:
+    """Catches: a slow decline that ends before it is a fixed number, a score that wanders, and a reward model without one."""
+    slow: dict[str, Course] = {"objective/score": lambda n, t, e: -0.3 * t + 0.02 * e}
+    noisy: dict[str, Course] = {"objective/score": lambda n, t, e: -0.3 * t + 0.3 * e}
+    assert names(run("ppo", slow)) == ["reward_falling"]
+    assert names(run("ppo", noisy)) == []
+
+
+def test_a_reward_model_that_stays_at_its_first_loss_learned_nothing() -> None:
+    """Catches: two evaluations, too few for the accuracy's checks, and a noisy loss taken for one that fell."""
+    still = {"evaluations": {"reward/eval_loss": [0.694, 0.695, 0.694]}}
+    flat: dict[str, Course] = {"reward/loss": lambda n, t, e: 0.7 + 0.05 * e}
+    assert names(run("reward", flat, **still)) == ["loss_flat"]
+    assert names(run("reward", **still)) == [], "learned from training pairs"
 
 
 def test_actions_of_checks() -> None:

@@ -70,6 +70,20 @@ def prompts(end: str) -> History:
     return History("ppo", samples=[{"prompt": f"user user {word} {end}"} for word in "ab"])
 
 
+def spike(errors: float, share: float) -> float:
+    """One value among twelve, the others 0 and the last five -1, so that the fall by 1 is so many standard errors.
+
+    Neighbours differ by s, -s and -1: noise^2 is half of (2 s^2 + 1) / 11 - 1 / 121, and the error's square `share` x noise^2.
+    """
+    return math.sqrt((22 * (1 / (share * errors**2) + 1 / 242) - 1) / 2)
+
+
+def answers(texts: Sequence[str], total: int) -> History:
+    others = [f"answer {i}" for i in range(total - len(texts))]
+    rows = [{"step": 1, "prompt": str(i), "response": text} for i, text in enumerate([*texts, *others])]
+    return History("ppo", samples=[*rows, *({**row, "step": 4, "response": "late"} for row in rows)])
+
+
 def falling_judge(errors: float) -> Figures:
     """Twelve updates at whose end the judge's running mean is so many standard errors below its best.
 
@@ -146,7 +160,23 @@ CASES = [
     ),
     Case(
         check="loss_flat", limit="training_fall", stage="sft", found="below",
-        at=lambda x: {"sft/loss": [0, 0, 3.0] + [9.0] * 4 + [0, 0, 0, 0, 5 * (1 - x)], "sft/eval_loss": 2.0},
+        at=lambda x: {"sft/loss": [1.0] * 7 + [1 - x] * 5, "sft/eval_loss": 2.0},
+    ),
+    Case(
+        check="loss_flat", limit="errors", stage="reward", found="below",
+        at=lambda x: {"reward/loss": [0, 0, 0, spike(x, 1 / 3 + 1 / 5), 0, 0, 0, *[-1] * 5], "reward/eval_loss": 1.0},
+    ),
+    Case(
+        check="overfitted", limit="errors", stage="reward", exact=False,
+        at=lambda x: {"reward/loss": [0, spike(x, 2 / 5), *[0] * 5, *[-1] * 5], "reward/eval_loss": [3] * 6 + [1] * 5 + [2]},
+    ),
+    Case(
+        check="overfitted", values=(2, 1), stage="sft", exact=False,  # the evaluation before the last: above it, or below
+        at=lambda x: {"sft/loss": [9.0] * 7 + [1.0] * 5, "sft/eval_loss": [1.0, x, 1.5]},
+    ),
+    Case(
+        check="overfitted", limit="rise", stage="sft", exact=False,
+        at=lambda x: {"sft/loss": [9.0] * 7 + [1.0] * 5, "sft/eval_loss": [5.0] * 7 + [2.0, 2.0, 2.0, 2.01, 2 * (1 + x)]},
     ),
     Case(
         check="loss_flat", limit="held_out_fall", stage="sft", found="below",
@@ -247,6 +277,10 @@ CASES = [
         check="reward_opposes_judge", limit="correlation", found="below", settings=MANY, exact=False,
         at=lambda x: {"objective/gold_correlation": [5 * x, 0.0, 0.0, 0.0, 0.0, 9.0]},
     ),
+    Case(check="answers_empty", limit="share", exact=False, at=lambda x: answers([""] * round(1000 * x), 1000)),
+    Case(check="answers_empty", limit="answers", exact=False, at=lambda x: answers([" "] * int(x), int(x))),
+    Case(check="answers_alike", limit="share", exact=False, at=lambda x: answers(["yes"] * round(1000 * x), 1000)),
+    Case(check="answers_alike", limit="answers", exact=False, at=lambda x: answers(["yes"] * int(x), int(x))),
     Case(check="cut_off", limit="stopped", found="below", at=lambda x: {"response/stop_rate": [x] * 3}),
     Case(check="cut_off", limit="stopped", found="below", exact=False, at=lambda x: {"response/stop_rate": [0, 0, 3 * x, 9.0]}),
     Case(
@@ -372,6 +406,21 @@ CASES = [
             "objective/score": [0, 0, 0, 9.0, 9.0, 0, 0, 0, 0, -5 * x],
             "objective/score_std": [0, 0, 3.0] + [9.0] * 7,
         },
+    ),
+    Case(
+        check="reward_falling", limit="errors", exact=False,  # scores of noise 1 around their line, sqrt(20 / 18) by its fit
+        at=lambda x: {
+            "objective/score": [(1, -1, -1, 1)[i % 4] - x * math.sqrt(20 / 18) / math.sqrt(665) * i for i in range(20)],
+            "objective/score_std": 15.0,
+        },
+    ),
+    Case(
+        check="reward_falling", limit="slow", exact=False,
+        at=lambda x: {"objective/score": [-2 * x * i / 19 for i in range(20)], "objective/score_std": 2.0},
+    ),
+    Case(
+        check="reward_falling", limit="updates", exact=False,
+        at=lambda x: {"objective/score": [-0.5 * i / (x - 1) for i in range(int(x))], "objective/score_std": 1.0},
     ),
     Case(
         check="reward_falling", limit="least",

@@ -55,9 +55,7 @@ def audited(*stages: str) -> dict[str, Quantity]:
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.name)
 def test_what_excludes_a_cause_is_a_statement_of_its_stage(check: HealthCheck) -> None:
     """Catches: a cause that nothing can exclude, because its statement has another name or is of another stage."""
-    limits = {
-        limit.name for limit in (*INPUT_LIMITS, *ANSWER_TABLE) if set(limit.stages) & set(check.stages)
-    }
+    limits = {limit.name for limit in (*INPUT_LIMITS, *ANSWER_TABLE) if set(limit.stages) & set(check.stages)}
     experiments = "".join(Path(str(module.__file__)).read_text() for module in examine.MODULES)
     for witness in (name for names in check.causes.values() for name in names):
         part, _, name = witness.partition(":")

@@ -19,10 +19,12 @@ _SAMPLES = "sampled texts are not in such a log"
 _BESIDES = {
     "template_twice": _SAMPLES,
     "same_as_sft": _SAMPLES,
+    "answers_empty": _SAMPLES,
+    "answers_alike": _SAMPLES,
     "reward_scale": "its limits are for reward models that were trained here",
 }
 #: Figures that checks need beside those in `needs`, with the number of values.
-_ALSO = {"loss_flat": {"sft/eval_loss": 2}, "gradient_zero": {"ppo/grad_norm": 2}}
+_ALSO = {"loss_flat": {"STAGE/eval_loss": 2}, "gradient_zero": {"ppo/grad_norm": 2}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +71,9 @@ def _reason(run: ForeignRun, check: HealthCheck) -> str:
         return _BESIDES[check.name]
     if check.name == wrong_reference.name and COUNTED in run.log.notes:
         return "which line is of the first update is not in the log"
-    needs = {name.replace("STAGE/", f"{run.kind.stage}/"): check.rows for name in check.needs}
-    for ours, rows in (needs | _ALSO.get(check.name, {})).items():
+    needs = dict.fromkeys(check.needs, check.rows) | _ALSO.get(check.name, {})
+    for name, rows in needs.items():
+        ours = name.replace("STAGE/", f"{run.kind.stage}/")
         count = run.history.count(ours)
         sources = _sources(run, ours)
         if count == 0:

@@ -120,6 +120,10 @@ class History:
         place = bisect_right(steps, step) - 1
         return values[place] if step <= self.step and place >= 0 and steps[place] == step else None
 
+    def logged(self, name: str) -> list[int]:
+        """Return the updates at which a figure was logged with a finite value, as `values` returns them."""
+        return self._finite.get(name, ([], []))[0][: self.count(name)]
+
     def change(self, name: str, *, start: int = 3, recent: int = 3) -> tuple[float, float]:
         """Return the means of the first few and of the last few values, of which as many as both together are needed."""
         assert self.count(name) >= start + recent

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import statistics
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ from collections.abc import Sequence
 from rlhf.doctor.health.check import check
 from rlhf.doctor.health.history import History
 from rlhf.doctor.health.ppo_reward import judge_correlation, reward_constant
-from rlhf.doctor.health.series import FAR_AWAY, exact_kl, gradient_outlier
+from rlhf.doctor.health.series import FAR_AWAY, exact_kl, gradient_outlier, noise, trend
 
 #: Updates of a running mean.
 WIDTH = 5
@@ -316,13 +315,22 @@ def value_useless(h: History, *, variance: float = -0.1, recovery: float = 0.5) 
     rows=10,
     data="`objective/score`",
 )
-def reward_falling(h: History, *, spreads: float = 0.6, least: float = 1e-6) -> str | None:
-    """After {rows} updates: mean of the last 5 below that of the first 3 by {spreads:g} spreads, {least:g} at least."""
+def reward_falling(
+    h: History, *, spreads: float = 0.6, least: float = 1e-6, updates: int = 20, errors: float = 6, slow: float = 0.2
+) -> str | None:
+    """After {rows} updates: mean of the last 5 below that of the first 3 by {spreads:g} spreads, {least:g} at least. After
+    {updates}: a line through all of them falls by {slow:g} spreads and {errors:g} standard errors."""
     start, now = h.change("objective/score", start=3, recent=5)
     spread = statistics.fmean(h.first("objective/score_std", 3))
-    if now > start - max(spreads * spread, least):
+    if now <= start - max(spreads * spread, least):
+        return f"the score fell from {start:.3g} to {now:.3g}, spread {spread:.2g}"
+    scores = h.values("objective/score")
+    if len(scores) < updates:
         return None
-    return f"the score fell from {start:.3g} to {now:.3g}, spread {spread:.2g}"
+    change, error = trend(scores)
+    if change > -max(errors * error, slow * spread, least):
+        return None
+    return f"the score fell steadily, by {-change:.3g} +- {error:.2g} in {len(scores)} updates, spread {spread:.2g}"
 
 
 @check(
@@ -368,5 +376,5 @@ def _running_means(values: Sequence[float]) -> list[float]:
 
 
 def _standard_error(values: Sequence[float]) -> float:
-    """Return the error of a running mean, from the differences of neighbours, which a trend hardly touches."""
-    return statistics.pstdev([b - a for a, b in itertools.pairwise(values)]) / math.sqrt(2 * WIDTH)
+    """Return the error of a running mean."""
+    return noise(values) / math.sqrt(WIDTH)

@@ -48,7 +48,7 @@ def reward_constant(h: History, *, spread: float = NO_SPREAD) -> str | None:
         "responses of another kind than it was trained on": [],
     },
     action="run the reward model's report card on its own data again and compare; verify the registry",
-    explains=("value_useless", "value_clipped", "gradient_spike"),
+    explains=("value_useless", "value_dead", "gradient_spike"),
     needs=("objective/raw_score", "objective/score_std"),
 )
 def reward_scale(h: History, *, mean: float = 5, narrow: float = 0.05, wide: float = 5) -> str | None:
@@ -113,6 +113,56 @@ def reward_opposes_judge(h: History, *, correlation: float = -0.1, errors: float
 
 
 @check(
+    severity="critical",
+    shows="the SFT model answers nothing",
+    causes={
+        "demonstrations without answers": [],
+        "a stop token with which the prompt ends, so that the answer is over": ["audit:prompts"],
+    },
+    action="read the SFT stage's demonstrations, and samples.jsonl; train SFT again",
+    explains=(
+        "reward_constant",
+        "reward_scale",
+        "start_differs",
+        "value_dead",
+        "value_useless",
+        "advantages_vanished",
+        "responses_alike",
+        "reward_saturated",
+    ),
+    data="responses in `samples.jsonl`",
+)
+def answers_empty(h: History, *, share: float = 0.5, answers: int = 8) -> str | None:
+    """At least {share:.0%} of {answers} or more answers in the first 3 rollouts are blank."""
+    texts = list(_first_answers(h).values())
+    blank = texts.count("")
+    return (
+        f"{blank} of {len(texts)} answers are blank" if len(texts) >= answers and blank >= share * len(texts) else None
+    )
+
+
+@check(
+    severity="warning",
+    shows="the SFT model has one answer to different prompts",
+    causes={
+        "demonstrations with one answer": [],
+        "prompts that are cut to what they share": ["audit:prompts"],
+        "a task with few answers": [],
+    },
+    action="read the SFT stage's demonstrations, and samples.jsonl",
+    explains=("reward_constant", "advantages_vanished", "value_dead", "reward_saturated"),
+    data="prompts and responses in `samples.jsonl`",
+)
+def answers_alike(h: History, *, share: float = 0.8, answers: int = 8) -> str | None:
+    """At least {share:.0%} of {answers} or more answers to different prompts in the first 3 rollouts are one text."""
+    texts = list(_first_answers(h).values())
+    count = max(map(texts.count, filter(None, texts)), default=0)
+    if len(texts) < answers or count < share * len(texts):
+        return None
+    return f"{count} of {len(texts)} answers to different prompts are one text"
+
+
+@check(
     severity="warning",
     shows="most responses are cut off at response_length and scored unfinished",
     causes={
@@ -159,6 +209,12 @@ def length_rewarded(
         f"correlation of reward and length {now:.2f}, {start:.2f} at the start; length went from {length:.3g} to "
         f"{length_now:.3g} tokens"
     )
+
+
+def _first_answers(h: History) -> dict[str, str]:
+    """Return an answer to each different prompt of the first rollouts."""
+    rows = [row for row in h.samples if (row.get("step") or 0) <= 3 and "response" in row]
+    return {str(row.get("prompt", "")): str(row["response"]).strip() for row in rows}
 
 
 def judge_correlation(h: History, rollouts: int) -> tuple[float, float]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import statistics
+from collections.abc import Sequence
 
 from rlhf.doctor.health.history import History
 
@@ -22,6 +25,21 @@ def rollout_size(h: History) -> float:
     """Return the responses of a rollout."""
     episodes = h.values("episodes", 1)
     return episodes[-1] / max(h.step, 1) if episodes else h.setting("rollout_batch_size", 1)
+
+
+def noise(values: Sequence[float]) -> float:
+    """Return the spread of single values, from the differences of neighbours, which a trend hardly touches."""
+    return statistics.pstdev([b - a for a, b in itertools.pairwise(values)]) / math.sqrt(2)
+
+
+def trend(values: Sequence[float]) -> tuple[float, float]:
+    """Return the change from the first to the last value along the fitted line, and its standard error."""
+    places = range(len(values))
+    slope, start = statistics.linear_regression(places, values)
+    rest = [value - start - slope * place for place, value in zip(places, values, strict=True)]
+    spread = max(noise(values), math.sqrt(sum(r * r for r in rest) / (len(values) - 2)))
+    reach = len(values) - 1
+    return slope * reach, spread * reach / math.sqrt(len(values) * (len(values) ** 2 - 1) / 12)
 
 
 def gradient_outlier(h: History, *, usual: float, largest: float, floor: float) -> str | None:

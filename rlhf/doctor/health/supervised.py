@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import statistics
+
 from rlhf.doctor.health.check import check
 from rlhf.doctor.health.history import History
-from rlhf.doctor.health.series import gradient_outlier
+from rlhf.doctor.health.series import gradient_outlier, noise
 
 # ---- every stage ----------------------------------------------------------------------------------------------------
 
@@ -122,6 +125,38 @@ def loss_rising(
 
 
 @check(
+    stages=("sft", "reward"),
+    severity="warning",
+    shows="the model learns its training rows by heart",
+    causes={
+        "too many epochs for so few rows": [],
+        "a step size that is too large": [],
+        "held-out rows of another kind than the training rows": ["review:splits_differ"],
+    },
+    action="take fewer epochs, a lower learning_rate or more rows; SFT registers its best checkpoint, a reward model its last",
+    needs=("STAGE/loss", "STAGE/eval_loss"),
+    rows=3,
+)
+def overfitted(h: History, *, rise: float = 0.1, errors: float = 3) -> str | None:
+    """Held-out loss {rise:.0%} above its lowest after rising at 2 evaluations or more, while the training loss (means of 5)
+    fell by {errors:g} standard errors."""
+    loss, held_out = h.values(f"{h.stage}/loss"), h.values(f"{h.stage}/eval_loss")
+    lowest = min(range(len(held_out)), key=held_out.__getitem__)
+    since = held_out[lowest:]
+    if len(loss) < 10 or len(since) < 3 or since != sorted(since) or since[-1] <= (1 + rise) * since[0]:
+        return None
+    step = h.logged(f"{h.stage}/eval_loss")[lowest]
+    before = statistics.fmean(h.until(step).values(f"{h.stage}/loss", 5) or loss[:5])
+    now = statistics.fmean(loss[-5:])
+    if now >= before - errors * math.sqrt(2 / 5) * noise(loss):
+        return None
+    return (
+        f"held-out loss rose from {since[0]:.3g} at update {step} to {since[-1]:.3g}, training loss fell from {before:.3g} to "
+        f"{now:.3g}"
+    )
+
+
+@check(
     stages=("reward",),
     severity="critical",
     shows="held-out pairs are ranked the wrong way round",
@@ -131,6 +166,7 @@ def loss_rising(
         "a loss with the wrong sign": ["audit:loss"],
     },
     action="compare a few training and held-out pairs by eye: is the preferred answer the better one in both?",
+    explains=("overfitted",),
     needs=("reward/eval_accuracy",),
     rows=3,
 )
@@ -163,24 +199,28 @@ def accuracy_at_chance(h: History, *, accuracy: float = 0.56) -> str | None:
 
 
 @check(
-    stages=("sft",),
+    stages=("sft", "reward"),
     severity="warning",
     shows="nothing is learned",
     causes={
         "a step size that is far too small": [],
         "a loss on other tokens than the answers": ["audit:labels"],
-        "answers that hold nothing to learn": [],
+        "labels or answers that hold nothing to learn": [],
     },
     action="raise learning_rate; look at rows as the model sees them",
-    needs=("sft/loss",),
+    needs=("STAGE/loss",),
     rows=12,
-    data="`sft/loss`, `sft/eval_loss`",
+    data="`STAGE/loss`, `STAGE/eval_loss`",
 )
-def loss_flat(h: History, *, training_fall: float = 0.02, held_out_fall: float = 0.005) -> str | None:
-    """After {rows} log lines: training loss fell by at most {training_fall:.0%} (mean of the last 5 against the first 3),
-    held-out loss by at most {held_out_fall:.1%}."""
-    (start, now), held_out = h.change("sft/loss", start=3, recent=5), h.values("sft/eval_loss")
-    if len(held_out) < 2 or now < (1 - training_fall) * start or held_out[-1] < (1 - held_out_fall) * held_out[0]:
+def loss_flat(
+    h: History, *, training_fall: float = 0.02, errors: float = 2, held_out_fall: float = 0.005
+) -> str | None:
+    """After {rows} log lines: training loss fell by at most {training_fall:.0%} or {errors:g} standard errors (mean of the
+    last 5 against the first 3), held-out loss by at most {held_out_fall:.1%}: a reward model that never gets below ln 2."""
+    loss, held_out = f"{h.stage}/loss", h.values(f"{h.stage}/eval_loss")
+    start, now = h.change(loss, start=3, recent=5)
+    fall = max(training_fall * start, errors * math.sqrt(1 / 3 + 1 / 5) * noise(h.values(loss)))
+    if len(held_out) < 2 or now < start - fall or held_out[-1] < (1 - held_out_fall) * held_out[0]:
         return None
     return f"held-out loss {held_out[0]:.4g} at first, {held_out[-1]:.4g} after {h.step} updates"
 

@@ -104,7 +104,9 @@ class SFTSubject:
         return nats(prompts), np.exp(-nats([len(prompt) + len(answer) - 1 for prompt, answer in pairs]))
 
 
-@experiment("sft", needs=("losses",), settles=("loss_flat", "loss_rising", "learning_rate_zero", "no_gradient"))
+@experiment("sft", needs=("losses",), settles=(
+    "loss_flat", "loss_rising", "overfitted", "learning_rate_zero", "no_gradient",
+))  # fmt: skip
 def demonstrations_learned(subject: SFTSubject) -> Iterator[Statement]:
     """Does the model give its demonstrations, and held-out ones, more probability than its base?"""
     changes, lines = {}, []
@@ -118,7 +120,7 @@ def demonstrations_learned(subject: SFTSubject) -> Iterator[Statement]:
     elif inside.high < 0 and outside.low > 0:
         yield confirmed(
             "demonstrations_learned", measured, cause="demonstrations were learned by heart: held-out ones are less likely now",
-            action="fewer epochs or a lower learning_rate, or more demonstrations", explains=("loss_rising",),
+            action="fewer epochs or a lower learning_rate, or more demonstrations", explains=("loss_rising", "overfitted"),
         )  # fmt: skip
     elif inside.low > 0:
         yield confirmed(
