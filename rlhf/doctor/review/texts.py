@@ -18,15 +18,19 @@ from rlhf.models.tokenization import encode_prompt, encode_response, last_user_t
 
 #: Rows that are read, spread over the data, and rows whose tokens are counted.
 READ, TOKENISED = 20_000, 256
-#: Distinct answers below which a task is a choice among few, so that repeated answers are no fault.
+#: Distinct answers below which a task is a choice among few, so that repeated answers are no fault; one is no choice.
 FEW_ANSWERS = 20
 #: Rows below which statistics of the texts say nothing.
 ENOUGH = 30
 #: Marks of chat templates, as exported data holds them.
 _MARKS = re.compile(
     r"<\|im_start\|>|<\|im_end\|>|\[/?INST\]|<start_of_turn>|<\|start_header_id\|>|<\|(user|assistant|system)\|>"
+    r"|<\|endoftext\|>|<\|eot_id\|>|<end_of_turn>|</s>\s*$"
 )
-_ENDS = re.compile(r"[.!?…。！？:;)\]}>\"'”’»`*|~]\s*$|\d\s*$")
+_ENDS = re.compile(r"[.!?…。！？؟۔।։።:;)\]}>\"'”’»`*|~]\s*$|\d\s*$")
+_SENTENCE = re.compile(r"[.!?…]\s|[。！？؟۔।։።]")
+#: Characters and words from which on answers of one length are cut ones, whether or not they hold the end of a sentence.
+_LONG_CHARACTERS, _LONG_WORDS = 20, 10
 _WORD = re.compile(r"\w+")
 #: Characters that stand for bytes which could not be read, and control characters.
 _BROKEN = re.compile("[\ufffd\x00-\x08\x0e-\x1f]")
@@ -59,10 +63,10 @@ def left_out(data: Loaded, figures: Figures) -> None:
         "empty": "empty",
         "ties": "rated the same",
         "contradictions": "contradicts",
-        "same_responses": "rated twice",
+        "same_responses": "rated twice|chosen and rejected are the same",
     }
     for name, words in reasons.items():
-        count = sum(number for reason, number in data.dropped.items() if words in reason)
+        count = sum(number for reason, number in data.dropped.items() if re.search(words, reason))
         figures.add(name, count / total, f"{count:,} of {total:,} rows, left out")
 
 
@@ -95,7 +99,7 @@ def of_answers(prompts: Sequence[str], answers: Sequence[str], figures: Figures)
     )
     figures.values["garbled"] = max(figures.values.get("garbled", 0), _share(list(map(_is_garbled, answers))))
     (common, count), *_ = Counter(keys).most_common(1)
-    if len(answers) >= ENOUGH and len(set(keys)) > FEW_ANSWERS:
+    if len(answers) >= ENOUGH and not 1 < len(set(keys)) <= FEW_ANSWERS:
         figures.add("commonest_answer", count / len(answers), f"{count:,} times {common[:40]!r}")
         figures.add("cut_answers", _cut(answers))
     if (score := relatedness(prompts, answers)) is not None:
@@ -103,14 +107,27 @@ def of_answers(prompts: Sequence[str], answers: Sequence[str], figures: Figures)
 
 
 def _cut(answers: Sequence[str]) -> float:
-    """Return the share of answers that are as long as the longest, in characters or words, and end in the middle."""
-    shares = []
-    for sizes in ([len(answer) for answer in answers], [len(answer.split()) for answer in answers]):
-        # The longest but for one in a hundred: some cuts leave a rest that is longer.
-        longest = int(np.quantile(sizes, 0.99))
-        unfinished = [not _ENDS.search(answer) for answer in answers]
-        shares.append(_share([longest - size in (0, 1) and open for size, open in zip(sizes, unfinished, strict=True)]))
-    return max(shares)
+    """Return the share of answers that are as long as the longest, in characters or words, and end in the middle.
+
+    Headlines, labels and some languages do without a full stop: an open end counts where shorter answers are closed, and
+    where nearly all are as long as the longest, if sentences end inside or they are too long for a form.
+    """
+    is_open = [not _ENDS.search(answer) for answer in answers]
+    sizes = ([len(answer) for answer in answers], [len(answer.split()) for answer in answers])
+    return max(
+        _open_at_longest(answers, own, is_open, long)
+        for own, long in zip(sizes, (_LONG_CHARACTERS, _LONG_WORDS), strict=True)
+    )
+
+
+def _open_at_longest(answers: Sequence[str], sizes: Sequence[int], is_open: Sequence[bool], long: int) -> float:
+    # The longest but for one in a hundred: some cuts leave a rest that is longer.
+    longest = int(np.quantile(sizes, 0.99))
+    cut = [longest - size in (0, 1) and open for size, open in zip(sizes, is_open, strict=True)]
+    shorter = [open for size, open in zip(sizes, is_open, strict=True) if size < longest - 1]
+    if len(shorter) >= max(ENOUGH / 3, len(answers) / 20):
+        return _share(cut) if _share(shorter) < 0.5 else 0.0
+    return _share([flag and (longest >= long or bool(_SENTENCE.search(a))) for flag, a in zip(cut, answers, strict=True)])
 
 
 def relatedness(prompts: Sequence[str], answers: Sequence[str]) -> float | None:
