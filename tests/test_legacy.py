@@ -180,7 +180,16 @@ def test_configs_mean_what_they_meant(legacy: Path, stage: str) -> None:
     if stage == "sft":
         then["model_name_or_path"] = then["model_name_or_path"].removesuffix("@1")  # the run resolves the version
         assert now.pop("template_date") is None and "template_date" not in config.recipe()  # newer than these runs
-    newer = {"trackers", "wandb_entity", "wandb_tags", "wandb_notes", "log_texts", "log_report", "fuse_adapters", "audit_steps"}
+    newer = {
+        "trackers",
+        "wandb_entity",
+        "wandb_tags",
+        "wandb_notes",
+        "log_texts",
+        "log_report",
+        "fuse_adapters",
+        "audit_steps",
+    }
     newer |= {"eval_steps", "num_eval_prompts"} if stage == "ppo" else set()
     assert not newer & config.recipe().keys()
     places = {"output_dir", "snapshot_steps", *newer}  # given on the command line, or newer than these runs

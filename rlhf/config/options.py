@@ -183,7 +183,7 @@ class TrainingConfig(RunConfig):
     )
     doctor: list[str] = option(
         "action on critical health findings: off, warn, stop (with a checkpoint) or roll_back (in PPO; elsewhere it "
-        "means stop); actions for single checks follow as check=action",
+        "means stop); actions for single checks, and names of the review and the audit, follow as name=action",
         ["warn"],
     )
     audit_steps: int = option(

@@ -1,8 +1,8 @@
 """The doctor of a running stage: each new row of metrics and each statement is examined, and findings are acted on.
 
-The option `doctor` names one action for all critical findings, and others for single checks:
+The option `doctor` names one action for all critical findings, and others for single checks and statements:
 
-    doctor: [stop, kl_jump=roll_back, length_rewarded=off]
+    doctor: [stop, kl_jump=roll_back, length_rewarded=off, gamma=off]
 
 warn writes a log line and sends an alert to W&B; stop saves a checkpoint and ends the run; roll_back goes back to the last
 good checkpoint with half the step size or twice the kl_coef, whichever cures the check (PPO; elsewhere it is stop). A warning
@@ -22,7 +22,7 @@ from rlhf.base.errors import UserError
 from rlhf.base.reading import FolderReader
 from rlhf.doctor import statements as records
 from rlhf.doctor.finding import Finding, of_statement
-from rlhf.doctor.health.findings import ACTIONS, CHECKS, actions, find
+from rlhf.doctor.health.findings import ACTIONS, CHECKS, actions, find, reaction
 from rlhf.doctor.health.history import SAMPLES_READ, History
 from rlhf.doctor.statements import Statement
 from rlhf.ppo.state import Order
@@ -45,7 +45,7 @@ class LiveDoctor:
     def __init__(self, stage: str, words: Sequence[str], tracker: Tracker, settings: Mapping[str, Any]) -> None:
         reactions = actions(words)
         self.actions = {check.name: reactions[check.name] for check in CHECKS if stage in check.stages}
-        self.general = next(word for word in words if "=" not in word)
+        self.words = words
         self.stage, self.tracker, self.settings = stage, tracker, settings
         self.history = History(stage, settings=settings)
         self._reported: dict[str, int] = {}
@@ -95,19 +95,20 @@ class LiveDoctor:
         return Order(action="stop", reason=f"{reason}. Stopped; --resume true --doctor warn goes on")
 
     def examine_statements(self, statements: Sequence[Statement]) -> Order | None:
-        """Report failed statements of the audit or the review; return an order to stop where one is critical.
+        """Report failed statements of the audit or the review; return an order to stop where one's action says so.
 
-        In several processes, the statements of the first decide for all.
+        One that another explains has no line of its own. In several processes, the statements of the first decide for all.
         """
         self._passed = self._passed - {f"{s.part}:{s.name}" for s in statements} | records.passed(statements)
-        findings = [of_statement(s) for s in statements if s.is_finding] if self.general != "off" else []
-        for finding in findings:
-            self._report(finding)
-        critical = [finding for finding in findings if finding.severity == "critical"]
-        stops = bool(critical) and self.general != "warn"
-        if not int(distributed.from_main(torch.tensor(int(stops)))):
+        reactions = [(of_statement(s), reaction(self.words, s)) for s in statements if s.is_finding]
+        explained = {name for finding, action in reactions if action != "off" for name in finding.explains}
+        for finding, action in reactions:
+            if action != "off" and finding.name not in explained:
+                self._report(finding)
+        stops = [finding for finding, action in reactions if action in ("stop", "roll_back")]
+        if not int(distributed.from_main(torch.tensor(int(bool(stops))))):
             return None
-        reason = f"doctor, {moment(critical[0].last)}: {critical[0]}" if critical else "doctor"
+        reason = f"doctor, {moment(stops[0].last)}: {stops[0]}" if stops else "doctor"
         trained = bool(self.history.step or any(s.step for s in statements))
         end = "Stopped; --resume true" if trained else "Stopped before the training;"
         return Order(action="stop", reason=f"{reason}. {end} --doctor warn goes on")

@@ -20,6 +20,25 @@ from rlhf.run.tracker import STATEMENTS
 Part = Literal["audit", "review", "investigation"]
 #: Beginning of `measured` of a thing that could not be looked at: its statement passed, and excludes nothing.
 NOT_EXAMINED = "not examined"
+#: Names of all that the review and the audit look at; here, so that the option `doctor` is read without them.
+# fmt: off
+NAMES = (
+    "adam_beta1", "adam_beta2", "adam_epsilon", "advantages", "batch", "centering", "clip_range", "clipped",
+    "commonest_answer", "contradictions", "cut_answers", "dropout", "echoes", "ema_decay", "empty", "epochs",
+    "few_prompts", "frozen_weights", "gamma", "garbled", "gradient", "gradient_clipping", "gradients_zeroed",
+    "judge_agrees", "judge_score", "kl_coef", "kl_horizon", "kl_target", "label_noise", "label_smoothing", "labels",
+    "lam", "learning_rate", "length_score", "longer_wins", "lora_dropout", "lora_rank", "loss", "margin", "max_approx_kl",
+    "max_grad_norm", "min_response_length", "minibatches", "missing_eos_penalty", "no_penalty", "normalization",
+    "old_logprobs", "optimizer_step", "padding", "policy_loss", "prompt_shift", "prompts", "ptx_coef", "random_numbers",
+    "rater_reliability", "ratings", "raw_scores", "reach", "ref_logprobs", "related", "rendered", "repeated_rows",
+    "response_length", "response_mask", "returns", "reuse", "reward_clip", "reward_constant", "reward_scale", "rollout",
+    "rollouts_differ", "rows_drawn", "same_responses", "sampling", "saved_scores", "schedule", "scores", "short_penalty",
+    "splits_agree", "splits_differ", "temperature", "ties", "token_rewards", "tokens", "too_long", "trunk_share",
+    "unclear", "unfinished", "updates", "updates_a_rollout", "value_clip", "value_learning_rate", "value_loss",
+    "value_warmup", "values", "warmup", "weight_decay", "weights_kept", "whiten_rewards", "whitened_advantages",
+    "whitened_rewards",
+)
+# fmt: on
 
 
 @dataclass(frozen=True, kw_only=True)

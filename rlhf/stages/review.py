@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.base import distributed
 from rlhf.base.errors import UserError
 from rlhf.data_prep.load import Loaded
+from rlhf.doctor.health.findings import actions
 from rlhf.doctor.live import LiveDoctor
 from rlhf.doctor.review import answer_limits, inputs
 from rlhf.doctor.review.facts import Facts
@@ -34,9 +35,9 @@ def review(
         rows: training rows, where they are not those of `sets`.
 
     Raises:
-        UserError: inputs are critical, and the doctor is to stop.
+        UserError: the doctor is to stop at a finding.
     """
-    if inputs.general_action(run.config.doctor) == "off":
+    if set(actions(run.config.doctor).values()) == {"off"}:
         return None
     with run.timer.phase("review"):
         facts, statements = inputs.review_inputs(

@@ -12,11 +12,15 @@ from typing import Any, get_args
 import pytest
 
 from rlhf.base.errors import UserError
+from rlhf.doctor.audit import quantities, training_quantities
+from rlhf.doctor.audit.compare import Quantity
 from rlhf.doctor.health import supervised
 from rlhf.doctor.health.check import HealthCheck, Remedy, Severity, Stage, registered
-from rlhf.doctor.health.findings import CHECKS, MODULES, actions, find, replay
+from rlhf.doctor.health.findings import CHECKS, MODULES, actions, find, reaction, replay
 from rlhf.doctor.health.history import History
 from rlhf.doctor.health.ppo_reward import reward_scale
+from rlhf.doctor.review.tables import TABLES
+from rlhf.doctor.statements import NAMES, Statement
 
 UPDATES = 24
 #: One figure of an update: (update, from 1; share of the run that is done; a draw with mean 0 and spread 1) -> value.
@@ -392,12 +396,41 @@ def test_actions_of_checks() -> None:
     for orders, complaint in (
         (["stopp"], "did you mean 'stop'"),
         (["warn", "kl_jmp=stop"], "no check 'kl_jmp' .did you mean 'kl_jump'"),
+        (["warn", "advantage=stop"], "no check 'advantage' .did you mean 'advantages'"),
         (["warn", "kl_jump=halt"], "'halt' must be one of"),
         (["warn", "stop"], "one action for all"),
         (["kl_jump=stop"], "one action for all"),
     ):
         with pytest.raises(UserError, match=complaint):
             actions(orders)
+
+
+@pytest.mark.parametrize(
+    ("severity", "orders", "action"),
+    [
+        ("critical", ["stop"], "stop"),
+        ("warning", ["stop"], "warn"),
+        ("critical", ["stop", "gamma=off"], "off"),
+        ("critical", ["stop", "lam=off"], "stop"),
+        ("warning", ["warn", "gamma=stop"], "stop"),
+        ("critical", ["off", "gamma=warn"], "warn"),
+        ("warning", ["off"], "off"),
+    ],
+)
+def test_actions_of_statements(severity: Any, orders: list[str], action: str) -> None:
+    """Catches: a false finding of the review or the audit that cannot be silenced without the true ones."""
+    failed = Statement(part="review", name="gamma", passed=False, measured="0.1", severity=severity)
+    assert reaction(orders, failed) == action
+    assert actions(orders).get("gamma", action) == action  # accepted, and in the names that are not all off
+
+
+def test_every_statement_has_a_name_that_orders_take() -> None:
+    """Catches: a quantity of the review or the audit that `doctor: [stop, NAME=off]` refuses."""
+    audited = {
+        q.name for module in (quantities, training_quantities) for q in vars(module).values() if isinstance(q, Quantity)
+    }
+    reviewed = {limit.name for limits in TABLES.values() for limit in limits}
+    assert set(NAMES) == audited | reviewed
 
 
 def test_causes_come_before_symptoms() -> None:

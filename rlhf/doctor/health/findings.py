@@ -15,6 +15,7 @@ from rlhf.doctor.finding import Finding, either
 from rlhf.doctor.health import ppo_computation, ppo_learning, ppo_outcome, ppo_reward, ppo_settings, supervised
 from rlhf.doctor.health.check import HealthCheck, registered
 from rlhf.doctor.health.history import History
+from rlhf.doctor.statements import NAMES, Statement
 
 Action = Literal["off", "warn", "stop", "roll_back"]
 #: Reactions to a finding, in order of force.
@@ -69,25 +70,36 @@ def _finding(check: HealthCheck, evidence: str, step: int, passed: Collection[st
 
 
 def actions(orders: Sequence[str]) -> dict[str, Action]:
-    """Return the reaction to each check from the option `doctor`: one word for critical findings, others as check=action.
+    """Return the reaction to each check from the option `doctor`, and to each statement that it names.
+
+    The option is one word for critical findings; others follow as name=action, the name of a check, or of what the review
+    and the audit look at.
 
     Raises:
-        UserError: no such check or action, or not exactly one action for all.
+        UserError: no such name or action, or not exactly one action for all.
     """
-    general = [word for word in orders if "=" not in word]
-    single = dict(word.split("=", 1) for word in orders if "=" in word)
-    names = [check.name for check in CHECKS]
+    general, single = _split(orders)
+    names = [*(check.name for check in CHECKS), *NAMES]
     for name in single:
         if name not in names:
             raise UserError(f"doctor: no check '{name}'{did_you_mean(name, names)}")
     if len(general) != 1:
         raise UserError(f"doctor needs one action for all ({', '.join(ACTIONS)}), got {', '.join(general) or 'none'}")
-    reactions: dict[str, Action] = {}
-    for check in CHECKS:
-        action = _action(single.get(check.name, general[0]))
-        milder = check.severity == "warning" and check.name not in single and action != "off"
-        reactions[check.name] = "warn" if milder else action
-    return reactions
+    named = {name: _action(word) for name, word in single.items()}
+    return {check.name: reaction(orders, check) for check in CHECKS} | named
+
+
+def reaction(orders: Sequence[str], finding: HealthCheck | Statement) -> Action:
+    """Return the reaction to a check or a failed statement: its own, or that for all; a warning only warns then."""
+    general, single = _split(orders)
+    action = _action(single.get(finding.name, general[0]))
+    milder = finding.severity != "critical" and finding.name not in single and action != "off"
+    return "warn" if milder else action
+
+
+def _split(orders: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Return the words for all findings, and those for single ones by name."""
+    return [word for word in orders if "=" not in word], dict(word.split("=", 1) for word in orders if "=" in word)
 
 
 def _action(word: str) -> Action:

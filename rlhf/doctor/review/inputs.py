@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -148,8 +148,3 @@ def with_figures(facts: Facts, figures: Figures) -> Facts:
     return dataclasses.replace(
         facts, figures={**facts.figures, **figures.values}, details={**facts.details, **figures.details}
     )
-
-
-def general_action(words: Sequence[str]) -> str:
-    """Return the action of the option `doctor` on critical findings."""
-    return next((word for word in words if "=" not in word), "warn")

@@ -127,7 +127,9 @@ def _open_at_longest(answers: Sequence[str], sizes: Sequence[int], is_open: Sequ
     shorter = [open for size, open in zip(sizes, is_open, strict=True) if size < longest - 1]
     if len(shorter) >= max(ENOUGH / 3, len(answers) / 20):
         return _share(cut) if _share(shorter) < 0.5 else 0.0
-    return _share([flag and (longest >= long or bool(_SENTENCE.search(a))) for flag, a in zip(cut, answers, strict=True)])
+    return _share(
+        [flag and (longest >= long or bool(_SENTENCE.search(a))) for flag, a in zip(cut, answers, strict=True)]
+    )
 
 
 def relatedness(prompts: Sequence[str], answers: Sequence[str]) -> float | None:

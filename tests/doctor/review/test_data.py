@@ -145,7 +145,7 @@ SPOILT: list[Any] = [
     ("sft", BOTH, each(put("completion", lambda row, draw: f"<|im_start|> {row['completion']}")), "rendered", "critical"),
     ("sft", BOTH, each(put("completion", lambda row, draw: "I cannot help with that."), 0.4), "commonest_answer", "warning"),
     ("sft", BOTH, each(put("completion", lambda row, draw: row["completion"][:24])), "cut_answers", "critical"),
-    ("sft", BOTH, each(put("completion", lambda row, draw: " ".join(row["completion"].split()[:7]))), "cut_answers", "critical"),
+    ("sft", BOTH, each(put("completion", lambda row, draw: " ".join(row["completion"].split()[:8]))), "cut_answers", "critical"),
     ("sft", BOTH, each(put("completion", lambda row, draw: "the film is so good .")), "commonest_answer", "critical"),
     ("sft", BOTH, each(put("completion", lambda row, draw: f"{row['completion']}</s>")), "rendered", "critical"),
     ("sft", BOTH, each(put("completion", lambda row, draw: row["completion"].replace("i", "Ã©"))), "garbled", "critical"),

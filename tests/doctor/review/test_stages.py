@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from rlhf.base.errors import UserError
 from rlhf.base.reading import FolderReader
 from rlhf.config import PPOConfig, SFTConfig
 from rlhf.doctor import statements
+from rlhf.doctor.live import LiveDoctor
 from rlhf.doctor.review import answer_limits, inputs
 from rlhf.doctor.review.command import main
 from rlhf.run.tracker import Tracker
@@ -60,6 +62,28 @@ def test_a_finding_is_a_line_and_stops_where_the_doctor_shall(
     assert alerts == ["critical sft: learning_rate at the start"]
     with pytest.raises(UserError, match=r"learning_rate.*Stopped before the training; --doctor warn goes on"):
         sft.run(SFTConfig(**absurd, doctor=["stop"]), only_preflight=True)
+
+
+def test_a_false_finding_can_be_silenced_alone(options: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches: a finding that its user knows to be false, and that ends the run or takes all others along."""
+    absurd = {**options, "learning_rate": ABSURD, "adam_epsilon": 2.0}
+    sft.run(SFTConfig(**absurd, doctor=["stop", "learning_rate=off", "adam_epsilon=warn"]), only_preflight=True)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("doctor, ")]
+    assert line.startswith("doctor, the start: adam_epsilon")
+    assert not reviewed(options)["learning_rate"].passed
+    with pytest.raises(UserError, match="the start: adam_epsilon"):
+        sft.run(SFTConfig(**absurd, doctor=["roll_back", "learning_rate=off"]), only_preflight=True)
+
+
+def test_a_consequence_has_no_line_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches: a reward of the wrong size that fills the screen with the options that do not suit it."""
+    common: dict[str, Any] = {"part": "review", "passed": False, "measured": "x", "cause": "y", "action": "z"}
+    cause = statements.Statement(name="reward_scale", explains=["kl_coef"], **common)
+    effect = statements.Statement(name="kl_coef", **common)
+    for words in (["warn"], ["warn", "reward_scale=off"]):
+        assert LiveDoctor("ppo", words, Mock(), {}).examine_statements([cause, effect]) is None
+    lines = [line.split()[3].rstrip(":") for line in capsys.readouterr().out.splitlines()]
+    assert lines == ["reward_scale", "kl_coef"]
 
 
 def test_without_the_doctor_nothing_is_reviewed(options: dict[str, Any]) -> None:
