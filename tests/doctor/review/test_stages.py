@@ -75,13 +75,13 @@ def test_a_false_finding_can_be_silenced_alone(options: dict[str, Any], capsys: 
         sft.run(SFTConfig(**absurd, doctor=["roll_back", "learning_rate=off"]), only_preflight=True)
 
 
-def test_a_consequence_has_no_line_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_consequence_has_no_line_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches: a reward of the wrong size that fills the screen with the options that do not suit it."""
     common: dict[str, Any] = {"part": "review", "passed": False, "measured": "x", "cause": "y", "action": "z"}
     cause = statements.Statement(name="reward_scale", explains=["kl_coef"], **common)
     effect = statements.Statement(name="kl_coef", **common)
     for words in (["warn"], ["warn", "reward_scale=off"]):
-        assert LiveDoctor("ppo", words, Mock(), {}).examine_statements([cause, effect]) is None
+        assert LiveDoctor("ppo", words, Mock(folder=tmp_path), {}).examine_statements([cause, effect]) is None
     lines = [line.split()[3].rstrip(":") for line in capsys.readouterr().out.splitlines()]
     assert lines == ["reward_scale", "kl_coef"]
 
