@@ -81,7 +81,7 @@ def test_a_consequence_has_no_line_of_its_own(tmp_path: Path, capsys: pytest.Cap
     cause = statements.Statement(name="reward_scale", explains=["kl_coef"], **common)
     effect = statements.Statement(name="kl_coef", **common)
     for words in (["warn"], ["warn", "reward_scale=off"]):
-        assert LiveDoctor("ppo", words, Mock(folder=tmp_path), {}).examine_statements([cause, effect]) is None
+        assert LiveDoctor("ppo", words, Mock(run_dir=tmp_path), {}).examine_statements([cause, effect]) is None
     lines = [line.split()[3].rstrip(":") for line in capsys.readouterr().out.splitlines()]
     assert lines == ["reward_scale", "kl_coef"]
 
