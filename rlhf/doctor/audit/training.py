@@ -28,6 +28,8 @@ SCORES = {"float64": 1e-5, "float32": 1e-3, "bfloat16": 0.1, "8bit": 0.2}
 GRADIENT = {"float64": 1e-4, "float32": 5e-3, "bfloat16": 0.15, "8bit": 0.4}
 #: The same for a ranking loss, whose gradient is made of differences between like answers: their rounding weighs more.
 RANKING_GRADIENT = {**GRADIENT, "bfloat16": 0.35, "8bit": 0.6}
+#: A gradient may differ by this multiple of what bf16 itself does to it: differences of like numbers are mostly rounding.
+ROUNDINGS = 3.0
 #: Least norm of a gradient that is compared by itself, as a share of the largest.
 NOISE = 0.02
 
@@ -330,29 +332,40 @@ class Examination:
     def gradient(self) -> Statement:
         """What the last microbatch has added to the gradients."""
         self._require_model()
+        total, earlier = self.sheet.group("gradient/all"), self.sheet.group("gradient/earlier")
+        expected = self.own_gradients
+        none = {name: torch.zeros(tensor.shape) for name, tensor in expected.items()}
+        added = {name: total.get(name, none[name]) - earlier.get(name, none[name]) for name in expected}
+        limit = (RANKING_GRADIENT if self.stage == "reward" else GRADIENT)[self.kind]
+        off, limits = _distances(added, expected), dict.fromkeys(expected, limit)
+        if self.kind == "bfloat16" and any(off[name] > limits[name] for name in off):
+            rounding = _distances(self._in_fp32().own_gradients, expected)
+            limits = {name: max(limit, ROUNDINGS * rounding[name]) for name in limits}
+        worst = max(off, key=lambda name: off[name] / limits[name])
+        measured = f"{worst} is off by {off[worst]:.2g} of its norm (limit {limits[worst]:.2g})"
+        if off[worst] <= limits[worst]:
+            return q.GRADIENT.agrees(measured, self.step)
+        return q.GRADIENT.differs(measured, self.step, self._scale(added, expected))
+
+    @cached_property
+    def own_gradients(self) -> dict[str, Tensor]:
+        """Gradients of the plain loss of the last microbatch, also of tensors where none arrived."""
+        chosen = list(self.sheet.group("before/weight"))
+        if unknown := [name for name in chosen if name not in self.twin.parameters]:
+            raise NotExamined(f"{unknown[0]} is no weight that can be opened plainly")
+        if not chosen:
+            raise NotExamined("no tensor was copied")
         if self.stage == "reward":
             loss = self._ranking_loss(self.own_scores)
         else:
             loss = torch.cat(self.own_losses).sum() / self._divisor()
-        total, earlier = self.sheet.group("gradient/all"), self.sheet.group("gradient/earlier")
-        chosen = list(self.sheet.group("before/weight"))  # also where no gradient arrived
-        if unknown := [name for name in chosen if name not in self.twin.parameters]:
-            raise NotExamined(f"{unknown[0]} is no weight that can be opened plainly")
-        expected = self.twin.gradients(loss, chosen)
-        none = {name: torch.zeros(tensor.shape) for name, tensor in expected.items()}
-        added = {name: total.get(name, none[name]) - earlier.get(name, none[name]) for name in chosen}
-        largest = max([rms(g) * math.sqrt(g.numel()) for g in expected.values()], default=0.0)
-        worst = ("none", 0.0)
-        for name, own in expected.items():
-            norm = max(float(own.double().norm()), NOISE * largest, 1e-12)
-            worst = max(
-                worst, (name, float((added[name].double() - own.double().cpu()).norm()) / norm), key=lambda w: w[1]
-            )
-        limit = (RANKING_GRADIENT if self.stage == "reward" else GRADIENT)[self.kind]
-        measured = f"{worst[0]} is off by {worst[1]:.2g} of its norm (limit {limit:g})"
-        if worst[1] <= limit:
-            return q.GRADIENT.agrees(measured, self.step)
-        return q.GRADIENT.differs(measured, self.step, self._scale(added, expected))
+        return self.twin.gradients(loss, chosen)
+
+    def _in_fp32(self) -> Examination:
+        """Return the examination of the same sheet by a model in fp32."""
+        facts = {**self.facts, "sources": {**self.facts["sources"], "dtype": "float32"}}
+        sheet = Sheet(self.sheet.update, facts, self.sheet.tensors)
+        return Examination(sheet, self.tokenizer, with_model=self.with_model)
 
     def _scale(self, added: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
         one, other = (torch.cat([g[name].double().flatten().cpu() for name in expected]) for g in (added, expected))
@@ -460,3 +473,13 @@ def _same_order(recorded: list[float], expected: list[float]) -> bool:
 
 def _few(values: list[Any]) -> str:
     return ", ".join(f"{value:g}" for value in values[:6]) + (", ..." if len(values) > 6 else "")
+
+
+def _distances(some: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return by how much each gradient differs, as a share of its norm, or of a small share of the largest one's."""
+    own = {name: tensor.double().cpu() for name, tensor in expected.items()}
+    least = NOISE * max(rms(tensor) * math.sqrt(tensor.numel()) for tensor in own.values())
+    return {
+        name: float((some[name].double().cpu() - tensor).norm()) / max(float(tensor.norm()), least, 1e-12)
+        for name, tensor in own.items()
+    }
