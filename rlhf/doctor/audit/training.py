@@ -28,8 +28,9 @@ SCORES = {"float64": 1e-5, "float32": 1e-3, "bfloat16": 0.1, "8bit": 0.2}
 GRADIENT = {"float64": 1e-4, "float32": 5e-3, "bfloat16": 0.15, "8bit": 0.4}
 #: The same for a ranking loss, whose gradient is made of differences between like answers: their rounding weighs more.
 RANKING_GRADIENT = {**GRADIENT, "bfloat16": 0.35, "8bit": 0.6}
-#: A gradient may differ by this multiple of what bf16 itself does to it: differences of like numbers are mostly rounding.
-ROUNDINGS = 3.0
+#: A gradient may differ by this multiple of what bf16 does to the plain one, up to a largest share: where it is a difference of
+#: like numbers, ways to compute it that are equally right round by up to 7 times as much as each other.
+ROUNDINGS, LARGEST = 8.0, 0.5
 #: Least norm of a gradient that is compared by itself, as a share of the largest.
 NOISE = 0.02
 
@@ -340,7 +341,7 @@ class Examination:
         off, limits = _distances(added, expected), dict.fromkeys(expected, limit)
         if self.kind == "bfloat16" and any(off[name] > limits[name] for name in off):
             rounding = _distances(self._in_fp32().own_gradients, expected)
-            limits = {name: max(limit, ROUNDINGS * rounding[name]) for name in limits}
+            limits = {name: max(limit, min(ROUNDINGS * rounding[name], LARGEST)) for name in limits}
         worst = max(off, key=lambda name: off[name] / limits[name])
         measured = f"{worst} is off by {off[worst]:.2g} of its norm (limit {limits[worst]:.2g})"
         if off[worst] <= limits[worst]:
