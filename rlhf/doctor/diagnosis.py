@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,9 @@ from rlhf.base.errors import UserError, did_you_mean
 from rlhf.base.json_files import read_object_or_none
 from rlhf.base.reading import FolderReader
 from rlhf.doctor import statements
-from rlhf.doctor.finding import Finding, either, of_statement
+from rlhf.doctor.finding import Finding, Kind, either, of_statement
+from rlhf.doctor.health import ppo_outcome, ppo_reward
+from rlhf.doctor.health.check import registered
 from rlhf.doctor.health.findings import CHECKS, replay
 from rlhf.doctor.health.history import SAMPLES_READ, ComparisonRow, History, SampleRow, Settings
 from rlhf.doctor.statements import Statement
@@ -28,6 +30,16 @@ from rlhf.run.metrics import LogRow
 
 #: Stages that leave logs.
 STAGES = ("pretrain", "sft", "reward", "ppo")
+#: Findings that a model or reward of an earlier stage can cause, by kind: what is learned and answered, not how it is computed.
+#: Those of the review are about the SFT model's answers; their names stand here, as their table needs torch.
+INHERITED: Mapping[Kind, frozenset[str]] = {
+    "audit": frozenset(),
+    "investigation": frozenset(),
+    "review": frozenset({"clipped", "judge_score", "length_score", "reward_constant", "reward_scale", "unfinished"}),
+    "symptom": frozenset(check.name for module in (ppo_reward, ppo_outcome) for check in registered(module.__name__))
+    - {"slowing_down"}
+    | {"loss_flat", "accuracy_at_chance", "accuracy_below_chance"},
+}
 #: Causes that the summary names where none is confirmed.
 LIKELY = 3
 
@@ -46,6 +58,8 @@ class Diagnosis:
     """A line for each file that could not be read as a whole."""
     statements: list[Statement] = field(default_factory=list)
     """The newest about each thing, notes and those that passed included."""
+    origin: str = ""
+    """Critical finding of an earlier stage, as `stage: name`, from which some of these may follow."""
 
     @property
     def roots(self) -> list[Finding]:
@@ -56,8 +70,8 @@ class Diagnosis:
         """Return the cause of a finding as text, or what it is a consequence of."""
         if not finding.explained_by:
             return finding.cause
-        root = next(root for root in self.roots if root.name == finding.explained_by)
-        return f"{'may follow from' if root.kind == 'symptom' else 'explained by'} {root.name}"
+        own = any(f.name == finding.explained_by and f.kind != "symptom" for f in self.findings)
+        return f"{'explained by' if own else 'may follow from'} {finding.explained_by}"
 
     @property
     def notes(self) -> list[Statement]:
@@ -69,7 +83,9 @@ class Diagnosis:
     def summary(self) -> str:
         """What is established and what is likely, in a sentence."""
         parts = [part for part in map(self._part, ("audit", "review", "investigation")) if part]
-        return "; ".join([*parts, *self._likely()])
+        inherited = [finding.name for finding in self.findings if self.origin and finding.explained_by == self.origin]
+        follows = [f"{_listed(inherited)} may follow from {self.origin}, start there"] if inherited else []
+        return "; ".join([*parts, *([] if follows and not self.roots else self._likely()), *follows])
 
     def _part(self, part: str) -> str:
         """Return what one part of the doctor established."""
@@ -128,7 +144,21 @@ def diagnose(run: Path) -> list[Diagnosis]:
         raise UserError(
             f"no metrics.jsonl in {run}, nor in {', '.join(STAGES)} below it{near}; give the output_dir of a run"
         )
-    return [_diagnose_stage(folder) for folder in logs]
+    return _follow([_diagnose_stage(folder) for folder in logs])
+
+
+def _follow(stages: Sequence[Diagnosis]) -> list[Diagnosis]:
+    """Put what a stage may have inherited behind its own findings, below the first critical one of an earlier stage."""
+    diagnoses, origin = list[Diagnosis](), ""
+    for stage in stages:
+        names = {f.name for f in stage.roots if origin and f.name in INHERITED[f.kind]}
+        below = [f for f in stage.findings if {f.name, f.explained_by} & names]
+        own = [f for f in stage.findings if f not in below]
+        below = [dataclasses.replace(f, explained_by=f.explained_by or origin) for f in below]
+        diagnoses.append(dataclasses.replace(stage, findings=[*own, *below], origin=origin if below else ""))
+        critical = [f.name for f in diagnoses[-1].roots if f.severity == "critical"]
+        origin = origin or (f"{stage.stage}: {critical[0]}" if critical else "")
+    return diagnoses
 
 
 def _diagnose_stage(folder: Path) -> Diagnosis:
@@ -275,10 +305,17 @@ def print_diagnoses(diagnoses: Sequence[Diagnosis], *, has_models: bool = True) 
             table.add_row(*map(escape, (name, f.updates, f.evidence, diagnosis.cause(f), action)))
         console.print(table)
         console.print(
-            f"Start with {diagnosis.findings[0].name}.{_next_step(diagnosis) if has_models else ''}",
+            f"{_start(diagnosis)}{_next_step(diagnosis) if has_models else ''}",
             markup=False,
             highlight=False,
         )
+
+
+def _start(diagnosis: Diagnosis) -> str:
+    """Return where to start: at the first finding, or in the stage from which it may follow."""
+    stage, _, name = diagnosis.origin.partition(": ")
+    begins = [f"It begins in {stage}: start with {name} there."] if stage else []
+    return " ".join([*begins, *([f"Start with {diagnosis.roots[0].name}."] if diagnosis.roots and not begins else [])])
 
 
 def _next_step(diagnosis: Diagnosis) -> str:

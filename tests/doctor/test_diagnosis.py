@@ -13,9 +13,10 @@ from doctor.test_health import COMPARISON, SAMPLES, SICK, UPDATES, run
 from toys import Call
 
 from rlhf.doctor import statements
-from rlhf.doctor.diagnosis import Diagnosis, diagnose, read_history, sort_out
+from rlhf.doctor.diagnosis import INHERITED, Diagnosis, diagnose, read_history, sort_out
 from rlhf.doctor.finding import Finding
 from rlhf.doctor.health.findings import CHECKS, replay
+from rlhf.doctor.review.answer_limits import ANSWER_LIMITS
 from rlhf.doctor.statements import Statement
 
 Caller = Callable[..., Call]
@@ -219,6 +220,34 @@ def test_the_table_shows_causes_and_what_follows(tmp_path: Path, call: Caller) -
     (stage,) = json.loads(told.out)
     assert told.code == 1 and [f["name"] for f in stage["findings"]] == ["token_rewards", "kl_jump"]
     assert stage["summary"] == "computation wrong in token_rewards" and stage["statements"][1]["name"] == "rank"
+
+
+def test_what_a_stage_inherits_of_the_review() -> None:
+    """Catches: a limit on answers that the diagnosis does not know as one."""
+    assert INHERITED["review"] == {limit.name for limit in ANSWER_LIMITS}
+
+
+@pytest.mark.parametrize("severity", ["critical", "warning"])
+def test_a_cause_in_an_earlier_stage_explains_what_follows(severity: str, tmp_path: Path, call: Caller) -> None:
+    """Catches: three stages with a cause each, where all begins in the first; and a machine, or a warning, blamed on it."""
+    sft = write(tmp_path / "sft", "sft")
+    statements.append(sft, [wrong("review", "empty", "loss_rising", severity=severity)])
+    write(tmp_path / "reward", "reward")
+    ppo = write(tmp_path / "ppo", "ppo", "cut_off", "length_down", "slowing_down", "wrong_reference")
+    statements.append(ppo, [wrong("review", "unfinished", "cut_off"), wrong("review", "gamma")])
+    *_, last = diagnose(tmp_path)
+    own = ["gamma", "wrong_reference", "kl_high < wrong_reference", "slowing_down"]
+    if severity == "warning":
+        assert "sft" not in last.summary and "unfinished" in order(last.findings)
+        return
+    inherited = ["unfinished < sft: empty", "cut_off < unfinished", "length_down < sft: empty"]
+    assert order(last.findings) == [*own, *inherited]
+    assert [last.cause(f) for f in last.findings if f.name == "cut_off"] == ["explained by unfinished"]
+    assert [last.cause(f) for f in last.findings if f.name == "length_down"] == ["may follow from sft: empty"]
+    assert last.summary.endswith("unfinished and length_down may follow from sft: empty, start there")
+    shown = " ".join(call("rlhf.doctor.__main__", tmp_path).out.replace("│", " ").split())
+    assert "It begins in sft: start with empty there." in shown
+    assert "begins" not in call("rlhf.doctor.__main__", tmp_path / "ppo").out
 
 
 def test_notes_are_no_findings(tmp_path: Path, call: Caller) -> None:
