@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,8 +78,11 @@ class Statement:
 def append(folder: Path, statements: Iterable[Statement]) -> None:
     """Add statements to those of a stage's folder."""
     lines = "".join(json.dumps(dataclasses.asdict(statement)) + "\n" for statement in statements)
-    with (folder / STATEMENTS).open("a", encoding="utf-8") as file:
-        file.write(lines)
+    try:
+        with (folder / STATEMENTS).open("a", encoding="utf-8") as file:
+            file.write(lines)
+    except OSError as error:  # a full disk must not end a run that could go on
+        print(f"doctor: {folder / STATEMENTS} cannot be written: {error.strerror}", file=sys.stderr, flush=True)
 
 
 def read(reader: FolderReader) -> list[Statement]:

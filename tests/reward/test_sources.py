@@ -297,6 +297,7 @@ def test_source_that_fails_in_the_middle_leaves_a_checkpoint(
     # The evaluation before training asks once, each update once, and the one after the first update once.
     name = write("calls.append(1); return [1.0 * len(r) for r in responses][: 0 if len(calls) == 4 else None]")
     words = ["--config", toy_config / "ppo.yaml", "--registry", finished[0], "--policy", "sft/toy", "--save_steps", 100]
+    words += ["--audit_steps", 0]  # which would ask once more
     done = call("rlhf.stages.ppo", *words, "--reward", name, "--name", "broken", "--output_dir", tmp_path)
     assert "must give 8 scores, one for each response; got 0" in done.complaint
     latest = checkpoint.latest(tmp_path / "ppo" / "checkpoints")

@@ -51,7 +51,7 @@ class PPOAudit:
         if sheet is None:
             return []
         with self.timer.phase("audit"):
-            sheet.write(self.folder)
+            sheet.keep(self.folder)
             results = examine(sheet, with_models=free_bytes(self.device) > ROOM * sheet.facts["model_bytes"])
             statements.append(self.folder, results)
         return results

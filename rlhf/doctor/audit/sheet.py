@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,14 @@ class Sheet:
             for name, tensor in self.tensors.items()
             if name.startswith(f"{prefix}/")
         }
+
+    def keep(self, run: Path) -> None:
+        """Write the sheet, or say why it cannot be written: a full disk must not end a run that could go on."""
+        try:
+            self.write(run)
+        except (OSError, SafetensorError):
+            text = f"audit: the sheet of update {self.update} cannot be written to {run / FOLDER}; is the disk full?"
+            print(text, file=sys.stderr, flush=True)
 
     def write(self, run: Path) -> Path:
         """Write the sheet below a stage's folder, as a whole or not at all; only the newest few stay."""

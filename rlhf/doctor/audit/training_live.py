@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -95,9 +96,10 @@ class TrainingAudit:
         """Write a sheet, and the tokenizer with the first."""
         place = self.folder / FOLDER / TOKENIZER
         sheet.facts["tokenizer"] = str(place.absolute())
-        sheet.write(self.folder)
-        if self._spent == 0:
-            self.trainer.processing_class.save_pretrained(place)
+        sheet.keep(self.folder)
+        if self._spent == 0 and place.parent.is_dir():
+            with contextlib.suppress(Exception):  # tokenizers raises no other; a full disk is said by the sheet
+                self.trainer.processing_class.save_pretrained(place)
 
 
 def _sources(stage: str, config: TrainingConfig, compute: Compute, parents: Sequence[Artifact]) -> dict[str, Any]:
