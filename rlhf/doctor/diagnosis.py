@@ -46,7 +46,7 @@ LIKELY = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnosis:
-    """What is wrong with a stage, and what was looked at and is right."""
+    """The faults of a stage, and the statements about what was looked at."""
 
     stage: str
     updates: int
@@ -81,7 +81,7 @@ class Diagnosis:
 
     @property
     def summary(self) -> str:
-        """What is established and what is likely, in a sentence."""
+        """Established and likely causes, in a sentence."""
         parts = [part for part in map(self._part, ("audit", "review", "investigation")) if part]
         inherited = [finding.name for finding in self.findings if self.origin and finding.explained_by == self.origin]
         follows = [f"{_listed(inherited)} may follow from {self.origin}, start there"] if inherited else []

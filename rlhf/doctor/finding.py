@@ -58,7 +58,7 @@ class Finding:
 
     @property
     def cause(self) -> str:
-        """What it shows and what may be behind it, as one text; certain only where a statement failed."""
+        """Its meaning and possible causes as one text; certain only where a statement failed."""
         if self.kind != "symptom":
             return self.causes[0]
         behind = f"; behind it may be {either(self.causes)}" if self.causes else ""

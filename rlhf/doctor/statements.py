@@ -44,7 +44,7 @@ NAMES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Statement:
-    """What a part of the doctor established about one thing of a run."""
+    """The result of looking at one thing of a run."""
 
     part: Part
     name: str

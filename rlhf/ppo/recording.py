@@ -1,4 +1,4 @@
-"""What a recorder is shown of an update while it is made: the doctor's audit writes a sample of it down.
+"""The recorder of an update, which is shown its steps: the doctor's audit writes a sample of them down.
 
 A recorder changes nothing, and draws no random numbers: a run ends in the same bytes with it and without.
 """

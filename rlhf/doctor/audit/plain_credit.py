@@ -5,7 +5,6 @@ Legend: B responses, R padded response. Tensors are (B, R) unless said; `mask` i
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -83,47 +82,6 @@ def kl_coef_after(coef: float, kl: float, episodes: int, config: Mapping[str, An
         return coef
     error = max(-0.2, min(0.2, kl / config["kl_target"] - 1))
     return float(coef * (1 + error * episodes / config["kl_horizon"]))
-
-
-def share_of_peak(step: int, steps: int, config: Mapping[str, Any]) -> float:
-    """Return the step size of optimiser step `step`, from 0, of `steps`, as a share of the peak."""
-    warmup, kind = config["warmup_steps"], config["lr_scheduler_type"]
-    if step < warmup:
-        return 0.1 + 0.9 * step / warmup
-    left = (step - warmup) / max(1, steps - warmup)
-    if kind == "linear":
-        return max(0.0, (steps - step) / max(1, steps - warmup))
-    cosine = max(0.0, 0.5 * (1 + math.cos(math.pi * left)))
-    return {"constant_with_warmup": 1.0, "cosine": cosine, "cosine_with_min_lr": 0.1 + 0.9 * cosine}[kind]
-
-
-def adam_step(
-    weight: Tensor, gradient: Tensor, first: Tensor, second: Tensor, step: int, rate: float, config: Mapping[str, Any]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return weight and moments (float64) after AdamW's step number `step`, from 1."""
-    weight, gradient, first, second = (x.double() for x in (weight, gradient, first, second))
-    b1, b2 = config["adam_beta1"], config["adam_beta2"]
-    first, second = b1 * first + (1 - b1) * gradient, b2 * second + (1 - b2) * gradient**2
-    weight = weight * (1 - rate * config["weight_decay"])
-    direction = (first / (1 - b1**step)) / ((second / (1 - b2**step)).sqrt() + config["adam_epsilon"])
-    return weight - rate * direction, first, second
-
-
-def dequantised(codes: Tensor, table: Tensor, largest: Tensor) -> Tensor:
-    """Return the numbers that 8-bit codes stand for; each block of 256 has its own largest number."""
-    flat = table.double()[codes.flatten().long()]
-    return (flat * largest.double().repeat_interleave(256)[: len(flat)]).view(codes.shape)
-
-
-def code_width(codes: Tensor, table: Tensor, largest: Tensor) -> Tensor:
-    """Return by how much rounding to a code can move a number: to a neighbour's, and for numbers near 0 a little further.
-
-    On a CPU bitsandbytes looks codes up in a table of its own, which is coarse near 0: off by 2.5e-5 of a block's largest number.
-    """
-    gaps = table.double().diff()
-    edge = torch.zeros(1, dtype=torch.float64)
-    width = torch.maximum(torch.cat([gaps, edge]), torch.cat([edge, gaps])) + 5e-5
-    return dequantised(codes, width, largest)
 
 
 def uniform_numbers(seed: int, update: int, rows: int, length: int) -> Tensor:

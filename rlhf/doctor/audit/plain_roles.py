@@ -34,21 +34,21 @@ class Batch:
     def __init__(
         self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], device: torch.device
     ) -> None:
-        left, right = max(map(len, prompts)), max(map(len, responses))
+        prompt_width, width = max(map(len, prompts)), max(map(len, responses))
         self.lengths = list(map(len, responses))
         rows = [
-            [0] * (left - len(p)) + list(p) + list(r) + [0] * (right - len(r))
+            [0] * (prompt_width - len(p)) + list(p) + list(r) + [0] * (width - len(r))
             for p, r in zip(prompts, responses, strict=True)
         ]
         real = [
-            [0] * (left - len(p)) + [1] * (len(p) + len(r)) + [0] * (right - len(r))
+            [0] * (prompt_width - len(p)) + [1] * (len(p) + len(r)) + [0] * (width - len(r))
             for p, r in zip(prompts, responses, strict=True)
         ]
         self.ids, self.mask = torch.tensor(rows, device=device), torch.tensor(real, device=device)
         self.positions = (self.mask.cumsum(dim=1) - 1).clamp_min(0)
-        self.left, self.width = left, right
-        self.real = torch.arange(right, device=device) < torch.tensor(self.lengths, device=device)[:, None]
-        self.tokens = self.ids[:, left:]
+        self.prompt_width, self.width = prompt_width, width
+        self.real = torch.arange(width, device=device) < torch.tensor(self.lengths, device=device)[:, None]
+        self.tokens = self.ids[:, prompt_width:]
 
 
 class Roles:
@@ -191,7 +191,7 @@ class Roles:
 
     def values(self, model: Any, batch: Batch) -> Tensor:
         """Return the values (n, R) read before each response token, 0 behind their ends."""
-        states = self._states(model, batch)[:, batch.left - 1 : -1]
+        states = self._states(model, batch)[:, batch.prompt_width - 1 : -1]
         weight = self.head["weight"]
         values = states.to(weight.dtype) @ weight[0] + self.head["bias"]
         return torch.where(batch.real, values, 0.0)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rlhf.doctor.audit.plain_credit import adam_step, code_width, dequantised
+from rlhf.doctor.audit.plain_optimizer import adam_step, code_width, moment
 
 #: Ratings that differ by less are equal.
 TIE = 1e-6
@@ -45,27 +45,6 @@ def updates(rows: int, config: Mapping[str, Any]) -> int:
         return int(config["max_steps"])
     batches = math.ceil(rows / config["per_device_train_batch_size"])
     return math.ceil(config["num_train_epochs"] * math.ceil(batches / config["gradient_accumulation_steps"]))
-
-
-def share_of_peak(step: int, steps: int, config: Mapping[str, Any]) -> float:
-    """Return the step size of update `step`, from 0, of `steps`, as a share of the peak; a warm-up rises from 0."""
-    warmup = config["warmup_steps"]
-    if step < warmup:
-        return float(step / max(1, warmup))
-    left = (step - warmup) / max(1, steps - warmup)
-    cosine = max(0.0, 0.5 * (1 + math.cos(math.pi * left)))
-    shares = {"linear": max(0.0, 1 - left), "constant_with_warmup": 1.0, "cosine": cosine}
-    return float(shares.get(config["lr_scheduler_type"], 0.1 + 0.9 * cosine))
-
-
-def moment(state: Mapping[str, Tensor], name: str, which: int, gradient: Tensor) -> Tensor:
-    """Return the first or second moment of a weight as numbers, of torch's or bitsandbytes' AdamW; 0 before the first step."""
-    own = state.get(f"{ {1: 'exp_avg', 2: 'exp_avg_sq'}[which] }/{name}", state.get(f"state{which}/{name}"))
-    if own is None:
-        return torch.zeros_like(gradient, dtype=torch.float64)
-    if own.dtype != torch.uint8:
-        return own.double()
-    return dequantised(own, state[f"qmap{which}/{name}"], state[f"absmax{which}/{name}"])
 
 
 def off_adamw(

@@ -19,6 +19,7 @@ from transformers import AutoTokenizer
 from rlhf.doctor.audit import plain_credit as plain
 from rlhf.doctor.audit import quantities as q
 from rlhf.doctor.audit.compare import NotExamined, Quantity, chain, rms
+from rlhf.doctor.audit.plain_optimizer import adam_step, code_width, moment, share_of_peak
 from rlhf.doctor.audit.plain_roles import Unknown
 from rlhf.doctor.audit.plain_text import render_prompt
 from rlhf.doctor.audit.ppo_passes import Passes
@@ -302,12 +303,12 @@ class Examination:
 
     def gradients_zeroed(self) -> Statement:
         """Look at the gradients with which each minibatch began."""
-        left = [entry["leftover"] for entry in self.facts["minibatches"]]
-        measured = f"norm of the gradients at the beginning of {len(left)} minibatches: {max(left):.3g} (limit 0)"
-        if max(left) == 0:
+        norms = [entry["leftover"] for entry in self.facts["minibatches"]]
+        measured = f"norm of the gradients at the beginning of {len(norms)} minibatches: {max(norms):.3g} (limit 0)"
+        if max(norms) == 0:
             return q.GRADIENTS_ZEROED.agrees(measured, self.step)
         return q.GRADIENTS_ZEROED.differs(
-            measured, self.step, f"first before minibatch {1 + [x > 0 for x in left].index(True)}"
+            measured, self.step, f"first before minibatch {1 + [norm > 0 for norm in norms].index(True)}"
         )
 
     def losses(self, quantity: Quantity, role: str) -> Statement:
@@ -361,7 +362,7 @@ class Examination:
         ]
         recorded, expected = [], []
         for number, entry in enumerate(self.facts["minibatches"]):
-            share = plain.share_of_peak((self.step - 1) * per_update + number, steps, c)
+            share = share_of_peak((self.step - 1) * per_update + number, steps, c, start=0.1)
             for peak, rate in zip(peaks, entry.get("rates", ()), strict=False):
                 recorded.append(rate)
                 expected.append(peak * share * self.facts["learning_rate_scale"])
@@ -379,8 +380,8 @@ class Examination:
                 weight, steps = before[f"weight/{name}"], steps + 1
                 rate = entry["rates"][_is_value(name, self.config)]
                 count = int(before[f"step/{name}"]) + 1 if f"step/{name}" in before else 1
-                first, second = (_moment(before, key, name, weight) for key in (0, 1))
-                new, *moments = plain.adam_step(weight, gradient, first, second, count, rate, self.config)
+                first, second = (moment(before, name, which, weight) for which in (1, 2))
+                new, *moments = adam_step(weight, gradient, first, second, count, rate, self.config)
                 moved.append((after[f"weight/{name}"].double() - weight.double()).flatten())
                 expected.append((new - weight.double()).flatten())
                 worst = worst or _states_differ(after, name, moments, count)
@@ -437,27 +438,15 @@ def _is_value(name: str, config: dict[str, object]) -> bool:
     return name.startswith(("value.", "value_head.")) or ".value.weight" in name or name.endswith(".value")
 
 
-def _moment(states: dict[str, Tensor], number: int, name: str, weight: Tensor) -> Tensor:
-    """Return a moment of the optimiser as numbers; zeros before its first step."""
-    for key in (("exp_avg", "exp_avg_sq")[number], f"state{number + 1}"):
-        if f"{key}/{name}" in states:
-            state = states[f"{key}/{name}"]
-            if state.dtype != torch.uint8:
-                return state
-            table, largest = states[f"qmap{number + 1}/{name}"], states[f"absmax{number + 1}/{name}"]
-            return plain.dequantised(state, table, largest)
-    return torch.zeros_like(weight)
-
-
 def _states_differ(after: dict[str, Tensor], name: str, moments: list[Tensor], count: int) -> str:
     """Return how the optimiser's states after a step are not these moments; empty: they are."""
     if int(after.get(f"step/{name}", torch.tensor(count))) != count:
         return f"the optimiser counts {int(after[f'step/{name}'])} steps of {name}, and not {count}"
-    for number, moment in enumerate(moments):
-        recorded, slack = _moment(after, number, name, moment).double(), 1e-4 * moment.abs() + 1e-6 * rms(moment)
-        if f"qmap{number + 1}/{name}" in after:
-            codes, table, largest = (after[f"{key}{number + 1}/{name}"] for key in ("state", "qmap", "absmax"))
-            slack = slack + plain.code_width(codes, table, largest)
-        if bool(((recorded - moment).abs() > slack + 1e-20).any()):
-            return f"moment {number + 1} of {name} is not what the gradient makes of it"
+    for which, expected in enumerate(moments, start=1):
+        recorded, slack = moment(after, name, which, expected), 1e-4 * expected.abs() + 1e-6 * rms(expected)
+        if f"qmap{which}/{name}" in after:
+            codes, table, largest = (after[f"{key}{which}/{name}"] for key in ("state", "qmap", "absmax"))
+            slack = slack + code_width(codes, table, largest)
+        if bool(((recorded - expected).abs() > slack + 1e-20).any()):
+            return f"moment {which} of {name} is not what the gradient makes of it"
     return ""

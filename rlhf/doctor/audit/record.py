@@ -79,7 +79,7 @@ class SheetRecorder(Recorder):
         self._update = 0
         self._chosen: dict[str, nn.Parameter] = {}
         self._earlier: tuple[Tensor, Tensor] | None = None
-        self._left: tuple[tuple[int, int], dict[str, int]] | None = None
+        self._after: tuple[tuple[int, int], dict[str, int]] | None = None
         self._frozen: dict[str, int] = {}
 
     def take(self) -> Sheet | None:
@@ -135,7 +135,7 @@ class SheetRecorder(Recorder):
         if state is None:
             return
         if state.updates_done % self.config.audit_steps == 0:  # the next update has a sheet
-            self._left = (state.updates_done, state.roll_backs), fingerprints(state.weights())
+            self._after = (state.updates_done, state.roll_backs), fingerprints(state.weights())
         if self._sheet is not None:
             self._sheet.facts |= {"kl_coef_after": state.kl_coef, "frozen_after": fingerprints(_frozen(state))}
             self.finished, self._sheet = self._sheet, None
@@ -158,7 +158,8 @@ class SheetRecorder(Recorder):
             sheet.tensors |= {f"weights/{name}": p.detach().cpu().clone() for name, p in weights.items()}
         frozen = fingerprints(_frozen(state))
         self._frozen = self._frozen or frozen
-        left = self._left if self._left and self._left[0] == (state.updates_done, state.roll_backs) else None
+        is_next = self._after is not None and self._after[0] == (state.updates_done, state.roll_backs)
+        before = self._after[1] if self._after is not None and is_next else None
         sheet.facts = {
             "stage": "ppo",
             "model_bytes": sum(p.numel() * p.element_size() for p in state.models.parameters()),
@@ -172,7 +173,7 @@ class SheetRecorder(Recorder):
             "minibatches": [],
             "frozen_first": self._frozen,
             "frozen_before": frozen,
-            "changed_since": None if left is None else _differing(left[1], fingerprints(weights)),
+            "changed_since": None if before is None else _differing(before, fingerprints(weights)),
         }
         self._chosen = {name: weights[name] for role in TRAINED for name in self._names(role)}
         return sheet

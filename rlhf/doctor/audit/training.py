@@ -17,6 +17,7 @@ from rlhf.doctor.audit import plain_training as plain
 from rlhf.doctor.audit import training_quantities as q
 from rlhf.doctor.audit.compare import NotExamined, Quantity, chain, rms
 from rlhf.doctor.audit.plain_models import undisturbed
+from rlhf.doctor.audit.plain_optimizer import moment, share_of_peak
 from rlhf.doctor.audit.plain_text import IGNORED, labels_of, render_pair
 from rlhf.doctor.audit.sheet import Sheet
 from rlhf.doctor.audit.training_models import Twin
@@ -29,7 +30,7 @@ GRADIENT = {"float64": 1e-4, "float32": 5e-3, "bfloat16": 0.15, "8bit": 0.4}
 #: The same for a ranking loss, whose gradient is made of differences between like answers: their rounding weighs more.
 RANKING_GRADIENT = {**GRADIENT, "bfloat16": 0.35, "8bit": 0.6}
 #: A gradient may differ by this multiple of what bf16 does to the plain one, up to a largest share: where it is a difference of
-#: like numbers, ways to compute it that are equally right round by up to 7 times as much as each other.
+#: like numbers, ways to compute it that are equally right round by several times as much as each other.
 ROUNDINGS, LARGEST = 8.0, 0.5
 #: Least norm of a gradient that is compared by itself, as a share of the largest.
 NOISE = 0.02
@@ -323,15 +324,15 @@ class Examination:
     # The update
 
     def gradients_zeroed(self) -> Statement:
-        """Nothing is left of the gradients of the update before."""
-        left = max(float(self.facts.get("leftover_before", 0.0)), float(self.facts["leftover_after"]))
-        measured = f"norm {left:.3g} between updates (limit 0)"
+        """Look for what is left of the gradients of the update before."""
+        norm = max(float(self.facts.get("leftover_before", 0.0)), float(self.facts["leftover_after"]))
+        measured = f"norm {norm:.3g} between updates (limit 0)"
         return (
-            q.GRADIENTS_ZEROED.differs(measured, self.step) if left else q.GRADIENTS_ZEROED.agrees(measured, self.step)
+            q.GRADIENTS_ZEROED.differs(measured, self.step) if norm else q.GRADIENTS_ZEROED.agrees(measured, self.step)
         )
 
     def gradient(self) -> Statement:
-        """What the last microbatch has added to the gradients."""
+        """Compare what the last microbatch has added to the gradients with those of the plain loss."""
         self._require_model()
         total, earlier = self.sheet.group("gradient/all"), self.sheet.group("gradient/earlier")
         expected = self.own_gradients
@@ -398,7 +399,7 @@ class Examination:
     def learning_rate(self) -> Statement:
         """The step size is the schedule's."""
         rates, steps = self.facts["rates"], plain.updates(self.facts["num_rows"], self.config)
-        expected = self.config["learning_rate"] * plain.share_of_peak(self.step - 1, steps, self.config)
+        expected = self.config["learning_rate"] * share_of_peak(self.step - 1, steps, self.config, start=0.0)
         measured = f"{rates[0]:.4g}, {expected:.4g} expected at update {self.step} of {steps}"
         if all(math.isclose(rate, expected, rel_tol=1e-4, abs_tol=1e-12) for rate in rates):
             return q.LEARNING_RATE.agrees(measured, self.step)
@@ -411,7 +412,7 @@ class Examination:
         for name, gradient in clipped.items():
             pair = before[f"weight/{name}"], after[f"weight/{name}"]
             steps = int(after[f"step/{name}"]) if f"step/{name}" in after else self.step
-            moments = [plain.moment(before, name, which, gradient) for which in (1, 2)]
+            moments = [moment(before, name, which, gradient) for which in (1, 2)]
             for part, ratio in plain.off_adamw(pair, gradient, moments, after, name, steps, rate, self.config):
                 worst = max(worst, (part, ratio), key=lambda w: w[1])
             count += 1

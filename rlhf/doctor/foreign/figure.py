@@ -21,7 +21,7 @@ class Rounded(float):
 
 
 class Conversion(NamedTuple):
-    """What a figure is multiplied by or taken from to be ours."""
+    """The way from another project's figure to ours."""
 
     text: str
     apply: Callable[[float, Values], float | None]

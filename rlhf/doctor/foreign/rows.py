@@ -27,7 +27,7 @@ _ROUNDED = re.compile(r"-?0\.000?")
 
 @dataclass
 class Log:
-    """What a file says of one run."""
+    """The log of one run in a file."""
 
     form: str
     """Kind of file, for people."""

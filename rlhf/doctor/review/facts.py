@@ -21,7 +21,7 @@ _PPO_START = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What is known of a run before it trains."""
+    """Facts of a run before it trains."""
 
     stage: str
     config: TrainingConfig

@@ -69,7 +69,7 @@ def recorded_config(folder: Path, kind: type[ConfigT], registry: str | None) -> 
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """What one update of a copy of the weights changed on the rollout that it was made from."""
+    """The effect of one update of a copy of the weights on the rollout that it was made from."""
 
     change: Tensor
     """(B, R) new less old log-probabilities of the sampled tokens, nats."""

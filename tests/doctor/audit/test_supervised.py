@@ -17,8 +17,8 @@ from torch import nn
 from rlhf.base.reading import FolderReader
 from rlhf.config import RewardConfig, SFTConfig, build
 from rlhf.doctor.audit import training, training_live, training_models
-from rlhf.doctor.audit.sheet import list_sheets, read_sheet
-from rlhf.doctor.audit.training import examine
+from rlhf.doctor.audit.sheet import Sheet, list_sheets, read_sheet
+from rlhf.doctor.audit.training import Examination, examine
 from rlhf.doctor.audit.training_live import examine_published
 from rlhf.doctor.statements import Statement, read
 from rlhf.models.compute import Compute
@@ -441,3 +441,24 @@ def test_nothing_of_the_stages_recomputes(module: Any) -> None:
     tree = ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8"))
     names = [str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
     assert [name for name in names if name.startswith(("rlhf.ppo", "rlhf.models", "rlhf.reward", "rlhf.stages"))] == []
+
+
+@pytest.mark.parametrize(("kind", "stage", "rounding", "limit"), [
+    ("bfloat16", "sft", 0.0, 0.15), ("bfloat16", "sft", 0.05, 0.4), ("bfloat16", "sft", 0.1, 0.5),
+    ("bfloat16", "reward", 0.0, 0.35), ("float32", "sft", 0.05, 5e-3),
+])  # fmt: skip
+@pytest.mark.parametrize("side", [0.99, 1.01])
+def test_limits_of_a_gradient(
+    kind: str, stage: str, rounding: float, limit: float, side: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches: sound gradients in bf16 accused that are differences of like numbers, and limits without an end."""
+    plain = torch.ones(4)
+    sheet = Sheet(1, {}, {"gradient/all/w": plain * (1 + side * limit)})
+    examination = Examination.__new__(Examination)
+    vars(examination).update(
+        sheet=sheet, step=1, kind=kind, stage=stage, own_gradients={"w": plain}, _require_model=lambda: None
+    )
+    finer = Examination.__new__(Examination)
+    vars(finer).update(own_gradients={"w": plain * (1 + rounding)})
+    monkeypatch.setattr(examination, "_in_fp32", lambda: finer)
+    assert examination.gradient().passed == (side < 1)
